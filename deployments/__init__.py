@@ -1,0 +1,1 @@
+"""What runs on Ray: the Serve deployments, the composition root, and the command line."""

@@ -1,0 +1,241 @@
+"""Every error this service raises on purpose: a stable code, an HTTP status, and what happens to the message.
+
+    FluxFillError
+    ├── InputError                 the request itself is wrong; trying again changes nothing
+    │   ├── MalformedMessage       not a message of ours: no job can be made of it
+    │   ├── MissingInput           original or mask is not in the blob store
+    │   ├── InvalidImage           not a picture, damaged, or of a kind we do not read
+    │   ├── ImageTooLarge          over the limit on bytes, pixels or side
+    │   ├── MaskMismatch           the mask's shape does not fit the photo's
+    │   └── UnknownVariant         a variant this app does not serve
+    ├── PaintError                 painting failed for a reason that may pass: an attempt is used
+    │   ├── ReplicaLost            the replica died or its GPU did
+    │   ├── InferenceTimeout       painting took longer than its limit
+    │   ├── OutOfMemory            the device had no memory left
+    │   └── VariantLoadFailed      the variant's weights did not load
+    ├── Unavailable                something outside is down: wait, no attempt is used
+    │   ├── StoreUnavailable       blob or job store
+    │   └── BrokerUnavailable      Pub/Sub
+    ├── Interrupted                the job was stopped on purpose
+    │   ├── Canceled               a user asked
+    │   ├── DeadlineExceeded       its deadline passed
+    │   └── ShuttingDown           this process is going away
+    ├── ClaimError                 somebody else has, or had, the right to this job
+    │   ├── Busy                   a live lease, on the job or on its session
+    │   ├── StaleClaim             a write with an old fencing number
+    │   └── IllegalTransition      the state machine has no such edge
+    ├── BlobError                  what a blob store answers
+    │   ├── BlobNotFound
+    │   ├── BlobTooLarge
+    │   ├── BlobConflict           the blob changed since the version that was named
+    │   └── UnsafePath             a path that is not below the store's root
+    ├── WeightsError               loading weights failed
+    │   ├── MissingToken           the hub wants HF_TOKEN
+    │   ├── GatedRepo              the token's owner has not accepted the licence
+    │   ├── UnknownWeights         no such repository, revision or file
+    │   └── CorruptWeights         the file is there and is not what it should be
+    └── SettingsError              the configuration is wrong
+
+Every one pickles, because it crosses Ray; tests hold each to a code, a status and a disposition.
+"""
+
+from enum import StrEnum
+from typing import Any, ClassVar
+
+
+class Disposition(StrEnum):
+    """What the worker does with the message when a job ends in this error."""
+
+    #: The job is at its end: acknowledge.
+    ACK = "ack"
+    #: The input is at fault: fail the job, copy the message to the dead-letter topic, acknowledge.
+    DEAD_LETTER = "dead_letter"
+    #: Queue the job again, count the attempt, hold the message back with exponential backoff.
+    RETRY = "retry"
+    #: Hold the message back with backoff; no attempt is used.
+    WAIT = "wait"
+    #: Give the message back at once.
+    NACK = "nack"
+
+
+class FluxFillError(Exception):
+    """Base of the tree. `message` is one sentence for a person; `details` are plain values for a program."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    disposition: ClassVar[Disposition] = Disposition.RETRY
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own __reduce__ drops keyword arguments, and these cross process borders.
+        return _rebuild, (type(self), self.message, self.details)
+
+
+def _rebuild(cls: type[FluxFillError], message: str, details: dict[str, Any]) -> FluxFillError:
+    return cls(message, **details)
+
+
+class InputError(FluxFillError):
+    code = "invalid_input"
+    http_status = 422
+    disposition = Disposition.DEAD_LETTER
+
+
+class MalformedMessage(InputError):
+    code = "malformed_message"
+    http_status = 400
+
+
+class MissingInput(InputError):
+    code = "missing_input"
+    http_status = 404
+
+
+class InvalidImage(InputError):
+    code = "invalid_image"
+
+
+class ImageTooLarge(InputError):
+    code = "image_too_large"
+    http_status = 413
+
+
+class MaskMismatch(InputError):
+    code = "mask_mismatch"
+
+
+class UnknownVariant(InputError):
+    code = "unknown_variant"
+
+
+class PaintError(FluxFillError):
+    code = "painting_failed"
+    http_status = 503
+
+
+class ReplicaLost(PaintError):
+    code = "replica_lost"
+
+
+class InferenceTimeout(PaintError):
+    code = "inference_timeout"
+    http_status = 504
+
+
+class OutOfMemory(PaintError):
+    code = "out_of_memory"
+
+
+class VariantLoadFailed(PaintError):
+    code = "variant_failed"
+
+
+class Unavailable(FluxFillError):
+    code = "unavailable"
+    http_status = 503
+    disposition = Disposition.WAIT
+
+
+class StoreUnavailable(Unavailable):
+    code = "store_unavailable"
+
+
+class BrokerUnavailable(Unavailable):
+    code = "broker_unavailable"
+
+
+class Interrupted(FluxFillError):
+    code = "interrupted"
+    http_status = 409
+    disposition = Disposition.ACK
+
+
+class Canceled(Interrupted):
+    code = "canceled"
+
+
+class DeadlineExceeded(Interrupted):
+    code = "deadline_exceeded"
+    http_status = 504
+
+
+class ShuttingDown(Interrupted):
+    code = "shutting_down"
+    http_status = 503
+    disposition = Disposition.NACK
+
+
+class ClaimError(FluxFillError):
+    code = "claim_refused"
+    http_status = 409
+    disposition = Disposition.WAIT
+
+
+class Busy(ClaimError):
+    """`details["retry_after_s"]`: seconds until the lease that is in the way can have run out."""
+
+    code = "busy"
+
+
+class StaleClaim(ClaimError):
+    code = "stale_claim"
+
+
+class IllegalTransition(ClaimError):
+    code = "illegal_transition"
+
+
+class BlobError(FluxFillError):
+    code = "blob_error"
+
+
+class BlobNotFound(BlobError):
+    code = "blob_not_found"
+    http_status = 404
+    disposition = Disposition.DEAD_LETTER
+
+
+class BlobTooLarge(BlobError):
+    code = "blob_too_large"
+    http_status = 413
+    disposition = Disposition.DEAD_LETTER
+
+
+class BlobConflict(BlobError):
+    code = "blob_conflict"
+    http_status = 409
+
+
+class UnsafePath(BlobError):
+    code = "unsafe_path"
+    http_status = 400
+    disposition = Disposition.DEAD_LETTER
+
+
+class WeightsError(FluxFillError):
+    code = "weights_error"
+    http_status = 503
+
+
+class MissingToken(WeightsError):
+    code = "missing_token"
+
+
+class GatedRepo(WeightsError):
+    code = "gated_repo"
+
+
+class UnknownWeights(WeightsError):
+    code = "unknown_weights"
+
+
+class CorruptWeights(WeightsError):
+    code = "corrupt_weights"
+
+
+class SettingsError(FluxFillError):
+    code = "invalid_settings"

@@ -1,0 +1,325 @@
+"""Jobs: their record, their states, and the rules by which a claim is taken, kept and given up.
+
+The rules are pure functions from the stored records to the records to store. A job store runs one of them
+inside an atomic read-modify-write (`ports.JobStore.update`), so every backend keeps the same rules.
+
+    queued ──claimed──► running ──succeeded──► succeeded
+       ▲                  ├──rejected, exhausted──► failed
+       │                  ├──canceled──► canceled
+       └─lease_lost,──────┤
+         retried,         └──expired──► expired
+         given_back
+    queued ──canceled──► canceled, queued ──expired──► expired
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .errors import Busy, IllegalTransition, StaleClaim
+from .messages import CropStrategy, EditMessage
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+class Cause(StrEnum):
+    """Why a job changes state."""
+
+    #: A worker took it.
+    CLAIMED = "claimed"
+    #: Its result is stored.
+    SUCCEEDED = "succeeded"
+    #: Its input is bad.
+    REJECTED = "rejected"
+    #: Its attempts are used up.
+    EXHAUSTED = "exhausted"
+    #: A user asked.
+    CANCELED = "canceled"
+    #: Its deadline passed.
+    EXPIRED = "expired"
+    #: Its worker stopped renewing the lease: it died, or lost the store.
+    LEASE_LOST = "lease_lost"
+    #: Painting failed for a reason that may pass.
+    RETRIED = "retried"
+    #: Its worker shut down, or something outside was down: nothing wrong with the job.
+    GIVEN_BACK = "given_back"
+
+
+#: Every legal edge. What is not here raises IllegalTransition.
+TRANSITIONS: Mapping[tuple[State, Cause], State] = {
+    (State.QUEUED, Cause.CLAIMED): State.RUNNING,
+    (State.QUEUED, Cause.CANCELED): State.CANCELED,
+    (State.QUEUED, Cause.EXPIRED): State.EXPIRED,
+    (State.RUNNING, Cause.SUCCEEDED): State.SUCCEEDED,
+    (State.RUNNING, Cause.REJECTED): State.FAILED,
+    (State.RUNNING, Cause.EXHAUSTED): State.FAILED,
+    (State.RUNNING, Cause.CANCELED): State.CANCELED,
+    (State.RUNNING, Cause.EXPIRED): State.EXPIRED,
+    (State.RUNNING, Cause.LEASE_LOST): State.QUEUED,
+    (State.RUNNING, Cause.RETRIED): State.QUEUED,
+    (State.RUNNING, Cause.GIVEN_BACK): State.QUEUED,
+}
+
+JobType = Literal["inpaint", "generate", "audit"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parameters(_Value):
+    """How to paint, resolved at the first claim and the same for every attempt."""
+
+    prompt: str
+    guidance_scale: float
+    #: Denoising steps.
+    steps: int
+    crop_strategy: CropStrategy
+
+
+class Progress(_Value):
+    #: Steps done, over all windows.
+    step: int = 0
+    #: Steps in all; 0 while unknown.
+    steps: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """0..1."""
+        return self.step / self.steps if self.steps else 0.0
+
+
+class JobError(_Value):
+    code: str
+    message: str
+
+
+class Timings(_Value):
+    """Seconds by stage of the attempt that ended the job; None where a stage did not run."""
+
+    queued_s: float | None = None
+    download_s: float | None = None
+    #: Decode, plan windows, crop, and get the prompt's embeddings.
+    prepare_s: float | None = None
+    #: Waiting for the replica and painting, as the worker sees it.
+    engine_s: float | None = None
+    #: Device time of the painting in milliseconds; None where there is no GPU.
+    gpu_ms: float | None = None
+    #: Paste and encode.
+    finish_s: float | None = None
+    upload_s: float | None = None
+    total_s: float | None = None
+
+
+class Job(_Value):
+    """One stored record. Records are immutable: `evolve` makes the next one."""
+
+    id: str
+    type: JobType
+    status: State = State.QUEUED
+    #: Whose photo, and which session; empty for jobs that have none.
+    user_id: str = ""
+    session_id: str = ""
+    variant: str
+    parameters: Parameters
+    seed: int
+    #: Attempts used, the running one included.
+    attempt: int = 0
+    #: The fencing number: grows with every claim and every cancellation.
+    fence: int = 0
+    #: While running: until when its worker may be silent.
+    lease_until: datetime | None = None
+    progress: Progress = Progress()
+    error: JobError | None = None
+    timings: Timings = Timings()
+    #: Blob paths of what the job wrote, by role: `edited`, `preview`.
+    artifacts: dict[str, str] = Field(default_factory=dict)
+    #: Whether its message was copied to the dead-letter topic.
+    dead_lettered: bool = False
+    deadline: datetime | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def session_key(self) -> str:
+        """Jobs of one key run one at a time."""
+        return f"{self.user_id}/{self.session_id}" if self.session_id else ""
+
+    def evolve(self, **changes: Any) -> "Job":
+        return type(self).model_validate({**self.__dict__, **changes})
+
+    def after(self, cause: Cause, **changes: Any) -> "Job":
+        """The record after the edge that `cause` names.
+
+        Raises IllegalTransition where the state machine has no such edge.
+        """
+        to = TRANSITIONS.get((self.status, cause))
+        if to is None:
+            raise IllegalTransition(f"job {self.id} is {self.status} and cannot be {cause}", status=self.status)
+        return self.evolve(status=to, lease_until=None if to != State.RUNNING else self.lease_until, **changes)
+
+    def log_context(self) -> dict[str, Any]:
+        return {
+            "job_id": self.id,
+            "session_key": self.session_key,
+            "variant": self.variant,
+            "attempt": self.attempt,
+            "fence": self.fence,
+        }
+
+
+class Claim(_Value):
+    """The right to work on a job, as long as its fencing number is the job's and its lease is renewed."""
+
+    job_id: str
+    session_key: str
+    fence: int
+
+
+def claim_of(job: Job) -> Claim:
+    return Claim(job_id=job.id, session_key=job.session_key, fence=job.fence)
+
+
+def edit_job_id(message: EditMessage, *, versions: Sequence[str], idempotency_key: str | None) -> str:
+    """The identity of an edit: what it would compute.
+
+    User, session, the stored versions of original and mask (replaced by the idempotency key where there is one),
+    and the parameters given explicitly. A republished message has the same id; a changed photo has another.
+    """
+    what = {
+        "user": message.user_id,
+        "session": message.session_id,
+        "input": {"key": idempotency_key} if idempotency_key else {"versions": list(versions)},
+        "explicit": message.explicit(),
+    }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return f"edit-{digest[:32]}"
+
+
+def seed_of(job_id: str) -> int:
+    """An edit's seed where none is given: 32 bits of its id's hash, so that every attempt draws the same noise."""
+    return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4], "big")
+
+
+#: From the job's stored record (None: no such job) and the other running jobs of its session, the records to store.
+Change = Callable[[Job | None, Sequence[Job]], Sequence[Job]]
+
+
+def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Change:
+    """Take `new`, or the record already stored under its id, and run it.
+
+    The stored record wins over `new`: parameters and seed are those of the first claim. A final record is left as
+    it is. A record past its deadline becomes expired, one whose last attempt lost its lease failed.
+
+    Raises Busy (from the change) while a live lease holds the job or another job of its session.
+    """
+
+    def change(stored: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
+        job = stored or new
+        if job.status.is_final:
+            return ()
+        if job.status == State.RUNNING:
+            _refuse_live(job, now)
+            job = job.after(Cause.LEASE_LOST)
+            if job.attempt >= max_attempts:
+                return (_exhausted(stored or new, now),)
+        if job.deadline is not None and now >= job.deadline:
+            return (job.after(Cause.EXPIRED, error=_too_late(job), finished_at=now),)
+        for rival in rivals:
+            _refuse_live(rival, now)
+        # A rival whose lease ran out goes back to the queue with its number raised, so its worker can no longer write.
+        lost = tuple(rival.after(Cause.LEASE_LOST, fence=rival.fence + 1) for rival in rivals)
+        job = job.after(
+            Cause.CLAIMED,
+            attempt=job.attempt + 1,
+            fence=job.fence + 1,
+            started_at=now,
+            error=None,
+        ).evolve(lease_until=now + timedelta(seconds=lease_s))
+        return (job, *lost)
+
+    return change
+
+
+def renew(claim: Claim, *, now: datetime, lease_s: float) -> Change:
+    """Extend the lease. Raises StaleClaim where the claim no longer holds."""
+    return _held(claim, lambda job: job.evolve(lease_until=now + timedelta(seconds=lease_s)))
+
+
+def finish(claim: Claim, cause: Cause, *, now: datetime, **changes: Any) -> Change:
+    """End the job by `cause`. Raises StaleClaim where the claim no longer holds."""
+    return _held(claim, lambda job: job.after(cause, finished_at=now, **changes))
+
+
+def requeue(claim: Claim, cause: Cause, *, error: JobError | None = None) -> Change:
+    """Put the job back: RETRIED keeps the attempt counted, GIVEN_BACK uncounts it.
+
+    Raises StaleClaim where the claim no longer holds.
+    """
+
+    def back(job: Job) -> Job:
+        attempt = job.attempt - 1 if cause == Cause.GIVEN_BACK else job.attempt
+        return job.after(cause, attempt=attempt, error=error)
+
+    return _held(claim, back)
+
+
+def cancel(*, now: datetime) -> Change:
+    """Stop the job, waiting or running. Raises IllegalTransition where it is over or unknown."""
+
+    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        if job is None:
+            raise IllegalTransition("there is no such job")
+        error = JobError(code="canceled", message="canceled by a user")
+        return (job.after(Cause.CANCELED, fence=job.fence + 1, error=error, finished_at=now),)
+
+    return change
+
+
+def mark_dead_lettered(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    """Note that the failed job's message is in the dead-letter topic."""
+    return (job.evolve(dead_lettered=True),) if job is not None else ()
+
+
+def check_held(job: Job | None, claim: Claim) -> Job:
+    """`job`, where `claim` still holds it. Raises StaleClaim, with the job's status in `details`, where it does not."""
+    if job is None or job.status != State.RUNNING or job.fence != claim.fence:
+        status = job.status if job else None
+        raise StaleClaim(f"the claim {claim.fence} on job {claim.job_id} is over", status=status)
+    return job
+
+
+def _held(claim: Claim, to: Callable[[Job], Job]) -> Change:
+    return lambda job, _rivals: (to(check_held(job, claim)),)
+
+
+def _refuse_live(job: Job, now: datetime) -> None:
+    if job.status == State.RUNNING and job.lease_until is not None and job.lease_until > now:
+        left_s = (job.lease_until - now).total_seconds()
+        raise Busy(f"job {job.id} is running until {job.lease_until.isoformat()}", retry_after_s=left_s)
+
+
+def _exhausted(job: Job, now: datetime) -> Job:
+    error = JobError(code="attempts_exhausted", message=f"all {job.attempt} attempts lost their worker")
+    return job.after(Cause.EXHAUSTED, error=error, fence=job.fence + 1, finished_at=now)
+
+
+def _too_late(job: Job) -> JobError:
+    return JobError(code="deadline_exceeded", message=f"its deadline {job.deadline} passed before it was painted")

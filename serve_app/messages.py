@@ -1,0 +1,160 @@
+"""The wire: what a publisher sends, and the envelope that a push subscription wraps it in."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AnyHttpUrl,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+from pydantic.alias_generators import to_camel
+
+from .errors import MalformedMessage
+
+M = TypeVar("M", bound=BaseModel)
+
+#: What may stand in a user or session id; nothing that matches can escape a path.
+ID_PATTERN = r"\A[A-Za-z0-9_-]{1,128}\z"
+
+Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
+#: Range checks shared with the settings' own defaults.
+Steps = Annotated[int, Field(strict=True, ge=1, le=100)]
+GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
+Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+class CropStrategy(StrEnum):
+    """How much of the photo the model sees, and at which scale; see `serve_app.windows`."""
+
+    AUTO = "auto"
+    CROP = "crop"
+    RESIZE = "resize"
+    ORIGINAL = "original"
+
+
+class EditMessage(BaseModel):
+    """The payload of a session message. Field names on the wire are camelCase; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
+
+    user_id: Id
+    session_id: Id
+    variant: Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")] | None = None
+    prompt: Prompt | None = None
+    guidance_scale: GuidanceScale | None = None
+    steps: Steps | None = None
+    #: None or -1: derived from the job's id.
+    seed: Annotated[int, Field(strict=True, ge=-1, le=2**63 - 1)] | None = None
+    crop_strategy: CropStrategy | None = None
+    #: With a time zone; painting that has not ended by then is given up.
+    deadline: AwareDatetime | None = None
+    callback_url: AnyHttpUrl | None = None
+
+    def explicit(self) -> dict[str, Any]:
+        """The parameters the publisher gave, as plain JSON values: part of the edit's identity."""
+        names = {"variant", "prompt", "guidance_scale", "steps", "seed", "crop_strategy"}
+        given = self.model_dump(mode="json", include=names, exclude_none=True)
+        if given.get("seed") == -1:
+            del given["seed"]
+        return given
+
+
+class Attributes(BaseModel):
+    """Message attributes this service reads. Others are left alone."""
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
+
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    priority: Annotated[str, StringConstraints(max_length=64)] | None = None
+    traceparent: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+
+class _PushMessage(BaseModel):
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
+
+    data: str = ""
+    attributes: dict[str, str] = {}
+    message_id: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    publish_time: AwareDatetime | None = None
+
+
+class PushEnvelope(BaseModel):
+    """What Pub/Sub posts to a push endpoint, in its wrapped form."""
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
+
+    message: _PushMessage
+    subscription: Annotated[str, StringConstraints(max_length=512)] = ""
+    delivery_attempt: int = 0
+
+    def payload(self) -> bytes:
+        """The decoded message data.
+
+        Raises MalformedMessage where it is not base64.
+        """
+        try:
+            return base64.b64decode(self.message.data, validate=True)
+        except (binascii.Error, ValueError) as e:
+            raise MalformedMessage(f"message.data: not base64: {e}", field="message.data") from e
+
+
+def parse_edit(data: bytes, *, max_bytes: int) -> tuple[EditMessage, list[str]]:
+    """The message in `data`, and the names of fields nobody here knows.
+
+    Raises MalformedMessage, which names the first field at fault.
+    """
+    if len(data) > max_bytes:
+        raise MalformedMessage(f"the message has {len(data)} bytes; at most {max_bytes} are read", field="")
+    message = _validate(EditMessage, data)
+    known = {to_camel(name) for name in EditMessage.model_fields}
+    raw = _RawObject.model_validate_json(data)
+    return message, sorted(set(raw.model_extra or {}) - known)
+
+
+def parse_attributes(attributes: Mapping[str, str]) -> Attributes:
+    """Raises MalformedMessage, which names the attribute at fault."""
+    try:
+        return Attributes.model_validate(dict(attributes))
+    except ValidationError as e:
+        raise _malformed(e, "attributes.") from e
+
+
+def parse_envelope(body: bytes, *, max_bytes: int) -> PushEnvelope:
+    """The push envelope in `body`; `max_bytes` bounds the message it wraps.
+
+    Raises MalformedMessage, which names the first field at fault.
+    """
+    # Base64 makes 4 bytes of 3, and the envelope adds ids and attributes.
+    limit = max_bytes * 4 // 3 + 64_000
+    if len(body) > limit:
+        raise MalformedMessage(f"the envelope has {len(body)} bytes; at most {limit} are read", field="")
+    return _validate(PushEnvelope, body)
+
+
+class _RawObject(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def _validate(model: type[M], data: bytes) -> M:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as e:
+        raise _malformed(e, "") from e
+
+
+def _malformed(e: ValidationError, prefix: str) -> MalformedMessage:
+    # include_input would copy the sender's words, a prompt or worse, into logs.
+    problems = e.errors(include_url=False, include_input=False, include_context=False)
+    first = problems[0]
+    field = prefix + ".".join(str(part) for part in first["loc"])
+    where = field or "the message"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return MalformedMessage(f"{where}: {first['msg']}{more}", field=field)

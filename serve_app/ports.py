@@ -1,0 +1,206 @@
+"""What the application asks of the world outside. Adapters and deployments answer; nothing here knows who.
+
+Guarantees stand in the docstrings and are held by the contract tests, one suite per port, every backend in it.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .images import Pixels
+from .jobs import Change, Claim, Job, Progress, State
+from .windows import Box
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlobInfo:
+    path: str
+    #: Bytes.
+    size: int
+    #: Opaque; differs whenever the content was written again with other bytes. Generation, ETag, or hash.
+    version: str
+    content_type: str = "application/octet-stream"
+
+
+#: `if_version` for "whatever is there"; an empty string means "nothing may be there".
+ANY_VERSION = "*"
+
+
+class BlobStore(Protocol):
+    """Whole blobs under relative paths like `users/u/sessions/s/original.jpg`.
+
+    Every method raises UnsafePath for a path that is empty, absolute, longer than 1,024 characters, or has an empty,
+    `.` or `..` part, a backslash or a control character; StoreUnavailable while the store cannot be reached.
+    """
+
+    async def head(self, path: str) -> BlobInfo:
+        """Raises BlobNotFound."""
+
+    async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
+        """The blob and the version these bytes are of. Never holds more than `max_bytes` of it.
+
+        Raises BlobNotFound; BlobTooLarge.
+        """
+
+    async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
+        """Store all of `data` or nothing: no reader ever sees a part.
+
+        Raises BlobConflict where the stored version is not `if_version`.
+        """
+
+    async def delete(self, path: str) -> None:
+        """Deleting what is not there is no error."""
+
+    def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+        """The blobs whose path starts with the folder `prefix`, in path order."""
+
+
+class BlobFiles(Protocol):
+    """Blobs too large for memory, such as weights."""
+
+    async def download(self, path: str, to: Path) -> BlobInfo:
+        """Write the blob to `to`, whole or not at all. Raises BlobNotFound."""
+
+    async def upload(self, path: str, source: Path) -> BlobInfo:
+        """Store the file, whole or not at all."""
+
+
+class JobStore(Protocol):
+    """Job records. Every method raises StoreUnavailable while the store cannot be reached."""
+
+    async def get(self, job_id: str) -> Job | None:
+        """The record with its latest reported progress."""
+
+    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
+        """Run `change` on the stored record and the other running jobs of the session, and store what it returns.
+
+        Atomic: no other update of these records happens in between; what `change` raises passes through and nothing
+        is stored. `change` may be run more than once. Returns the record stored under `job_id` afterwards.
+        """
+
+    async def report(self, claim: Claim, progress: Progress) -> None:
+        """Note progress beside the record. A claim older than one that has reported already is ignored."""
+
+    async def list(
+        self, *, status: State | None = None, session_key: str | None = None, limit: int = 50
+    ) -> Sequence[Job]:
+        """Newest first by `created_at`."""
+
+    async def delete(self, job_id: str) -> None:
+        """Deleting what is not there is no error."""
+
+
+class SessionMirror(Protocol):
+    """The session document the publisher watches. Raises StoreUnavailable while it cannot be reached."""
+
+    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
+        """Merge `document` into the session's. Ignored where a newer claim of the same job has written already."""
+
+    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """One message as it arrived."""
+
+    data: bytes
+    attributes: Mapping[str, str]
+    message_id: str
+    publish_time: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What becomes of the message: acknowledged, given back at once, or held back for `delay_s` seconds."""
+
+    action: Literal["ack", "nack", "hold"]
+    delay_s: float = 0.0
+    #: Why, in a word, for the log and for the answer to a push: an outcome or an error code.
+    reason: str = ""
+
+
+Handler = Callable[[Delivery], Awaitable[Verdict]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceStatus:
+    connected: bool
+    #: Why not, for a person.
+    error: str = ""
+    #: Messages in hand.
+    held: int = 0
+
+
+class MessageSource(Protocol):
+    async def run(self, handle: Handler) -> None:
+        """Deliver messages to `handle`, several at a time, and carry out its verdicts, until `close`.
+
+        At least once: what is not acknowledged comes again, also after a crash. A held-back message does not come
+        before its delay is over (which the broker may cap). The lease on a message is extended while it is handled.
+        An exception from `handle` holds the message back. A broken stream is opened again, for ever.
+        """
+
+    async def close(self, *, grace_s: float) -> None:
+        """Stop taking messages, wait up to `grace_s` for those in hand, cancel the rest and give them back."""
+
+    def status(self) -> SourceStatus: ...
+
+
+Topic = Literal["sessions", "dead"]
+
+
+class Publisher(Protocol):
+    async def publish(self, topic: Topic, data: bytes, attributes: Mapping[str, str]) -> str:
+        """The message id. Stored by the broker when this returns. Raises BrokerUnavailable."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaintRequest:
+    """What a replica needs for one job, and nothing about whose it is but the id."""
+
+    job_id: str
+    #: uint8 RGB, `[height, width, 3]`, at working scale.
+    canvas: Pixels
+    #: uint8, `[height, width]`; 255 is painted, 0 is kept.
+    mask: Pixels
+    #: In painting order, in canvas pixels; each is a bucket size.
+    windows: Sequence[Box]
+    steps: int
+    guidance_scale: float
+    seed: int
+    #: safetensors bytes with `prompt_embeds` `[1, tokens, d]` and `pooled_prompt_embeds` `[1, d]`; None where the
+    #: variant takes no prompt.
+    embeddings: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Painted:
+    #: uint8 RGB, the request's canvas size.
+    canvas: Pixels
+    #: Seconds the engine was at work.
+    busy_s: float
+    #: Device milliseconds; None where there is no GPU.
+    gpu_ms: float | None = None
+    #: Where it ran: device, compute capability, replica, node.
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+OnProgress = Callable[[Progress], Awaitable[None]]
+
+
+class Painter(Protocol):
+    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
+        """Paint the windows in order. Cancelling the call stops the engine within one step.
+
+        Raises UnknownVariant, VariantLoadFailed, ReplicaLost, OutOfMemory, PaintError.
+        """
+
+
+class PromptEncoder(Protocol):
+    async def encode(self, variant: str, prompt: str) -> bytes | None:
+        """Embeddings as PaintRequest wants them; None where the variant takes no prompt.
+
+        Raises UnknownVariant, VariantLoadFailed, ReplicaLost, StoreUnavailable.
+        """

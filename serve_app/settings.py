@@ -1,0 +1,207 @@
+"""The settings that serve_config.yaml fills. Frozen, read once, unknown keys refused.
+
+`Settings` are the app's args: changing them redeploys. `Inference` is the ingress's user_config: changing it takes
+effect on the next claimed job. `Secrets` come from the environment, and only here is the environment read.
+"""
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from .messages import CropStrategy, GuidanceScale, Prompt, Steps
+from .variants import BUILT_IN, Variant
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Inference(_Frozen):
+    """What an edit uses where its message says nothing."""
+
+    prompt: Prompt = "seamless natural background matching surrounding area, photorealistic, no leash, no rope, no cord"
+    #: Denoising steps.
+    steps: Steps = 28
+    #: FLUX.1-Fill's official value.
+    guidance_scale: GuidanceScale = 30.0
+    #: Nearest to the reference and cheapest to dequantise; wants a GPU.
+    variant: str = "Q8_0"
+    crop_strategy: CropStrategy = CropStrategy.AUTO
+
+
+class Scaling(_Frozen):
+    """How many replicas a deployment has, and what each takes."""
+
+    min_replicas: int = Field(0, ge=0, le=1000)
+    max_replicas: int = Field(1, ge=1, le=1000)
+    #: Jobs in a replica's hands that the autoscaler aims at.
+    target_ongoing_requests: float = Field(1.0, gt=0, le=100)
+    upscale_delay_s: float = Field(5.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
+    #: Of the last replica; None: as `downscale_delay_s`.
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0)
+    num_cpus: float = Field(0.2, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Scaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+
+class VariantSettings(Scaling):
+    """One served variant: its scaling, and its definition where it is not one of the built-in ones."""
+
+    definition: Variant | None = None
+    #: Threads of a CPU engine. Ray sets OMP_NUM_THREADS=1, which is too few.
+    threads: int = Field(2, ge=1, le=256)
+
+
+class MessagesSettings(_Frozen):
+    """Where messages come from and go to."""
+
+    #: `embedded://127.0.0.1:PORT` (runs a Pub/Sub server in the app) or `pubsub:` (Google's).
+    url: str = "embedded://127.0.0.1:8085"
+    project: str = Field("local", pattern=r"\A[a-z][a-z0-9:.-]{2,127}\z")
+    topic: str = "session-processing"
+    subscription: str = "session-processing"
+    dead_letter_topic: str = "session-processing-dead"
+    #: Messages in an ingress replica's hands. None: twice what the variants can run, and two.
+    max_in_flight: int | None = Field(None, ge=1, le=1000)
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.url.startswith("embedded:")
+
+
+class Limits(_Frozen):
+    """What is refused before it costs anything."""
+
+    image_bytes: int = Field(25_000_000, ge=1)
+    image_pixels: int = Field(50_000_000, ge=1)
+    image_side_px: int = Field(10_000, ge=1)
+    message_bytes: int = Field(64_000, ge=1)
+
+
+#: (width, height) in pixels that the model is given: few, because each size is compiled and warmed by itself.
+BUCKETS = (
+    (256, 256), (512, 512), (512, 768), (768, 512), (512, 1024), (1024, 512),
+    (768, 768), (768, 1024), (1024, 768), (1024, 1024),
+)  # fmt: skip
+
+
+class WindowSettings(_Frozen):
+    """How the windows to paint are chosen; see `serve_app.windows`."""
+
+    buckets: tuple[tuple[int, int], ...] = BUCKETS
+    #: Pixels of surroundings the model sees round the mask, at working scale.
+    context_px: int = Field(64, ge=0, le=512)
+    #: Width of the blend outside the mask, in photo pixels; nothing further out changes.
+    feather_px: int = Field(8, ge=0, le=64)
+    #: Windows one job may take; a mask that wants more is painted at a coarser scale.
+    max_windows: int = Field(4, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "WindowSettings":
+        if not self.buckets:
+            raise ValueError("buckets: at least one size is needed")
+        for width, height in self.buckets:
+            if width % 16 or height % 16 or not (16 <= width <= 1024 and 16 <= height <= 1024):
+                raise ValueError(f"buckets: {width}x{height} is not two multiples of 16 up to 1024")
+        return self
+
+
+class Work(_Frozen):
+    """Leases, retries and limits on time."""
+
+    lease_s: float = Field(60.0, gt=0)
+    renew_s: float = Field(20.0, gt=0)
+    max_attempts: int = Field(5, ge=1, le=100)
+    inference_timeout_s: float = Field(240.0, gt=0)
+    #: The first hold-back after a failure; doubles with each attempt, with jitter.
+    backoff_s: float = Field(2.0, gt=0)
+    #: Pub/Sub holds a message back for 600 s at most.
+    backoff_max_s: float = Field(600.0, gt=0, le=600)
+    #: How often a running job looks whether it was canceled.
+    cancel_poll_s: float = Field(1.0, gt=0)
+    #: Shortest time between two progress reports to the job store.
+    progress_s: float = Field(0.5, ge=0)
+    #: Shortest time between two writes of the session document: Firestore sustains one a second.
+    mirror_s: float = Field(2.0, ge=0)
+    #: On shutdown: how long jobs in hand may go on before they are given back.
+    grace_s: float = Field(20.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Work":
+        if self.renew_s * 2 > self.lease_s:
+            raise ValueError("renew_s must be at most half of lease_s, so that one missed renewal loses nothing")
+        return self
+
+
+class WeightsSettings(_Frozen):
+    #: Folder the hub's files are kept in.
+    cache: Path = Path("var/weights")
+    #: Blob store URL of a mirror that is asked before the hub.
+    mirror: str | None = None
+    #: Revisions, sizes and hashes, written by `fluxfill weights pull --pin`.
+    lock: Path = Path("weights.lock.json")
+
+
+class Settings(_Frozen):
+    """The app's args in serve_config.yaml."""
+
+    #: Machines the app may run on.
+    nodes: int = Field(1, ge=1)
+    #: Blob store URL: `files:FOLDER` or `memory:`.
+    blobs: str = "files:var/blobs"
+    #: Job store URL: `sqlite:FILE` or `memory:`.
+    jobs: str = "sqlite:var/jobs.db"
+    messages: MessagesSettings = MessagesSettings()
+    variants: dict[str, VariantSettings] = Field(default_factory=dict, min_length=1)
+    ingress_replicas: int = Field(1, ge=1, le=100)
+    text_encoder: Scaling = Scaling()
+    limits: Limits = Limits()
+    windows: WindowSettings = WindowSettings()
+    work: Work = Work()
+    weights: WeightsSettings = WeightsSettings()
+
+    @model_validator(mode="after")
+    def _known_variants(self) -> "Settings":
+        for name, served in self.variants.items():
+            if served.definition is None and name not in BUILT_IN:
+                known = ", ".join(BUILT_IN)
+                raise ValueError(f"variants.{name}: not built in (those are {known}) and has no definition")
+        return self
+
+    @model_validator(mode="after")
+    def _one_machine(self) -> "Settings":
+        if self.nodes > 1:
+            local = {
+                "blobs": self.blobs.startswith(("files:", "memory:")),
+                "jobs": self.jobs.startswith(("sqlite:", "memory:")),
+                "messages.url": self.messages.is_embedded,
+            }
+            if any(local.values()):
+                names = ", ".join(name for name, is_local in local.items() if is_local)
+                raise ValueError(f"nodes is {self.nodes}, but {names} works on one machine only")
+        return self
+
+    def variant(self, name: str) -> Variant:
+        """The definition of a served variant. Raises KeyError for one that is not served."""
+        return self.variants[name].definition or BUILT_IN[name]
+
+    def in_flight(self) -> int:
+        """Messages an ingress replica holds: enough that a replica never waits for the next photo."""
+        return self.messages.max_in_flight or 2 * sum(v.max_replicas for v in self.variants.values()) + 2
+
+
+class Secrets(_Frozen):
+    """What must not stand in a file. Never logged: pydantic shows a SecretStr as asterisks."""
+
+    hf_token: SecretStr | None = None
+
+    @classmethod
+    def from_environment(cls) -> "Secrets":
+        token = os.environ.get("HF_TOKEN")
+        return cls(hf_token=SecretStr(token) if token else None)

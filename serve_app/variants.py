@@ -1,0 +1,73 @@
+"""Variants: which weights paint, in which engine family, and what they need. Pure data."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Family = Literal["flux-fill", "telea", "pause"]
+
+
+class Variant(BaseModel):
+    """One way to paint: an engine family and the weights it runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Which engine runs it; see `serve_app.engine.families`.
+    family: Family
+    #: Hub repository of the quantised transformer, e.g. `owner/name`.
+    repo: str | None = None
+    #: File in `repo`, or a local path where `repo` is absent.
+    file: str | None = None
+    #: Commit of `repo`. None: not pinned here; the weights lock file may pin it.
+    revision: str | None = None
+    #: Repository or local folder with VAE, scheduler, text encoders and the transformer's config.
+    base: str | None = None
+    base_revision: str | None = None
+    #: Tokens a prompt is padded to for T5.
+    max_prompt_tokens: int = Field(512, ge=1, le=512)
+    #: Whole GPUs a replica takes. 0 runs on the CPU.
+    num_gpus: int = Field(0, ge=0, le=1)
+    #: GiB resident on the device while serving (without text encoders); informative.
+    memory_gib: float | None = None
+    #: Seconds the `pause` family sleeps per window in place of painting.
+    pause_s: float = Field(1.0, ge=0, le=600)
+
+    @property
+    def takes_prompt(self) -> bool:
+        return self.family == "flux-fill"
+
+
+#: A `base` or `file` under this prefix is written by `serve_app.engine.tiny` on first use.
+TINY = "tiny:"
+
+_GGUF_REPO = "YarvixPA/FLUX.1-Fill-dev-GGUF"
+_BASE = "black-forest-labs/FLUX.1-Fill-dev"
+
+
+def _gguf(quant: str, memory_gib: float) -> Variant:
+    return Variant(
+        family="flux-fill",
+        repo=_GGUF_REPO,
+        file=f"flux1-fill-dev-{quant}.gguf",
+        base=_BASE,
+        num_gpus=1,
+        memory_gib=memory_gib,
+    )
+
+
+def _tiny(quant: str) -> Variant:
+    return Variant(
+        family="flux-fill", file=f"{TINY}flux1-fill-dev-{quant}.gguf", base=f"{TINY}base", max_prompt_tokens=64
+    )
+
+
+#: Resident sizes were computed from the tensor shapes; see docs/performance.md for measured ones.
+BUILT_IN: dict[str, Variant] = {
+    "Q4_0": _gguf("Q4_0", 11.0),
+    "Q5_K_S": _gguf("Q5_K_S", 12.5),
+    "Q8_0": _gguf("Q8_0", 16.9),
+    "tiny-Q4_0": _tiny("Q4_0"),
+    "tiny-Q5_K_S": _tiny("Q5_K_S"),
+    "tiny-Q8_0": _tiny("Q8_0"),
+    "telea": Variant(family="telea"),
+}
