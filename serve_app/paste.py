@@ -1,0 +1,130 @@
+"""A painted window back into its picture.
+
+The worker cuts the plan's region out of the photo onto a canvas and pastes the painted canvas back; a replica pastes
+each painted window into its canvas. Outside the mask, dilated by the feather, nothing changes by a single bit: a
+model's decoder moves every pixel a little, and people see it.
+
+The dilated mask is what the model paints; the worker blends over the feather, where both pictures show the same
+surroundings. Distances are Euclidean, so the dilation is by a disc. Arrays are as in `images.Pixels`; masks are 0
+where the photo is kept and 255 elsewhere.
+"""
+
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from .images import Pixels
+from .windows import Box, Plan, bounding_box
+
+_Number = TypeVar("_Number", np.uint8, np.float32)
+
+
+def grow(mask: Pixels, px: int) -> Pixels:
+    """`mask` and every pixel at most `px` pixels from it."""
+    return np.where(_distance(mask) <= px, np.uint8(255), np.uint8(0))
+
+
+def soft_mask(mask: Pixels, feather_px: int) -> npt.NDArray[np.float32]:
+    """Opacity of the painted picture, `[height, width]`, 0..1.
+
+    1 on the mask, falling by smoothstep (3t² - 2t³) with the distance from it, 0 beyond `grow(mask, feather_px)`.
+    """
+    distance = _distance(mask)
+    t = np.where(distance <= feather_px, 1 - distance / np.float32(feather_px + 1), np.float32(0))
+    return np.asarray(t * t * (3 - 2 * t), np.float32)
+
+
+def cut(photo: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> tuple[Pixels, Pixels]:
+    """The canvas that shows the plan's region, `[height, width, 3]`, and what to paint on it, `[height, width]`.
+
+    Padding repeats the content in reflection and is never painted. A canvas pixel is painted where any part of the
+    dilated mask falls into it, so that none is lost in scaling. `feather_px` is the one the plan was made with.
+    """
+    region, reach = plan.region, _reach(mask, plan, feather_px)
+    grown = np.zeros((region.height, region.width), np.float32)
+    grown[_within(reach, region)] = grow(mask[reach.slices], feather_px)
+    # As floats, because in 8 bits a small coverage would round to none.
+    covered = np.where(_scale(grown, plan.content_size) > 0, np.uint8(255), np.uint8(0))
+    canvas = _pad(_scale(photo[region.slices], plan.content_size), plan.canvas_size, cv2.BORDER_REFLECT)
+    return canvas, _pad(covered, plan.canvas_size, cv2.BORDER_CONSTANT)
+
+
+def paste(photo: Pixels, painted: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> Pixels:
+    """A copy of `photo` with the painted canvas blended in.
+
+    Every pixel outside `grow(mask, feather_px)` is the photo's; every pixel on the mask is the canvas's, scaled back
+    to the photo. `mask` and `feather_px` are those the plan was made with.
+    """
+    reach = _reach(mask, plan, feather_px)
+    width, height = plan.content_size
+    patch = _scale(painted[:height, :width], (plan.region.width, plan.region.height))[_within(reach, plan.region)]
+    result = photo.copy()
+    _blend(result[reach.slices], patch, soft_mask(mask[reach.slices], feather_px))
+    return result
+
+
+def paste_window(canvas: Pixels, painted: Pixels, box: Box, canvas_mask: Pixels) -> None:
+    """Put the painted window at `box` into `canvas`, in place, where `canvas_mask` is not 0 and nowhere else.
+
+    `painted` has the size of `box`, `canvas_mask` that of `canvas`. The edge is hard: `paste` blends over the feather.
+    Where windows overlap, the later one wins on whatever its mask names: give it the mask of what is still unpainted,
+    and it continues what the one before left in the overlap.
+    """
+    np.copyto(canvas[box.slices], painted, where=canvas_mask[box.slices][..., None] != 0)
+
+
+def _distance(mask: Pixels) -> npt.NDArray[np.float32]:
+    """Of each pixel to the nearest one of `mask`; very large everywhere where that is empty."""
+    kept = (mask == 0).view(np.uint8)
+    return np.asarray(cv2.distanceTransform(kept, cv2.DIST_L2, cv2.DIST_MASK_PRECISE), np.float32)
+
+
+def _reach(mask: Pixels, plan: Plan, feather_px: int) -> Box:
+    """The box, in photo pixels, that holds everything within `feather_px` of the mask.
+
+    Raises ValueError where the plan's region does not hold it: the plan is another mask's, or another feather's.
+    """
+    height, width = mask.shape
+    box, region = bounding_box(mask), plan.region
+    if box is not None:
+        reach = Box(
+            x0=max(box.x0 - feather_px, 0),
+            y0=max(box.y0 - feather_px, 0),
+            x1=min(box.x1 + feather_px, width),
+            y1=min(box.y1 + feather_px, height),
+        )
+        if region.x0 <= reach.x0 and region.y0 <= reach.y0 and reach.x1 <= region.x1 and reach.y1 <= region.y1:
+            return reach
+    raise ValueError(f"the mask, at {box} with a feather of {feather_px} px, is not what {region} was planned for")
+
+
+def _within(inner: Box, outer: Box) -> tuple[slice, slice]:
+    """Index of `inner` in an array of the pixels of `outer`."""
+    rows, columns = inner.slices
+    return (
+        slice(rows.start - outer.y0, rows.stop - outer.y0),
+        slice(columns.start - outer.x0, columns.stop - outer.x0),
+    )
+
+
+def _scale(pixels: npt.NDArray[_Number], size: tuple[int, int]) -> npt.NDArray[_Number]:
+    """Resampled to `size` (width, height); the same array where it has that size."""
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels
+    is_smaller = size[0] <= width and size[1] <= height
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC))
+
+
+def _pad(pixels: Pixels, size: tuple[int, int], border: int) -> Pixels:
+    """A new array of `size` (width, height) with `pixels` at its top left."""
+    height, width = pixels.shape[:2]
+    return np.asarray(cv2.copyMakeBorder(pixels, 0, size[1] - height, 0, size[0] - width, border))
+
+
+def _blend(target: Pixels, patch: Pixels, opacity: npt.NDArray[np.float32]) -> None:
+    """Lay `patch` over `target`, in place; where the opacity is 0, `target` is not written at all."""
+    blended = cv2.blendLinear(patch, target, opacity, 1 - opacity)
+    np.copyto(target, blended, where=opacity[..., None] > 0)

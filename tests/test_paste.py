@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import MAGENTA, SMALL, blank, masks, noise, spot
+
+from serve_app.images import Pixels
+from serve_app.messages import CropStrategy
+from serve_app.paste import cut, grow, paste, paste_window, soft_mask
+from serve_app.settings import WindowSettings
+from serve_app.windows import Box, Plan, plan
+
+strategies = st.sampled_from(CropStrategy)
+feathers = st.sampled_from([0, 1, 3, 8])
+
+
+def small(feather_px: int) -> WindowSettings:
+    return SMALL.model_copy(update={"feather_px": feather_px})
+
+
+def made(mask: Pixels, strategy: CropStrategy, feather_px: int) -> Plan:
+    planned = plan(mask, strategy, small(feather_px))
+    assert planned is not None
+    return planned
+
+
+def painted_magenta(canvas: Pixels, canvas_mask: Pixels, planned: Plan) -> Pixels:
+    """The canvas as a replica gives it back: each window painted, one after the other."""
+    result = canvas.copy()
+    for box in planned.windows:
+        window = np.broadcast_to(np.array(MAGENTA, np.uint8), (box.height, box.width, 3))
+        paste_window(result, window, box, canvas_mask)
+    return result
+
+
+@settings(max_examples=300, deadline=None)
+@given(mask=masks(), strategy=strategies, feather_px=feathers)
+def test_what_is_outside_the_dilated_mask_is_identical(mask: Pixels, strategy: CropStrategy, feather_px: int) -> None:
+    photo, planned = noise(mask.shape[1], mask.shape[0]), made(mask, strategy, feather_px)
+    before = photo.copy()
+    # The whole canvas is painted over, as a model's decoder does: the guarantee must not rest on the replica.
+    magenta = np.full((planned.canvas_size[1], planned.canvas_size[0], 3), MAGENTA, np.uint8)
+    edited = paste(photo, magenta, mask, planned, feather_px)
+    outside = grow(mask, feather_px) == 0
+    assert np.array_equal(edited[outside], before[outside])
+    assert (edited[mask == 255] == MAGENTA).all()
+    assert np.array_equal(photo, before)
+
+
+@settings(max_examples=300, deadline=None)
+@given(mask=masks(), strategy=strategies, feather_px=feathers)
+def test_at_the_photos_scale_the_mask_shows_what_the_windows_painted(
+    mask: Pixels, strategy: CropStrategy, feather_px: int
+) -> None:
+    photo, planned = noise(mask.shape[1], mask.shape[0]), made(mask, strategy, feather_px)
+    canvas, canvas_mask = cut(photo, mask, planned, feather_px)
+    edited = paste(photo, painted_magenta(canvas, canvas_mask, planned), mask, planned, feather_px)
+    outside = grow(mask, feather_px) == 0
+    assert np.array_equal(edited[outside], photo[outside])
+    if planned.content_size == (planned.region.width, planned.region.height):
+        assert (edited[mask == 255] == MAGENTA).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(mask=masks(), strategy=strategies, feather_px=feathers)
+def test_every_masked_pixel_is_in_the_canvas_mask_and_in_a_window(
+    mask: Pixels, strategy: CropStrategy, feather_px: int
+) -> None:
+    planned = made(mask, strategy, feather_px)
+    canvas, canvas_mask = cut(noise(mask.shape[1], mask.shape[0]), mask, planned, feather_px)
+    (width, height), (content_width, content_height) = planned.canvas_size, planned.content_size
+    assert canvas.shape == (height, width, 3) and canvas_mask.shape == (height, width)
+    assert canvas.dtype == canvas_mask.dtype == np.uint8
+    assert set(np.unique(canvas_mask)) <= {0, 255}
+    assert not canvas_mask[content_height:].any() and not canvas_mask[:, content_width:].any()
+
+    covered = blank(width, height)
+    for box in planned.windows:
+        covered[box.slices] = 255
+    assert not (canvas_mask & ~covered).any()
+
+    rows, columns = np.nonzero(grow(mask, feather_px))
+    canvas_rows = (rows - planned.region.y0) * content_height // planned.region.height
+    canvas_columns = (columns - planned.region.x0) * content_width // planned.region.width
+    assert canvas_mask[canvas_rows, canvas_columns].all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(mask=masks(longest_px=60), px=st.integers(0, 12))
+def test_grow_is_a_disc_round_every_pixel(mask: Pixels, px: int) -> None:
+    masked = np.argwhere(mask)[:, None, None]
+    rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]]
+    squared = ((masked - np.stack([rows, columns], axis=-1)) ** 2).sum(axis=-1).min(axis=0)
+    assert np.array_equal(grow(mask, px) == 255, squared <= px**2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(mask=masks(), feather_px=feathers)
+def test_opacity_is_one_on_the_mask_and_nothing_beyond_the_feather(mask: Pixels, feather_px: int) -> None:
+    opacity = soft_mask(mask, feather_px)
+    assert opacity.dtype == np.float32 and opacity.shape == mask.shape
+    assert np.array_equal(opacity == 1, mask == 255)
+    assert np.array_equal(opacity > 0, grow(mask, feather_px) == 255)
+
+
+def test_opacity_falls_smoothly_with_the_distance() -> None:
+    opacity = soft_mask(spot(41, 1, 20, 0), 8)[0, 20:]
+    t = 1 - np.arange(10) / 9
+    assert opacity[:10] == pytest.approx(3 * t**2 - 2 * t**3, abs=1e-6)
+    assert (np.diff(opacity[:10]) < 0).all() and not opacity[9:].any()
+
+
+def test_nothing_grows_from_an_empty_mask() -> None:
+    assert not grow(blank(20, 10), 8).any()
+    assert not soft_mask(blank(20, 10), 8).any()
+
+
+def test_a_region_at_the_photos_scale_is_cut_unchanged() -> None:
+    photo, mask = noise(200, 150), spot(200, 150, 100, 70, size=4)
+    planned = made(mask, CropStrategy.CROP, 3)
+    canvas, _ = cut(photo, mask, planned, 3)
+    assert np.array_equal(canvas, photo[planned.region.slices])
+
+
+def test_a_cut_canvas_is_not_a_view_of_the_photo() -> None:
+    photo, mask = noise(200, 150), spot(200, 150, 100, 70, size=4)
+    canvas, _ = cut(photo, mask, made(mask, CropStrategy.CROP, 3), 3)
+    assert not np.shares_memory(canvas, photo)
+
+
+def test_a_photo_smaller_than_its_padding_is_reflected_again_and_again() -> None:
+    photo, mask = noise(3, 1), spot(3, 1, 0, 0)
+    canvas, _ = cut(photo, mask, made(mask, CropStrategy.CROP, 3), 3)
+    assert canvas.shape == (32, 32, 3)
+    assert np.array_equal(canvas[17, :9], photo[0][[0, 1, 2, 2, 1, 0, 0, 1, 2]])
+
+
+def test_a_single_pixel_survives_the_coarsest_scale() -> None:
+    mask = np.maximum(spot(2000, 1500, 1234, 777), spot(2000, 1500, 3, 1490))
+    planned = made(mask, CropStrategy.RESIZE, 0)
+    _, canvas_mask = cut(noise(2000, 1500), mask, planned, 0)
+    assert canvas_mask[777 * 48 // 1500, 1234 * 64 // 2000] == 255
+    assert 2 <= np.count_nonzero(canvas_mask) <= 4
+
+
+def test_a_flat_photo_painted_in_its_own_colour_stays_flat_at_any_scale() -> None:
+    mask = spot(500, 400, 10, 10, size=380)
+    photo = np.full((400, 500, 3), (200, 17, 101), np.uint8)
+    planned = made(mask, CropStrategy.RESIZE, 8)
+    canvas, _ = cut(photo, mask, planned, 8)
+    assert np.array_equal(paste(photo, canvas, mask, planned, 8), photo)
+
+
+def test_a_window_changes_the_canvas_only_inside_its_box_and_mask() -> None:
+    canvas, canvas_mask = noise(96, 64), spot(96, 64, 20, 10, size=40)
+    before, box = canvas.copy(), Box(x0=32, y0=16, x1=64, y1=48)
+    paste_window(canvas, np.full((32, 32, 3), MAGENTA, np.uint8), box, canvas_mask)
+    changed = blank(96, 64)
+    changed[16:48, 32:60] = 255
+    assert (canvas[changed == 255] == MAGENTA).all()
+    assert np.array_equal(canvas[changed == 0], before[changed == 0])
+
+
+def test_a_plan_for_another_mask_is_refused() -> None:
+    photo, mask, other = noise(200, 150), spot(200, 150, 10, 10), spot(200, 150, 190, 140)
+    planned = made(mask, CropStrategy.CROP, 3)
+    for wrong in (other, blank(200, 150)):
+        with pytest.raises(ValueError, match=r"is not what .* was planned for"):
+            cut(photo, wrong, planned, 3)
+        with pytest.raises(ValueError, match=r"is not what .* was planned for"):
+            paste(photo, noise(*planned.canvas_size), wrong, planned, 3)

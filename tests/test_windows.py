@@ -1,0 +1,235 @@
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pictures import SMALL, blank, masks, spot
+
+from serve_app.images import Pixels
+from serve_app.messages import CropStrategy
+from serve_app.settings import WindowSettings
+from serve_app.windows import Box, Plan, bounding_box, plan
+
+CROP, RESIZE, ORIGINAL, AUTO = CropStrategy.CROP, CropStrategy.RESIZE, CropStrategy.ORIGINAL, CropStrategy.AUTO
+DEFAULT = WindowSettings()
+
+window_settings = st.builds(
+    WindowSettings,
+    buckets=st.lists(
+        st.tuples(st.sampled_from([16, 32, 64]), st.sampled_from([16, 48, 64])), min_size=1, max_size=4
+    ).map(tuple),
+    context_px=st.sampled_from([0, 1, 8, 40]),
+    feather_px=st.sampled_from([0, 1, 5]),
+    max_windows=st.sampled_from([1, 2, 4, 9]),
+)
+
+
+def made(mask: Pixels, strategy: CropStrategy, window: WindowSettings = DEFAULT) -> Plan:
+    planned = plan(mask, strategy, window)
+    assert planned is not None
+    return planned
+
+
+def scale_of(planned: Plan) -> float:
+    return planned.content_size[0] / planned.region.width
+
+
+def is_inside(box: Box, width: int, height: int) -> bool:
+    return 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
+
+
+@settings(max_examples=300, deadline=None)
+@given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
+@example(mask=spot(10_000, 1, 9_999, 0), strategy=ORIGINAL, window=DEFAULT)
+@example(mask=np.full((1, 10_000), 255, np.uint8), strategy=RESIZE, window=DEFAULT)
+@example(mask=np.full((10_000, 1), 255, np.uint8), strategy=ORIGINAL, window=DEFAULT)
+@example(mask=np.full((1, 1), 255, np.uint8), strategy=AUTO, window=DEFAULT)
+def test_every_plan_is_well_formed(mask: Pixels, strategy: CropStrategy, window: WindowSettings) -> None:
+    planned = made(mask, strategy, window)
+    region, (width, height), (content_width, content_height) = planned.region, planned.canvas_size, planned.content_size
+    assert is_inside(region, mask.shape[1], mask.shape[0])
+    assert 1 <= content_width <= min(width, region.width) and 1 <= content_height <= min(height, region.height)
+    assert planned.windows and all(is_inside(box, width, height) for box in planned.windows)
+    assert all((box.width, box.height) in window.buckets for box in planned.windows)
+    assert len({(box.width, box.height) for box in planned.windows}) == 1
+    limit = window.max_windows if strategy == ORIGINAL else 1
+    assert len(planned.windows) <= limit
+    assert planned.strategy in ((CROP, RESIZE) if strategy == AUTO else (strategy,))
+
+
+@settings(max_examples=200, deadline=None)
+@given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
+def test_both_dimensions_have_one_scale_up_to_rounding(
+    mask: Pixels, strategy: CropStrategy, window: WindowSettings
+) -> None:
+    planned = made(mask, strategy, window)
+    (content_width, content_height), region = planned.content_size, planned.region
+    lowest = max((content_width - 0.5) / region.width, (content_height - 0.5) / region.height)
+    highest = min((content_width + 0.5) / region.width, (content_height + 0.5) / region.height)
+    assert lowest <= highest or 1 in (content_width, content_height)
+
+
+@settings(max_examples=200, deadline=None)
+@given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
+def test_padding_only_where_the_photo_has_no_more(mask: Pixels, strategy: CropStrategy, window: WindowSettings) -> None:
+    planned = made(mask, strategy, window)
+    assert planned.content_size[0] == planned.canvas_size[0] or planned.region.width == mask.shape[1]
+    assert planned.content_size[1] == planned.canvas_size[1] or planned.region.height == mask.shape[0]
+
+
+@pytest.mark.parametrize("strategy", CropStrategy)
+def test_an_empty_mask_has_no_plan(strategy: CropStrategy) -> None:
+    assert plan(blank(40, 30), strategy, SMALL) is None
+    assert bounding_box(blank(40, 30)) is None
+
+
+class TestCrop:
+    def test_the_mask_is_in_the_middle_of_the_smallest_bucket_that_holds_it(self) -> None:
+        planned = made(spot(4000, 3000, 2000, 1000, size=10), CROP)
+        assert planned.region == Box(x0=1877, y0=877, x1=2133, y1=1133)
+        assert planned.canvas_size == planned.content_size == (256, 256)
+        assert planned.windows == (Box(x0=0, y0=0, x1=256, y1=256),)
+
+    @pytest.mark.parametrize(("mask_px", "bucket_px"), [(112, 256), (113, 512)])
+    def test_context_and_feather_count_on_both_sides(self, mask_px: int, bucket_px: int) -> None:
+        # 112 + 2 · (64 + 8) = 256
+        planned = made(spot(4000, 3000, 2000, 1000, size=mask_px), CROP)
+        assert planned.canvas_size == (bucket_px, bucket_px)
+
+    @pytest.mark.parametrize(
+        ("x", "y", "x0", "y0"), [(0, 0, 0, 0), (3999, 0, 3744, 0), (0, 2999, 0, 2744), (3999, 2999, 3744, 2744)]
+    )
+    def test_at_an_edge_the_region_is_shifted_not_cut(self, x: int, y: int, x0: int, y0: int) -> None:
+        planned = made(spot(4000, 3000, x, y), CROP)
+        assert planned.region == Box(x0=x0, y0=y0, x1=x0 + 256, y1=y0 + 256)
+
+    def test_a_wide_mask_takes_a_wide_bucket(self) -> None:
+        mask = blank(4000, 3000)
+        mask[1500:1510, 1000:1600] = 255
+        assert made(mask, CROP).canvas_size == (768, 512)
+
+    def test_a_mask_no_bucket_holds_is_scaled_down_just_enough(self) -> None:
+        mask = blank(4000, 3000)
+        mask[1000:1100, 1000:2984] = 255  # with the feather 2000 wide: 1024 - 2 · 64 canvas pixels for it
+        planned = made(mask, CROP)
+        assert planned.canvas_size == (1024, 512)
+        assert scale_of(planned) == pytest.approx(896 / 2000, rel=1e-3)
+
+    def test_a_scaled_region_fills_its_window(self) -> None:
+        mask = blank(500, 500)
+        mask[200:244, 250] = 255  # scale (64 - 2 · 8) / (44 + 2 · 3): 66.67 photo pixels fill the width
+        planned = made(mask, CROP, SMALL.model_copy(update={"buckets": ((64, 64),)}))
+        assert planned.region.width == 67
+        assert planned.content_size == (64, 64)
+
+    def test_a_full_mask_is_the_whole_frame(self) -> None:
+        planned = made(np.full((3000, 4000), 255, np.uint8), CROP)
+        assert planned.region == Box(x0=0, y0=0, x1=4000, y1=3000)
+        assert planned.canvas_size == planned.content_size == (1024, 768)
+
+    def test_a_photo_smaller_than_the_bucket_is_padded_not_enlarged(self) -> None:
+        planned = made(spot(100, 60, 50, 30), CROP)
+        assert planned.content_size == (100, 60)
+        assert planned.canvas_size == (256, 256)
+
+
+class TestResize:
+    @pytest.mark.parametrize(
+        ("photo", "content", "canvas"),
+        [
+            ((4000, 3000), (1024, 768), (1024, 768)),
+            ((3000, 4000), (768, 1024), (768, 1024)),
+            ((3000, 3000), (1024, 1024), (1024, 1024)),
+            ((1920, 1080), (1024, 576), (1024, 768)),
+            ((600, 400), (600, 400), (768, 512)),
+            ((10_000, 1), (1024, 1), (1024, 512)),
+            ((1, 1), (1, 1), (256, 256)),
+        ],
+    )
+    def test_the_whole_frame_at_1024(
+        self, photo: tuple[int, int], content: tuple[int, int], canvas: tuple[int, int]
+    ) -> None:
+        planned = made(spot(*photo, 0, 0), RESIZE)
+        assert planned.region == Box(x0=0, y0=0, x1=photo[0], y1=photo[1])
+        assert (planned.content_size, planned.canvas_size) == (content, canvas)
+
+
+class TestOriginal:
+    def test_a_mask_that_fits_one_window_is_planned_as_a_crop(self) -> None:
+        mask = spot(4000, 3000, 2000, 1000, size=100)
+        crop, original = made(mask, CROP), made(mask, ORIGINAL)
+        assert (original.region, original.windows) == (crop.region, crop.windows)
+
+    def test_a_line_longer_than_a_window_keeps_the_photos_scale(self) -> None:
+        mask = blank(4000, 3000)
+        mask[1500:1510, 1000:2600] = 255
+        planned = made(mask, ORIGINAL)
+        assert planned.content_size == planned.canvas_size == (1600 + 2 * (64 + 8), 512)
+        assert planned.windows == (Box(x0=0, y0=0, x1=1024, y1=512), Box(x0=720, y0=0, x1=1744, y1=512))
+
+    def test_windows_without_mask_are_left_out_in_reading_order(self) -> None:
+        mask = np.maximum(spot(4000, 3000, 100, 100), spot(4000, 3000, 3900, 2900))
+        planned = made(mask, ORIGINAL)
+        assert scale_of(planned) == 1
+        first, second = planned.windows
+        assert (first.x0, first.y0) == (0, 0)
+        assert (second.x1, second.y1) == planned.canvas_size
+
+    def test_neighbours_overlap_by_the_context(self) -> None:
+        mask = np.full((150, 170), 255, np.uint8)
+        planned = made(mask, ORIGINAL, SMALL.model_copy(update={"max_windows": 64}))
+        columns = sorted({box.x0 for box in planned.windows})
+        assert planned.canvas_size == (170, 150) and len(planned.windows) == 9
+        assert all(right - left <= 64 - 8 for left, right in itertools.pairwise(columns))
+
+    @pytest.mark.parametrize("max_windows", [1, 2, 4, 6, 64])
+    def test_more_windows_than_allowed_are_traded_for_scale(self, max_windows: int) -> None:
+        mask = np.full((3000, 4000), 255, np.uint8)
+        planned = made(mask, ORIGINAL, DEFAULT.model_copy(update={"max_windows": max_windows}))
+        # 2 · 1024 - 64 and 3 · 1024 - 2 · 64 canvas pixels in a row; 20 windows hold it all.
+        expected = {1: 1024 / 4000, 2: 1024 / 3000, 4: 1984 / 4000, 6: 1984 / 3000, 64: 1}
+        assert len(planned.windows) <= max_windows
+        assert scale_of(planned) == pytest.approx(expected[max_windows], rel=1e-3)
+
+    def test_the_context_keeps_its_width_at_a_coarser_scale(self) -> None:
+        mask = blank(6000, 1000)
+        mask[500, 1000:4984] = 255  # with the feather 4000 wide
+        planned = made(mask, ORIGINAL, DEFAULT.model_copy(update={"max_windows": 2}))
+        assert planned.canvas_size == (2 * 1024 - 64, 512)
+        assert scale_of(planned) == pytest.approx((2 * 1024 - 64 - 2 * 64) / 4000, rel=1e-3)
+
+    def test_a_window_with_nothing_but_feather_is_painted(self) -> None:
+        window = WindowSettings(buckets=((32, 32),), context_px=0, feather_px=5)
+        mask = np.maximum(spot(200, 200, 100, 100), spot(200, 200, 125, 125))
+        mask[100, 100:154] = mask[100:154, 100] = 255  # the windows are at 95 and 127
+        assert len(made(mask, ORIGINAL, window).windows) == 4
+        mask[125, 125] = 0
+        assert len(made(mask, ORIGINAL, window).windows) == 3
+
+    def test_every_window_has_a_reason(self) -> None:
+        mask = blank(300, 300)
+        cv2.line(mask, (10, 10), (290, 290), 255, 3)
+        planned = made(mask, ORIGINAL, SMALL.model_copy(update={"max_windows": 64}))
+        reach = np.pad(mask, SMALL.feather_px)[planned.region.y0 :, planned.region.x0 :]
+        assert scale_of(planned) == 1
+        for box in planned.windows:
+            near = reach[box.y0 : box.y1 + 2 * SMALL.feather_px, box.x0 : box.x1 + 2 * SMALL.feather_px]
+            assert near.any()
+
+
+class TestAuto:
+    def test_a_small_mask_in_a_large_photo_is_cropped(self) -> None:
+        assert made(spot(4000, 3000, 2000, 1500, size=300), AUTO) == made(spot(4000, 3000, 2000, 1500, size=300), CROP)
+
+    @pytest.mark.parametrize("mask", [np.full((3000, 4000), 255, np.uint8), spot(200, 200, 3, 3)])
+    def test_a_crop_of_the_whole_frame_is_a_resize(self, mask: Pixels) -> None:
+        assert made(mask, AUTO) == made(mask, RESIZE)
+
+    @settings(max_examples=100, deadline=None)
+    @given(mask=masks(), window=window_settings)
+    def test_never_coarser_than_the_whole_frame(self, mask: Pixels, window: WindowSettings) -> None:
+        auto, whole = made(mask, AUTO, window), made(mask, RESIZE, window)
+        rounding = 1 / auto.region.width + 1 / whole.region.width
+        assert scale_of(auto) >= scale_of(whole) - rounding
