@@ -1,0 +1,86 @@
+"""What the engine's tests share: tiny checkpoints written once a session, and small requests."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from serve_app.engine.tiny import TinyWeights, ensure
+from serve_app.engine.weights import Weights
+from serve_app.images import Pixels
+from serve_app.ports import PaintRequest
+from serve_app.variants import BUILT_IN
+from serve_app.windows import Box
+
+# torch takes seconds to import, and tests that need none of it load this module too.
+if TYPE_CHECKING:
+    from serve_app.engine.diffusion import FluxFill
+
+#: Side of the windows the tests paint, in pixels: the smallest bucket.
+SIDE = 256
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
+    return ensure(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def embeddings() -> bytes:
+    """Some prompt's, in the tiny model's width."""
+    import safetensors.torch
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        "prompt_embeds": torch.randn(1, 16, 256, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 256, generator=generator),
+    }
+    return safetensors.torch.save(tensors)
+
+
+def flux_fill(tiny: TinyWeights, quant: str = "Q4_0") -> "FluxFill":
+    """Not loaded yet."""
+    from serve_app.engine.diffusion import FluxFill
+
+    weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
+    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, 2)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny: TinyWeights) -> "Iterator[FluxFill]":
+    """A loaded Q4_0, shared by tests that leave it as it is."""
+    engine = flux_fill(tiny)
+    engine.load()
+    yield engine
+    engine.close()
+
+
+def photo(height: int = SIDE, width: int = SIDE) -> Pixels:
+    """A picture with something in it."""
+    ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    return ramp.astype(np.uint8)
+
+
+def square_mask(height: int = SIDE, width: int = SIDE) -> Pixels:
+    """The middle quarter is painted."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = 255
+    return mask
+
+
+def request(**changes: Any) -> PaintRequest:
+    """One window of the smallest bucket, two steps."""
+    whole = Box(x0=0, y0=0, x1=SIDE, y1=SIDE)
+    given = {
+        "job_id": "job",
+        "canvas": photo(),
+        "mask": square_mask(),
+        "windows": [whole],
+        "steps": 2,
+        "guidance_scale": 30.0,
+        "seed": 1,
+        **changes,
+    }
+    return PaintRequest(**given)
