@@ -1,0 +1,47 @@
+"""The engine room: what a replica holds and paints with. torch lives here and nowhere else in serve_app.
+
+Importing this package, `canvas`, `families`, `prompts` or `weights` imports no torch, so a CPU ingress may.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from ..images import Pixels
+
+
+class Engine(Protocol):
+    """One loaded variant. Not for two callers at once: pipelines keep state between steps, so its holder locks it."""
+
+    def load(self) -> None:
+        """Take memory and get ready; slow. Raises WeightsError, VariantLoadFailed, OutOfMemory."""
+
+    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
+        """Run once, briefly, at the sizes `(width, height)`, so that the first job pays for no compilation."""
+
+    def paint(
+        self,
+        window_pixels: Pixels,
+        window_mask: Pixels,
+        *,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        embeddings: bytes | None,
+        on_step: Callable[[int], None],
+    ) -> Pixels:
+        """The window `[h, w, 3]` painted where the mask `[h, w]` is 128 or more; pixels elsewhere may drift.
+
+        `on_step` gets the number of steps done, from 1 up to `steps` (fewer where the family knows no steps). What it
+        raises ends the painting within that step and passes through unchanged.
+        Raises OutOfMemory; PaintError.
+        """
+
+    def device_ms(self) -> float | None:
+        """Device milliseconds painted since `load`, a count that only grows; None where there is no GPU."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Where it runs: `device`, `compute_capability` ("8.9", or "N/A" on a CPU), `memory_used_bytes` and
+        `memory_total_bytes` of the device (None on a CPU), `versions` of what computes."""
+
+    def close(self) -> None:
+        """Free what `load` took."""

@@ -1,0 +1,93 @@
+"""The device that torch computes on: which, how well, how long, and what its failures mean."""
+
+import platform
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import OutOfMemory, PaintError, VariantLoadFailed
+from . import quant
+
+#: Words in the RuntimeErrors that torch raises for a GPU's own failures.
+_GPU_WORDS = ("CUDA", "CUBLAS", "CUDNN", "cuDNN", "NVRTC")
+
+
+class Device:
+    """A GPU where one is wanted, else the CPU."""
+
+    def __init__(self, *, wants_gpu: bool) -> None:
+        """Raises VariantLoadFailed where a GPU is wanted and torch sees none."""
+        if wants_gpu and not torch.cuda.is_available():
+            raise VariantLoadFailed("the variant wants a GPU, and torch sees none")
+        self.is_gpu = wants_gpu
+        self.torch = torch.device("cuda" if wants_gpu else "cpu")
+        self.capability = torch.cuda.get_device_capability() if wants_gpu else None
+        self.dtype: torch.dtype = getattr(torch, quant.compute_dtype(self.capability))
+        self.ms = 0.0
+
+    def describe(self) -> Mapping[str, Any]:
+        """The device's part of `Engine.describe`."""
+        if self.capability is None:
+            return _describe_cpu()
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "device": torch.cuda.get_device_name(),
+            "compute_capability": ".".join(map(str, self.capability)),
+            "memory_used_bytes": total - free,
+            "memory_total_bytes": total,
+        }
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def empty_cache(self) -> None:
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the device time of what runs inside to `ms`, by CUDA events; on a CPU nothing is added."""
+        if not self.is_gpu:
+            yield
+            return
+        start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+        start.record()
+        try:
+            yield
+        finally:
+            end.record()
+            end.synchronize()
+            self.ms += start.elapsed_time(end)
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise OutOfMemory or PaintError for the device's own failures; other errors pass through."""
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            # The frames that failed still hold what filled the memory.
+            traceback.clear_frames(e.__traceback__)
+            self.empty_cache()
+            raise OutOfMemory(f"{self.torch} is out of memory: {_first_line(e)}") from e
+        except RuntimeError as e:
+            if not isinstance(e, torch.AcceleratorError) and not any(word in str(e) for word in _GPU_WORDS):
+                raise
+            raise PaintError(f"the GPU failed: {_first_line(e)}") from e
+
+
+def _describe_cpu() -> Mapping[str, Any]:
+    return {
+        "device": f"CPU {platform.machine()}",
+        "compute_capability": "N/A",
+        "memory_used_bytes": None,
+        "memory_total_bytes": None,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,36 @@
+"""Engine families by name, imported on first use: a replica pays only for its own."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import cast
+
+from ..errors import VariantLoadFailed
+from ..variants import Family, Variant
+from . import Engine
+from .weights import Weights
+
+#: Family -> module in this package and class; the class takes (variant, weights, threads).
+FAMILIES: Mapping[Family, str] = {
+    "flux-fill": "diffusion:FluxFill",
+    "telea": "classical:Telea",
+    "pause": "pause:Pause",
+}
+
+#: Family -> the pip extra that it needs.
+_EXTRAS: Mapping[Family, str] = {"flux-fill": "diffusion"}
+
+
+def create(name: str, variant: Variant, weights: Weights | None, threads: int) -> Engine:
+    """The engine of the variant called `name`, not loaded yet. `weights` as `weights.fetch` gave them.
+
+    Raises VariantLoadFailed, which names the pip extra, where the family's packages are not installed.
+    """
+    module, _, kind = FAMILIES[variant.family].partition(":")
+    try:
+        engine = getattr(import_module(f"{__package__}.{module}"), kind)
+    except ModuleNotFoundError as e:
+        extra = _EXTRAS.get(variant.family)
+        hint = f": pip install 'flux-fill-serve[{extra}]'" if extra else ""
+        message = f"variant {name}: the family {variant.family} needs the package {e.name}{hint}"
+        raise VariantLoadFailed(message, variant=name, extra=extra) from e
+    return cast(Engine, engine(variant, weights, threads))

@@ -1,0 +1,54 @@
+"""Sleeps in place of painting: it stands in for a GPU that works while the CPU is free, in load tests."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..images import Pixels
+from ..variants import Variant
+from .weights import Weights
+
+_GREY = 127
+
+
+class Pause:
+    """An Engine that takes `variant.pause_s` seconds for each window and paints it grey."""
+
+    def __init__(self, variant: Variant, _weights: Weights | None, _threads: int) -> None:
+        self._pause_s = variant.pause_s
+
+    def load(self) -> None: ...
+
+    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None: ...
+
+    def paint(
+        self,
+        window_pixels: Pixels,
+        window_mask: Pixels,
+        *,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        embeddings: bytes | None,
+        on_step: Callable[[int], None],
+    ) -> Pixels:
+        for step in range(1, steps + 1):
+            time.sleep(self._pause_s / steps)
+            on_step(step)
+        painted = window_pixels.copy()
+        painted[window_mask >= 128] = _GREY
+        return painted
+
+    def device_ms(self) -> None:
+        return None
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "device": "none: it sleeps",
+            "compute_capability": "N/A",
+            "memory_used_bytes": None,
+            "memory_total_bytes": None,
+            "versions": {},
+        }
+
+    def close(self) -> None: ...
