@@ -6,6 +6,7 @@
     │   ├── MissingInput           original or mask is not in the blob store
     │   ├── InvalidImage           not a picture, damaged, or of a kind we do not read
     │   ├── ImageTooLarge          over the limit on bytes, pixels or side
+    │   ├── BodyTooLarge           an HTTP body over its limit
     │   ├── MaskMismatch           the mask's shape does not fit the photo's
     │   └── UnknownVariant         a variant this app does not serve
     ├── PaintError                 painting failed for a reason that may pass: an attempt is used
@@ -101,6 +102,11 @@ class InvalidImage(InputError):
 
 class ImageTooLarge(InputError):
     code = "image_too_large"
+    http_status = 413
+
+
+class BodyTooLarge(InputError):
+    code = "body_too_large"
     http_status = 413
 
 

@@ -117,12 +117,14 @@ class Timings(_Value):
     download_s: float | None = None
     #: Decode, plan windows, crop, and get the prompt's embeddings.
     prepare_s: float | None = None
-    #: Waiting for the replica and painting, as the worker sees it.
+    #: Waiting for a replica: queued behind other jobs, or while one starts.
+    wait_s: float | None = None
+    #: The engine at work.
     engine_s: float | None = None
     #: Device time of the painting in milliseconds; None where there is no GPU.
     gpu_ms: float | None = None
     #: Paste and encode.
-    finish_s: float | None = None
+    encode_s: float | None = None
     upload_s: float | None = None
     total_s: float | None = None
 
@@ -323,3 +325,29 @@ def _exhausted(job: Job, now: datetime) -> Job:
 
 def _too_late(job: Job) -> JobError:
     return JobError(code="deadline_exceeded", message=f"its deadline {job.deadline} passed before it was painted")
+
+
+def session_document(job: Job) -> dict[str, Any]:
+    """What the session document says of `job`: camelCase fields as the app reads them."""
+    status = {
+        State.SUCCEEDED: "completed",
+        State.FAILED: "failed",
+        State.EXPIRED: "failed",
+        State.CANCELED: "canceled",
+    }.get(job.status, "processing")
+    failed = status == "failed" and job.error is not None
+    document: dict[str, Any] = {
+        "jobId": job.id,
+        "processingStatus": status,
+        "processingError": job.error.model_dump() if failed and job.error else None,
+    }
+    if job.status == State.SUCCEEDED:
+        document |= {
+            "processingProgress": 1.0,
+            "editedPath": job.artifacts.get("edited"),
+            "previewPath": job.artifacts.get("preview"),
+            "editedAt": job.finished_at.isoformat() if job.finished_at else None,
+        }
+    elif job.status == State.RUNNING:
+        document["processingProgress"] = 0.0
+    return document

@@ -127,15 +127,11 @@ def parse_attributes(attributes: Mapping[str, str]) -> Attributes:
         raise _malformed(e, "attributes.") from e
 
 
-def parse_envelope(body: bytes, *, max_bytes: int) -> PushEnvelope:
-    """The push envelope in `body`; `max_bytes` bounds the message it wraps.
+def parse_envelope(body: bytes) -> PushEnvelope:
+    """The push envelope in `body`.
 
     Raises MalformedMessage, which names the first field at fault.
     """
-    # Base64 makes 4 bytes of 3, and the envelope adds ids and attributes.
-    limit = max_bytes * 4 // 3 + 64_000
-    if len(body) > limit:
-        raise MalformedMessage(f"the envelope has {len(body)} bytes; at most {limit} are read", field="")
     return _validate(PushEnvelope, body)
 
 

@@ -58,6 +58,13 @@ class VariantSettings(Scaling):
     threads: int = Field(2, ge=1, le=256)
 
 
+class TextEncoderSettings(Scaling):
+    """T5 and CLIP. They run once for a prompt that nobody has asked for before, so the CPU is the default."""
+
+    num_gpus: int = Field(0, ge=0, le=1)
+    threads: int = Field(2, ge=1, le=256)
+
+
 class MessagesSettings(_Frozen):
     """Where messages come from and go to."""
 
@@ -82,6 +89,11 @@ class Limits(_Frozen):
     image_pixels: int = Field(50_000_000, ge=1)
     image_side_px: int = Field(10_000, ge=1)
     message_bytes: int = Field(64_000, ge=1)
+
+    @property
+    def envelope_bytes(self) -> int:
+        """Base64 makes 4 bytes of 3, and a push envelope adds ids and attributes."""
+        return self.message_bytes * 4 // 3 + 64_000
 
 
 #: (width, height) in pixels that the model is given: few, because each size is compiled and warmed by itself.
@@ -160,7 +172,7 @@ class Settings(_Frozen):
     messages: MessagesSettings = MessagesSettings()
     variants: dict[str, VariantSettings] = Field(default_factory=dict, min_length=1)
     ingress_replicas: int = Field(1, ge=1, le=100)
-    text_encoder: Scaling = Scaling()
+    text_encoder: TextEncoderSettings = TextEncoderSettings()
     limits: Limits = Limits()
     windows: WindowSettings = WindowSettings()
     work: Work = Work()

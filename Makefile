@@ -1,0 +1,45 @@
+# Everything a fresh machine needs is installed by the first target that wants it: Python 3.11 or 3.12 is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# A Ray of one's own: token authentication, and nothing but loopback.
+RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: install demo run test test-fast check fix bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: install  ## edit a photo with two engines through the whole app; pictures in out/demo
+	$(BIN)/fluxfill demo
+
+run: install  ## serve on this machine; then `fluxfill submit` from a second terminal
+	$(RAY) $(BIN)/serve run serve_config.yaml
+
+test: install  ## every test
+	$(BIN)/pytest
+
+test-fast: install  ## no Ray, no servers
+	$(BIN)/pytest -m "not serve and not emulator"
+
+check: install  ## formatting, lint, types, who may import whom, the configs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/fluxfill check serve_config.yaml
+
+fix: install  ## format and mend what can be mended by machine
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install  ## measure
+	$(BIN)/python -m benchmarks.serving
+
+clean:  ## everything that is not in git
+	rm -rf $(VENV) out var build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

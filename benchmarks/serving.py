@@ -1,0 +1,184 @@
+"""How busy the serving path keeps a replica, with an engine that sleeps in place of painting.
+
+The whole app runs on this machine: embedded Pub/Sub, ingress, file blobs, SQLite, one replica. All sessions are queued
+at once. The busy share is the replica's painting seconds over the seconds from its first painting's start to its last
+one's end: what is missing from 1 is time it waited for the next photo to be downloaded, decoded and cut.
+
+    python -m benchmarks.serving [--sessions 60]
+
+Prints a table a scenario and, last, a JSON object.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from deployments.demo import free_port, ray_environment
+from serve_app.images import Pixels
+from serve_app.jobs import Job, State
+from serve_app.messages import EditMessage
+from serve_app.settings import Settings
+
+out = Console()
+
+STAGES = ("download_s", "prepare_s", "encode_s", "upload_s")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    #: Seconds the engine sleeps for a job.
+    pause_s: float
+    #: Of the photos, in pixels.
+    width: int
+    height: int
+    #: The key of its busy share in the JSON object.
+    key: str
+
+
+SCENARIOS = (
+    Scenario("12-megapixel photos, 1 s", 1.0, 4000, 3000, "busy_share"),
+    Scenario("1024² photos, 0.25 s", 0.25, 1024, 1024, "busy_share_1024"),
+)
+
+
+def variant(scenario: Scenario) -> str:
+    return f"pause-{scenario.pause_s:g}"
+
+
+def settings(folder: Path) -> Settings:
+    served = {
+        variant(s): {
+            "definition": {"family": "pause", "pause_s": s.pause_s},
+            "min_replicas": 1,
+            "max_replicas": 1,
+            "num_cpus": 0.1,
+        }
+        for s in SCENARIOS
+    }
+    return Settings(
+        blobs=f"files:{folder}/blobs",
+        jobs=f"sqlite:{folder}/jobs.db",
+        messages={"url": f"embedded://127.0.0.1:{free_port()}"},
+        variants=served,
+    )
+
+
+def photo(width: int, height: int) -> Pixels:
+    """Texture at every scale, so that the JPEG is as large as a phone's: about 0.4 bytes a pixel at quality 92."""
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((height, width, 3), np.float32)
+    for octave in range(2, 9):
+        grain = rng.normal(0, 2 ** (8 - octave), (height >> (8 - octave) or 1, width >> (8 - octave) or 1, 3))
+        pixels += cv2.resize(grain.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(pixels + 128, 0, 255).astype(np.uint8)
+
+
+def session_files(folder: Path, scenario: Scenario) -> tuple[Path, Path]:
+    """A photo, and the mask of a leash across a third of it."""
+    original, mask = folder / f"{scenario.width}.jpg", folder / f"{scenario.width}.png"
+    cv2.imwrite(str(original), photo(scenario.width, scenario.height), [cv2.IMWRITE_JPEG_QUALITY, 92])
+    line = np.zeros((scenario.height, scenario.width), np.uint8)
+    ends = (scenario.width // 3, scenario.height // 3), (scenario.width // 2, scenario.height * 2 // 3)
+    cv2.line(line, *ends, 255, scenario.width // 100)
+    cv2.imwrite(str(mask), line)
+    return original, mask
+
+
+async def measure(scenario: Scenario, config: Settings, folder: Path, sessions: int) -> dict[str, Any]:
+    from ray import serve
+
+    from deployments.app import inpainter_name
+    from deployments.client import Client
+
+    client = Client(config)
+    original, mask = session_files(folder, scenario)
+    messages = [
+        EditMessage(userId="bench", sessionId=f"{variant(scenario)}-{i}".replace(".", "_"), variant=variant(scenario))
+        for i in range(sessions)
+    ]
+    ids = [await client.submit(message, original, mask) for message in messages]
+    jobs = [await client.follow(job_id, lambda job: None, timeout_s=600) for job_id in ids]
+    failed = [job for job in jobs if job.status != State.SUCCEEDED]
+    if failed:
+        raise SystemExit(f"{len(failed)} jobs did not succeed, the first: {failed[0].error}")
+    replica = serve.get_deployment_handle(inpainter_name(variant(scenario)), "default")
+    usage = (await replica.describe.remote())["usage"]
+    return {
+        "busy_share": usage["busy_s"] / usage["wall_s"],
+        "photo_mb": original.stat().st_size / 1e6,
+        **usage,
+        "stages_ms": {stage: median_ms(jobs, stage) for stage in STAGES},
+    }
+
+
+def median_ms(jobs: list[Job], stage: str) -> float:
+    return 1000 * statistics.median(float(getattr(job.timings, stage)) for job in jobs)
+
+
+def show(scenario: Scenario, result: dict[str, Any]) -> None:
+    table = Table("what", "value", title=scenario.name, show_header=False)
+    table.add_row("busy share", f"{result['busy_share']:.3f}")
+    table.add_row("jobs, busy s, wall s", f"{result['jobs']}, {result['busy_s']:.1f}, {result['wall_s']:.1f}")
+    table.add_row("photo", f"{scenario.width}x{scenario.height}, {result['photo_mb']:.1f} MB")
+    for stage, ms in result["stages_ms"].items():
+        table.add_row(f"median {stage.removesuffix('_s')}", f"{ms:.0f} ms")
+    out.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=60)
+    sessions = parser.parse_args().sessions
+    os.environ.update(ray_environment())
+    import ray
+    from ray import serve
+
+    from deployments.app import build
+
+    ray.init(include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = settings(folder)
+        serve.run(build(config))
+        results = {}
+        for scenario in SCENARIOS:
+            results[scenario.key] = asyncio.run(measure(scenario, config, folder, sessions))
+            show(scenario, results[scenario.key])
+        serve.shutdown()
+    ray.shutdown()
+    print(json.dumps({**{key: round(r["busy_share"], 4) for key, r in results.items()}, **context(results, sessions)}))
+
+
+def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]:
+    """What a reader of the figures needs beside them. `outside_engine_ms` is of the 12-megapixel photos."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    stages = results["busy_share"]["stages_ms"]
+    return {
+        "outside_engine_ms": round(sum(stages.values()), 1),
+        "stages_ms": {key: {s: round(ms, 1) for s, ms in r["stages_ms"].items()} for key, r in results.items()},
+        "sessions": sessions,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {"python": platform.python_version(), "ray": version("ray"), "pillow": version("pillow")},
+        "commit": commit.stdout.strip(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The composition root: settings in, a Serve application out."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from serve_app.settings import Inference, Scaling, Settings
+from serve_app.variants import TINY, Variant
+
+from .broker import PubSub
+from .ingress import Ingress, http
+from .inpainter import Inpainter
+from .text_encoder import TextEncoder
+
+#: A second request waits in the replica while the first one paints, so the GPU never waits for a photo.
+ONGOING_PER_REPLICA = 2
+
+
+def build(args: Settings) -> serve.Application:
+    """The import path of serve_config.yaml: `deployments.app:build`."""
+    settings = absolute(args)
+    painters = {name: _inpainter(name, settings) for name in settings.variants}
+    encoders = {base: _text_encoder(base, variant, settings) for base, variant in _bases(settings).items()}
+    names = {name: inpainter_name(name) for name in settings.variants}
+    ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
+        name="Ingress",
+        num_replicas=settings.ingress_replicas,
+        # Work in the background counts as no load, so only pushes would be limited by this.
+        max_ongoing_requests=max(100, settings.in_flight()),
+        ray_actor_options={"num_cpus": 0.2},
+        graceful_shutdown_timeout_s=settings.work.grace_s + 10,
+        user_config=Inference(variant=next(iter(settings.variants))).model_dump(mode="json"),
+    )
+    broker = serve.deployment(PubSub).options(ray_actor_options={"num_cpus": 0.1}).bind(settings.messages)
+    return ingress.bind(settings, painters, encoders, names, broker if settings.messages.is_embedded else None)
+
+
+def inpainter_name(variant: str) -> str:
+    return f"Inpainter-{variant}"
+
+
+def deployment_names(settings: Settings) -> list[str]:
+    """Every deployment the app has with these settings."""
+    painters = [inpainter_name(name) for name in settings.variants]
+    encoders = [text_encoder_name(base) for base in _bases(settings)]
+    return ["Ingress", *painters, *encoders, *(["PubSub"] if settings.messages.is_embedded else [])]
+
+
+def absolute(settings: Settings) -> Settings:
+    """Relative folders are taken from the folder the app is started in, once, whatever a replica's own is."""
+
+    def anchored(url: str) -> str:
+        scheme, _, path = url.partition(":")
+        return f"{scheme}:{Path(path).absolute()}" if scheme in ("files", "sqlite") else url
+
+    weights = settings.weights
+    return settings.model_copy(
+        update={
+            "blobs": anchored(settings.blobs),
+            "jobs": anchored(settings.jobs),
+            "weights": weights.model_copy(
+                update={
+                    "cache": weights.cache.absolute(),
+                    "lock": weights.lock.absolute(),
+                    "mirror": weights.mirror and anchored(weights.mirror),
+                }
+            ),
+        }
+    )
+
+
+def _bases(settings: Settings) -> dict[str, Variant]:
+    """One variant for each base model whose prompts must be encoded."""
+    rows = (settings.variant(name) for name in settings.variants)
+    return {str(row.base): row for row in rows if row.takes_prompt}
+
+
+def text_encoder_name(base: str) -> str:
+    """One text encoder for each base model: `TextEncoder-FLUX.1-Fill-dev`."""
+    return f"TextEncoder-{re.sub('[^A-Za-z0-9_.-]', '', base.rpartition('/')[2].removeprefix(TINY) or base)}"
+
+
+def _inpainter(name: str, settings: Settings) -> serve.Application:
+    served = settings.variants[name]
+    return (
+        serve.deployment(Inpainter)
+        .options(name=inpainter_name(name), **_scaled(served, num_gpus=settings.variant(name).num_gpus))
+        .bind(name, settings)
+    )
+
+
+def _text_encoder(base: str, variant: Variant, settings: Settings) -> serve.Application:
+    return (
+        serve.deployment(TextEncoder)
+        .options(
+            name=text_encoder_name(base), **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus)
+        )
+        .bind(variant, settings)
+    )
+
+
+def _scaled(scaling: Scaling, *, num_gpus: int) -> dict[str, Any]:
+    """Deployment options for autoscaling by `scaling`."""
+    return {
+        "max_ongoing_requests": ONGOING_PER_REPLICA,
+        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": num_gpus},
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "downscale_to_zero_delay_s": scaling.downscale_to_zero_delay_s,
+        },
+    }

@@ -1,0 +1,323 @@
+"""The command line: `fluxfill demo | submit | jobs | check | weights`."""
+
+import asyncio
+import uuid
+from collections.abc import Coroutine, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from serve_app.errors import FluxFillError, MalformedMessage, UnknownVariant
+from serve_app.jobs import Job, State
+from serve_app.messages import CropStrategy, EditMessage
+from serve_app.settings import Settings
+from serve_app.variants import BUILT_IN, Variant
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Takes things out of photos with FLUX.1-Fill.",
+)
+jobs_app = typer.Typer(help="Jobs: list them, look at one, cancel one.")
+weights_app = typer.Typer(no_args_is_help=True, help="Model weights.")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(weights_app, name="weights")
+
+out = Console()
+err = Console(stderr=True)
+
+T = TypeVar("T")
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve config file of the app.")]
+CONFIG = Path("serve_config.yaml")
+
+
+def main() -> None:
+    """The console script. A known error is one red line and exit status 1, not a traceback."""
+    try:
+        app()
+    except FluxFillError as e:
+        err.print(f"[red]{e.code}[/red]: {e.message}", highlight=False)
+        raise SystemExit(1) from e
+
+
+def _settings(config: Path) -> Settings:
+    from .app import absolute
+    from .config import load
+
+    return absolute(load(config).settings)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+@app.command()
+def submit(
+    original: Annotated[Path, typer.Option(help="The photo.", exists=True, dir_okay=False)],
+    mask: Annotated[Path, typer.Option(help="White where the photo is to be filled.", exists=True, dir_okay=False)],
+    user: Annotated[str, typer.Option(help="User id.")] = "local",
+    session: Annotated[str | None, typer.Option(help="Session id; a new one when left out.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant to paint with.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is to be seen there.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 0 to 100.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 100.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; derived from the job when left out.")] = None,
+    crop: Annotated[CropStrategy | None, typer.Option(help="How much of the photo the model sees.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where the result is written.")] = Path("out"),
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the result.")] = 900,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Upload a photo and its mask, publish the message, follow the job, write the result."""
+    given = {
+        "userId": user,
+        "sessionId": session or f"cli-{uuid.uuid4().hex[:12]}",
+        "variant": variant,
+        "prompt": prompt,
+        "guidanceScale": guidance,
+        "steps": steps,
+        "seed": seed,
+        "cropStrategy": crop,
+    }
+    job, files = _run(_submit(_message(given), original, mask, folder, timeout, config))
+    _show(job)
+    if job.status != State.SUCCEEDED:
+        raise typer.Exit(1)
+    for path in files:
+        out.print(f"wrote {path}", highlight=False)
+
+
+def _message(given: dict[str, Any]) -> EditMessage:
+    try:
+        return EditMessage.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise MalformedMessage(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+
+
+async def _submit(
+    message: EditMessage, original: Path, mask: Path, folder: Path, timeout_s: float, config: Path
+) -> tuple[Job, list[Path]]:
+    from .client import Client
+
+    client = Client(_settings(config))
+    job_id = await client.submit(message, original, mask)
+    out.print(f"session {message.user_id}/{message.session_id}, job {job_id}", highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=out) as bar:
+        task = bar.add_task("waiting", total=1.0, steps="")
+
+        def on_change(job: Job) -> None:
+            steps = f"{job.progress.step}/{job.progress.steps}" if job.progress.steps else ""
+            done = 1.0 if job.status == State.SUCCEEDED else job.progress.fraction
+            bar.update(task, description=f"{job.status} on {job.variant}", completed=done, steps=steps)
+
+        try:
+            job = await client.follow(job_id, on_change, timeout_s=timeout_s)
+        except TimeoutError:
+            raise FluxFillError(f"no result within {timeout_s:g} s; see: fluxfill jobs show {job_id}") from None
+    return job, await client.fetch(job, folder) if job.status == State.SUCCEEDED else []
+
+
+def _show(job: Job) -> None:
+    """One job in full, timings included."""
+    table = Table("field", "value", title=job.id, show_header=False)
+    timings = {name: f"{value:.3f}" for name, value in job.timings.model_dump(exclude_none=True).items()}
+    rows: dict[str, Any] = {
+        "status": job.status,
+        "session": job.session_key,
+        "variant": job.variant,
+        **job.parameters.model_dump(mode="json"),
+        "seed": job.seed,
+        "attempts": job.attempt,
+        "progress": f"{job.progress.step}/{job.progress.steps}",
+        **({"error": f"{job.error.code}: {job.error.message}"} if job.error else {}),
+        **timings,
+        **job.artifacts,
+        "created": job.created_at,
+        "finished": job.finished_at,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, str(value))
+    out.print(table)
+
+
+@jobs_app.callback(invoke_without_command=True)
+def jobs(
+    context: typer.Context,
+    status: Annotated[State | None, typer.Option(help="Only those.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 20,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """The newest jobs."""
+    if context.invoked_subcommand:
+        return
+    from .client import Client
+
+    table = Table("job", "session", "variant", "status", "attempts", "progress", "created", "error")
+    for job in _run(Client(_settings(config)).list(status=status, limit=limit)):
+        age = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        progress = f"{job.progress.fraction:.0%}" if job.progress.steps else ""
+        error = job.error.code if job.error else ""
+        table.add_row(job.id, job.session_key, job.variant, job.status, str(job.attempt), progress, age, error)
+    out.print(table)
+
+
+@jobs_app.command("show")
+def jobs_show(job_id: str, config: ConfigOption = CONFIG) -> None:
+    """One job, its parameters, timings and error."""
+    _show(_run(_job(job_id, config)))
+
+
+@jobs_app.command("cancel")
+def jobs_cancel(job_id: str, config: ConfigOption = CONFIG) -> None:
+    """Stop a job: one that waits never starts, one that runs stops within a step."""
+    from .client import Client
+
+    async def cancel() -> Job:
+        return await Client(_settings(config)).cancel(await _job(job_id, config))
+
+    out.print(f"{_run(cancel()).status}")
+
+
+async def _job(job_id: str, config: Path) -> Job:
+    from .client import Client
+
+    job = await Client(_settings(config)).get(job_id)
+    if job is None:
+        raise FluxFillError(f"there is no job {job_id}")
+    return job
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="A Serve config file.")] = CONFIG) -> None:
+    """Validate a config: say what is wrong in it and where, or what it will run."""
+    from .config import check as problems_of
+    from .config import load
+
+    problems = problems_of(file)
+    for problem in problems:
+        err.print(f"{file}: {problem}", highlight=False, markup=False)
+    if problems:
+        raise typer.Exit(1)
+    _summary(load(file).settings, file)
+
+
+def _summary(settings: Settings, file: Path) -> None:
+    from serve_app.engine import lock
+
+    locked = lock.read(settings.weights.lock)
+    table = Table("variant", "engine", "replicas", "weights", "pinned")
+    for name, served in settings.variants.items():
+        row = settings.variant(name)
+        source = f"{row.repo}/{row.file}" if row.repo else row.file or "none"
+        pinned = "" if not row.repo else "yes" if row.revision or row.repo in locked.repos else "NO"
+        table.add_row(name, row.family, f"{served.min_replicas}..{served.max_replicas}", source, pinned)
+    out.print(table)
+    out.print(f"{file} is sound.", highlight=False)
+
+
+@weights_app.command("tiny")
+def weights_tiny(
+    to: Annotated[Path, typer.Option(help="Folder to write them in.")] = Path("var/weights/tiny"),
+) -> None:
+    """Write the tiny random-weight checkpoints, as the tiny-* variants write them for themselves on first use."""
+    from serve_app.engine import tiny
+
+    written = tiny.ensure(to)
+    for path in sorted(p for p in to.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", highlight=False)
+    out.print(f"base: {written.base}", highlight=False)
+
+
+@weights_app.command("pull")
+def weights_pull(
+    variants: Annotated[list[str] | None, typer.Argument(help="Variants; all the config serves when left out.")] = None,
+    to: Annotated[str | None, typer.Option(help="Blob store URL of a mirror to fill, too.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Look revisions up and write them to the lock file.")] = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Bring weights into the cache, and into a mirror; pin what was looked up."""
+    settings = _settings(config)
+    rows = [_row(settings, name) for name in variants or settings.variants]
+    missing = _run(_pull(rows, settings, to, pin))
+    for repo, why in missing.items():
+        err.print(f"not pinned: {repo}: {why}", highlight=False, markup=False)
+    if missing:
+        raise typer.Exit(1)
+
+
+def _row(settings: Settings, name: str) -> Variant:
+    if name in settings.variants:
+        return settings.variant(name)
+    if name not in BUILT_IN:
+        raise UnknownVariant(f"there is no variant {name}; built in are {', '.join(BUILT_IN)}")
+    return BUILT_IN[name]
+
+
+async def _pull(rows: list[Variant], settings: Settings, to: str | None, pin: bool) -> Mapping[str, str]:
+    """Repositories that could not be pinned, with the reason."""
+    from dataclasses import replace
+
+    from serve_app import adapters
+    from serve_app.engine import lock, weights
+    from serve_app.engine.origins import Mirror
+
+    from .loading import sources
+
+    def on_file(repo: str, file: str, number: int, count: int) -> None:
+        out.print(f"{repo}: {number}/{count} {file}", highlight=False)
+
+    where, missing = sources(settings), {}
+    if pin:
+        pinned = await weights.pin(rows, where, on_file)
+        lock.write(settings.weights.lock, pinned.lock)
+        where, missing = replace(where, locked=pinned.lock), dict(pinned.missing)
+        out.print(f"wrote {settings.weights.lock}", highlight=False)
+    else:
+        await weights.pull(rows, where, on_file)
+    if to:
+        await weights.push_to_mirror(rows, replace(where, mirror=Mirror(adapters.blob_files(to))), on_file)
+    return missing
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("out/demo"),
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Start the app, edit a photo with two engines through Pub/Sub, write the pictures, stop everything."""
+    from .config import load
+    from .demo import before_after, config_beside, draw_leash, serving
+
+    started = datetime.now()
+    original, mask = draw_leash(folder)
+    own = config_beside(config, folder)
+    loaded = load(own)
+    pictures = {"original": original}
+    out.print(f"starting the app: serve run {own} (log: {folder / 'serve.log'})", highlight=False)
+    with serving(own, loaded.url, folder / "serve.log"):
+        for variant in ("telea", "tiny-Q4_0"):
+            message = _message({"userId": "demo", "sessionId": f"cat-{variant}", "variant": variant, "steps": 8})
+            job, files = _run(_submit(message, original, mask, folder / variant, 180, own))
+            _show(job)
+            if job.status != State.SUCCEEDED:
+                raise FluxFillError(f"the {variant} edit {job.status}; see {folder / 'serve.log'}")
+            pictures[variant] = files[0]
+    before_after(pictures, folder / "before_after.png")
+    _where(folder, (datetime.now() - started).total_seconds())
+
+
+def _where(folder: Path, seconds: float) -> None:
+    out.print(f"\ndone in {seconds:.0f} s; the app is stopped. Look at:", highlight=False)
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg") and "store" not in p.parts):
+        out.print(f"  {path}", highlight=False)
+    out.print("telea is OpenCV's; the tiny-* models have random weights and paint noise: they show the real pipeline.")

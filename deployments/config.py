@@ -1,0 +1,202 @@
+"""Reading a Serve config file, strictly: what is wrong in it, and on which line."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    RayActorOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
+
+from serve_app.errors import SettingsError
+from serve_app.settings import Inference, Settings
+
+from .app import deployment_names
+
+BUILDER = "deployments.app:build"
+
+#: Keys and list positions from the top of the file.
+Keys = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong: the path of keys to it, and what."""
+
+    where: Keys
+    what: str
+    #: 1-based; 0 where the file could not be read.
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {'.'.join(map(str, self.where)) or 'the file'}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A sound config file: what the app reads of it."""
+
+    settings: Settings
+    inference: Inference
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def load(path: Path) -> Config:
+    """Raises SettingsError with every problem, a line each."""
+    problems = check(path)
+    if problems:
+        raise SettingsError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
+    raw = yaml.safe_load(path.read_text())
+    app = raw["applications"][0]
+    http = HTTPOptionsSchema.model_validate(raw.get("http_options") or {})
+    settings = Settings.model_validate(app["args"])
+    return Config(
+        settings=settings,
+        inference=Inference.model_validate(_user_config(app, settings)),
+        host=http.host or "127.0.0.1",
+        port=http.port or 8000,
+    )
+
+
+def check(path: Path) -> list[Problem]:
+    """Every problem of the file, in file order; none means that Serve and the app will take it."""
+    try:
+        text = path.read_text()
+        raw, lines = yaml.safe_load(text), _Lines(text)
+    except OSError as e:
+        return [Problem(where=(), what=f"cannot be read: {e.strerror}")]
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        what = f"not YAML: {getattr(e, 'problem', None) or e}"
+        return [Problem(where=(), what=what, line=mark.line + 1 if mark else 0)]
+    if not isinstance(raw, dict):
+        return [Problem(where=(), what="not a mapping", line=1)]
+    problems = [Problem(where=where, what=what, line=lines.of(where)) for where, what in _problems(raw)]
+    return sorted(problems, key=lambda p: p.line)
+
+
+Found = Iterator[tuple[Keys, str]]
+
+
+def _problems(raw: dict[str, Any]) -> Found:
+    yield from _serve_problems(raw)
+    apps = raw.get("applications")
+    ours = [(i, app) for i, app in enumerate(_dicts(apps)) if app.get("import_path") == BUILDER]
+    if len(ours) != 1:
+        yield ("applications",), f"exactly one application must have import_path {BUILDER}; there are {len(ours)}"
+    for i, app in ours:
+        yield from _app_problems(("applications", i), app)
+
+
+def _serve_problems(raw: dict[str, Any]) -> Found:
+    """Ray's own schema takes unknown keys without a word, so each level's names are compared here."""
+    yield from _unknown(ServeDeploySchema, raw, ())
+    yield from _unknown(HTTPOptionsSchema, raw.get("http_options"), ("http_options",))
+    for i, app in enumerate(_dicts(raw.get("applications"))):
+        at: Keys = ("applications", i)
+        yield from _unknown(ServeApplicationSchema, app, at)
+        for j, deployment in enumerate(_dicts(app.get("deployments"))):
+            yield from _deployment_problems((*at, "deployments", j), deployment)
+    yield from _invalid(ServeDeploySchema, raw, ())
+
+
+def _deployment_problems(at: Keys, deployment: dict[str, Any]) -> Found:
+    yield from _unknown(DeploymentSchema, deployment, at)
+    yield from _unknown(RayActorOptionsSchema, deployment.get("ray_actor_options"), (*at, "ray_actor_options"))
+    autoscaling = deployment.get("autoscaling_config")
+    if isinstance(autoscaling, dict):
+        yield from _unknown(AutoscalingConfig, autoscaling, (*at, "autoscaling_config"))
+        yield from _invalid(AutoscalingConfig, autoscaling, (*at, "autoscaling_config"))
+
+
+def _app_problems(at: Keys, app: dict[str, Any]) -> Found:
+    found = list(_invalid(Settings, app.get("args") or {}, (*at, "args")))
+    yield from found
+    if found:
+        return
+    settings = Settings.model_validate(app.get("args"))
+    names = deployment_names(settings)
+    for j, deployment in enumerate(_dicts(app.get("deployments"))):
+        if deployment.get("name") not in names:
+            what = f"{deployment.get('name')!r} is not one of this app's deployments: {', '.join(names)}"
+            yield (*at, "deployments", j, "name"), what
+    yield from _inference_problems(at, app, settings)
+
+
+def _inference_problems(at: Keys, app: dict[str, Any], settings: Settings) -> Found:
+    for j, deployment in enumerate(_dicts(app.get("deployments"))):
+        if deployment.get("name") == "Ingress":
+            at = (*at, "deployments", j, "user_config")
+    user_config = _user_config(app, settings)
+    found = list(_invalid(Inference, user_config, at))
+    yield from found
+    if not found and (variant := Inference.model_validate(user_config).variant) not in settings.variants:
+        yield (*at, "variant"), f"{variant!r} is not served; there are {', '.join(settings.variants)}"
+
+
+def _user_config(app: dict[str, Any], settings: Settings) -> Any:
+    for deployment in _dicts(app.get("deployments")):
+        if deployment.get("name") == "Ingress" and deployment.get("user_config") is not None:
+            return deployment["user_config"]
+    return {"variant": next(iter(settings.variants))}
+
+
+def _dicts(value: Any) -> Sequence[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _unknown(model: type[BaseModel], value: Any, at: Keys) -> Found:
+    if not isinstance(value, dict):
+        return
+    names = set(model.model_fields) | {f.alias for f in model.model_fields.values() if f.alias}
+    for key in value:
+        if key not in names:
+            yield (*at, key), "unknown key"
+
+
+def _invalid(model: type[BaseModel], value: Any, at: Keys) -> Found:
+    try:
+        model.model_validate(value)
+    except ValidationError as e:
+        for error in e.errors(include_url=False, include_context=False):
+            what = "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
+            yield (*at, *error["loc"]), what
+
+
+class _Lines:
+    """From a path of keys to the line it stands on."""
+
+    def __init__(self, text: str) -> None:
+        self._root = yaml.compose(text, Loader=yaml.SafeLoader)
+
+    def of(self, where: Iterable[str | int]) -> int:
+        node, line = self._root, 1
+        for part in where:
+            step = _step(node, part)
+            if step is None:
+                break
+            line, node = step
+        return line
+
+
+def _step(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == str(part):
+                return key.start_mark.line + 1, value
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return node.value[part].start_mark.line + 1, node.value[part]
+    return None

@@ -1,0 +1,150 @@
+"""The demo: the app as `serve run` starts it, a real photo with a leash, an edit by each of two engines."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import yaml
+from PIL import Image, ImageDraw
+from tenacity import retry, retry_if_exception_type, retry_if_result, stop_after_delay, wait_fixed
+
+from serve_app.errors import SettingsError
+
+START_S = 120
+
+
+def draw_leash(folder: Path) -> tuple[Path, Path]:
+    """scikit-image's public-domain cat with a leash drawn over it, and the mask a person would paint.
+
+    Raises SettingsError where scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError as e:
+        raise SettingsError("the demo's photo comes with scikit-image: pip install 'flux-fill-serve[demo]'") from e
+    photo = Image.fromarray(data.cat())
+    leash = _curve(photo.width, photo.height)
+    mask = Image.new("L", photo.size, 0)
+    draw, draw_mask = ImageDraw.Draw(photo), ImageDraw.Draw(mask)
+    draw.line(leash, fill=(150, 24, 28), width=7, joint="curve")
+    draw.line([(x - 1, y - 2) for x, y in leash], fill=(205, 70, 66), width=2, joint="curve")
+    draw_mask.line(leash, fill=255, width=13, joint="curve")
+    folder.mkdir(parents=True, exist_ok=True)
+    photo.save(folder / "original.jpg", quality=95)
+    mask.save(folder / "mask.png")
+    return folder / "original.jpg", folder / "mask.png"
+
+
+def _curve(width: int, height: int) -> list[tuple[float, float]]:
+    """A slack line from the collar to the right edge."""
+    t = np.linspace(0, 1, 60)
+    x = width * (0.52 + 0.48 * t)
+    y = height * (0.86 - 0.62 * t + 0.22 * np.sin(np.pi * t))
+    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+
+
+def before_after(pictures: Mapping[str, Path], to: Path) -> None:
+    """The pictures side by side, each under its name."""
+    images = {name: Image.open(path).convert("RGB") for name, path in pictures.items()}
+    width, height = next(iter(images.values())).size
+    gap, label = 12, 26
+    sheet = Image.new("RGB", ((width + gap) * len(images) - gap, height + label), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, image) in enumerate(images.items()):
+        sheet.paste(image.resize((width, height)), (i * (width + gap), label))
+        draw.text((i * (width + gap) + 2, 4), name, fill="black", font_size=16)
+    sheet.save(to)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def config_beside(config: Path, folder: Path) -> Path:
+    """A copy of `config` in `folder` with free ports and stores of its own, so that a running app is left alone."""
+    raw: dict[str, Any] = yaml.safe_load(config.read_text())
+    raw["http_options"]["port"] = free_port()
+    args = raw["applications"][0]["args"]
+    store = folder.absolute() / "store"
+    args |= {"blobs": f"files:{store}/blobs", "jobs": f"sqlite:{store}/jobs.db"}
+    args["messages"]["url"] = f"embedded://127.0.0.1:{free_port()}"
+    copy = folder / "serve_config.yaml"
+    copy.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return copy
+
+
+@contextmanager
+def serving(config: Path, url: str, log: Path) -> Iterator[None]:
+    """`serve run config` in a process group of its own, ready when entered, gone when left.
+
+    Raises SettingsError, with the end of the log, when it does not become ready.
+    """
+    with log.open("wb") as out:
+        app = subprocess.Popen(
+            [str(Path(sys.executable).with_name("serve")), "run", str(config)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=ray_environment(),
+            start_new_session=True,
+            # Only SIGINT ends `serve run` cleanly, and a process started in the background may have it ignored.
+            preexec_fn=_take_interrupts,
+        )
+    try:
+        _wait_ready(app, url, log)
+        yield
+    finally:
+        _stop(app)
+
+
+def ray_environment() -> dict[str, str]:
+    """For a Ray of one's own on this machine: token authentication with a token of this run, loopback only."""
+    return {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def _take_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _wait_ready(app: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    @retry(
+        stop=stop_after_delay(START_S),
+        wait=wait_fixed(0.3),
+        retry=retry_if_exception_type(httpx.TransportError) | retry_if_result(lambda ready: not ready),
+    )
+    def ready() -> bool:
+        if app.poll() is not None:
+            raise SettingsError(f"the app ended at its start; the end of {log}:\n{_tail(log)}")
+        return httpx.get(f"{url}/ready", timeout=5).status_code == 200
+
+    ready()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+
+
+def _stop(app: "subprocess.Popen[bytes]") -> None:
+    app.send_signal(signal.SIGINT)
+    try:
+        app.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(app.pid, signal.SIGKILL)
+        app.wait()

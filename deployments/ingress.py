@@ -1,0 +1,131 @@
+"""The ingress: pulls messages, answers HTTP, and works on both through one worker."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app import adapters
+from serve_app.api import Readiness, create_app
+from serve_app.engine.prompts import PromptCache
+from serve_app.ports import Delivery, Verdict
+from serve_app.settings import Inference, Limits, Settings
+from serve_app.telemetry import configure_logging
+from serve_app.worker import Worker
+
+from .readiness import VariantWatch
+from .remote import RemotePainter, RemotePrompts
+
+log = logging.getLogger(__name__)
+
+
+def http() -> FastAPI:
+    """The routes, over whichever Ingress this process holds."""
+    return create_app(lambda: serve.get_replica_context().servable_object)
+
+
+class Ingress:
+    """Starts pulling once it has its inference defaults, which arrive as user_config."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        painters: Mapping[str, DeploymentHandle],
+        encoders: Mapping[str, DeploymentHandle],
+        deployments: Mapping[str, str],
+        _broker: DeploymentHandle | None,
+    ) -> None:
+        configure_logging()
+        self._settings = settings
+        self._inference: Inference | None = None
+        self._defaults_error = ""
+        self._watch = VariantWatch(painters, deployments)
+        blobs = adapters.blob_store(settings.blobs)
+        prompts = RemotePrompts(encoders, PromptCache(blobs), settings)
+        self._source = adapters.message_source(settings.messages, settings.in_flight())
+        self._worker = Worker(
+            blobs=blobs,
+            job_store=adapters.job_store(settings.jobs),
+            mirror=adapters.session_mirror(settings.jobs),
+            publisher=adapters.publisher(settings.messages),
+            painter=RemotePainter(painters),
+            prompts=prompts,
+            settings=settings,
+            defaults=self._defaults,
+        )
+        self._tasks = [asyncio.create_task(self._watch.run())]
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new inference defaults. Jobs already claimed keep the values they were claimed with.
+
+        The first ones must be right. Later wrong ones are refused and shown in /ready, and the old ones stay: an
+        exception here would make Serve take a working ingress down.
+        """
+        try:
+            inference = Inference.model_validate(user_config)
+            self._check_served(inference)
+        except ValueError as e:
+            if self._inference is None:
+                raise
+            self._defaults_error = _first_line(e)
+            log.error("Kept the old inference defaults: %s", e, extra={"action": "defaults_refused"})
+            return
+        started, self._inference, self._defaults_error = self._inference is not None, inference, ""
+        log.info("Took inference defaults", extra={"action": "defaults", **inference.model_dump(exclude={"prompt"})})
+        if not started:
+            self._tasks.append(asyncio.create_task(self._source.run(self._worker.work)))
+
+    def _check_served(self, inference: Inference) -> None:
+        if inference.variant not in self._settings.variants:
+            raise ValueError(f"variant: {inference.variant!r} is not served; there are {list(self._settings.variants)}")
+
+    def _defaults(self) -> Inference:
+        assert self._inference is not None, "no message arrives before reconfigure"
+        return self._inference
+
+    # -- what the HTTP routes ask for
+
+    @property
+    def limits(self) -> Limits:
+        return self._settings.limits
+
+    async def work(self, delivery: Delivery) -> Verdict:
+        return await self._worker.work(delivery)
+
+    def readiness(self) -> Readiness:
+        default = self._defaults().variant
+        status = self._source.status()
+        return Readiness(
+            ready=self._watch.states[default].can_serve,
+            default_variant=default,
+            variants=self._watch.states,
+            messages={"connected": status.connected, "error": status.error, "held": status.held},
+            defaults_error=self._defaults_error,
+        )
+
+    # -- life and death
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose background work has ended."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"a background task ended: {task}")
+
+    async def __del__(self) -> None:
+        log.info("Stopping: no new messages, giving back what is not done", extra={"action": "stopping"})
+        await self._source.close(grace_s=self._settings.work.grace_s)
+        for task in self._tasks:
+            task.cancel()
+        self._worker.close()
+
+
+def _first_line(e: ValueError) -> str:
+    if isinstance(e, ValidationError):
+        first = e.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(e)

@@ -1,0 +1,65 @@
+"""Which variants can serve: asked of Serve, and of replicas that have not yet said that they loaded."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatusOverview
+
+from serve_app.api import VariantReadiness
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+class VariantWatch:
+    """Keeps each variant's state. A variant that is ready is not asked again, so that asking never keeps it awake."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle], deployments: Mapping[str, str]) -> None:
+        self._ask = {name: h.options(method_name="status") for name, h in handles.items()}
+        self._deployments = deployments
+        self.states = {name: VariantReadiness(state="starting") for name in handles}
+
+    async def run(self) -> None:
+        """Look every second, for ever."""
+        app = serve.get_replica_context().app_name
+        while True:
+            try:
+                status = await asyncio.to_thread(serve.status)
+                overviews = status.applications[app].deployments
+                await asyncio.gather(*(self._look(name, overviews.get(d)) for name, d in self._deployments.items()))
+            except (RayError, RayServeException, KeyError) as e:
+                log.warning("Could not ask Serve for its status: %s", e, extra={"action": "status_unknown"})
+            await asyncio.sleep(POLL_S)
+
+    async def _look(self, name: str, overview: DeploymentStatusOverview | None) -> None:
+        state = await self._state(name, overview)
+        if state != self.states[name]:
+            extra = {"action": "variant_state", "variant": name, "state": state.state}
+            log.info("Variant %s is %s %s", name, state.state, state.error, extra=extra)
+        self.states[name] = state
+
+    async def _state(self, name: str, overview: DeploymentStatusOverview | None) -> VariantReadiness:
+        if overview is None:
+            return VariantReadiness(state="starting")
+        replicas = {str(state.value): n for state, n in overview.replica_states.items() if n}
+        if replicas.get("RUNNING"):
+            return await self._asked(name)
+        if overview.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+            return VariantReadiness(state="failed", error=overview.message)
+        return VariantReadiness(state="starting" if set(replicas) - {"STOPPING"} else "scaled_to_zero")
+
+    async def _asked(self, name: str) -> VariantReadiness:
+        if self.states[name].state == "ready":
+            return self.states[name]
+        try:
+            error = await asyncio.wait_for(self._ask[name].remote(), timeout=5)
+        except TimeoutError:
+            # Its slots are taken, so it paints.
+            return VariantReadiness(state="ready")
+        return VariantReadiness(state="failed", error=error) if error else VariantReadiness(state="ready")

@@ -1,0 +1,41 @@
+"""The only place that loads T5 and CLIP: one deployment per base model."""
+
+import asyncio
+
+from serve_app.engine import weights
+from serve_app.engine.text_encoder import TextEncoder as Encoder
+from serve_app.settings import Settings
+from serve_app.telemetry import configure_logging
+from serve_app.variants import Variant
+
+from .loading import Loading, sources
+
+
+def open_encoder(variant: Variant, settings: Settings) -> Encoder:
+    """The loaded text encoders of the variant's base model. Raises WeightsError, and what torch raises."""
+    row = settings.text_encoder
+    folder = asyncio.run(weights.fetch_text_encoders(variant, sources(settings)))
+    encoder = Encoder(folder, threads=row.threads, wants_gpu=row.num_gpus > 0)
+    encoder.load()
+    return encoder
+
+
+class TextEncoder:
+    """Encodes prompts, one at a time. Sleeps most of the day: the ingress asks its cache first."""
+
+    def __init__(self, variant: Variant, settings: Settings) -> None:
+        configure_logging()
+        self._loading = Loading(f"the text encoder of {variant.base}", lambda: open_encoder(variant, settings))
+        self._lock = asyncio.Lock()
+
+    async def encode(self, prompt: str, max_tokens: int) -> bytes:
+        """safetensors bytes as `ports.PaintRequest.embeddings` wants them.
+
+        Raises VariantLoadFailed with the reason.
+        """
+        encoder = self._loading.value
+        async with self._lock:
+            return await asyncio.to_thread(encoder.encode, prompt, max_tokens)
+
+    async def __del__(self) -> None:
+        await self._loading.close(lambda encoder: encoder.close())

@@ -1,0 +1,140 @@
+"""Keeps a claim while its job runs: renews the lease, notices a cancellation, passes progress on."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any, TypeVar
+
+from . import jobs
+from .errors import Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
+from .jobs import Job, Progress, State
+from .ports import JobStore, SessionMirror
+from .settings import Work
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Clock = Callable[[], datetime]
+
+
+class Lease:
+    """The keeper of one running job's claim."""
+
+    def __init__(self, job: Job, *, store: JobStore, mirror: SessionMirror, work: Work, clock: Clock) -> None:
+        self._job, self._claim = job, jobs.claim_of(job)
+        self._store, self._mirror, self._work, self._clock = store, mirror, work, clock
+        self._latest = self._reported = self._mirrored = Progress()
+        self._renewed_at = time.monotonic()
+
+    async def hold(self, attempt: Awaitable[T]) -> T:
+        """Await `attempt` while the claim holds; stop it, and wait until it has stopped, when it does not.
+
+        Raises what `attempt` raises; Canceled when a user canceled the job; StaleClaim when another worker took it;
+        StoreUnavailable when the lease ran out unrenewed; DeadlineExceeded when the job's deadline passed.
+        """
+        painting: asyncio.Future[T] = asyncio.ensure_future(attempt)
+        keeping = asyncio.create_task(self._keep())
+        both: set[asyncio.Future[Any]] = {painting, keeping}
+        try:
+            await asyncio.wait(both, timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED)
+            if painting.done():
+                return painting.result()
+            if keeping.done():
+                keeping.result()
+            raise DeadlineExceeded(f"the deadline {self._job.deadline} passed while the job ran")
+        finally:
+            await _stop(painting)
+            await _stop(keeping)
+
+    async def note(self, progress: Progress) -> None:
+        """Remember the latest progress; the keeper passes it on at its own pace."""
+        self._latest = progress
+
+    async def confirm(self) -> None:
+        """Renew now, before a write that only the claim's holder may do.
+
+        Raises StaleClaim, Canceled, StoreUnavailable.
+        """
+        await self._report()
+        await self._renew()
+
+    def _seconds_left(self) -> float | None:
+        if self._job.deadline is None:
+            return None
+        return max(0.0, (self._job.deadline - self._clock()).total_seconds())
+
+    async def _keep(self) -> None:
+        renewal, look = _Every(self._work.renew_s), _Every(self._work.cancel_poll_s)
+        report, mirror = _Every(self._work.progress_s), _Every(self._work.mirror_s)
+        tick_s = max(0.05, min(self._work.renew_s, self._work.cancel_poll_s, self._work.progress_s))
+        while True:
+            await asyncio.sleep(tick_s)
+            try:
+                if renewal.is_due():
+                    await self._renew()
+                elif look.is_due():
+                    self._check(await self._store.get(self._claim.job_id))
+                if report.is_due():
+                    await self._report()
+                if mirror.is_due():
+                    await self._show()
+            except StoreUnavailable:
+                # A store that is down for less than a lease costs nothing; after that the job may be another's.
+                if time.monotonic() - self._renewed_at > self._work.lease_s:
+                    raise
+
+    async def _renew(self) -> None:
+        change = jobs.renew(self._claim, now=self._clock(), lease_s=self._work.lease_s)
+        try:
+            await self._store.update(self._claim.job_id, self._claim.session_key, change)
+        except StaleClaim as e:
+            raise _why(e) from e
+        self._renewed_at = time.monotonic()
+
+    def _check(self, job: Job | None) -> None:
+        try:
+            jobs.check_held(job, self._claim)
+        except StaleClaim as e:
+            raise _why(e) from e
+
+    async def _report(self) -> None:
+        if self._latest != self._reported:
+            self._reported = self._latest
+            await self._store.report(self._claim, self._reported)
+
+    async def _show(self) -> None:
+        if self._latest != self._mirrored:
+            self._mirrored = self._latest
+            document: dict[str, Any] = {"processingProgress": round(self._latest.fraction, 3)}
+            await self._mirror.write(self._job, document)
+
+
+def _why(e: StaleClaim) -> StaleClaim | Canceled:
+    return Canceled("canceled by a user") if e.details.get("status") == State.CANCELED else e
+
+
+async def _stop(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        # Looked at, so that asyncio does not complain of an exception nobody read.
+        task.exception()
+
+
+class _Every:
+    """True at most once in `period_s` seconds."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._next = time.monotonic() + period_s
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._period_s
+        return True

@@ -1,0 +1,225 @@
+"""A worker over memory stores and real engines, without Ray: what tests of the use case hold in their hands."""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import cv2
+import numpy as np
+
+from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore, MemorySessionMirror
+from serve_app.edit import session_path
+from serve_app.engine.canvas import LocalPainter
+from serve_app.engine.classical import Telea
+from serve_app.errors import BrokerUnavailable, StoreUnavailable
+from serve_app.images import Pixels
+from serve_app.jobs import Job
+from serve_app.ports import Delivery, Verdict
+from serve_app.settings import Inference, Settings
+from serve_app.variants import Variant
+from serve_app.worker import Worker
+
+USER, SESSION = "u1", "s1"
+
+
+def jpeg(pixels: Pixels) -> bytes:
+    return cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+
+def png(pixels: Pixels) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def photo(width: int = 96, height: int = 80) -> Pixels:
+    """Smooth, so that JPEG changes little and inpainting has something to continue."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 90)], axis=-1).astype(np.uint8)
+
+
+def line_mask(width: int = 96, height: int = 80) -> Pixels:
+    return cv2.line(np.zeros((height, width), np.uint8), (20, 10), (60, 60), 255, 5)
+
+
+class Scripted:
+    """An engine that does what a test tells it, step by step; otherwise it paints like `Telea`."""
+
+    def __init__(self) -> None:
+        self.on_paint: Callable[[], None] = lambda: None
+        #: Called before each step is reported.
+        self.on_step: Callable[[int], None] = lambda step: None
+        self.painted = 0
+        self.steps_done = 0
+        self._telea = Telea(Variant(family="telea"), None, 1)
+
+    def load(self) -> None: ...
+    def warm_up(self, buckets: object) -> None: ...
+    def close(self) -> None: ...
+
+    def device_ms(self) -> float | None:
+        return None
+
+    def describe(self) -> Mapping[str, Any]:
+        return self._telea.describe()
+
+    def paint(self, pixels: Pixels, mask: Pixels, *, steps: int, on_step: Callable[[int], None], **_: Any) -> Pixels:
+        self.painted += 1
+        self.on_paint()
+        for step in range(1, steps + 1):
+            self.on_step(step)
+            self.steps_done += 1
+            on_step(step)
+        inpainted: Pixels = cv2.inpaint(pixels, mask, 3, cv2.INPAINT_TELEA)
+        return inpainted
+
+
+class Held:
+    """Holds the engine inside a paint until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.entered.set()
+        assert self.let_go.wait(30), "nobody let the engine go"
+
+
+class Outage:
+    """A store or broker in front of the real one that can be switched off. Not a mock: it answers or it is down."""
+
+    def __init__(self, inner: Any, error: type[Exception]) -> None:
+        self._inner, self._error = inner, error
+        self.is_down = False
+        #: Method names that are down; empty means all.
+        self.only: set[str] = set()
+        #: Awaited before a method of that name runs.
+        self.before: dict[str, Callable[[], Awaitable[None]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._inner, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            if self.is_down and (not self.only or name in self.only):
+                raise self._error("switched off")
+            if name in self.before:
+                await self.before.pop(name)()
+            return await method(*args, **kwargs)
+
+        return call
+
+
+class Topics:
+    """A Publisher that keeps what was published."""
+
+    def __init__(self) -> None:
+        self.dead: list[tuple[bytes, dict[str, str]]] = []
+
+    async def publish(self, topic: str, data: bytes, attributes: Mapping[str, str]) -> str:
+        assert topic == "dead"
+        self.dead.append((data, dict(attributes)))
+        return str(len(self.dead))
+
+
+class Prompts:
+    """Telea takes no prompt."""
+
+    async def encode(self, variant: str, prompt: str) -> bytes | None:
+        return None
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+
+FAST = {"lease_s": 1.0, "renew_s": 0.2, "cancel_poll_s": 0.05, "progress_s": 0.05, "mirror_s": 0.05, "max_attempts": 3}
+
+
+@dataclass
+class Rig:
+    """One process's worker; `beside()` makes another over the same stores."""
+
+    work_settings: dict[str, Any] = field(default_factory=dict)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    inference: Inference = field(default_factory=lambda: Inference(variant="telea", steps=4))
+    clock: Clock = field(default_factory=Clock)
+    engine: Scripted = field(default_factory=Scripted)
+
+    def __post_init__(self) -> None:
+        self.settings = Settings(
+            variants={"telea": {}},
+            blobs=f"memory:{self.name}",
+            jobs=f"memory:{self.name}",
+            work={**FAST, **self.work_settings},
+        )
+        self.blobs = Outage(MemoryBlobStore(self.name), StoreUnavailable)
+        self.jobs = Outage(MemoryJobStore(self.name), StoreUnavailable)
+        self.mirror = Outage(MemorySessionMirror(self.name), StoreUnavailable)
+        self.topics = Topics()
+        self.broker = Outage(self.topics, BrokerUnavailable)
+        self.worker = Worker(
+            blobs=self.blobs,
+            job_store=self.jobs,
+            mirror=self.mirror,
+            publisher=self.broker,
+            painter=LocalPainter({"telea": self.engine}),
+            prompts=Prompts(),
+            settings=self.settings,
+            defaults=lambda: self.inference,
+            clock=self.clock,
+        )
+
+    def beside(self) -> "Rig":
+        return Rig(work_settings=self.work_settings, name=self.name, inference=self.inference, clock=self.clock)
+
+    async def put(self, name: str, data: bytes, session: str = SESSION) -> None:
+        content_type = "image/png" if name.endswith("png") else "image/jpeg"
+        await self.blobs.put(session_path(USER, session, name), data, content_type=content_type)
+
+    async def put_session(self, session: str = SESSION) -> None:
+        await self.put("original.jpg", jpeg(photo()), session)
+        await self.put("mask_auto.png", png(line_mask()), session)
+
+    async def blob(self, name: str, session: str = SESSION) -> bytes:
+        data, _ = await self.blobs.get(session_path(USER, session, name), max_bytes=10**8)
+        found: bytes = data
+        return found
+
+    async def work(self, message_id: str = "m1", **fields: Any) -> Verdict:
+        return await self.worker.work(delivery(message_id, **fields))
+
+    async def job(self) -> Job:
+        """The only job."""
+        (job,) = await self.jobs.list()
+        found: Job = job
+        return found
+
+    async def document(self, session: str = SESSION) -> Mapping[str, Any]:
+        document: Mapping[str, Any] = await self.mirror.read(USER, session)
+        return document
+
+
+def delivery(message_id: str = "m1", attributes: Mapping[str, str] | None = None, **fields: Any) -> Delivery:
+    body = {"userId": USER, "sessionId": SESSION, **fields}
+    return Delivery(data=json.dumps(body).encode(), attributes=attributes or {}, message_id=message_id)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Raises AssertionError when the condition does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        tick.wait(0.02)

@@ -1,0 +1,78 @@
+"""`fluxfill check`: what is wrong in a config, and where."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.config import check, load
+from serve_app.errors import SettingsError
+
+SOUND = Path("serve_config.yaml").read_text()
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_config_in_the_repository_is_sound() -> None:
+    config = load(Path("serve_config.yaml"))
+    assert config.inference.variant == "telea"
+    assert set(config.settings.variants) == {"telea", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0"}
+    assert config.url == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "what"),
+    [
+        ("blobs: files", "blob: files", "applications.0.args.blob", "unknown key"),
+        ("max_replicas: 2", "max_replica: 2", "applications.0.args.variants.telea.max_replica", "unknown key"),
+        ("max_replicas: 2", "max_replicas: 0", "applications.0.args.variants.telea.max_replicas", "greater than"),
+        ("tiny-Q8_0:", "huge-Q8_0:", "applications.0.args", "huge-Q8_0: not built in"),
+        ("route_prefix: /", "route_prefx: /", "applications.0.route_prefx", "unknown key"),
+        ("port: 8000", "prot: 8000", "http_options.prot", "unknown key"),
+        ("steps: 28", "steps: 0", "applications.0.deployments.0.user_config.steps", "greater than"),
+        ("variant: telea", "variant: Q4_0", "applications.0.deployments.0.user_config.variant", "not served"),
+        ("- name: Ingress", "- name: Ingres", "applications.0.deployments.0.name", "not one of this app's"),
+        ("deployments.app:build", "deployments.app:biuld", "applications", "exactly one application"),
+        ("proxy_location: HeadOnly", "proxy_location: Anywhere", "proxy_location", "EveryNode"),
+        (
+            "        url: embedded",
+            "        nodes: 2\n        url: embedded",
+            "applications.0.args.messages.nodes",
+            "unknown",
+        ),
+        ("      blobs: files", "      nodes: 2\n      blobs: files", "applications.0.args", "one machine only"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str, where: str, what: str) -> None:
+    assert old in SOUND
+    text = SOUND.replace(old, new, 1)
+    problems = check(write(tmp_path, text))
+    found = [p for p in problems if ".".join(map(str, p.where)) == where]
+    assert found, [str(p) for p in problems]
+    assert any(what in p.what for p in found), [p.what for p in found]
+    line = text.splitlines()[found[0].line - 1]
+    assert str(found[0].where[-1]) in line or isinstance(found[0].where[-1], int), (found[0], line)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "a: b: c"])
+def test_what_is_no_config_is_said_to_be_none(tmp_path: Path, text: str) -> None:
+    assert check(write(tmp_path, text))
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    (problem,) = check(tmp_path / "nowhere.yaml")
+    assert "cannot be read" in str(problem)
+
+
+def test_loading_a_wrong_config_tells_every_problem(tmp_path: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(SOUND)
+    raw["applications"][0]["args"] |= {"typo": 1, "nodes": 0}
+    with pytest.raises(SettingsError) as e:
+        load(write(tmp_path, yaml.safe_dump(raw)))
+    assert "typo: unknown key" in e.value.message
+    assert "nodes" in e.value.message

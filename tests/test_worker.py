@@ -1,0 +1,547 @@
+"""Every row of the ack table, over memory stores and a real engine. tests/test_serve_app.py repeats some on Serve."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from serve_app import jobs
+from serve_app.adapters.memory import MemoryJobStore
+from serve_app.errors import BlobNotFound, OutOfMemory, ReplicaLost, VariantLoadFailed
+from serve_app.jobs import State
+from serve_app.ports import Verdict
+from serve_app.settings import Inference
+
+from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
+
+
+@pytest.fixture
+async def rig() -> Rig:
+    rig = Rig()
+    await rig.put_session()
+    return rig
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def held(rig: Rig) -> AsyncIterator[Held]:
+    """The engine stops inside its first paint until the test lets it go."""
+    held = Held()
+    rig.engine.on_paint = held
+    yield held
+    held.let_go.set()
+
+
+# -- done: succeeded, acknowledged after the blobs and the job are both stored
+
+
+async def test_an_edit_is_stored_and_acknowledged(rig: Rig) -> None:
+    verdict = await rig.work()
+    job = await rig.job()
+    assert verdict == Verdict(action="ack", reason="succeeded")
+    assert (job.status, job.attempt, job.fence, job.lease_until) == (State.SUCCEEDED, 1, 1, None)
+    assert job.artifacts == {role: f"users/{USER}/sessions/{SESSION}/{role}.jpg" for role in ("edited", "preview")}
+    edited = cv2.imdecode(np.frombuffer(await rig.blob("edited.jpg"), np.uint8), cv2.IMREAD_COLOR)
+    assert edited.shape == (80, 96, 3)
+    assert cv2.imdecode(np.frombuffer(await rig.blob("preview.jpg"), np.uint8), cv2.IMREAD_COLOR) is not None
+
+
+async def test_the_session_document_follows_the_job(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    assert (await rig.document())["processingStatus"] == "processing"
+    held.let_go.set()
+    await working
+    document = await rig.document()
+    job = await rig.job()
+    assert document["processingStatus"] == "completed"
+    assert document["processingProgress"] == 1.0
+    assert document["processingError"] is None
+    assert document["editedPath"] == job.artifacts["edited"]
+    assert document["previewPath"] == job.artifacts["preview"]
+    assert document["jobId"] == job.id
+    assert document["editedAt"]
+
+
+async def test_stages_are_timed(rig: Rig) -> None:
+    await rig.work()
+    timings = (await rig.job()).timings.model_dump()
+    assert timings.pop("gpu_ms") is None
+    assert all(seconds is not None and seconds >= 0 for seconds in timings.values()), timings
+
+
+async def test_an_empty_mask_stores_the_originals_own_bytes_and_wakes_no_engine(rig: Rig) -> None:
+    await rig.put("mask_auto.png", png(np.zeros((80, 96), np.uint8)))
+    verdict = await rig.work()
+    assert verdict.action == "ack"
+    assert await rig.blob("edited.jpg") == await rig.blob("original.jpg")
+    assert (await rig.blob("preview.jpg")).startswith(b"\xff\xd8")
+    assert rig.engine.painted == 0
+
+
+async def test_nothing_is_acknowledged_before_the_job_is_stored(rig: Rig) -> None:
+    rig.engine.on_paint = lambda: setattr(rig.jobs, "is_down", True)
+    verdict = await rig.work()
+    assert verdict.action == "hold"
+    rig.jobs.is_down = False
+    assert (await rig.job()).status == State.RUNNING
+
+
+# -- parameters
+
+
+async def test_parameters_are_the_messages_else_the_defaults(rig: Rig) -> None:
+    await rig.work(steps=7, seed=5, guidanceScale=2.5)
+    job = await rig.job()
+    assert (job.parameters.steps, job.seed, job.parameters.guidance_scale) == (7, 5, 2.5)
+    assert job.parameters.prompt == Inference().prompt
+
+
+async def test_a_seed_that_was_not_given_derives_from_the_jobs_id(rig: Rig) -> None:
+    await rig.work()
+    job = await rig.job()
+    assert job.seed == jobs.seed_of(job.id)
+
+
+async def test_a_retry_keeps_the_values_of_the_first_claim(rig: Rig) -> None:
+    rig.engine.on_paint = _raise(ReplicaLost("gone"))
+    await rig.work()
+    first = await rig.job()
+    rig.inference = Inference(variant="telea", steps=9, prompt="another")
+    rig.engine.on_paint = lambda: None
+    await rig.work()
+    job = await rig.job()
+    assert (job.status, job.attempt) == (State.SUCCEEDED, 2)
+    assert (job.parameters, job.seed) == (first.parameters, first.seed)
+
+
+async def test_new_defaults_apply_to_the_next_claimed_job(rig: Rig) -> None:
+    await rig.put_session("s2")
+    await rig.work()
+    rig.inference = Inference(variant="telea", steps=9)
+    await rig.work("m2", sessionId="s2")
+    steps = {job.session_id: job.parameters.steps for job in await rig.jobs.list()}
+    assert steps == {SESSION: 4, "s2": 9}
+
+
+# -- duplicate of a finished job: unchanged, acknowledged
+
+
+async def test_a_duplicate_of_a_finished_job_is_acknowledged_and_painted_no_more(rig: Rig) -> None:
+    await rig.work()
+    before = await rig.job()
+    verdict = await rig.work("another-message-id")
+    assert verdict.action == "ack"
+    assert await rig.job() == before
+    assert rig.engine.painted == 1
+
+
+async def test_a_changed_photo_is_new_work(rig: Rig) -> None:
+    await rig.work()
+    await rig.put("original.jpg", jpeg(photo()[:, ::-1]))
+    await rig.work()
+    assert len(await rig.jobs.list()) == 2
+    assert rig.engine.painted == 2
+
+
+async def test_an_idempotency_key_replaces_the_versions(rig: Rig) -> None:
+    key = {"idempotencyKey": "k"}
+    await rig.worker.work(delivery(attributes=key))
+    await rig.put("original.jpg", jpeg(photo()[:, ::-1]))
+    await rig.worker.work(delivery("m2", attributes=key))
+    assert rig.engine.painted == 1
+
+
+async def test_a_duplicate_mends_what_a_crash_after_the_last_write_left_untold(rig: Rig) -> None:
+    rig.engine.on_paint = lambda: setattr(rig.mirror, "is_down", True)
+    assert (await rig.work()).action == "hold"
+    assert (await rig.job()).status == State.SUCCEEDED
+    rig.mirror.is_down = False
+    assert (await rig.work()).action == "ack"
+    assert (await rig.document())["processingStatus"] == "completed"
+    assert rig.engine.painted == 1
+
+
+# -- another worker holds a live lease, or the session is busy: unchanged, held back
+
+
+async def test_a_job_under_a_live_lease_is_held_back(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    other = rig.beside()
+    before = await rig.job()
+    verdict = await other.work()
+    assert (verdict.action, verdict.reason) == ("hold", "busy")
+    assert 0 < verdict.delay_s <= 1.0
+    assert (await rig.job()).attempt == before.attempt == 1
+    held.let_go.set()
+    assert (await working).action == "ack"
+    assert other.engine.painted == 0
+    assert (await other.work()).action == "ack"
+
+
+async def test_a_second_job_of_a_session_waits_for_the_first(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    other = rig.beside()
+    assert (await other.work("m2", steps=5)).reason == "busy"
+    held.let_go.set()
+    await working
+    assert (await other.work("m2", steps=5)).reason == "succeeded"
+
+
+async def test_the_lease_is_renewed_while_the_job_runs(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    first = (await rig.job()).lease_until
+    rig.clock.advance(0.9)
+
+    async def renewed() -> bool:
+        return (await rig.job()).lease_until > first
+
+    async with asyncio.timeout(20):
+        while not await renewed():
+            await asyncio.sleep(0.02)
+    held.let_go.set()
+    await working
+
+
+# -- lost lease
+
+
+async def test_a_job_whose_worker_died_is_claimed_again_and_counted(rig: Rig) -> None:
+    await _claim_and_die(rig)
+    assert (await rig.work()).reason == "busy"
+    rig.clock.advance(1.1)
+    assert (await rig.work()).reason == "succeeded"
+    job = await rig.job()
+    assert (job.attempt, job.fence) == (2, 2)
+
+
+async def test_a_job_that_kills_every_worker_fails_in_the_end(rig: Rig) -> None:
+    for _ in range(3):
+        await _claim_and_die(rig)
+        rig.clock.advance(1.1)
+    assert (await rig.work()).action == "ack"
+    job = await rig.job()
+    assert (job.status, job.error.code, rig.engine.painted) == (State.FAILED, "attempts_exhausted", 0)
+    assert [attributes["deadLetterReason"] for _, attributes in rig.topics.dead] == ["attempts_exhausted"]
+
+
+async def test_a_stale_worker_neither_finishes_the_job_nor_keeps_its_bytes(rig: Rig, held: Held) -> None:
+    stale = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    rig.jobs.is_down = True  # it can renew no more
+    rig.clock.advance(1.1)
+    other = rig.beside()
+    assert (await other.work("m2")).reason == "succeeded"
+    result = await other.blob("edited.jpg")
+    rig.jobs.is_down = False
+    held.let_go.set()
+    assert (await stale).action == "ack"  # it finds the job done
+    assert await other.blob("edited.jpg") == result
+    job = await rig.job()
+    assert (job.status, job.fence) == (State.SUCCEEDED, 2)
+
+
+async def test_a_late_write_of_a_stale_worker_is_written_over(rig: Rig, held: Held) -> None:
+    """The stale worker's put may land between the new claim and the new put: the last word is the claim holder's."""
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    await rig.put("edited.jpg", b"written by a stale worker")
+    held.let_go.set()
+    await working
+    assert (await rig.blob("edited.jpg")).startswith(b"\xff\xd8")
+
+
+# -- unreadable message: no job, dead letter with the reason, acknowledged
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"\xff\x00", "the message"),
+        (b"[]", "the message"),
+        (b'{"userId":"u"}', "sessionId"),
+        (b'{"userId":"../x","sessionId":"s"}', "userId"),
+        (b'{"userId":"u","sessionId":"s","steps":0}', "steps"),
+        (b'{"userId":"u","sessionId":"s","prompt":"' + b"x" * 70_000 + b'"}', "70"),
+    ],
+)
+async def test_an_unreadable_message_is_dead_lettered_with_its_reason(rig: Rig, data: bytes, named: str) -> None:
+    verdict = await rig.worker.work(type(delivery())(data=data, attributes={"a": "b"}, message_id="m9"))
+    assert verdict == Verdict(action="ack", reason="malformed_message")
+    ((dead, attributes),) = rig.topics.dead
+    assert dead == data
+    assert attributes["a"] == "b"
+    assert attributes["deadLetterReason"] == "malformed_message"
+    assert attributes["deadLetterMessageId"] == "m9"
+    assert named in attributes["deadLetterError"]
+    assert await rig.jobs.list() == []
+
+
+async def test_an_unreadable_message_is_held_back_while_it_cannot_be_dead_lettered(rig: Rig) -> None:
+    rig.broker.is_down = True
+    broken = type(delivery())(data=b"{", attributes={}, message_id="m9")
+    assert (await rig.worker.work(broken)).action == "hold"
+    rig.broker.is_down = False
+    assert (await rig.worker.work(broken)).action == "ack"
+    assert len(rig.topics.dead) == 1
+
+
+# -- bad input: failed, dead letter, acknowledged
+
+
+BAD_INPUT: dict[str, tuple[dict[str, bytes | None], dict[str, Any], str]] = {
+    "no original": ({"original.jpg": None}, {}, "missing_input"),
+    "no mask": ({"mask_auto.png": None}, {}, "missing_input"),
+    "not a picture": ({"original.jpg": b"hello"}, {}, "invalid_image"),
+    "cut off": ({"original.jpg": jpeg(photo())[:900]}, {}, "invalid_image"),
+    "mask of another shape": ({"mask_auto.png": png(line_mask(40, 90))}, {}, "mask_mismatch"),
+    "too many pixels": ({"original.jpg": jpeg(np.zeros((64, 10_001, 3), np.uint8))}, {}, "image_too_large"),
+    "too many bytes": ({"original.jpg": jpeg(photo()) + b"\0" * 25_000_000}, {}, "image_too_large"),
+    "unknown variant": ({}, {"variant": "nope"}, "unknown_variant"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+async def test_bad_input_fails_the_job_and_is_dead_lettered(rig: Rig, case: str) -> None:
+    blobs, fields, code = BAD_INPUT[case]
+    for name, data in blobs.items():
+        if data is None:
+            await rig.blobs.delete(f"users/{USER}/sessions/{SESSION}/{name}")
+        else:
+            await rig.put(name, data)
+    verdict = await rig.work(**fields)
+    job = await rig.job()
+    assert verdict == Verdict(action="ack", reason=code)
+    assert (job.status, job.error.code, job.dead_lettered, rig.engine.painted) == (State.FAILED, code, True, 0)
+    ((_, attributes),) = rig.topics.dead
+    assert (attributes["deadLetterReason"], attributes["deadLetterJobId"]) == (code, job.id)
+    assert attributes["deadLetterAttempts"] == "1"
+    document = await rig.document()
+    assert (document["processingStatus"], document["processingError"]["code"]) == ("failed", code)
+    # A duplicate is not dead-lettered again.
+    await rig.work("m2", **fields)
+    assert len(rig.topics.dead) == 1
+
+
+async def test_a_failure_whose_dead_letter_was_lost_is_dead_lettered_by_the_duplicate(rig: Rig) -> None:
+    await rig.put("original.jpg", b"hello")
+    rig.broker.is_down = True
+    assert (await rig.work()).action == "hold"
+    assert (await rig.job()).status == State.FAILED
+    rig.broker.is_down = False
+    assert (await rig.work()).action == "ack"
+    assert len(rig.topics.dead) == 1
+
+
+# -- painting failed for a reason that may pass: queued, attempt + 1, held back with exponential backoff
+
+
+@pytest.mark.parametrize("error", [ReplicaLost("gone"), OutOfMemory("full"), RuntimeError("bug")])
+async def test_a_failed_painting_is_tried_again_then_dead_lettered(rig: Rig, error: Exception) -> None:
+    rig.engine.on_paint = _raise(error)
+    delays = []
+    for attempt in (1, 2):
+        verdict = await rig.work()
+        job = await rig.job()
+        assert (verdict.action, job.status, job.attempt) == ("hold", State.QUEUED, attempt)
+        assert (await rig.document())["processingStatus"] == "processing"
+        delays.append(verdict.delay_s)
+    assert delays[1] > delays[0] * 1.3  # doubling, under ±20% of jitter
+    assert rig.topics.dead == []
+    verdict = await rig.work()
+    job = await rig.job()
+    assert (verdict.action, job.status, job.attempt) == ("ack", State.FAILED, 3)
+    ((_, attributes),) = rig.topics.dead
+    assert attributes["deadLetterAttempts"] == "3"
+    assert (await rig.document())["processingError"]["code"] == job.error.code
+
+
+async def test_a_painting_that_hangs_is_cut_off_and_tried_again(rig: Rig, held: Held) -> None:
+    rig = Rig(work_settings={"inference_timeout_s": 0.05}, engine=rig.engine)
+    await rig.put_session()
+    rig.engine.on_paint = lambda: None
+
+    def slow() -> None:
+        # Past the limit between two steps: the cancellation takes effect at the next one.
+        held.let_go.wait(0.3)
+
+    rig.engine.on_paint = slow
+    verdict = await rig.work()
+    assert (verdict.action, verdict.reason) == ("hold", "inference_timeout")
+    assert (await rig.job()).status == State.QUEUED
+
+
+async def test_a_variant_that_did_not_load_says_why(rig: Rig) -> None:
+    rig.engine.on_paint = _raise(VariantLoadFailed("variant telea did not load: no such file"))
+    await rig.work()
+    job = await rig.job()
+    assert (job.error.code, job.status) == ("variant_failed", State.QUEUED)
+    assert "no such file" in job.error.message
+
+
+# -- a store or the broker is unavailable: no attempt is used, held back with backoff
+
+
+async def test_a_job_store_that_is_down_leaves_everything_as_it_was(rig: Rig) -> None:
+    rig.jobs.is_down = True
+    first, second = await rig.work(), await rig.work()
+    assert (first.action, first.reason) == ("hold", "store_unavailable")
+    assert second.delay_s > first.delay_s * 1.3
+    rig.jobs.is_down = False
+    assert await rig.jobs.list() == []
+    assert (await rig.work()).reason == "succeeded"
+    assert (await rig.job()).attempt == 1
+
+
+@pytest.mark.parametrize("method", ["head", "get", "put"])
+async def test_a_blob_store_that_is_down_uses_no_attempt(rig: Rig, method: str) -> None:
+    rig.blobs.is_down, rig.blobs.only = True, {method}
+    for _ in range(5):
+        verdict = await rig.work()
+        assert (verdict.action, verdict.reason) == ("hold", "store_unavailable")
+    rig.blobs.is_down = False
+    assert (await rig.work()).reason == "succeeded"
+    assert (await rig.job()).attempt == 1
+
+
+async def test_a_store_that_is_down_for_less_than_a_lease_costs_nothing(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    rig.jobs.is_down = True
+    await asyncio.sleep(0.5)
+    rig.jobs.is_down = False
+    held.let_go.set()
+    assert (await working).reason == "succeeded"
+    assert rig.engine.painted == 1
+
+
+# -- a user cancels: canceled, acknowledged
+
+
+async def test_a_waiting_job_that_is_canceled_never_starts(rig: Rig) -> None:
+    rig.engine.on_paint = _raise(ReplicaLost("gone"))
+    await rig.work()
+    await _cancel(rig)
+    assert await rig.work() == Verdict(action="ack", reason="canceled")
+    assert rig.engine.painted == 1
+    assert (await rig.document())["processingStatus"] == "canceled"
+
+
+async def test_a_running_job_that_is_canceled_stops_within_a_step(rig: Rig, held: Held) -> None:
+    rig.inference = Inference(variant="telea", steps=50)
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    await _cancel(rig)
+    # The keeper looks every 0.05 s; the engine goes on only after it must have seen it.
+    await asyncio.sleep(0.4)
+    held.let_go.set()
+    assert await working == Verdict(action="ack", reason="canceled")
+    assert rig.engine.steps_done <= 1
+    with pytest.raises(BlobNotFound):
+        await rig.blob("edited.jpg")
+
+
+async def test_a_job_canceled_between_its_last_step_and_its_last_write_stays_canceled(rig: Rig) -> None:
+    rig.blobs.before["put"] = lambda: _cancel(rig)
+    assert (await rig.work()).reason == "canceled"
+    assert (await rig.job()).status == State.CANCELED
+    assert (await rig.document())["processingStatus"] == "canceled"
+
+
+# -- its deadline passed: expired, acknowledged
+
+
+async def test_a_job_past_its_deadline_is_expired_without_an_engine(rig: Rig) -> None:
+    verdict = await rig.work(deadline="2025-12-31T00:00:00Z")
+    job = await rig.job()
+    assert verdict == Verdict(action="ack", reason="deadline_exceeded")
+    assert (job.status, rig.engine.painted) == (State.EXPIRED, 0)
+    document = await rig.document()
+    assert (document["processingStatus"], document["processingError"]["code"]) == ("failed", "deadline_exceeded")
+    assert rig.topics.dead == []
+
+
+async def test_a_running_job_is_stopped_at_its_deadline(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work(deadline="2026-01-01T00:00:01Z"))
+    await eventually(held.entered.is_set)
+    await asyncio.sleep(1.1)
+    held.let_go.set()
+    assert (await working).reason == "deadline_exceeded"
+    assert (await rig.job()).status == State.EXPIRED
+
+
+# -- shutdown: queued, given back
+
+
+async def test_shutdown_puts_the_job_back_and_uses_no_attempt(rig: Rig, held: Held) -> None:
+    working = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    working.cancel()
+    held.let_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    job = await rig.job()
+    assert (job.status, job.attempt, job.lease_until) == (State.QUEUED, 0, None)
+    rig.engine.on_paint = lambda: None
+    assert (await rig.work()).reason == "succeeded"
+    assert (await rig.job()).attempt == 1
+
+
+# -- progress
+
+
+async def test_progress_reaches_the_job_and_the_session_document(rig: Rig) -> None:
+    halfway = Held()
+    rig.engine.on_step = lambda step: halfway() if step == 3 else None
+    working = asyncio.create_task(rig.work())
+    await eventually(halfway.entered.is_set)
+    async with asyncio.timeout(20):
+        while (await rig.document()).get("processingProgress") != 0.5:
+            await asyncio.sleep(0.01)
+    assert (await rig.job()).progress.fraction == 0.5
+    halfway.let_go.set()
+    await working
+    assert (await rig.job()).progress.fraction == 1.0
+
+
+# -- the documents
+
+
+def test_the_ack_table_in_the_docs_names_every_outcome_tested_here() -> None:
+    table = Path("docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", table, re.M)
+    outcomes = {row[0] for row in rows}
+    assert {"done", "duplicate of a finished job", "unreadable message", "user cancels", "shutdown"} <= outcomes
+
+
+def _raise(error: Exception) -> Callable[[], None]:
+    def on_paint() -> None:
+        raise error
+
+    return on_paint
+
+
+async def _cancel(rig: Rig) -> None:
+    job = await rig.job()
+    await MemoryJobStore(rig.name).update(job.id, job.session_key, jobs.cancel(now=rig.clock()))
+
+
+async def _claim_and_die(rig: Rig) -> None:
+    """What a worker that is killed after its claim leaves behind."""
+    from serve_app.messages import Attributes, EditMessage
+
+    message = EditMessage(userId=USER, sessionId=SESSION)
+    await rig.worker._claim(await rig.worker._new_job(message, Attributes()))
