@@ -40,16 +40,17 @@ def build(weights: Weights, device: Device) -> Any:
 
 
 def _transformer(weights: Weights, device: Device) -> Any:
-    transformer = FluxTransformer2DModel.from_single_file(
-        str(weights.transformer),
-        config=str(weights.base),
-        subfolder="transformer",
-        quantization_config=GGUFQuantizationConfig(compute_dtype=device.dtype),
-        torch_dtype=device.dtype,
-        local_files_only=True,
-    )
-    missing = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
-    if missing:
-        file = str(weights.transformer)
-        raise CorruptWeights(f"{file} lacks {len(missing)} tensors of the model, {missing[0]} first", file=file)
-    return transformer
+    file = str(weights.transformer)
+    try:
+        return FluxTransformer2DModel.from_single_file(
+            file,
+            config=str(weights.base),
+            subfolder="transformer",
+            quantization_config=GGUFQuantizationConfig(compute_dtype=device.dtype),
+            torch_dtype=device.dtype,
+            local_files_only=True,
+        )
+    except (LookupError, ValueError) as e:
+        # The loader looks its tensors up by name, and says no more than which look-up failed.
+        described = weights.base / "transformer" / "config.json"
+        raise CorruptWeights(f"{file} does not hold the model that {described} describes: {e!r}", file=file) from e

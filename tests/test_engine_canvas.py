@@ -1,0 +1,211 @@
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.engine.canvas import LocalPainter, load, paint_canvas
+from serve_app.engine.classical import Telea
+from serve_app.engine.pause import Pause
+from serve_app.engine.tiny import TinyWeights
+from serve_app.errors import Canceled, CorruptWeights, ShuttingDown, UnknownVariant, VariantLoadFailed
+from serve_app.images import Pixels
+from serve_app.jobs import Progress
+from serve_app.ports import Painted
+from serve_app.variants import Variant
+from serve_app.windows import Box
+
+from .engine_fixtures import SIDE, flux_fill, photo, request, square_mask
+
+WHOLE = Box(x0=0, y0=0, x1=SIDE, y1=SIDE)
+LEFT, RIGHT = Box(x0=0, y0=0, x1=160, y1=256), Box(x0=96, y0=0, x1=256, y1=256)
+
+
+def pause() -> Pause:
+    return Pause(Variant(family="pause", pause_s=0), None, 1)
+
+
+class Recorder(Pause):
+    """Keeps what it was given; paints the mask white, and may fail to load or block between steps."""
+
+    def __init__(self, on_paint: Callable[[], None] = lambda: None) -> None:
+        super().__init__(Variant(family="pause", pause_s=0), None, 1)
+        self.seen: list[tuple[Pixels, Pixels, int]] = []
+        self.steps_begun = 0
+        self.load_errors: list[Exception] = []
+        self._on_paint = on_paint
+
+    def load(self) -> None:
+        if self.load_errors:
+            raise self.load_errors.pop()
+
+    def paint(self, window_pixels: Pixels, window_mask: Pixels, **given: Any) -> Pixels:
+        self.seen.append((window_pixels.copy(), window_mask.copy(), given["seed"]))
+        for step in range(given["steps"]):
+            self.steps_begun += 1
+            self._on_paint()
+            given["on_step"](step + 1)
+        return np.where(window_mask[..., None] > 0, np.uint8(255), window_pixels)
+
+
+async def nothing(progress: Progress) -> None:
+    """An on_progress that nobody follows."""
+
+
+def test_each_window_sees_what_the_ones_before_painted() -> None:
+    engine = Recorder()
+    painted = paint_canvas(engine, request(windows=[LEFT, RIGHT], seed=5), lambda progress: None)
+    (first, first_mask, first_seed), (second, second_mask, second_seed) = engine.seen
+    assert np.array_equal(first, photo()[LEFT.slices])
+    assert np.array_equal(first_mask, square_mask()[LEFT.slices])
+    overlap = np.s_[64:192, :64]
+    assert (second[overlap] == 255).all()
+    assert (second_mask[overlap] == 0).all()
+    assert (second_mask[64:192, 64:96] == 255).all()
+    assert first_seed != second_seed
+    assert (painted.canvas[square_mask() > 0] == 255).all()
+    assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])
+
+
+def test_the_request_is_not_written_to() -> None:
+    given = request()
+    paint_canvas(Recorder(), given, lambda progress: None)
+    assert np.array_equal(given.canvas, photo())
+    assert np.array_equal(given.mask, square_mask())
+
+
+def test_progress_counts_over_all_windows() -> None:
+    told: list[tuple[int, int]] = []
+    painted = paint_canvas(pause(), request(windows=[LEFT, RIGHT], steps=2), lambda p: told.append((p.step, p.steps)))
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert painted.busy_s > 0
+    assert painted.gpu_ms is None
+    assert painted.where["compute_capability"] == "N/A"
+
+
+async def test_the_real_pipeline_through_the_painter(tiny: TinyWeights, embeddings: bytes) -> None:
+    painter = LocalPainter({"tiny-Q4_0": flux_fill(tiny)})
+    told: list[Progress] = []
+
+    async def tell(progress: Progress) -> None:
+        told.append(progress)
+
+    painted = await painter.paint("tiny-Q4_0", request(embeddings=embeddings), tell)
+    assert [progress.step for progress in told] == [0, 1, 2]
+    assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])
+    assert not np.array_equal(painted.canvas[square_mask() > 0], photo()[square_mask() > 0])
+    await painter.close()
+
+
+async def test_jobs_at_once_on_one_pipeline_do_not_mix(tiny: TinyWeights, embeddings: bytes) -> None:
+    painter = LocalPainter({"tiny-Q4_0": flux_fill(tiny), "pause": pause()})
+    requests = [request(embeddings=embeddings, seed=seed) for seed in (1, 2, 3)]
+    alone = [(await painter.paint("tiny-Q4_0", one, nothing)).canvas for one in requests]
+    together = await asyncio.gather(
+        *(painter.paint("tiny-Q4_0", one, nothing) for one in requests), painter.paint("pause", request(), nothing)
+    )
+    for expected, painted in zip(alone, together, strict=False):
+        assert np.array_equal(painted.canvas, expected)
+    await painter.close()
+
+
+async def test_canceling_stops_within_a_step_and_waits_for_the_thread() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    engine = Recorder(block)
+    painter = LocalPainter({"v": engine})
+    task = asyncio.create_task(painter.paint("v", request(steps=8), nothing))
+    assert await asyncio.to_thread(begun.wait, 30)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.steps_begun == 1
+    assert isinstance(await painter.paint("v", request(), nothing), Painted)
+
+
+async def test_canceling_the_real_pipeline_leaves_it_usable(tiny: TinyWeights, embeddings: bytes) -> None:
+    painter = LocalPainter({"v": flux_fill(tiny)})
+    first = await painter.paint("v", request(embeddings=embeddings), nothing)
+    task: asyncio.Task[Painted]
+
+    async def cancel_at_two(progress: Progress) -> None:
+        if progress.step == 2:
+            task.cancel()
+
+    task = asyncio.create_task(painter.paint("v", request(embeddings=embeddings, steps=50), cancel_at_two))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    again = await painter.paint("v", request(embeddings=embeddings), nothing)
+    assert np.array_equal(again.canvas, first.canvas)
+    await painter.close()
+
+
+@pytest.mark.parametrize("error", [Canceled("a user asked"), ShuttingDown("the process ends")])
+async def test_what_on_progress_raises_stops_the_engine(error: Exception) -> None:
+    engine = Recorder()
+
+    async def refuse(progress: Progress) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        await LocalPainter({"v": engine}).paint("v", request(steps=100, windows=[WHOLE] * 100), refuse)
+    assert caught.value is error
+    assert engine.steps_begun < 10_000
+
+
+async def test_progress_is_told_in_the_event_loop() -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def tell(progress: Progress) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    await LocalPainter({"v": pause()}).paint("v", request(), tell)
+    assert loops == [asyncio.get_running_loop()] * 3
+
+
+async def test_what_the_engine_raises_passes_through() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        await LocalPainter({"v": Recorder(fail)}).paint("v", request(), nothing)
+
+
+async def test_an_unknown_variant_is_named_with_those_that_are_known() -> None:
+    with pytest.raises(UnknownVariant, match="no variant Q9 here; there are telea"):
+        await LocalPainter({"telea": pause()}).paint("Q9", request(), nothing)
+
+
+async def test_a_failed_load_gives_its_reason_and_is_tried_again() -> None:
+    engine = Recorder()
+    engine.load_errors = [CorruptWeights("the file is cut short")]
+    painter = LocalPainter({"v": engine})
+    with pytest.raises(VariantLoadFailed, match="variant v did not load: corrupt_weights: the file is cut short"):
+        await painter.paint("v", request(), nothing)
+    assert isinstance(await painter.paint("v", request(), nothing), Painted)
+
+
+def test_whatever_a_loader_raises_is_a_failed_load() -> None:
+    engine = Recorder()
+    engine.load_errors = [KeyError("weight"), VariantLoadFailed("no GPU")]
+    with pytest.raises(VariantLoadFailed, match=r"^no GPU$"):
+        load("v", engine)
+    with pytest.raises(VariantLoadFailed, match="variant v did not load: KeyError: 'weight'") as caught:
+        load("v", engine)
+    assert caught.value.details == {"variant": "v", "reason": "KeyError"}
+
+
+async def test_telea_through_the_painter() -> None:
+    engine = Telea(Variant(family="telea"), None, 2)
+    painted = await LocalPainter({"telea": engine}).paint("telea", request(windows=[LEFT, RIGHT]), nothing)
+    assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])

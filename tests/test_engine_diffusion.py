@@ -1,0 +1,239 @@
+import gc
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.engine.device import Device
+from serve_app.engine.diffusion import FluxFill
+from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.weights import Weights
+from serve_app.errors import Canceled, CorruptWeights, InputError, OutOfMemory, PaintError, VariantLoadFailed
+from serve_app.images import Pixels
+from serve_app.variants import BUILT_IN
+
+from .engine_fixtures import SIDE, flux_fill, photo, square_mask
+
+
+def ignore(step: int) -> None:
+    """An on_step that goes on."""
+
+
+def paint(engine: FluxFill, embeddings: bytes | None, **changes: Any) -> Pixels:
+    given = {"steps": 2, "guidance_scale": 30.0, "seed": 1, "on_step": ignore, **changes}
+    return engine.paint(photo(), square_mask(), embeddings=embeddings, **given)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q5_K_S", "Q8_0"])
+def test_each_quantisation_loads_and_paints(tiny: TinyWeights, embeddings: bytes, quant: str) -> None:
+    engine = flux_fill(tiny, quant)
+    engine.load()
+    painted = paint(engine, embeddings)
+    assert painted.shape == (SIDE, SIDE, 3)
+    assert painted.dtype == np.uint8
+    assert painted.std() > 0
+    engine.close()
+
+
+def test_the_seed_decides(engine: FluxFill, embeddings: bytes) -> None:
+    first = paint(engine, embeddings, seed=1)
+    assert np.array_equal(paint(engine, embeddings, seed=1), first)
+    assert not np.array_equal(paint(engine, embeddings, seed=2), first)
+
+
+def test_the_prompt_and_the_guidance_scale_decide(engine: FluxFill, embeddings: bytes) -> None:
+    import safetensors.torch
+
+    first = paint(engine, embeddings)
+    other = {name: -tensor for name, tensor in safetensors.torch.load(embeddings).items()}
+    assert not np.array_equal(paint(engine, safetensors.torch.save(other)), first)
+    assert not np.array_equal(paint(engine, embeddings, guidance_scale=2.0), first)
+
+
+def test_windows_need_not_be_square(engine: FluxFill, embeddings: bytes) -> None:
+    painted = engine.paint(
+        photo(128, 256),
+        square_mask(128, 256),
+        steps=1,
+        guidance_scale=30.0,
+        seed=1,
+        embeddings=embeddings,
+        on_step=ignore,
+    )
+    assert painted.shape == (128, 256, 3)
+
+
+def test_every_step_is_reported(engine: FluxFill, embeddings: bytes) -> None:
+    steps: list[int] = []
+    paint(engine, embeddings, steps=3, on_step=steps.append)
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [Canceled("a user asked"), RuntimeError("the event loop is closed")])
+def test_what_the_step_hook_raises_stops_the_run_and_passes_through(
+    engine: FluxFill, embeddings: bytes, error: Exception
+) -> None:
+    steps: list[int] = []
+
+    def stop_at_two(step: int) -> None:
+        steps.append(step)
+        if step == 2:
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        paint(engine, embeddings, steps=8, on_step=stop_at_two)
+    assert caught.value is error
+    assert steps == [1, 2]
+
+
+def test_an_interrupted_run_leaves_no_trace_in_the_next(engine: FluxFill, embeddings: bytes) -> None:
+    first = paint(engine, embeddings)
+
+    def stop(step: int) -> None:
+        raise Canceled("a user asked")
+
+    with pytest.raises(Canceled):
+        paint(engine, embeddings, steps=5, on_step=stop)
+    assert np.array_equal(paint(engine, embeddings), first)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore"), OutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), PaintError),
+        (torch.AcceleratorError("unspecified launch failure"), PaintError),
+        (RuntimeError("shapes do not match"), RuntimeError),
+    ],
+)
+def test_device_failures_get_our_names(
+    tiny: TinyWeights,
+    embeddings: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    expected: type[Exception],
+) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise raised
+
+    engine = flux_fill(tiny)
+    engine.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(FluxTransformer2DModel, "forward", fail)
+        with pytest.raises(expected, match=str(raised).partition("\n")[0]) as caught:
+            paint(engine, embeddings)
+    assert type(caught.value) is expected
+    assert paint(engine, embeddings).shape == (SIDE, SIDE, 3)
+
+
+def test_what_filled_the_memory_is_let_go() -> None:
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+
+    def fail() -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(OutOfMemory) as caught, Device(wants_gpu=False).translated():
+        fail()
+    assert held[0]() is None, caught
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "reason"),
+    [(None, "was given none"), (b"", "cannot be read"), (b"\x02" + bytes(7) + b"{}", "cannot be read")],
+)
+def test_embeddings_that_cannot_be_read(engine: FluxFill, embeddings: bytes | None, reason: str) -> None:
+    with pytest.raises(PaintError, match=reason):
+        paint(engine, embeddings)
+
+
+def test_a_window_the_model_cannot_take(engine: FluxFill, embeddings: bytes) -> None:
+    with pytest.raises(InputError, match="100x256 px"):
+        engine.paint(
+            photo(256, 100),
+            square_mask(256, 100),
+            steps=1,
+            guidance_scale=1.0,
+            seed=0,
+            embeddings=embeddings,
+            on_step=ignore,
+        )
+
+
+def test_warming_up_runs_the_smallest_size_on_a_cpu(tiny: TinyWeights) -> None:
+    sizes: list[tuple[int, ...]] = []
+    engine = flux_fill(tiny)
+    engine.load()
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: sizes.append(output[0].shape) if type(module).__name__ == "Decoder" else None
+    )
+    with hook:
+        engine.warm_up([(256, 128), (128, 128), (1024, 1024)])
+    assert sizes == [(3, 128, 128)]
+
+
+def test_close_lets_go_of_the_model(tiny: TinyWeights, embeddings: bytes) -> None:
+    engine = flux_fill(tiny)
+    engine.load()
+    transformer = weakref.ref(engine._pipeline.transformer)
+    paint(engine, embeddings, steps=1)
+    engine.close()
+    gc.collect()
+    assert transformer() is None
+    with pytest.raises(PaintError, match="not loaded"):
+        paint(engine, embeddings)
+
+
+def test_it_says_where_it_runs(engine: FluxFill) -> None:
+    where = engine.describe()
+    assert where["device"].startswith("CPU")
+    assert where["compute_capability"] == "N/A"
+    assert where["memory_used_bytes"] is None
+    assert where["versions"]["torch"] == str(torch.__version__)
+    assert engine.device_ms() is None
+
+
+def one_block_short(tiny: TinyWeights, folder: Path) -> Weights:
+    """A base whose transformer has one block more than the file."""
+    shutil.copytree(tiny.base, folder / "base")
+    config = folder / "base" / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    return Weights(tiny.transformer("flux1-fill-dev-Q4_0.gguf"), folder / "base")
+
+
+def cut_short(tiny: TinyWeights, folder: Path) -> Weights:
+    file = folder / "cut.gguf"
+    file.write_bytes(tiny.transformer("flux1-fill-dev-Q4_0.gguf").read_bytes()[:-1000])
+    return Weights(file, tiny.base)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(one_block_short, "does not hold the model"), (cut_short, "but the file at")]
+)
+def test_weights_that_do_not_fit(
+    tiny: TinyWeights, tmp_path: Path, damage: Callable[[TinyWeights, Path], Weights], reason: str
+) -> None:
+    with pytest.raises(CorruptWeights, match=reason):
+        FluxFill(BUILT_IN["tiny-Q4_0"], damage(tiny, tmp_path), 2).load()
+
+
+def test_no_weights() -> None:
+    with pytest.raises(VariantLoadFailed, match="needs weights"):
+        FluxFill(BUILT_IN["tiny-Q4_0"], None, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tiny: TinyWeights) -> None:
+    with pytest.raises(VariantLoadFailed, match="wants a GPU"):
+        FluxFill(BUILT_IN["Q8_0"], Weights(tiny.transformer("x.gguf"), tiny.base), 2)
