@@ -1,0 +1,93 @@
+"""One file per outside system. A URL's scheme names the adapter, which is imported when it is first asked for.
+
+    blobs       files:FOLDER           memory:NAME
+    jobs        sqlite:FILE            memory:NAME
+    messages    embedded://HOST:PORT   pubsub:         memory:NAME
+
+Within a process all who name the same `memory:NAME` share one store.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from ..errors import SettingsError
+from ..ports import BlobFiles, BlobStore, JobStore, MessageSource, Publisher, SessionMirror
+from ..settings import MessagesSettings
+
+
+class Row(NamedTuple):
+    #: `module:Class`, the module relative to this package or absolute.
+    target: str
+    #: The pip extra that brings its packages; empty where the service itself depends on them.
+    extra: str = ""
+
+
+BLOB_STORES = {"files": Row(".files:FileBlobStore"), "memory": Row(".memory:MemoryBlobStore")}
+JOB_STORES = {"sqlite": Row(".sql:SqlJobStore"), "memory": Row(".memory:MemoryJobStore")}
+SESSION_MIRRORS = {"sqlite": Row(".sql:SqlSessionMirror"), "memory": Row(".memory:MemorySessionMirror")}
+MESSAGE_SOURCES = {
+    "embedded": Row(".pubsub:PubSubSource"),
+    "pubsub": Row(".pubsub:PubSubSource"),
+    "memory": Row(".memory_messages:MemorySource"),
+}
+PUBLISHERS = {
+    "embedded": Row(".pubsub:PubSubPublisher"),
+    "pubsub": Row(".pubsub:PubSubPublisher"),
+    "memory": Row(".memory_messages:MemoryPublisher"),
+}
+
+
+def blob_store(url: str) -> BlobStore:
+    """Raises SettingsError for a scheme that is unknown or whose packages are missing; so do the others here."""
+    store: BlobStore = _adapter(BLOB_STORES, url, "blob store")(_rest(url))
+    return store
+
+
+def blob_files(url: str) -> BlobFiles:
+    """The store of `blob_store(url)`, for blobs too large for memory."""
+    store: BlobFiles = _adapter(BLOB_STORES, url, "blob store")(_rest(url))
+    return store
+
+
+def job_store(url: str) -> JobStore:
+    store: JobStore = _adapter(JOB_STORES, url, "job store")(_rest(url))
+    return store
+
+
+def session_mirror(url: str) -> SessionMirror:
+    mirror: SessionMirror = _adapter(SESSION_MIRRORS, url, "session mirror")(_rest(url))
+    return mirror
+
+
+def message_source(settings: MessagesSettings, in_flight: int) -> MessageSource:
+    """A source that has at most `in_flight` messages handled at a time."""
+    source: MessageSource = _adapter(MESSAGE_SOURCES, settings.url, "message source")(settings, in_flight)
+    return source
+
+
+def publisher(settings: MessagesSettings) -> Publisher:
+    made: Publisher = _adapter(PUBLISHERS, settings.url, "publisher")(settings)
+    return made
+
+
+def _rest(url: str) -> str:
+    return url.partition(":")[2]
+
+
+def _adapter(table: Mapping[str, Row], url: str, what: str) -> Any:
+    scheme, colon, _ = url.partition(":")
+    if not colon or scheme not in table:
+        known = ", ".join(f"{name}:" for name in table)
+        raise SettingsError(f"{what} {url!r}: its scheme is none of {known}", url=url)
+    row = table[scheme]
+    module, _, name = row.target.partition(":")
+    try:
+        return getattr(import_module(module, __name__), name)
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("serve_app"):
+            raise
+        extra = f"[{row.extra}]" if row.extra else ""
+        raise SettingsError(
+            f"{what} {url!r} needs the package {e.name}: pip install 'flux-fill-serve{extra}'", url=url, package=e.name
+        ) from e

@@ -1,0 +1,160 @@
+"""Blobs, jobs and session documents in the memory of this process: for tests and for trying things out.
+
+Held to the same contract tests as the other stores. Nothing outlives the process. Stores of one name share their
+content, whichever thread or event loop they are used from.
+"""
+
+import itertools
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, IllegalTransition
+from ..jobs import Change, Claim, Job, Progress, State
+from ..ports import ANY_VERSION, BlobInfo
+from .blob_paths import check_path
+from .session_documents import SessionDocument, written
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    data: bytes
+    info: BlobInfo
+
+
+@dataclass
+class _Content:
+    """What the stores of one name share."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    versions: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+    blobs: dict[str, _Blob] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    progress: dict[str, tuple[int, Progress]] = field(default_factory=dict)
+    sessions: dict[tuple[str, str], SessionDocument] = field(default_factory=dict)
+
+    _named: ClassVar[dict[str, "_Content"]] = {}
+
+    @classmethod
+    def of(cls, name: str) -> "_Content":
+        return cls._named.setdefault(name, cls())
+
+
+class MemoryBlobStore:
+    def __init__(self, name: str = "") -> None:
+        self._content = _Content.of(name)
+
+    async def head(self, path: str) -> BlobInfo:
+        return self._blob(path).info
+
+    async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
+        blob = self._blob(path)
+        if blob.info.size > max_bytes:
+            raise BlobTooLarge(f"blob {path} has {blob.info.size} bytes; at most {max_bytes} are read", path=path)
+        return blob.data, blob.info
+
+    async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
+        check_path(path)
+        with self._content.lock:
+            stored = self._content.blobs.get(path)
+            if if_version not in (ANY_VERSION, stored.info.version if stored else ""):
+                raise BlobConflict(f"blob {path} is not at version {if_version or 'none'}", path=path)
+            version = str(next(self._content.versions))
+            info = BlobInfo(path=path, size=len(data), version=version, content_type=content_type)
+            self._content.blobs[path] = _Blob(bytes(data), info)
+        return info
+
+    async def delete(self, path: str) -> None:
+        self._content.blobs.pop(check_path(path), None)
+
+    async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+        folder = check_path(prefix) + "/"
+        with self._content.lock:
+            found = sorted(path for path in self._content.blobs if path.startswith(folder))
+            infos = [self._content.blobs[path].info for path in found]
+        for info in infos:
+            yield info
+
+    async def download(self, path: str, to: Path) -> BlobInfo:
+        blob = self._blob(path)
+        to.write_bytes(blob.data)
+        return blob.info
+
+    async def upload(self, path: str, source: Path) -> BlobInfo:
+        return await self.put(path, source.read_bytes(), content_type="application/octet-stream")
+
+    def _blob(self, path: str) -> _Blob:
+        blob = self._content.blobs.get(check_path(path))
+        if blob is None:
+            raise BlobNotFound(f"blob {path} is not there", path=path)
+        return blob
+
+
+class MemoryJobStore:
+    def __init__(self, name: str = "") -> None:
+        self._content = _Content.of(name)
+
+    async def get(self, job_id: str) -> Job | None:
+        with self._content.lock:
+            job = self._content.jobs.get(job_id)
+            return self._with_progress(job) if job else None
+
+    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
+        with self._content.lock:
+            jobs = self._content.jobs
+            for job in change(jobs.get(job_id), self._rivals(job_id, session_key)):
+                jobs[job.id] = job
+            if job_id not in jobs:
+                raise IllegalTransition(f"there is no job {job_id}")
+            return jobs[job_id]
+
+    async def report(self, claim: Claim, progress: Progress) -> None:
+        with self._content.lock:
+            reported_fence, _ = self._content.progress.get(claim.job_id, (0, None))
+            if claim.job_id in self._content.jobs and claim.fence >= reported_fence:
+                self._content.progress[claim.job_id] = (claim.fence, progress)
+
+    async def list(
+        self, *, status: State | None = None, session_key: str | None = None, limit: int = 50
+    ) -> Sequence[Job]:
+        with self._content.lock:
+            found = [
+                self._with_progress(job)
+                for job in self._content.jobs.values()
+                if status in (None, job.status) and session_key in (None, job.session_key)
+            ]
+        return sorted(found, key=lambda job: job.created_at, reverse=True)[:limit]
+
+    async def delete(self, job_id: str) -> None:
+        with self._content.lock:
+            self._content.jobs.pop(job_id, None)
+            self._content.progress.pop(job_id, None)
+
+    def _rivals(self, job_id: str, session_key: str) -> Sequence[Job]:
+        return [
+            job
+            for job in self._content.jobs.values()
+            if session_key and job.session_key == session_key and job.status == State.RUNNING and job.id != job_id
+        ]
+
+    def _with_progress(self, job: Job) -> Job:
+        fence, progress = self._content.progress.get(job.id, (None, job.progress))
+        return job.evolve(progress=progress) if fence == job.fence else job
+
+
+class MemorySessionMirror:
+    def __init__(self, name: str = "") -> None:
+        self._content = _Content.of(name)
+
+    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
+        with self._content.lock:
+            key = (job.user_id, job.session_id)
+            after = written(self._content.sessions.get(key), job, document)
+            if after is not None:
+                self._content.sessions[key] = after
+
+    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
+        stored = self._content.sessions.get((user_id, session_id))
+        return dict(stored.fields) if stored else None

@@ -1,0 +1,135 @@
+"""A Pub/Sub server for one machine, inside the app: google-cloud-pubsub's own client talks to it over gRPC.
+
+It keeps everything in memory, listens on loopback only and asks nobody who they are. What it can do is in
+`pubsub_calls`, its queues are in `pubsub_broker`.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+import grpc.aio  # type: ignore[import-untyped]  # grpcio publishes no types
+
+from ..errors import BrokerUnavailable, SettingsError
+from ..settings import MessagesSettings
+from .pubsub_broker import Bounds, Broker, SubscriptionConfig
+from .pubsub_calls import Calls
+from .pubsub_names import address_of, subscription_path, topic_path
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = (
+    # Otherwise two servers may share a port, each with half of the messages.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 20_000_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # Clients may ping as often as ours do, without being told off.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class EmbeddedPubSub:
+    """Start it from the event loop it is to run in, or use it as a context manager, which gives it a thread."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        topics: Sequence[str] = (),
+        subscriptions: Mapping[str, str] | None = None,
+        bounds: Bounds | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`topics`, and `subscriptions` with their topic, are full names (`projects/p/topics/t`); port 0 takes any.
+
+        Raises SettingsError where `host` is not a loopback address.
+        """
+        if not _is_loopback(host):
+            raise SettingsError(f"the embedded Pub/Sub server listens on loopback only, not on {host}", host=host)
+        self._host = host
+        self._port = port
+        self._broker = Broker(bounds or Bounds(), clock, time.time)
+        self._broker.topics.update(topics)
+        for name, topic in (subscriptions or {}).items():
+            self._broker.subscribe(SubscriptionConfig(name=name, topic=topic))
+        self._server: grpc.aio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._thread: _LoopThread | None = None
+
+    @classmethod
+    def of(cls, settings: MessagesSettings) -> "EmbeddedPubSub":
+        """With the settings' topics and subscription, and a subscription that keeps the dead letters, named as their
+        topic."""
+        host, port = address_of(settings.url)
+        topic, dead = topic_path(settings, settings.topic), topic_path(settings, settings.dead_letter_topic)
+        subscriptions = {
+            subscription_path(settings, settings.subscription): topic,
+            subscription_path(settings, settings.dead_letter_topic): dead,
+        }
+        return cls(host, port, topics=(topic, dead), subscriptions=subscriptions)
+
+    @property
+    def address(self) -> str:
+        """`host:port`, with the port that was taken."""
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Raises BrokerUnavailable where the port is taken."""
+        self._server = grpc.aio.server(options=_OPTIONS)
+        calls = Calls(self._broker)
+        self._server.add_generic_rpc_handlers(calls.handlers())
+        try:
+            self._port = self._server.add_insecure_port(self.address)
+        except RuntimeError as e:
+            raise BrokerUnavailable(f"the embedded Pub/Sub server cannot listen on {self.address}: {e}") from e
+        await self._server.start()
+        self._ticker = asyncio.create_task(calls.keep_ticking())
+        log.info("The embedded Pub/Sub server listens on %s", self.address, extra={"action": "pubsub_started"})
+
+    async def stop(self) -> None:
+        """End every stream and stop. What was held is lost with this object."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+    def __enter__(self) -> "EmbeddedPubSub":
+        self._thread = _LoopThread()
+        self._thread.call(self.start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.call(self.stop())
+            self._thread.end()
+
+
+class _LoopThread:
+    """An event loop that runs in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="embedded-pubsub", daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

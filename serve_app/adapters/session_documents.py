@@ -1,0 +1,44 @@
+"""Which write to a session's document counts. Pure; the same rule for every mirror.
+
+A session's jobs run one at a time, so their claims have an order, told by the time of the claim (`started_at`).
+A write is ignored where the document was written for the same job under a higher fencing number, or for another job
+that was claimed later. A job that was never claimed counts by `created_at` and leaves the order as it is.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ..jobs import Job
+
+
+class SessionDocument(BaseModel):
+    """A stored document and whose it is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job_id: str
+    fence: int
+    #: When the latest claim that wrote here was taken; None while none has.
+    claimed_at: datetime | None
+    fields: dict[str, Any]
+
+
+def written(stored: SessionDocument | None, job: Job, fields: Mapping[str, Any]) -> SessionDocument | None:
+    """The document after `job` wrote `fields` into it, top-level field by field; None where the write is ignored."""
+    if stored is None:
+        return SessionDocument(job_id=job.id, fence=job.fence, claimed_at=job.started_at, fields=dict(fields))
+    if _is_stale(stored, job):
+        return None
+    claimed_at = max((at for at in (stored.claimed_at, job.started_at) if at is not None), default=None)
+    return SessionDocument(
+        job_id=job.id, fence=job.fence, claimed_at=claimed_at, fields={**stored.fields, **dict(fields)}
+    )
+
+
+def _is_stale(stored: SessionDocument, job: Job) -> bool:
+    if stored.job_id == job.id:
+        return stored.fence > job.fence
+    return stored.claimed_at is not None and (job.started_at or job.created_at) < stored.claimed_at
