@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from ..errors import CorruptWeights, Unavailable, UnknownWeights, WeightsError
 from ..settings import Secrets, WeightsSettings
 from . import gguf_file, lock
-from .origins import Mirror, MirrorStore, Origin, folder_name
+from .origins import Mirror, Origin, folder_name
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ class Sources:
     endpoint: str | None = None
 
     @classmethod
-    def of(cls, settings: WeightsSettings, secrets: Secrets, mirror: MirrorStore | None = None) -> "Sources":
+    def of(cls, settings: WeightsSettings, secrets: Secrets, mirror: Mirror | None = None) -> "Sources":
         """Raises SettingsError where the lock file cannot be read."""
         return cls(
             cache=settings.cache,
             locked=lock.read(settings.lock),
-            mirror=Mirror(mirror) if mirror else None,
+            mirror=mirror,
             token=secrets.hf_token,
         )
 

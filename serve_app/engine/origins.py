@@ -1,12 +1,11 @@
 """Where weights are fetched from: the Protocol, and a mirror of ours in a blob store. The hub is in `hub`."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import BlobNotFound, UnknownWeights, UnsafePath
-from ..ports import BlobFiles, BlobInfo
+from ..ports import BlobFiles, BlobStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +28,6 @@ class Origin(Protocol):
         """Write `file` below `folder`, whole or not at all. Raises as `list` does."""
 
 
-class MirrorStore(BlobFiles, Protocol):
-    """The part of a blob store that a mirror needs."""
-
-    def list(self, prefix: str) -> AsyncIterator[BlobInfo]: ...
-
-
 def folder_name(repo: str) -> str:
     """`owner/name` as one path part."""
     return repo.replace("/", "--")
@@ -52,13 +45,15 @@ class Mirror:
 
     name = "the mirror"
 
-    def __init__(self, store: MirrorStore) -> None:
-        self._store = store
+    def __init__(self, blobs: BlobStore, files: BlobFiles) -> None:
+        """Two views of one store."""
+        self._blobs = blobs
+        self._files = files
 
     async def list(self, repo: str, revision: str) -> Listing:
         """Raises UnsafePath where the mirror holds a file name that could escape its folder."""
         prefix = _mirror_path(repo, revision, "")
-        files = frozenset([info.path.removeprefix(prefix) async for info in self._store.list(prefix.rstrip("/"))])
+        files = frozenset([info.path.removeprefix(prefix) async for info in self._blobs.list(prefix.rstrip("/"))])
         for file in files:
             check_file(file)
         if not files:
@@ -68,13 +63,13 @@ class Mirror:
     async def download(self, repo: str, revision: str, file: str, folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         try:
-            await self._store.download(_mirror_path(repo, revision, file), folder / file)
+            await self._files.download(_mirror_path(repo, revision, file), folder / file)
         except BlobNotFound as e:
             raise UnknownWeights(f"the mirror has no {file} of {repo} at {revision}", repo=repo, file=file) from e
 
     async def upload(self, repo: str, revision: str, file: str, folder: Path) -> None:
         check_file(file)
-        await self._store.upload(_mirror_path(repo, revision, file), folder / file)
+        await self._files.upload(_mirror_path(repo, revision, file), folder / file)
 
 
 def _mirror_path(repo: str, revision: str, file: str) -> str:

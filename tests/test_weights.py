@@ -1,0 +1,332 @@
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from pydantic import SecretStr
+
+from serve_app.adapters.memory import MemoryBlobStore
+from serve_app.engine import lock, weights
+from serve_app.engine.origins import Mirror
+from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.weights import Sources
+from serve_app.errors import (
+    CorruptWeights,
+    FluxFillError,
+    GatedRepo,
+    MissingToken,
+    SettingsError,
+    UnknownWeights,
+    UnsafePath,
+    WeightsError,
+)
+from serve_app.ports import BlobInfo
+from serve_app.settings import Secrets, WeightsSettings
+from serve_app.variants import BUILT_IN, Variant
+
+from .hub_server import COMMIT, HubServer, Repo, serve
+
+GGUF, BASE = "o/gguf", "o/base"
+PAINTING = {"transformer/config.json", "vae/config.json", "vae/model.safetensors", "scheduler/scheduler_config.json"}
+TEXT = {
+    f"{folder}/{file}"
+    for folder, file in [
+        ("text_encoder", "config.json"),
+        ("text_encoder", "model.safetensors"),
+        ("text_encoder_2", "config.json"),
+        ("text_encoder_2", "model-00001-of-00001.safetensors"),
+        ("tokenizer", "tokenizer_config.json"),
+        ("tokenizer_2", "tokenizer_config.json"),
+    ]
+}
+VARIANT = Variant(family="flux-fill", repo=GGUF, file="q.gguf", base=BASE)
+PINNED = VARIANT.model_copy(update={"revision": COMMIT, "base_revision": COMMIT})
+
+
+@pytest.fixture
+def hub(tiny: TinyWeights) -> Iterator[HubServer]:
+    with serve() as hub:
+        sound = tiny.transformer("flux1-fill-dev-Q4_0.gguf").read_bytes()
+        hub.repos[GGUF] = Repo({"q.gguf": sound, "other.gguf": b"", "README.md": b""})
+        hub.repos[BASE] = Repo({file: file.encode() for file in PAINTING | TEXT | {"flux1-fill-dev.safetensors"}})
+        yield hub
+
+
+@pytest.fixture
+def sources(hub: HubServer, tmp_path: Path) -> Sources:
+    return Sources(cache=tmp_path / "cache", endpoint=hub.url)
+
+
+def mirror() -> tuple[MemoryBlobStore, Mirror]:
+    store = MemoryBlobStore(uuid4().hex)
+    return store, Mirror(store, store)
+
+
+def files_below(folder: Path) -> set[str]:
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if not path.parts[0].startswith(".")}
+
+
+async def test_the_hub_gives_what_painting_needs_and_no_more(hub: HubServer, sources: Sources) -> None:
+    found = await weights.fetch(PINNED, sources)
+    assert found.transformer == sources.cache / "o--gguf" / COMMIT / "q.gguf"
+    assert found.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
+    assert files_below(found.base) == PAINTING
+    assert sorted(hub.downloads) == sorted({"q.gguf", *PAINTING})
+
+
+async def test_text_encoders_come_separately(sources: Sources) -> None:
+    base = await weights.fetch_text_encoders(PINNED, sources)
+    assert files_below(base) == TEXT
+
+
+async def test_the_cache_is_asked_before_the_hub(hub: HubServer, sources: Sources) -> None:
+    first = await weights.fetch(PINNED, sources)
+    hub.requests.clear()
+    assert await weights.fetch(PINNED, sources) == first
+    assert hub.requests == []
+
+
+async def test_several_at_once_download_once(hub: HubServer, sources: Sources) -> None:
+    found = await asyncio.gather(*(weights.fetch(PINNED, sources) for _ in range(3)))
+    assert found[0] == found[1] == found[2]
+    assert sorted(hub.downloads) == sorted({"q.gguf", *PAINTING})
+
+
+async def test_an_unpinned_repository_is_warned_about(
+    hub: HubServer, sources: Sources, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = await weights.fetch(VARIANT, sources)
+    assert found.base == sources.cache / "o--base" / "main"
+    warned = [record for record in caplog.records if getattr(record, "action", "") == "weights_unpinned"]
+    assert [record.repo for record in warned] == [GGUF, BASE]
+    assert "fluxfill weights pull --pin" in warned[0].getMessage()
+
+
+async def test_the_lock_file_pins_what_the_variant_does_not(hub: HubServer, sources: Sources) -> None:
+    locked = lock.Lock(repos={BASE: lock.LockedRepo(revision=COMMIT, files={})})
+    base = await weights.fetch_text_encoders(VARIANT, replace(sources, locked=locked))
+    assert base.name == COMMIT
+    assert weights.base_revision(VARIANT, replace(sources, locked=locked)) == COMMIT
+    assert weights.base_revision(VARIANT, sources) is None
+
+
+async def test_a_download_that_broke_off_is_taken_up_again(hub: HubServer, sources: Sources) -> None:
+    files = hub.repos[BASE].files
+    # Listed under names that are not there: the client fails at the second file.
+    broken = dict(files)
+    del broken["vae/model.safetensors"]
+    listed = list(files)
+
+    class Vanishing(dict[str, bytes]):
+        def __iter__(self) -> Iterator[str]:
+            return iter(listed)
+
+    hub.repos[BASE].files = Vanishing(broken)
+    with pytest.raises(UnknownWeights, match=r"vae/model\.safetensors"):
+        await weights.fetch(PINNED, sources)
+    hub.repos[BASE].files = files
+    assert files_below((await weights.fetch(PINNED, sources)).base) == PAINTING
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "error", "names"),
+    [
+        (None, None, MissingToken, "HF_TOKEN is not set.*o/gguf"),
+        (None, "ours", UnknownWeights, "o/gguf at c"),
+        (Repo({}, token="ours"), None, MissingToken, "HF_TOKEN is not set.*o/gguf"),
+        (Repo({}, token="ours"), "wrong", MissingToken, "refuses the HF_TOKEN.*o/gguf"),
+        (Repo({}, token="ours", gated=True), "ours", GatedRepo, "licence of o/gguf"),
+        (Repo({}, commit="d" * 40), None, UnknownWeights, "o/gguf at c"),
+        (Repo({"x.gguf": b""}), None, UnknownWeights, r"o/gguf at c+ has no q\.gguf"),
+        (Repo({"q.gguf": b"<html>Sign in</html>"}), None, CorruptWeights, r"q\.gguf is no sound GGUF file"),
+    ],
+)
+async def test_each_refusal_has_its_error(
+    hub: HubServer, sources: Sources, repo: Repo | None, token: str | None, error: type[FluxFillError], names: str
+) -> None:
+    del hub.repos[GGUF]
+    if repo is not None:
+        hub.repos[GGUF] = repo
+    secret = SecretStr(token) if token else None
+    with pytest.raises(error, match=names) as caught:
+        await weights.fetch(PINNED, replace(sources, token=secret))
+    assert type(caught.value) is error
+    assert "ours" not in str(caught.value)
+
+
+async def test_a_token_that_may_opens_the_repository(hub: HubServer, sources: Sources) -> None:
+    hub.repos[GGUF].token = "ours"
+    found = await weights.fetch(PINNED, replace(sources, token=SecretStr("ours")))
+    assert found.transformer.exists()
+
+
+async def test_a_hub_that_is_not_there_is_named(sources: Sources) -> None:
+    away = replace(sources, endpoint="http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9 cannot be reached for o/gguf") as caught:
+        await weights.fetch(PINNED, away)
+    assert type(caught.value) is WeightsError
+
+
+async def test_a_damaged_file_is_not_kept(hub: HubServer, sources: Sources) -> None:
+    sound = hub.repos[GGUF].files["q.gguf"]
+    hub.repos[GGUF].files["q.gguf"] = sound[:-1000]
+    with pytest.raises(CorruptWeights, match="ends at byte"):
+        await weights.fetch(PINNED, sources)
+    hub.repos[GGUF].files["q.gguf"] = sound
+    assert (await weights.fetch(PINNED, sources)).transformer.read_bytes() == sound
+
+
+async def test_a_file_damaged_in_the_cache_is_fetched_again(hub: HubServer, sources: Sources) -> None:
+    found = await weights.fetch(PINNED, sources)
+    found.transformer.write_bytes(b"GGUF, but not quite")
+    again = await weights.fetch(PINNED, sources)
+    assert again.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
+
+
+async def test_tiny_and_local_weights_need_no_hub(sources: Sources, tiny: TinyWeights) -> None:
+    made = await weights.fetch(BUILT_IN["tiny-Q8_0"], sources)
+    assert made.transformer.name == "flux1-fill-dev-Q8_0.gguf"
+    assert (made.base / "vae" / "config.json").exists()
+    local = Variant(family="flux-fill", file=str(made.transformer), base=str(made.base))
+    assert await weights.fetch(local, sources) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"file": None}, "needs both `file` and `base`"),
+        ({"repo": None, "file": "/nowhere/x.gguf"}, r"no file /nowhere/x\.gguf"),
+        ({"base": "/nowhere"}, "'/nowhere' is neither a folder here nor a repository"),
+    ],
+)
+async def test_a_variant_without_weights(sources: Sources, changes: dict[str, str | None], reason: str) -> None:
+    with pytest.raises(UnknownWeights, match=reason):
+        await weights.fetch(PINNED.model_copy(update=changes), sources)
+
+
+async def test_a_mirror_replaces_the_hub(hub: HubServer, sources: Sources, tmp_path: Path) -> None:
+    store, mirrored = mirror()
+    told: list[tuple[str, str]] = []
+    await weights.push_to_mirror(
+        [PINNED], replace(sources, mirror=mirrored), lambda repo, file, number, count: told.append((repo, file))
+    )
+    paths = [info.path async for info in store.list("models")]
+    assert f"models/o--gguf/{COMMIT}/q.gguf" in paths
+    assert len(paths) == 1 + len(PAINTING) + len(TEXT)
+    assert told[-1][1].endswith(".json")
+    hub.repos.clear()
+    elsewhere = Sources(cache=tmp_path / "elsewhere", mirror=mirrored, endpoint=hub.url)
+    found = await weights.fetch(PINNED, elsewhere)
+    assert files_below(found.base) == PAINTING
+
+
+async def test_the_hub_helps_out_where_the_mirror_is_not_whole(hub: HubServer, sources: Sources) -> None:
+    store, mirrored = mirror()
+    await store.put(f"models/o--base/{COMMIT}/vae/config.json", b"{}", content_type="application/json")
+    found = await weights.fetch(PINNED, replace(sources, mirror=mirrored))
+    assert files_below(found.base) == PAINTING
+    assert (found.base / "vae/config.json").read_bytes() == b"vae/config.json"
+
+
+async def test_a_name_that_would_leave_the_cache_is_refused(sources: Sources) -> None:
+    class Hostile(MemoryBlobStore):
+        async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+            async for info in super().list(prefix):
+                yield replace(info, path=f"models/o--gguf/{COMMIT}/../../../q.gguf")
+
+    store = Hostile(uuid4().hex)
+    await store.put(f"models/o--gguf/{COMMIT}/q.gguf", b"", content_type="application/octet-stream")
+    with pytest.raises(UnsafePath, match="no safe name"):
+        await weights.fetch(PINNED, replace(sources, mirror=Mirror(store, store)))
+    assert not list(sources.cache.parent.rglob("q.gguf"))
+
+
+async def test_there_must_be_a_mirror_to_push_to(sources: Sources) -> None:
+    with pytest.raises(WeightsError, match="no mirror"):
+        await weights.push_to_mirror([PINNED], sources)
+
+
+async def test_pin_records_what_came_and_reports_what_could_not_be_looked_up(
+    hub: HubServer, sources: Sources, tmp_path: Path
+) -> None:
+    missing = VARIANT.model_copy(update={"repo": "o/absent"})
+    pinned = await weights.pin([VARIANT, missing], sources)
+    assert set(pinned.lock.repos) == {GGUF, BASE}
+    assert set(pinned.missing) == {"o/absent"}
+    assert "o/absent" in pinned.missing["o/absent"]
+    assert pinned.lock.repos[BASE].revision == COMMIT
+    assert set(pinned.lock.repos[BASE].files) == PAINTING | TEXT
+    assert pinned.lock.repos[GGUF].files["q.gguf"].size == len(hub.repos[GGUF].files["q.gguf"])
+
+    path = tmp_path / "weights.lock.json"
+    lock.write(path, pinned.lock)
+    assert json.loads(path.read_text())["repos"][GGUF]["revision"] == COMMIT
+    settings = WeightsSettings(cache=tmp_path / "fresh", lock=path)
+    later = replace(Sources.of(settings, Secrets()), endpoint=hub.url)
+    assert later.locked == pinned.lock
+    assert (await weights.fetch(VARIANT, later)).transformer.parent.name == COMMIT
+
+
+async def test_pin_finds_a_newer_commit_and_keeps_other_repositories(hub: HubServer, sources: Sources) -> None:
+    old = lock.LockedRepo(revision="a" * 40, files={"q.gguf": lock.LockedFile(size=1, sha256="0" * 64)})
+    locked = lock.Lock(repos={GGUF: old, "o/other": old})
+    pinned = await weights.pin([VARIANT], replace(sources, locked=locked))
+    assert pinned.lock.repos[GGUF].revision == COMMIT
+    assert pinned.lock.repos["o/other"] == old
+
+
+async def test_what_differs_from_the_lock_is_refused(hub: HubServer, sources: Sources) -> None:
+    pinned = await weights.pin([VARIANT], sources)
+    (sources.cache / "o--gguf" / COMMIT / "q.gguf").unlink()
+    (sources.cache / "o--gguf" / COMMIT / ".q.gguf.verified").unlink(missing_ok=True)
+    sound = hub.repos[GGUF].files["q.gguf"]
+    hub.repos[GGUF].files["q.gguf"] = sound[:-1] + bytes([sound[-1] ^ 1])
+    with pytest.raises(CorruptWeights, match="SHA-256"):
+        await weights.fetch(VARIANT, replace(sources, locked=pinned.lock))
+
+
+def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"weights")
+    locked = lock.describe(path)
+    lock.verify(path, locked)
+    hashed: list[Path] = []
+    monkeypatch.setattr(lock, "describe", lambda path: hashed.append(path) or locked)
+    lock.verify(path, locked)
+    assert hashed == []
+    path.write_bytes(b"changed")
+    lock.verify(path, locked)
+    assert hashed == [path]
+
+
+def test_a_file_of_another_size_is_not_hashed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"weights")
+    with pytest.raises(CorruptWeights, match=r"file has 7 bytes, and 8 by the lock file"):
+        lock.verify(path, lock.LockedFile(size=8, sha256="0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"format": 2}', "format: Input should be 1"),
+        ('{"repos": {"o/r": {"revision": "main", "files": {}}}}', r"repos\.o/r\.revision"),
+        ('{"repo": {}}', "repo: Extra inputs"),
+    ],
+)
+def test_a_lock_file_that_is_none(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "weights.lock.json"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=rf"weights\.lock\.json is no weights lock file: .*{reason}"):
+        lock.read(path)
+
+
+def test_no_lock_file_is_an_empty_lock(tmp_path: Path) -> None:
+    assert lock.read(tmp_path / "absent.json") == lock.Lock()
