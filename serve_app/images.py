@@ -31,8 +31,9 @@ EDITED_QUALITY = 95
 PREVIEW_QUALITY = 85
 PREVIEW_SIDE_PX = 512
 
-# Limits are checked on the header, and name the picture; Pillow's warning would add nothing but noise.
+# Sizes are checked here, and damaged metadata is dropped: Pillow's warnings of either would be noise on stderr.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -279,7 +280,11 @@ def _to_srgb(icc: bytes) -> ImageCms.ImageCmsTransform | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1 where it is absent or damaged, and for HEIC, whose decoder has turned the picture already."""
+    """EXIF's, 1 to 8; 1 where it is absent or damaged.
+
+    Always 1 for HEIC: there the container says how to turn, the decoder has done it, and EXIF's tag is for
+    information only (ISO/IEC 23008-12).
+    """
     if image.format == "HEIF":
         return 1
     try:

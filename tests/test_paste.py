@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import MAGENTA, SMALL, blank, masks, noise, spot
 
 from serve_app.images import Pixels
 from serve_app.messages import CropStrategy
 from serve_app.paste import cut, grow, paste, paste_window, soft_mask
 from serve_app.settings import WindowSettings
 from serve_app.windows import Box, Plan, plan
+
+from .pictures import MAGENTA, SMALL, blank, masks, noise, spot
 
 strategies = st.sampled_from(CropStrategy)
 feathers = st.sampled_from([0, 1, 3, 8])

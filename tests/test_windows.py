@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pictures import SMALL, blank, masks, spot
 
 from serve_app.images import Pixels
 from serve_app.messages import CropStrategy
 from serve_app.settings import WindowSettings
 from serve_app.windows import Box, Plan, bounding_box, plan
+
+from .pictures import SMALL, blank, masks, spot
 
 CROP, RESIZE, ORIGINAL, AUTO = CropStrategy.CROP, CropStrategy.RESIZE, CropStrategy.ORIGINAL, CropStrategy.AUTO
 DEFAULT = WindowSettings()
