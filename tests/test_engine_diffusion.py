@@ -1,5 +1,6 @@
 import gc
 import shutil
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from serve_app.engine import pipeline
 from serve_app.engine.device import Device
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.tiny import TinyWeights
@@ -202,6 +204,27 @@ def test_it_says_where_it_runs(engine: FluxFill) -> None:
     assert where["memory_used_bytes"] is None
     assert where["versions"]["torch"] == str(torch.__version__)
     assert engine.device_ms() is None
+
+
+def test_models_are_built_one_at_a_time(tiny: TinyWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    building: list[str] = []
+    at_once: list[int] = []
+    build = pipeline.build
+
+    def watched(weights: Weights, device: Device) -> Any:
+        building.append(weights.transformer.name)
+        at_once.append(len(building))
+        built = build(weights, device)
+        building.pop()
+        return built
+
+    monkeypatch.setattr(pipeline, "build", watched)
+    threads = [threading.Thread(target=flux_fill(tiny).load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert at_once == [1, 1, 1]
 
 
 def one_block_short(tiny: TinyWeights, folder: Path) -> Weights:

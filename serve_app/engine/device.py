@@ -1,6 +1,7 @@
 """The device that torch computes on: which, how well, how long, and what its failures mean."""
 
 import platform
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from . import quant
 
 #: Words in the RuntimeErrors that torch raises for a GPU's own failures.
 _GPU_WORDS = ("CUDA", "CUBLAS", "CUDNN", "cuDNN", "NVRTC")
+
+#: Held while models are built: accelerate replaces `torch.nn.Module`'s methods meanwhile, for the whole process.
+BUILDING = threading.Lock()
 
 
 class Device:

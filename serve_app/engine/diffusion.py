@@ -15,7 +15,7 @@ from ..errors import InputError, PaintError, VariantLoadFailed
 from ..images import Pixels
 from ..variants import Variant
 from . import pipeline
-from .device import Device
+from .device import BUILDING, Device
 from .weights import Weights
 
 #: A window's sides are multiples of this: the VAE makes one of 8 pixels, and the transformer takes 2x2 of those.
@@ -56,7 +56,7 @@ class FluxFill:
         """Also raises CorruptWeights where the files are not those of FLUX.1-Fill."""
         torch.set_num_threads(self._threads)
         self._device.ms = 0.0
-        with self._device.translated():
+        with BUILDING, self._device.translated():
             self._pipeline = pipeline.build(self._weights, self._device)
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:

@@ -8,9 +8,10 @@ import safetensors.torch
 import torch
 from diffusers import FluxFillPipeline
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers.utils import logging
 
 from ..errors import PaintError
-from .device import Device
+from .device import BUILDING, Device
 
 
 class TextEncoder:
@@ -29,7 +30,9 @@ class TextEncoder:
     def load(self) -> None:
         """Slow. Raises OutOfMemory, and what transformers raises for files that are no text encoders."""
         torch.set_num_threads(self._threads)
-        with self._device.translated():
+        # One line for each model in every replica's log, redrawn.
+        logging.disable_progress_bar()
+        with BUILDING, self._device.translated():
             self._pipeline = self._build().to(self._device.torch)
 
     def encode(self, prompt: str, max_tokens: int) -> bytes:

@@ -62,7 +62,9 @@ def ensure(folder: Path) -> TinyWeights:
 
 def _write(folder: Path) -> None:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         transformer = _transformer()
