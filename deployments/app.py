@@ -7,7 +7,7 @@ from typing import Any
 from ray import serve
 
 from serve_app.settings import Inference, Scaling, Settings
-from serve_app.variants import TINY, Variant
+from serve_app.variants import Variant
 
 from .broker import PubSub
 from .ingress import Ingress, http
@@ -79,7 +79,7 @@ def _bases(settings: Settings) -> dict[str, Variant]:
 
 def text_encoder_name(base: str) -> str:
     """One text encoder for each base model: `TextEncoder-FLUX.1-Fill-dev`."""
-    return f"TextEncoder-{re.sub('[^A-Za-z0-9_.-]', '', base.rpartition('/')[2].removeprefix(TINY) or base)}"
+    return f"TextEncoder-{re.sub('[^A-Za-z0-9_.-]', '-', base.rpartition('/')[2])}"
 
 
 def _inpainter(name: str, settings: Settings) -> serve.Application:

@@ -267,11 +267,9 @@ async def _pull(rows: list[Variant], settings: Settings, to: str | None, pin: bo
     """Repositories that could not be pinned, with the reason."""
     from dataclasses import replace
 
-    from serve_app import adapters
     from serve_app.engine import lock, weights
-    from serve_app.engine.origins import Mirror
 
-    from .loading import sources
+    from .loading import mirror_at, sources
 
     def on_file(repo: str, file: str, number: int, count: int) -> None:
         out.print(f"{repo}: {number}/{count} {file}", highlight=False)
@@ -285,7 +283,7 @@ async def _pull(rows: list[Variant], settings: Settings, to: str | None, pin: bo
     else:
         await weights.pull(rows, where, on_file)
     if to:
-        await weights.push_to_mirror(rows, replace(where, mirror=Mirror(adapters.blob_files(to))), on_file)
+        await weights.push_to_mirror(rows, replace(where, mirror=mirror_at(to)), on_file)
     return missing
 
 

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
-from tenacity import retry, retry_if_exception_type, retry_if_result, stop_after_delay, wait_fixed
+from tenacity import RetryError, retry, retry_if_exception_type, retry_if_result, stop_after_delay, wait_fixed
 
 from serve_app.errors import SettingsError
 
@@ -32,24 +32,25 @@ def draw_leash(folder: Path) -> tuple[Path, Path]:
     except ImportError as e:
         raise SettingsError("the demo's photo comes with scikit-image: pip install 'flux-fill-serve[demo]'") from e
     photo = Image.fromarray(data.cat())
-    leash = _curve(photo.width, photo.height)
-    mask = Image.new("L", photo.size, 0)
-    draw, draw_mask = ImageDraw.Draw(photo), ImageDraw.Draw(mask)
-    draw.line(leash, fill=(150, 24, 28), width=7, joint="curve")
-    draw.line([(x - 1, y - 2) for x, y in leash], fill=(205, 70, 66), width=2, joint="curve")
-    draw_mask.line(leash, fill=255, width=13, joint="curve")
+    photo.paste((150, 24, 28), mask=_line(photo.size, width=7))
+    photo.paste((205, 70, 66), mask=_line(photo.size, width=2, up=2))
+    mask = _line(photo.size, width=15).point(lambda level: 255 if level else 0)
     folder.mkdir(parents=True, exist_ok=True)
     photo.save(folder / "original.jpg", quality=95)
     mask.save(folder / "mask.png")
     return folder / "original.jpg", folder / "mask.png"
 
 
-def _curve(width: int, height: int) -> list[tuple[float, float]]:
-    """A slack line from the collar to the right edge."""
+def _line(size: tuple[int, int], *, width: int, up: int = 0) -> Image.Image:
+    """A slack line from below the cat's chin out of the picture to the right: how much of each pixel it covers."""
     t = np.linspace(0, 1, 60)
-    x = width * (0.52 + 0.48 * t)
-    y = height * (0.86 - 0.62 * t + 0.22 * np.sin(np.pi * t))
-    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+    x = size[0] * (0.58 + 0.46 * t)
+    y = size[1] * (1.03 - 0.72 * t + 0.16 * np.sin(np.pi * t)) - up
+    # Drawn four times as large, because Pillow's lines have jagged edges.
+    large = Image.new("L", (4 * size[0], 4 * size[1]), 0)
+    points = [(4 * float(a), 4 * float(b)) for a, b in zip(x, y, strict=True)]
+    ImageDraw.Draw(large).line(points, fill=255, width=4 * width, joint="curve")
+    return large.resize(size, Image.Resampling.BOX)
 
 
 def before_after(pictures: Mapping[str, Path], to: Path) -> None:
@@ -134,7 +135,10 @@ def _wait_ready(app: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
             raise SettingsError(f"the app ended at its start; the end of {log}:\n{_tail(log)}")
         return httpx.get(f"{url}/ready", timeout=5).status_code == 200
 
-    ready()
+    try:
+        ready()
+    except RetryError:
+        raise SettingsError(f"not ready after {START_S} s; the end of {log}:\n{_tail(log)}") from None
 
 
 def _tail(log: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from serve_app import adapters
+from serve_app.engine.origins import Mirror
 from serve_app.engine.weights import Sources
 from serve_app.errors import VariantLoadFailed
 from serve_app.settings import Secrets, Settings
@@ -24,8 +25,13 @@ LONGEST_WAIT_S = 300
 def sources(settings: Settings) -> Sources:
     """Where weights come from. Raises SettingsError for a lock file or a mirror URL that is none."""
     where = settings.weights
-    mirror = adapters.blob_files(where.mirror) if where.mirror else None
+    mirror = mirror_at(where.mirror) if where.mirror else None
     return Sources.of(where, Secrets.from_environment(), mirror)
+
+
+def mirror_at(url: str) -> Mirror:
+    """Raises SettingsError for a URL that names no blob store."""
+    return Mirror(adapters.blob_store(url), adapters.blob_files(url))
 
 
 class Loading(Generic[T]):

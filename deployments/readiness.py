@@ -47,12 +47,12 @@ class VariantWatch:
     async def _state(self, name: str, overview: DeploymentStatusOverview | None) -> VariantReadiness:
         if overview is None:
             return VariantReadiness(state="starting")
-        replicas = {str(state.value): n for state, n in overview.replica_states.items() if n}
-        if replicas.get("RUNNING"):
+        replicas = {state for state, n in overview.replica_states.items() if n}
+        if "RUNNING" in replicas:
             return await self._asked(name)
         if overview.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return VariantReadiness(state="failed", error=overview.message)
-        return VariantReadiness(state="starting" if set(replicas) - {"STOPPING"} else "scaled_to_zero")
+        return VariantReadiness(state="starting" if replicas - {"STOPPING"} else "scaled_to_zero")
 
     async def _asked(self, name: str) -> VariantReadiness:
         if self.states[name].state == "ready":

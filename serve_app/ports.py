@@ -66,9 +66,6 @@ class BlobFiles(Protocol):
     async def upload(self, path: str, source: Path) -> BlobInfo:
         """Store the file, whole or not at all."""
 
-    def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
-        """As in BlobStore."""
-
 
 class JobStore(Protocol):
     """Job records. Every method raises StoreUnavailable while the store cannot be reached."""
