@@ -282,11 +282,9 @@ def _to_srgb(icc: bytes) -> ImageCms.ImageCmsTransform | None:
 def _orientation(image: Image.Image) -> int:
     """EXIF's, 1 to 8; 1 where it is absent or damaged.
 
-    Always 1 for HEIC: there the container says how to turn, the decoder has done it, and EXIF's tag is for
-    information only (ISO/IEC 23008-12).
+    HEIC always has 1 here: its container says how to turn, the decoder has done it and reset EXIF's tag, which is
+    for information only (ISO/IEC 23008-12).
     """
-    if image.format == "HEIF":
-        return 1
     try:
         return int(image.getexif().get(_TAG.Orientation, 1))
     except _DAMAGE:

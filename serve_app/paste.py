@@ -39,16 +39,17 @@ def soft_mask(mask: Pixels, feather_px: int) -> npt.NDArray[np.float32]:
 def cut(photo: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> tuple[Pixels, Pixels]:
     """The canvas that shows the plan's region, `[height, width, 3]`, and what to paint on it, `[height, width]`.
 
-    Padding repeats the content in reflection and is never painted. A canvas pixel is painted where any part of the
-    dilated mask falls into it, so that none is lost in scaling. `feather_px` is the one the plan was made with.
+    A canvas pixel is painted where any part of the dilated mask falls into it, so that none is lost in scaling.
+    Padding reflects both, mask included: a leash left standing in the mirror would be painted back into the photo.
+    What is painted there is never pasted. `mask` and `feather_px` are those the plan was made with.
     """
     region, reach = plan.region, _reach(mask, plan, feather_px)
     grown = np.zeros((region.height, region.width), np.float32)
     grown[_within(reach, region)] = grow(mask[reach.slices], feather_px)
     # As floats, because in 8 bits a small coverage would round to none.
     covered = np.where(_scale(grown, plan.content_size) > 0, np.uint8(255), np.uint8(0))
-    canvas = _pad(_scale(photo[region.slices], plan.content_size), plan.canvas_size, cv2.BORDER_REFLECT)
-    return canvas, _pad(covered, plan.canvas_size, cv2.BORDER_CONSTANT)
+    content = _scale(photo[region.slices], plan.content_size)
+    return _pad(content, plan.canvas_size), _pad(covered, plan.canvas_size)
 
 
 def paste(photo: Pixels, painted: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> Pixels:
@@ -118,10 +119,10 @@ def _scale(pixels: npt.NDArray[_Number], size: tuple[int, int]) -> npt.NDArray[_
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC))
 
 
-def _pad(pixels: Pixels, size: tuple[int, int], border: int) -> Pixels:
-    """A new array of `size` (width, height) with `pixels` at its top left."""
+def _pad(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """A new array of `size` (width, height) with `pixels` at its top left and their reflections beside and below."""
     height, width = pixels.shape[:2]
-    return np.asarray(cv2.copyMakeBorder(pixels, 0, size[1] - height, 0, size[0] - width, border))
+    return np.asarray(cv2.copyMakeBorder(pixels, 0, size[1] - height, 0, size[0] - width, cv2.BORDER_REFLECT))
 
 
 def _blend(target: Pixels, patch: Pixels, opacity: npt.NDArray[np.float32]) -> None:

@@ -54,8 +54,11 @@ def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
     return head + struct.pack(">I", len(tags)) + table + body
 
 
-#: Grey whose values are linear in light.
-LINEAR_GREY = icc_profile(b"GRAY", {b"kTRC": b"curv" + bytes(4) + struct.pack(">I", 0)}).replace(b"Lab ", b"XYZ ", 1)
+#: Grey whose values are linear in light, on paper that is not quite white.
+LINEAR_GREY = icc_profile(
+    b"GRAY",
+    {b"kTRC": b"curv" + bytes(8), b"wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", 50_000, 52_000, 42_000)},
+).replace(b"Lab ", b"XYZ ", 1)
 #: CMYK that shows L* 100 (white) or 0 (black) by its K alone: lut8 with a grid of 2 points.
 K_ONLY = icc_profile(
     b"CMYK",
@@ -181,6 +184,16 @@ class TestProfile:
         photo = decode_photo(encoded(cyan, "JPEG", icc_profile=K_ONLY), LIMITS)
         # The profile, not the formula, says what is seen: without K this one shows white.
         assert photo.icc is None and photo.pixels.min() > 250
+
+    def test_the_papers_white_is_white(self) -> None:
+        photo = decode_photo(encoded(Image.new("L", (4, 4), 255), icc_profile=LINEAR_GREY), LIMITS)
+        assert (photo.pixels == 255).all()
+
+    def test_a_profile_longer_than_a_jpeg_holds_is_dropped(self) -> None:
+        length = 17_000_000
+        profile = struct.pack(">I", length) + SRGB[4:] + bytes(length - len(SRGB))
+        photo = decode_photo(encoded(blocks(), "WEBP", icc_profile=profile), LIMITS)
+        assert photo.icc is None and encode_edited(photo, photo.pixels)
 
     @pytest.mark.parametrize("profile", [K_ONLY, LINEAR_GREY], ids=["cmyk", "grey"])
     def test_a_profile_of_other_pixels_is_dropped(self, profile: bytes) -> None:
@@ -370,11 +383,13 @@ class TestLimits:
         limits = Limits(image_bytes=len(data), image_pixels=48 * 32, image_side_px=48)
         assert decode_photo(data, limits).size == (48, 32)
 
-    @pytest.mark.parametrize("side", [10_001, 13_000, 30_000, 2**31 - 1])
-    def test_a_bomb_is_refused_by_its_header(self, side: int) -> None:
+    @pytest.mark.parametrize(
+        ("width", "height"), [(10_001, 1), (8_000, 8_000), (13_000, 13_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)]
+    )
+    def test_a_bomb_is_refused_by_its_header(self, width: int, height: int) -> None:
         # No pixels follow: decoding would say "damaged". Pillow itself warns at 90 and refuses at 179 megapixels.
         with pytest.raises(ImageTooLarge):
-            decode_photo(png_header(side, side), LIMITS)
+            decode_photo(png_header(width, height), LIMITS)
 
     def test_a_bomb_of_text_is_refused(self) -> None:
         text = PngImagePlugin.PngInfo()
@@ -470,6 +485,12 @@ class TestMask:
         mask = decode_mask(encoded(Image.fromarray(small)), LIMITS, (100, 80))
         assert mask.shape == (80, 100) and set(np.unique(mask)) == {0, 255}
         assert mask[:39].all() and not mask[41:].any()
+
+    def test_nearest_neighbour_repeats_and_skips_whole_pixels(self) -> None:
+        mask = np.where(noise(25, 20)[..., 0] < 128, 0, 255).astype(np.uint8)
+        enlarged = mask.repeat(4, axis=0).repeat(4, axis=1)
+        assert np.array_equal(decode_mask(encoded(Image.fromarray(mask)), LIMITS, (100, 80)), enlarged)
+        assert np.array_equal(decode_mask(encoded(Image.fromarray(enlarged)), LIMITS, (25, 20)), mask)
 
     @pytest.mark.parametrize("size", [(102, 80), (100, 82), (80, 100)])
     def test_another_shape_is_refused_by_both_sizes(self, size: tuple[int, int]) -> None:
