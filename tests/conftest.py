@@ -1,0 +1,14 @@
+"""Fixtures of the whole suite. The environment is scrubbed, so that nobody's own credentials or servers are met."""
+
+import os
+
+from deployments.demo import ray_environment
+
+for name in ("HF_TOKEN", "FIREBASE_CREDENTIALS", "API_KEYS", "WEBHOOK_SECRET", "GOOGLE_APPLICATION_CREDENTIALS"):
+    os.environ.pop(name, None)
+for name in ("PUBSUB_EMULATOR_HOST", "FIRESTORE_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+# Ray reads these when it is first imported.
+os.environ.update(ray_environment(), HF_HUB_OFFLINE="1")
+
+pytest_plugins = ["tests.backends", "tests.engine_fixtures"]

@@ -1,0 +1,153 @@
+"""The real app on a Ray of the test session's own, deployed as an operator deploys it: `serve deploy CONFIG`."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
+
+from deployments.client import Client
+from deployments.demo import free_port
+from serve_app.jobs import Job
+from serve_app.messages import EditMessage
+from serve_app.settings import Settings
+
+from .rig import jpeg, line_mask, photo, png
+
+APP = "fluxfill"
+
+
+def args(folder: Path, port: int) -> dict[str, Any]:
+    """Settings with short leases and waits, a slow variant, and one whose weights are not there."""
+    quick = {"upscale_delay_s": 0.1, "num_cpus": 0.1}
+    return {
+        "blobs": f"files:{folder}/blobs",
+        "jobs": f"sqlite:{folder}/jobs.db",
+        "messages": {"url": f"embedded://127.0.0.1:{port}"},
+        "variants": {
+            "telea": {"min_replicas": 2, "max_replicas": 2, **quick},
+            "slow": {"definition": {"family": "pause", "pause_s": 3}, "min_replicas": 1, **quick},
+            "endless": {"definition": {"family": "pause", "pause_s": 60}, **quick},
+            "broken": {"definition": {"family": "flux-fill", "file": "nowhere.gguf", "base": "tiny:base"}, **quick},
+            "tiny-Q4_0": {**quick},
+            "tiny-Q8_0": {**quick},
+        },
+        "text_encoder": {**quick},
+        "weights": {"cache": f"{folder}/weights"},
+        "work": {
+            "lease_s": 4,
+            "renew_s": 1,
+            "backoff_s": 0.3,
+            "max_attempts": 3,
+            "cancel_poll_s": 0.2,
+            "grace_s": 1,
+        },
+    }
+
+
+@dataclass
+class App:
+    """The running app, and what its users and operators do."""
+
+    folder: Path
+    dashboard: str
+    http: str
+    raw: dict[str, Any]
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.model_validate(self.raw["applications"][0]["args"])
+
+    @property
+    def client(self) -> Client:
+        return Client(self.settings)
+
+    def deploy(self, **inference: Any) -> None:
+        """`serve deploy`, with these inference defaults."""
+        self.raw["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": inference}]
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self.raw))
+        serve = str(Path(sys.executable).with_name("serve"))
+        subprocess.run([serve, "deploy", "-a", self.dashboard, str(path)], check=True, capture_output=True)
+
+    @retry(stop=stop_after_delay(120), wait=wait_fixed(0.3), retry=retry_if_result(lambda ready: not ready))
+    def wait_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.http}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def ready(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.http}/ready").json()
+        return answer
+
+    def pids(self, deployment: str) -> set[int]:
+        """Processes of the deployment's replicas."""
+        title = f"ray::ServeReplica:{APP}:{deployment}"
+        # The title is the whole command line; a name that goes on would be another deployment's.
+        return {p.pid for p in psutil.process_iter() if _title(p).split(".")[0].rstrip() == title}
+
+    def kill(self, deployment: str) -> None:
+        """SIGKILL every replica of the deployment."""
+        for pid in self.pids(deployment):
+            os.kill(pid, signal.SIGKILL)
+
+    def photo_files(self) -> tuple[Path, Path]:
+        original, mask = self.folder / "photo.jpg", self.folder / "mask.png"
+        original.write_bytes(jpeg(photo()))
+        mask.write_bytes(png(line_mask()))
+        return original, mask
+
+    async def submit(self, session: str | None = None, **fields: Any) -> str:
+        message = EditMessage.model_validate(
+            {"userId": "u", "sessionId": session or uuid.uuid4().hex, **fields}, by_name=False
+        )
+        return await self.client.submit(message, *self.photo_files())
+
+    async def finished(self, job_id: str, timeout_s: float = 90) -> Job:
+        return await self.client.follow(job_id, lambda job: None, timeout_s=timeout_s)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def running(folder: Path) -> Iterator[App]:
+    """Start Ray, deploy, wait until the default variant can serve; stop everything at the end."""
+    import ray
+    from ray import serve
+
+    dashboard, http = free_port(), free_port()
+    ray.init(num_cpus=8, include_dashboard=True, dashboard_port=dashboard, log_to_driver=False)
+    raw = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": http},
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                "args": args(folder, free_port()),
+            }
+        ],
+    }
+    app = App(folder=folder, dashboard=f"http://127.0.0.1:{dashboard}", http=f"http://127.0.0.1:{http}", raw=raw)
+    try:
+        app.deploy(variant="telea", steps=12)
+        app.wait_ready()
+        yield app
+    finally:
+        serve.shutdown()
+        ray.shutdown()

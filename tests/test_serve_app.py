@@ -1,0 +1,267 @@
+"""The whole app on Ray Serve: what its users see, and what dies in the middle."""
+
+import asyncio
+import base64
+import json
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+
+from serve_app import adapters
+from serve_app.edit import session_path
+from serve_app.images import Pixels
+from serve_app.jobs import Job, State
+from serve_app.messages import EditMessage
+from serve_app.ports import Verdict
+
+from .rig import jpeg, line_mask, photo, png
+from .serving import App, running
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    yield from running(tmp_path_factory.mktemp("app"))
+
+
+async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 60) -> Any:
+    """What the condition gives once it is true."""
+    async with asyncio.timeout(timeout_s):
+        while not (found := await condition()):
+            await asyncio.sleep(0.1)
+        return found
+
+
+async def state_of(app: App, job_id: str, state: State) -> Job:
+    async def reached() -> Job | None:
+        job = await app.client.get(job_id)
+        return job if job is not None and job.status == state else None
+
+    return await until(reached)
+
+
+async def variant_state(app: App, variant: str, state: str) -> dict[str, Any]:
+    async def reached() -> dict[str, Any] | None:
+        found: dict[str, Any] = app.ready()["variants"][variant]
+        return found if found["state"] == state else None
+
+    return await until(reached)
+
+
+async def dead_letters(app: App) -> list[dict[str, str]]:
+    """What is in the dead-letter topic, read as an operator would, and acknowledged."""
+    found: list[dict[str, str]] = []
+    settings = app.settings.messages.model_copy(update={"subscription": app.settings.messages.dead_letter_topic})
+    source = adapters.message_source(settings, 10)
+
+    async def take(delivery: Any) -> Any:
+        found.append(dict(delivery.attributes))
+        return Verdict(action="ack")
+
+    pulling = asyncio.create_task(source.run(take))
+
+    async def some() -> bool:
+        return bool(found)
+
+    await until(some)
+    await source.close(grace_s=5)
+    await pulling
+    return found
+
+
+# -- what users see
+
+
+async def test_a_message_goes_in_and_the_edited_photo_comes_out(app: App, tmp_path: Path) -> None:
+    job = await app.finished(await app.submit())
+    assert (job.status, job.variant, job.attempt) == (State.SUCCEEDED, "telea", 1)
+    edited, preview = sorted(await app.client.fetch(job, tmp_path))
+    assert cv2.imread(str(edited)).shape == photo().shape
+    assert cv2.imread(str(preview)).shape == photo().shape
+    mirror = adapters.session_mirror(app.settings.jobs)
+    document = await mirror.read(job.user_id, job.session_id)
+    assert document and document["processingStatus"] == "completed"
+
+
+async def test_the_real_pipeline_wakes_from_zero_and_encodes_a_prompt_once(app: App) -> None:
+    assert app.ready()["variants"]["tiny-Q4_0"]["state"] == "scaled_to_zero"
+    job = await app.finished(await app.submit(variant="tiny-Q4_0", steps=2, prompt="grass"))
+    assert (job.status, job.progress.step, job.progress.steps) == (State.SUCCEEDED, 2, 2)
+    assert job.error is None
+    cached = [blob.path async for blob in adapters.blob_store(app.settings.blobs).list("prompts")]
+    assert len(cached) == 1 and cached[0].endswith(".safetensors")
+    assert await variant_state(app, "tiny-Q4_0", "ready") == {"state": "ready", "error": ""}
+
+
+async def test_asking_for_readiness_wakes_no_variant(app: App) -> None:
+    for _ in range(5):
+        assert app.ready()["variants"]["tiny-Q8_0"] == {"state": "scaled_to_zero", "error": ""}
+        await asyncio.sleep(1.1)
+    assert app.pids("Inpainter-tiny-Q8_0") == set()
+
+
+async def test_a_push_is_worked_on_and_answered(app: App) -> None:
+    store = adapters.blob_store(app.settings.blobs)
+    await store.put(session_path("u", "push", "original.jpg"), jpeg(photo()), content_type="image/jpeg")
+    await store.put(session_path("u", "push", "mask_auto.png"), png(line_mask()), content_type="image/png")
+    data = base64.b64encode(json.dumps({"userId": "u", "sessionId": "push"}).encode()).decode()
+    body = {"message": {"data": data, "messageId": "1"}, "subscription": "s"}
+    async with httpx.AsyncClient(timeout=60) as http:
+        answer = await http.post(f"{app.http}/inpaint", json=body)
+        refused = await http.post(f"{app.http}/inpaint", json={})
+    assert (answer.status_code, answer.json()) == (200, {"outcome": "succeeded"})
+    assert (refused.status_code, refused.json()["code"]) == (400, "malformed_message")
+    assert (await store.head(session_path("u", "push", "edited.jpg"))).size > 0
+
+
+async def test_a_variant_that_does_not_load_says_why_and_stops_no_other(app: App) -> None:
+    job_id = await app.submit(variant="broken")
+    state = await variant_state(app, "broken", "failed")
+    assert "nowhere.gguf" in state["error"]
+    other = await app.finished(await app.submit())
+    assert other.status == State.SUCCEEDED
+    job = await app.finished(job_id)
+    assert (job.status, job.attempt) == (State.FAILED, 3)
+    assert job.error is not None and job.error.code == "variant_failed"
+    assert "nowhere.gguf" in job.error.message
+    assert job_id in {letter["deadLetterJobId"] for letter in await dead_letters(app)}
+
+
+async def test_a_variant_that_is_not_served_is_a_clear_error(app: App) -> None:
+    job = await app.finished(await app.submit(variant="nope"))
+    assert job.status == State.FAILED
+    assert job.error is not None and job.error.code == "unknown_variant"
+    assert "telea" in job.error.message
+
+
+async def test_a_running_job_is_canceled_and_its_replica_goes_on(app: App) -> None:
+    job_id = await app.submit(variant="slow", steps=30)
+    job = await state_of(app, job_id, State.RUNNING)
+    await app.client.cancel(job)
+    following = await app.submit(variant="slow", steps=1)
+    assert (await app.finished(job_id)).status == State.CANCELED
+    assert (await app.finished(following)).status == State.SUCCEEDED
+    canceled = await app.client.get(job_id)
+    assert canceled is not None and canceled.artifacts == {}
+
+
+async def test_a_job_is_stopped_at_its_deadline(app: App) -> None:
+    job = await app.finished(await app.submit(variant="slow", deadline="2020-01-01T00:00:00Z"))
+    assert job.status == State.EXPIRED
+
+
+async def test_defaults_change_on_a_running_app_and_claimed_jobs_keep_theirs(app: App) -> None:
+    processes = app.pids("Ingress")
+    claimed = await app.submit(variant="slow")
+    await state_of(app, claimed, State.RUNNING)
+    app.deploy(variant="telea", steps=7, prompt="snow")
+
+    async def changed() -> bool:
+        job = await app.finished(await app.submit())
+        return job.parameters.steps == 7 and job.parameters.prompt == "snow"
+
+    await until(changed)
+    assert (await app.finished(claimed)).parameters.steps == 12
+    assert app.pids("Ingress") == processes
+
+
+async def test_wrong_defaults_are_refused_and_shown_while_the_old_ones_serve(app: App) -> None:
+    processes = app.pids("Ingress")
+    app.deploy(variant="telea", steps=0)
+
+    async def shown() -> bool:
+        return "steps" in app.ready()["defaults_error"]
+
+    await until(shown)
+    assert (await app.finished(await app.submit())).status == State.SUCCEEDED
+    app.deploy(variant="telea", steps=12)
+
+    async def mended() -> bool:
+        return app.ready()["defaults_error"] == ""
+
+    await until(mended)
+    assert app.pids("Ingress") == processes
+
+
+# -- nobody gets another's picture
+
+
+def marked(number: int) -> Pixels:
+    """A photo whose top rows carry `number` as eight black or white squares."""
+    pixels = photo(96, 96)
+    for bit in range(8):
+        pixels[:8, bit * 12 : bit * 12 + 12] = 255 if number >> bit & 1 else 0
+    return pixels
+
+
+def mark(jpeg_bytes: bytes) -> int:
+    pixels = cv2.imdecode(np.frombuffer(jpeg_bytes, np.uint8), cv2.IMREAD_GRAYSCALE)
+    return sum(1 << bit for bit in range(8) if pixels[4, bit * 12 + 6] > 127)
+
+
+async def test_200_concurrent_sessions_each_get_their_own_picture(app: App, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(png(cv2.line(np.zeros((96, 96), np.uint8), (10, 40), (80, 80), 255, 5)))
+    client, store = app.client, adapters.blob_store(app.settings.blobs)
+
+    async def edit(number: int) -> int:
+        original = tmp_path / f"{number}.jpg"
+        original.write_bytes(jpeg(marked(number)))
+        message = EditMessage(userId="marks", sessionId=f"m{number}")
+        job = await client.follow(await client.submit(message, original, mask), lambda job: None, timeout_s=180)
+        assert job.status == State.SUCCEEDED, job.error
+        data, _ = await store.get(session_path("marks", f"m{number}", "edited.jpg"), max_bytes=10**7)
+        return mark(data)
+
+    assert await asyncio.gather(*(edit(number) for number in range(200))) == list(range(200))
+
+
+# -- what dies in the middle
+
+
+async def test_a_killed_inpainter_loses_nothing(app: App) -> None:
+    job_id = await app.submit(variant="slow", steps=30)
+    await state_of(app, job_id, State.RUNNING)
+
+    async def painting() -> bool:
+        job = await app.client.get(job_id)
+        return job is not None and job.progress.step > 3
+
+    await until(painting)
+    app.kill("Inpainter-slow")
+    job = await app.finished(job_id)
+    assert (job.status, job.attempt, job.fence) == (State.SUCCEEDED, 2, 2)
+
+
+async def test_a_killed_ingress_loses_nothing(app: App) -> None:
+    job_id = await app.submit(variant="slow", steps=30)
+    await state_of(app, job_id, State.RUNNING)
+    killed = app.pids("Ingress")
+    app.kill("Ingress")
+    job = await app.finished(job_id)
+    assert (job.status, job.attempt, job.fence) == (State.SUCCEEDED, 2, 2)
+    assert app.pids("Ingress").isdisjoint(killed)
+    app.wait_ready()
+
+
+# -- the end of the app. Must stay the last test of this module
+
+
+async def test_stopping_the_app_gives_the_running_job_back(app: App) -> None:
+    from ray import serve
+
+    job_id = await app.submit(variant="endless")
+    await state_of(app, job_id, State.RUNNING)
+    await asyncio.to_thread(serve.shutdown)
+    with sqlite3.connect(app.settings.jobs.removeprefix("sqlite:")) as database:
+        ((status,),) = database.execute("select status from jobs where id = ?", (job_id,)).fetchall()
+    assert status == "queued"
+    job = await app.client.get(job_id)
+    assert job is not None and (job.attempt, job.lease_until) == (0, None)
