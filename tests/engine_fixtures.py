@@ -17,8 +17,8 @@ from serve_app.windows import Box
 if TYPE_CHECKING:
     from serve_app.engine.diffusion import FluxFill
 
-#: Side of the windows the tests paint, in pixels: the smallest bucket.
-SIDE = 256
+#: Side of the windows most tests paint, in pixels: small, to be quick.
+SIDE = 128
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def square_mask(height: int = SIDE, width: int = SIDE) -> Pixels:
 
 
 def request(**changes: Any) -> PaintRequest:
-    """One window of the smallest bucket, two steps."""
+    """One window, two steps."""
     whole = Box(x0=0, y0=0, x1=SIDE, y1=SIDE)
     given = {
         "job_id": "job",

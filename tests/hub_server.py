@@ -20,6 +20,8 @@ class Repo:
     token: str | None = None
     #: Whether even that token is refused, because its owner has not accepted the licence.
     gated: bool = False
+    #: Whether everybody may see what files there are, as the hub shows of gated repositories.
+    listed: bool = False
 
 
 @dataclass
@@ -66,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer_listing(self) -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
         name, revision = re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/?]+).*", self.path).groups()
-        repo = self._allowed(name, revision)
+        listed = self.hub.repos.get(name)
+        repo = listed if listed and listed.listed else self._allowed(name, revision)
         if repo is not None:
             siblings = [{"rfilename": file} for file in repo.files]
             body = json.dumps({"id": name, "sha": repo.commit, "siblings": siblings}).encode()

@@ -20,7 +20,7 @@ from serve_app.windows import Box
 from .engine_fixtures import SIDE, flux_fill, photo, request, square_mask
 
 WHOLE = Box(x0=0, y0=0, x1=SIDE, y1=SIDE)
-LEFT, RIGHT = Box(x0=0, y0=0, x1=160, y1=256), Box(x0=96, y0=0, x1=256, y1=256)
+LEFT, RIGHT = Box(x0=0, y0=0, x1=80, y1=SIDE), Box(x0=48, y0=0, x1=SIDE, y1=SIDE)
 
 
 def pause() -> Pause:
@@ -60,10 +60,10 @@ def test_each_window_sees_what_the_ones_before_painted() -> None:
     (first, first_mask, first_seed), (second, second_mask, second_seed) = engine.seen
     assert np.array_equal(first, photo()[LEFT.slices])
     assert np.array_equal(first_mask, square_mask()[LEFT.slices])
-    overlap = np.s_[64:192, :64]
+    overlap = np.s_[32:96, :32]
     assert (second[overlap] == 255).all()
     assert (second_mask[overlap] == 0).all()
-    assert (second_mask[64:192, 64:96] == 255).all()
+    assert (second_mask[32:96, 32:48] == 255).all()
     assert first_seed != second_seed
     assert (painted.canvas[square_mask() > 0] == 255).all()
     assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])

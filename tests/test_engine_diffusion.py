@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.engine import pipeline
+from serve_app.engine import pipeline, quant
 from serve_app.engine.device import Device
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.tiny import TinyWeights
@@ -35,8 +35,16 @@ def paint(engine: FluxFill, embeddings: bytes | None, **changes: Any) -> Pixels:
 def test_each_quantisation_loads_and_paints(tiny: TinyWeights, embeddings: bytes, quant: str) -> None:
     engine = flux_fill(tiny, quant)
     engine.load()
-    painted = paint(engine, embeddings)
-    assert painted.shape == (SIDE, SIDE, 3)
+    painted = engine.paint(
+        photo(256, 256),
+        square_mask(256, 256),
+        steps=2,
+        guidance_scale=30.0,
+        seed=1,
+        embeddings=embeddings,
+        on_step=ignore,
+    )
+    assert painted.shape == (256, 256, 3)
     assert painted.dtype == np.uint8
     assert painted.std() > 0
     engine.close()
@@ -46,6 +54,16 @@ def test_the_seed_decides(engine: FluxFill, embeddings: bytes) -> None:
     first = paint(engine, embeddings, seed=1)
     assert np.array_equal(paint(engine, embeddings, seed=1), first)
     assert not np.array_equal(paint(engine, embeddings, seed=2), first)
+
+
+def test_bfloat16_as_on_a_gpu_paints_nearly_the_same(
+    tiny: TinyWeights, engine: FluxFill, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quant, "compute_dtype", lambda capability: "bfloat16")
+    rounded = flux_fill(tiny)
+    rounded.load()
+    difference = np.abs(paint(rounded, embeddings).astype(int) - paint(engine, embeddings))
+    assert 0 < difference.mean() < 5
 
 
 def test_the_prompt_and_the_guidance_scale_decide(engine: FluxFill, embeddings: bytes) -> None:

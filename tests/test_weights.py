@@ -7,6 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from huggingface_hub import constants
 from pydantic import SecretStr
 
 from serve_app.adapters.memory import MemoryBlobStore
@@ -48,7 +49,9 @@ PINNED = VARIANT.model_copy(update={"revision": COMMIT, "base_revision": COMMIT}
 
 
 @pytest.fixture
-def hub(tiny: TinyWeights) -> Iterator[HubServer]:
+def hub(tiny: TinyWeights, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    # The suite keeps the client off the network; this server is on loopback.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with serve() as hub:
         sound = tiny.transformer("flux1-fill-dev-Q4_0.gguf").read_bytes()
         hub.repos[GGUF] = Repo({"q.gguf": sound, "other.gguf": b"", "README.md": b""})
@@ -142,6 +145,8 @@ async def test_a_download_that_broke_off_is_taken_up_again(hub: HubServer, sourc
         (Repo({}, token="ours"), None, MissingToken, "HF_TOKEN is not set.*o/gguf"),
         (Repo({}, token="ours"), "wrong", MissingToken, "refuses the HF_TOKEN.*o/gguf"),
         (Repo({}, token="ours", gated=True), "ours", GatedRepo, "licence of o/gguf"),
+        (Repo({"q.gguf": b""}, token="ours", listed=True), None, MissingToken, r"HF_TOKEN is not set.*q\.gguf"),
+        (Repo({"q.gguf": b""}, token="ours", listed=True, gated=True), "ours", GatedRepo, "licence of o/gguf"),
         (Repo({}, commit="d" * 40), None, UnknownWeights, "o/gguf at c"),
         (Repo({"x.gguf": b""}), None, UnknownWeights, r"o/gguf at c+ has no q\.gguf"),
         (Repo({"q.gguf": b"<html>Sign in</html>"}), None, CorruptWeights, r"q\.gguf is no sound GGUF file"),
@@ -171,6 +176,15 @@ async def test_a_hub_that_is_not_there_is_named(sources: Sources) -> None:
     with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9 cannot be reached for o/gguf") as caught:
         await weights.fetch(PINNED, away)
     assert type(caught.value) is WeightsError
+
+
+async def test_a_client_that_is_kept_offline_says_so(
+    hub: HubServer, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="offline mode is enabled"):
+        await weights.fetch(PINNED, sources)
+    assert hub.requests == []
 
 
 async def test_a_damaged_file_is_not_kept(hub: HubServer, sources: Sources) -> None:

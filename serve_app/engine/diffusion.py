@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +22,12 @@ from .weights import Weights
 #: A window's sides are multiples of this: the VAE makes one of 8 pixels, and the transformer takes 2x2 of those.
 _MULTIPLE_PX = 16
 _PACKAGES = ("torch", "diffusers", "transformers", "gguf")
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    return {package: version(package) for package in _PACKAGES}
+
 
 #: `prompt_embeds` `[1, tokens, d]` and `pooled_prompt_embeds` `[1, d]`.
 Prompt = Mapping[str, torch.Tensor]
@@ -107,7 +114,7 @@ class FluxFill:
         return self._device.ms if self._device.is_gpu else None
 
     def describe(self) -> Mapping[str, Any]:
-        return {**self._device.describe(), "versions": {package: version(package) for package in _PACKAGES}}
+        return {**self._device.describe(), "versions": _versions()}
 
     def close(self) -> None:
         self._pipeline = None

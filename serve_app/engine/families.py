@@ -2,12 +2,20 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import VariantLoadFailed
 from ..variants import Family, Variant
 from . import Engine
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from .classical import Telea
+    from .diffusion import FluxFill
+    from .pause import Pause
+
+    # The type checker's proof of what `create` only says.
+    _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
 
 #: Family -> module in this package and class; the class takes (variant, weights, threads).
 FAMILIES: Mapping[Family, str] = {
