@@ -224,7 +224,9 @@ async def test_a_variant_without_weights(sources: Sources, changes: dict[str, st
         await weights.fetch(PINNED.model_copy(update=changes), sources)
 
 
-async def test_a_mirror_replaces_the_hub(hub: HubServer, sources: Sources, tmp_path: Path) -> None:
+async def test_a_mirror_replaces_the_hub(
+    hub: HubServer, sources: Sources, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store, mirrored = mirror()
     told: list[tuple[str, str]] = []
     await weights.push_to_mirror(
@@ -238,6 +240,7 @@ async def test_a_mirror_replaces_the_hub(hub: HubServer, sources: Sources, tmp_p
     elsewhere = Sources(cache=tmp_path / "elsewhere", mirror=mirrored, endpoint=hub.url)
     found = await weights.fetch(PINNED, elsewhere)
     assert files_below(found.base) == PAINTING
+    assert "mirror_failed" not in [getattr(record, "action", "") for record in caplog.records]
 
 
 async def test_the_hub_helps_out_where_the_mirror_is_not_whole(hub: HubServer, sources: Sources) -> None:

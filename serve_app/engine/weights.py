@@ -7,7 +7,7 @@ import asyncio
 import glob
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UnknownWeights, WeightsError
@@ -84,7 +84,8 @@ async def push_to_mirror(variants: Iterable[Variant], sources: Sources, on_file:
     if sources.mirror is None:
         raise WeightsError("there is no mirror to push to")
     for need in _needs(variants, sources.locked):
-        folder = await cached(need, sources, on_file)
+        # From the hub, not from the mirror that is being filled.
+        folder = await cached(need, replace(sources, mirror=None), on_file)
         # Configs last: see _PAINTING.
         files = sorted(need.matching(files_in(folder)), key=lambda file: file.endswith(".json"))
         for number, file in enumerate(files, 1):
