@@ -62,9 +62,17 @@ _FAILURES = (GoogleAPIError, GoogleAuthError)
 
 @dataclass(eq=False, slots=True)
 class _Stream:
-    """One subscription to the library's messages."""
+    """One subscription to the library's messages.
 
+    It has a channel of its own: the library opens a broken stream again by itself, and while it pauses for that, up to
+    10 s, nothing else moves on its channel.
+    """
+
+    client: Any
+    connection: Connection
     pulling: "Future[Any]" = field(init=False)
+    #: `pulling`, for the event loop.
+    ended: "asyncio.Future[Any]" = field(init=False)
     opened_at: float = field(default_factory=time.monotonic)
     #: When each held-back message will come again, on the monotonic clock.
     held_until: list[float] = field(default_factory=list)
@@ -87,6 +95,7 @@ class _InHand:
 class PubSubSource:
     def __init__(self, settings: MessagesSettings, in_flight: int, *, max_lease_s: float = 3600.0) -> None:
         """A message handled for longer than `max_lease_s` may come again meanwhile."""
+        self._settings = settings
         self._client = subscriber_client(settings)
         self._subscription = subscription_path(settings, settings.subscription)
         self._in_flight = in_flight
@@ -96,14 +105,12 @@ class PubSubSource:
         # A replaced stream's messages may still be in hand when the next one delivers.
         self._places = asyncio.Semaphore(in_flight)
         self._in_hand: dict[str, _InHand] = {}
-        self._connection: Connection | None = None
         self._stream: _Stream | None = None
         self._error = ""
         self._closing = asyncio.Event()
         self._closed = asyncio.Event()
 
     async def run(self, handle: Handler) -> None:
-        self._connection = Connection(self._client.transport.grpc_channel)
         tending = asyncio.create_task(self._tend())
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(BrokerUnavailable),
@@ -115,11 +122,10 @@ class PubSubSource:
         )
         try:
             while not self._closing.is_set():
-                await retrying(self._pull, handle, self._connection)
+                await retrying(self._pull, handle)
             await self._closed.wait()
         finally:
             tending.cancel()
-            self._connection.close()
             await self._give_back_all()
 
     async def close(self, *, grace_s: float) -> None:
@@ -132,39 +138,55 @@ class PubSubSource:
         await asyncio.to_thread(self._client.close)
 
     def status(self) -> SourceStatus:
-        is_ready = self._connection is not None and self._connection.ready.is_set()
-        connected = self._stream is not None and is_ready and not self._error
+        connected = self._stream is not None and self._stream.connection.ready.is_set() and not self._error
         error = self._error or ("" if connected else "not connected yet")
         return SourceStatus(connected=connected, error=error, held=len(self._in_hand))
 
-    async def _pull(self, handle: Handler, connection: Connection) -> None:
+    async def _pull(self, handle: Handler) -> None:
         """Receive on one stream until it is retired. Raises BrokerUnavailable where it breaks young."""
-        await connection.open()
+        stream = await self._connected()
         if self._closing.is_set():
+            stream.client.close()
             return
-        loop = asyncio.get_running_loop()
-        self._stream = stream = _Stream()
-
-        def take(message: Any) -> None:
-            loop.call_soon_threadsafe(self._take, handle, stream, message)
-
-        stream.pulling = self._client.subscribe(self._subscription, take, flow_control=self._flow_control)
-        pulling = asyncio.wrap_future(stream.pulling)
-        pulling.add_done_callback(_retrieve)
-        lost = asyncio.create_task(connection.lost.wait())
+        self._subscribe(stream, handle)
+        lost = asyncio.create_task(stream.connection.lost.wait())
         try:
-            await asyncio.wait({pulling, lost}, return_when=asyncio.FIRST_COMPLETED)
-            self._raise_break(stream, pulling)
+            await asyncio.wait({stream.ended, lost}, return_when=asyncio.FIRST_COMPLETED)
+            self._raise_break(stream)
         finally:
             lost.cancel()
             stream.pulling.cancel()
             if self._stream is stream:
                 self._stream = None
 
-    def _raise_break(self, stream: _Stream, pulling: "asyncio.Future[Any]") -> None:
+    async def _connected(self) -> _Stream:
+        # In a thread, because finding Google's credentials may take a call.
+        client = await asyncio.to_thread(subscriber_client, self._settings)
+        connection = Connection(client.transport.grpc_channel)
+        try:
+            await connection.open()
+        except BaseException:
+            client.close()
+            raise
+        return _Stream(client, connection)
+
+    def _subscribe(self, stream: _Stream, handle: Handler) -> None:
+        loop = asyncio.get_running_loop()
+
+        def take(message: Any) -> None:
+            loop.call_soon_threadsafe(self._take, handle, stream, message)
+
+        stream.pulling = stream.client.subscribe(self._subscription, take, flow_control=self._flow_control)
+        # Not before the library has given back what it did not deliver.
+        stream.pulling.add_done_callback(lambda _: stream.client.close())
+        stream.ended = asyncio.wrap_future(stream.pulling)
+        stream.ended.add_done_callback(_retrieve)
+        self._stream = stream
+
+    def _raise_break(self, stream: _Stream) -> None:
         if self._stream is not stream:
             return
-        reason = (pulling.exception() if pulling.done() else None) or "the connection was lost"
+        reason = (stream.ended.exception() if stream.ended.done() else None) or "the connection was lost"
         error = BrokerUnavailable(f"the stream of {self._subscription} broke: {reason}")
         if time.monotonic() - stream.opened_at < REOPEN_MAX_S:
             raise error
@@ -193,7 +215,7 @@ class PubSubSource:
         # Before the end: the embedded server gives back at once what an ended stream had.
         await self._extend_orphans()
         stream.pulling.cancel()
-        await asyncio.wait({asyncio.wrap_future(stream.pulling)}, timeout=STREAM_CLOSE_S)
+        await asyncio.wait({stream.ended}, timeout=STREAM_CLOSE_S)
 
     def _take(self, handle: Handler, stream: _Stream, message: Any) -> None:
         held = _InHand(message, stream)
@@ -302,7 +324,7 @@ def _delivery(message: Any) -> Delivery:
     )
 
 
-def _retrieve(pulling: "asyncio.Future[Any]") -> None:
+def _retrieve(ended: "asyncio.Future[Any]") -> None:
     """Have the error of a stream that nobody waits for any more count as seen."""
-    if not pulling.cancelled():
-        pulling.exception()
+    if not ended.cancelled():
+        ended.exception()

@@ -179,8 +179,10 @@ class Calls:
     async def streaming_pull(
         self, requests: AsyncIterator[types.StreamingPullRequest], context: Any
     ) -> AsyncIterator[types.StreamingPullResponse]:
+        first = await anext(requests, None)
+        if first is None:
+            return
         with _as_status() as problem:
-            first = await anext(requests)
             subscription = self._broker.subscriptions[first.subscription]
             stream = Stream(
                 ack_deadline_s=first.stream_ack_deadline_seconds or subscription.config.ack_deadline_s,

@@ -68,17 +68,12 @@ class Connection:
 
     async def open(self) -> None:
         """Raises BrokerUnavailable where there is no connection after `CONNECT_S`."""
-        # Subscribing is what makes a channel try.
-        self._channel.unsubscribe(self._on_change)
         self._channel.subscribe(self._on_change, try_to_connect=True)
         try:
             async with asyncio.timeout(CONNECT_S):
                 await self.ready.wait()
         except TimeoutError as e:
             raise BrokerUnavailable(f"no connection to Pub/Sub within {CONNECT_S:g} s") from e
-
-    def close(self) -> None:
-        self._channel.unsubscribe(self._on_change)
 
     def _on_change(self, state: grpc.ChannelConnectivity) -> None:
         if not self._loop.is_closed():

@@ -1,0 +1,213 @@
+"""Every backend of every port, as fixtures for the contract suites."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+import pytest
+from google.pubsub_v1.services.publisher import PublisherClient
+from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
+from google.pubsub_v1.services.subscriber import SubscriberClient
+from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
+
+from serve_app import adapters
+from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.jobs import Job, Parameters
+from serve_app.messages import CropStrategy
+from serve_app.ports import Delivery, Handler, MessageSource, Publisher, Verdict
+from serve_app.settings import MessagesSettings
+
+#: A condition that has not come true by then never will; seconds.
+PATIENCE_S = 30.0
+
+
+async def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(patience_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def at(second: float) -> datetime:
+    """A moment, told by its second."""
+    return datetime.fromtimestamp(1_800_000_000 + second, UTC)
+
+
+def make_job(id: str = "edit-1", **changes: object) -> Job:
+    job = Job(
+        id=id,
+        type="inpaint",
+        user_id="u",
+        session_id="s",
+        variant="telea",
+        parameters=Parameters(prompt="p", guidance_scale=30.0, steps=28, crop_strategy=CropStrategy.AUTO),
+        seed=1,
+        created_at=at(0),
+    )
+    return job.evolve(**changes)
+
+
+def run_python(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """A process of its own that runs `script`."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`run_python`, whose processes end with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+        started.append(run_python(script, *arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(params=["files", "memory"])
+def blobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return {"files": f"files:{tmp_path}/blobs", "memory": f"memory:{uuid.uuid4().hex}"}[request.param]
+
+
+@pytest.fixture(params=["sqlite", "memory"])
+def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return {"sqlite": f"sqlite:{tmp_path}/jobs.db", "memory": f"memory:{uuid.uuid4().hex}"}[request.param]
+
+
+@dataclass
+class Broker:
+    """A running message broker with the settings' topics and subscription."""
+
+    kind: str
+    settings: MessagesSettings
+
+    @property
+    def publisher(self) -> Publisher:
+        return adapters.publisher(self.settings)
+
+    @asynccontextmanager
+    async def source(self, handle: Handler, in_flight: int = 10) -> AsyncIterator[MessageSource]:
+        """A source that delivers to `handle`; closed without grace at the end."""
+        source = adapters.message_source(self.settings, in_flight)
+        running = asyncio.create_task(source.run(handle))
+        try:
+            yield source
+        finally:
+            await source.close(grace_s=0)
+            await running
+
+
+class Recorder:
+    """A handler that notes what it is given, then answers as `decide` says."""
+
+    def __init__(self, decide: Callable[[Delivery], Awaitable[Verdict]] | None = None) -> None:
+        self._decide = decide
+        self.deliveries: list[Delivery] = []
+        #: On the loop's clock, one for each delivery.
+        self.times: list[float] = []
+
+    async def __call__(self, delivery: Delivery) -> Verdict:
+        self.deliveries.append(delivery)
+        self.times.append(asyncio.get_running_loop().time())
+        return await self._decide(delivery) if self._decide else Verdict(action="ack")
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [delivery.data for delivery in self.deliveries]
+
+
+@pytest.fixture
+def embedded() -> Iterator[Broker]:
+    with EmbeddedPubSub.of(MessagesSettings(url="embedded://127.0.0.1:0")) as server:
+        yield Broker("embedded", MessagesSettings(url=f"embedded://{server.address}"))
+
+
+@pytest.fixture
+def memory() -> Broker:
+    return Broker("memory", MessagesSettings(url=f"memory:{uuid.uuid4().hex}"))
+
+
+@pytest.fixture(scope="session")
+def emulator_address() -> Iterator[str]:
+    """Google's Pub/Sub emulator, in a process of its own."""
+    jar = _emulator_jar()
+    if jar is None:
+        missing = "Google's Pub/Sub emulator needs java and the Cloud SDK's pubsub-emulator component"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    port = free_port()
+    command = ["java", "-Xmx256m", "-XX:+UseSerialGC", "-jar", str(jar), "--host=127.0.0.1", f"--port={port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=60)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def emulator(emulator_address: str) -> Broker:
+    settings = MessagesSettings(url=f"embedded://{emulator_address}", project=f"p{uuid.uuid4().hex[:12]}")
+    administer(settings)
+    return Broker("emulator", settings)
+
+
+@pytest.fixture(params=["embedded", "memory"])
+def forgetting_broker(request: pytest.FixtureRequest) -> Broker:
+    """Not the emulator, which goes on sending to streams that have ended."""
+    made: Broker = request.getfixturevalue(request.param)
+    return made
+
+
+@pytest.fixture(params=["embedded", "memory", pytest.param("emulator", marks=pytest.mark.emulator)])
+def broker(request: pytest.FixtureRequest) -> Broker:
+    made: Broker = request.getfixturevalue(request.param)
+    return made
+
+
+def administer(settings: MessagesSettings, **subscription: object) -> None:
+    """Make the settings' topics and subscriptions on the server that they name."""
+    address = settings.url.removeprefix("embedded://")
+    with grpc.insecure_channel(address) as channel:
+        publisher = PublisherClient(transport=PublisherGrpcTransport(channel=channel))
+        subscriber = SubscriberClient(transport=SubscriberGrpcTransport(channel=channel))
+        for topic in (settings.topic, settings.dead_letter_topic):
+            name = f"projects/{settings.project}/topics/{topic}"
+            publisher.create_topic(name=name)
+            path = f"projects/{settings.project}/subscriptions/{topic}"
+            policy = subscription if topic == settings.topic else {}
+            subscriber.create_subscription(request={"name": path, "topic": name, "ack_deadline_seconds": 10, **policy})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _emulator_jar() -> Path | None:
+    gcloud = shutil.which("gcloud")
+    if gcloud is None or shutil.which("java") is None:
+        return None
+    sdk = Path(gcloud).resolve().parent.parent
+    return next(iter(sorted(sdk.glob("platform/pubsub-emulator/lib/cloud-pubsub-emulator-*.jar"))), None)

@@ -1,0 +1,331 @@
+"""What every blob store guarantees, and what the folder store adds."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from serve_app import adapters
+from serve_app.errors import (
+    BlobConflict,
+    BlobNotFound,
+    BlobTooLarge,
+    SettingsError,
+    StoreUnavailable,
+    UnsafePath,
+)
+from serve_app.ports import BlobFiles, BlobInfo, BlobStore
+
+from .backends import until
+
+JPEG = "image/jpeg"
+PATH = "users/u/sessions/s/original.jpg"
+
+UNSAFE = [
+    "", "/etc/passwd", "/", "..", "../x", "a/../b", "a/..", ".", "./a", "a/./b", "a//b", "a/", "//a", "a\\b",
+    "..\\a", "a\x00b", "a\nb", "a\x7f", "a\x85b", "a\ud800b", "x" * 1025, "y/" * 5000 + "z",
+]  # fmt: skip
+
+
+@pytest.fixture
+def store(blobs_url: str) -> BlobStore:
+    return adapters.blob_store(blobs_url)
+
+
+@pytest.fixture
+def files(blobs_url: str) -> BlobFiles:
+    return adapters.blob_files(blobs_url)
+
+
+@pytest.fixture
+def folder_store(tmp_path: Path) -> BlobStore:
+    return adapters.blob_store(f"files:{tmp_path}/blobs")
+
+
+async def listed(store: BlobStore, prefix: str) -> list[str]:
+    return [info.path async for info in store.list(prefix)]
+
+
+async def test_what_was_put_is_there(store: BlobStore) -> None:
+    put = await store.put(PATH, b"photo", content_type=JPEG)
+    assert await store.get(PATH, max_bytes=5) == (b"photo", put)
+    assert await store.head(PATH) == put
+    assert (put.path, put.size, put.content_type) == (PATH, 5, JPEG)
+
+
+async def test_an_empty_blob_is_a_blob(store: BlobStore) -> None:
+    await store.put(PATH, b"", content_type=JPEG)
+    assert (await store.get(PATH, max_bytes=0))[0] == b""
+
+
+async def test_what_is_not_there(store: BlobStore) -> None:
+    await store.put("a/b", b"x", content_type=JPEG)
+    for path in ("missing", "a", "a/b/c"):
+        with pytest.raises(BlobNotFound, match=path):
+            await store.head(path)
+        with pytest.raises(BlobNotFound, match=path):
+            await store.get(path, max_bytes=10)
+        await store.delete(path)
+    assert await listed(store, "a") == ["a/b"]
+
+
+async def test_more_than_max_bytes_is_refused(store: BlobStore) -> None:
+    await store.put(PATH, b"12345", content_type=JPEG)
+    with pytest.raises(BlobTooLarge, match="5 bytes; at most 4"):
+        await store.get(PATH, max_bytes=4)
+
+
+async def test_every_write_has_its_own_version_and_keeps_it(store: BlobStore) -> None:
+    versions = [(await store.put(PATH, b"same size %d" % (i % 10), content_type=JPEG)).version for i in range(50)]
+    assert len(set(versions)) == 50
+    await store.put("users/u/sessions/s/other.jpg", b"x", content_type=JPEG)
+    assert (await store.head(PATH)).version == versions[-1]
+    await store.delete(PATH)
+    assert (await store.put(PATH, b"same size 9", content_type=JPEG)).version not in versions
+
+
+async def test_put_only_over_the_version_that_is_named(store: BlobStore) -> None:
+    first = await store.put(PATH, b"1", content_type=JPEG, if_version="")
+    with pytest.raises(BlobConflict, match=r"original\.jpg"):
+        await store.put(PATH, b"2", content_type=JPEG, if_version="")
+    second = await store.put(PATH, b"2", content_type=JPEG, if_version=first.version)
+    with pytest.raises(BlobConflict):
+        await store.put(PATH, b"3", content_type=JPEG, if_version=first.version)
+    await store.delete(PATH)
+    with pytest.raises(BlobConflict):
+        await store.put(PATH, b"3", content_type=JPEG, if_version=second.version)
+    with pytest.raises(BlobNotFound):
+        await store.head(PATH)
+
+
+async def add_one(store: BlobStore, path: str) -> None:
+    """Count up the number in a blob, by compare-and-set."""
+    while True:
+        try:
+            data, info = await store.get(path, max_bytes=100)
+            await store.put(path, b"%d" % (int(data) + 1), content_type=JPEG, if_version=info.version)
+            return
+        except BlobConflict:
+            await asyncio.sleep(0)
+
+
+async def test_compare_and_set_between_tasks_and_threads_loses_nothing(store: BlobStore) -> None:
+    await store.put("n", b"0", content_type=JPEG)
+
+    def in_a_thread(_: int) -> None:
+        async def several() -> None:
+            await asyncio.gather(*(add_one(store, "n") for _ in range(5)))
+
+        asyncio.run(several())
+
+    with ThreadPoolExecutor(4) as pool:
+        await asyncio.to_thread(lambda: list(pool.map(in_a_thread, range(4))))
+    assert (await store.get("n", max_bytes=100))[0] == b"20"
+
+
+async def test_only_one_of_many_creates(store: BlobStore) -> None:
+    async def create(i: int) -> BlobInfo | None:
+        try:
+            return await store.put("one", b"%d" % i, content_type=JPEG, if_version="")
+        except BlobConflict:
+            return None
+
+    made = [info for info in await asyncio.gather(*(create(i) for i in range(20))) if info]
+    assert made == [await store.head("one")]
+
+
+async def test_list_is_by_folder_and_in_path_order(store: BlobStore) -> None:
+    for path in ("users/u2/x", "users/u/z", "users/u/a/b", "users/u-1/x", "users/u/a.b", "users/u"[:-1] + "v/x"):
+        await store.put(path, b"", content_type=JPEG)
+    assert await listed(store, "users/u") == ["users/u/a.b", "users/u/a/b", "users/u/z"]
+    assert await listed(store, "users/nobody") == []
+    infos = [info async for info in store.list("users/u")]
+    assert infos[-1] == await store.head("users/u/z")
+
+
+@pytest.mark.parametrize("path", UNSAFE, ids=lambda path: repr(path[:12]))
+async def test_unsafe_paths_are_refused_by_every_method(
+    store: BlobStore, files: BlobFiles, path: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    with pytest.raises(UnsafePath):
+        await store.head(path)
+    with pytest.raises(UnsafePath):
+        await store.get(path, max_bytes=1)
+    with pytest.raises(UnsafePath):
+        await store.put(path, b"x", content_type=JPEG)
+    with pytest.raises(UnsafePath):
+        await store.delete(path)
+    with pytest.raises(UnsafePath):
+        await listed(store, path)
+    with pytest.raises(UnsafePath):
+        await files.download(path, tmp_path / "to")
+    with pytest.raises(UnsafePath):
+        await files.upload(path, source)
+
+
+async def test_odd_but_safe_paths_are_taken(store: BlobStore) -> None:
+    for path in ("...", "a/..b", "ä/ö ü.jpg", "a:b", "-", ".hidden", "a" * 200 + "/" + "b" * 200):
+        await store.put(path, b"x", content_type=JPEG)
+        assert (await store.head(path)).path == path
+
+
+async def test_files_go_in_and_out(store: BlobStore, files: BlobFiles, tmp_path: Path) -> None:
+    source, to = tmp_path / "source", tmp_path / "to"
+    source.write_bytes(b"weights" * 100_000)
+    uploaded = await files.upload("models/m/w.gguf", source)
+    assert await files.download("models/m/w.gguf", to) == uploaded == await store.head("models/m/w.gguf")
+    assert to.read_bytes() == source.read_bytes()
+    with pytest.raises(BlobNotFound):
+        await files.download("models/m/missing", tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+COUNT_UP = """
+    import asyncio, sys
+    from serve_app import adapters
+    from serve_app.errors import BlobConflict
+
+    async def main():
+        store = adapters.blob_store(sys.argv[1])
+        for _ in range(50):
+            while True:
+                data, info = await store.get("n", max_bytes=100)
+                try:
+                    await store.put("n", b"%d" % (int(data) + 1), content_type="", if_version=info.version)
+                    break
+                except BlobConflict:
+                    pass
+
+    asyncio.run(main())
+"""
+
+
+async def test_compare_and_set_between_processes_loses_nothing(
+    folder_store: BlobStore, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    await folder_store.put("n", b"0", content_type=JPEG)
+    for counter in [processes(COUNT_UP, f"files:{tmp_path}/blobs") for _ in range(2)]:
+        assert await asyncio.to_thread(counter.wait) == 0
+    assert (await folder_store.get("n", max_bytes=100))[0] == b"100"
+
+
+WRITE_FOR_EVER = """
+    import asyncio, itertools, sys
+    from serve_app import adapters
+
+    async def main():
+        store = adapters.blob_store(sys.argv[1])
+        for i in itertools.count():
+            await store.put("big", bytes([i % 251]) * 8_000_000, content_type="")
+            print(i, flush=True)
+
+    asyncio.run(main())
+"""
+
+
+def is_writing(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return any(file.stat().st_size for file in folder.glob(".part-*"))
+    return False
+
+
+async def test_a_writer_that_is_killed_leaves_a_whole_blob(
+    folder_store: BlobStore, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    writer = processes(WRITE_FOR_EVER, f"files:{tmp_path}/blobs")
+    assert writer.stdout is not None
+    await asyncio.to_thread(writer.stdout.readline)
+    folder = tmp_path / "blobs"
+    for _ in range(20):
+        data, _info = await folder_store.get("big", max_bytes=8_000_000)
+        assert len(data) == 8_000_000 and data == data[:1] * len(data), "a reader saw a part"
+    await until(lambda: is_writing(folder))
+    writer.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(writer.wait)
+    data, _info = await folder_store.get("big", max_bytes=8_000_000)
+    assert data == data[:1] * 8_000_000
+    async with asyncio.timeout(10):
+        await folder_store.put("big", b"next", content_type="")
+    assert [path.name for path in folder.iterdir()] == ["big"], "the next writer uses up what the dead one left"
+
+
+async def test_unfinished_files_are_not_listed_and_cannot_be_named(folder_store: BlobStore, tmp_path: Path) -> None:
+    await folder_store.put("a/b", b"x", content_type=JPEG)
+    (tmp_path / "blobs/a/.part-1").write_bytes(b"half")
+    assert await listed(folder_store, "a") == ["a/b"]
+    with pytest.raises(UnsafePath, match=r"\.part-"):
+        await folder_store.head("a/.part-1")
+
+
+async def test_links_that_lead_out_are_refused(folder_store: BlobStore, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    await folder_store.put("a/b", b"x", content_type=JPEG)
+    (tmp_path / "blobs/a/folder").symlink_to(outside)
+    (tmp_path / "blobs/a/file").symlink_to(outside / "secret")
+    (tmp_path / "blobs/a/inside").symlink_to(tmp_path / "blobs/a/b")
+    for path in ("a/folder/secret", "a/file", "a/folder/new"):
+        with pytest.raises(UnsafePath, match="link"):
+            await folder_store.get(path, max_bytes=100)
+        with pytest.raises(UnsafePath, match="link"):
+            await folder_store.put(path, b"overwritten", content_type=JPEG)
+        with pytest.raises(UnsafePath, match="link"):
+            await folder_store.delete(path)
+    assert await listed(folder_store, "a") == ["a/b", "a/inside"]
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert (outside / "secret").read_bytes() == b"secret"
+
+
+async def test_a_blob_cannot_be_the_folder_of_others(folder_store: BlobStore) -> None:
+    await folder_store.put("a/b", b"x", content_type=JPEG)
+    with pytest.raises(BlobConflict, match="folder"):
+        await folder_store.put("a", b"x", content_type=JPEG)
+    with pytest.raises(BlobConflict, match="a blob, not a folder"):
+        await folder_store.put("a/b/c", b"x", content_type=JPEG)
+    assert await listed(folder_store, "a") == ["a/b"]
+
+
+async def test_a_name_too_long_for_a_file_is_refused(folder_store: BlobStore) -> None:
+    with pytest.raises(UnsafePath, match="255 bytes"):
+        await folder_store.put("ü" * 200, b"x", content_type=JPEG)
+
+
+async def test_a_file_put_there_by_hand_is_a_blob(folder_store: BlobStore, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x.png").write_bytes(b"1")
+    before = await folder_store.head("x.png")
+    assert before.content_type == "image/png"
+    replacement = tmp_path / "replacement"
+    replacement.write_bytes(b"2")
+    os.utime(replacement, ns=(1, (tmp_path / "blobs/x.png").stat().st_mtime_ns))
+    replacement.replace(tmp_path / "blobs/x.png")
+    assert (await folder_store.head("x.png")).version != before.version
+
+
+async def test_a_store_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    store = adapters.blob_store(f"files:{tmp_path}/loop/blobs")
+    with pytest.raises(StoreUnavailable):
+        await store.put("a", b"x", content_type=JPEG)
+
+
+@pytest.mark.parametrize("url", ["ftp:x", "files", "", "sqlite:x"])
+def test_an_unknown_scheme_names_the_known_ones(url: str) -> None:
+    with pytest.raises(SettingsError, match="files:, memory:"):
+        adapters.blob_store(url)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(adapters.BLOB_STORES, "ghost", adapters.Row("a_package_nobody_has.stores:Store", "ghost"))
+    with pytest.raises(SettingsError, match=r"a_package_nobody_has.*flux-fill-serve\[ghost\]"):
+        adapters.blob_store("ghost:bucket")
