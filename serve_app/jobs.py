@@ -243,11 +243,10 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
             if job.attempt >= max_attempts:
                 return (_exhausted(stored or new, now),)
         if job.deadline is not None and now >= job.deadline:
-            return (job.after(Cause.EXPIRED, error=_too_late(job), finished_at=now),)
+            return (job.after(Cause.EXPIRED, error=_too_late(job), fence=job.fence + 1, finished_at=now),)
         for rival in rivals:
             _refuse_live(rival, now)
-        # A rival whose lease ran out goes back to the queue with its number raised, so its worker can no longer write.
-        lost = tuple(rival.after(Cause.LEASE_LOST, fence=rival.fence + 1) for rival in rivals)
+        lost = tuple(_lost(rival, now, max_attempts) for rival in rivals)
         job = job.after(
             Cause.CLAIMED,
             attempt=job.attempt + 1,
@@ -316,6 +315,13 @@ def _refuse_live(job: Job, now: datetime) -> None:
     if job.status == State.RUNNING and job.lease_until is not None and job.lease_until > now:
         left_s = (job.lease_until - now).total_seconds()
         raise Busy(f"job {job.id} is running until {job.lease_until.isoformat()}", retry_after_s=left_s)
+
+
+def _lost(rival: Job, now: datetime, max_attempts: int) -> Job:
+    """A rival whose lease ran out: queued again, or failed, with its number raised so that its worker cannot write."""
+    if rival.attempt >= max_attempts:
+        return _exhausted(rival, now)
+    return rival.after(Cause.LEASE_LOST, fence=rival.fence + 1)
 
 
 def _exhausted(job: Job, now: datetime) -> Job:

@@ -1,0 +1,49 @@
+"""Who may import whom."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parent.parent
+
+
+def loaded_by(module: str) -> set[str]:
+    """The top-level packages in a process that has imported `module`."""
+    script = f"import json, sys, {module}; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    return set(json.loads(done.stdout))
+
+
+def test_the_contracts_are_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None)
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("package", "exempt"), [("torch", {"engine"}), ("google", {"adapters"})])
+def test_the_contracts_name_every_module(package: str, exempt: set[str]) -> None:
+    """A list that is written out does not grow by itself."""
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [contract] = [one for one in linter["contracts"] if package in one.get("forbidden_modules", ())]
+    modules = {path.stem for path in (ROOT / "serve_app").iterdir() if path.suffix == ".py" or path.is_dir()}
+    named = {name.removeprefix("serve_app.") for name in contract["source_modules"]}
+    assert modules - {"__init__", "__pycache__"} - exempt <= named
+
+
+def test_the_worker_loads_neither_ray_nor_torch_nor_a_vendors_package() -> None:
+    loaded = loaded_by("serve_app.worker")
+    assert not loaded & {"ray", "torch", "diffusers", "transformers", "google", "grpc", "sqlalchemy", "fastapi"}
+
+
+def test_the_adapters_load_a_vendors_package_only_when_asked() -> None:
+    assert not loaded_by("serve_app.adapters") & {"google", "grpc", "sqlalchemy", "ray", "torch"}
+    assert "sqlalchemy" in loaded_by("serve_app.adapters.sql"), "or the test above proves nothing"
+
+
+def test_the_routes_load_neither_ray_nor_torch() -> None:
+    assert not loaded_by("serve_app.api") & {"ray", "torch", "google", "grpc", "sqlalchemy"}

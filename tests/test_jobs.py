@@ -1,0 +1,321 @@
+"""The state machine, and the rules by which a claim is taken, kept and given up."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app import jobs
+from serve_app.errors import Busy, IllegalTransition, StaleClaim
+from serve_app.jobs import TRANSITIONS, Cause, Change, Job, JobError, Progress, State, claim_of, edit_job_id, seed_of
+from serve_app.messages import CropStrategy, EditMessage
+
+from .backends import at, make_job
+
+ALL_EDGES = list(itertools.product(State, Cause))
+LEASE_S = 60
+
+
+def claim(job: Job, second: float = 0, max_attempts: int = 5) -> Change:
+    return jobs.claim(job, now=at(second), lease_s=LEASE_S, max_attempts=max_attempts)
+
+
+def claimed(job: Job | None = None, second: float = 0) -> Job:
+    job = job or make_job()
+    [record] = claim(job, second)(None, ())
+    return record
+
+
+def one(records: Sequence[Job]) -> Job:
+    [record] = records
+    return record
+
+
+# The state machine
+
+
+@pytest.mark.parametrize(("state", "cause"), ALL_EDGES, ids=lambda value: value.value)
+def test_every_pair_of_state_and_cause(state: State, cause: Cause) -> None:
+    job = make_job(status=state, lease_until=at(1))
+    to = TRANSITIONS.get((state, cause))
+    if to is None:
+        with pytest.raises(IllegalTransition, match=f"edit-1 is {state} and cannot be {cause}"):
+            job.after(cause)
+    else:
+        after = job.after(cause)
+        assert after.status == to
+        assert after.lease_until == (at(1) if to == State.RUNNING else None)
+
+
+def test_final_states_have_no_way_out() -> None:
+    assert {state for state in State if state.is_final} == set(State) - {edge[0] for edge in TRANSITIONS}
+
+
+def test_every_cause_names_an_edge_and_every_state_is_reached() -> None:
+    assert {cause for _, cause in TRANSITIONS} == set(Cause)
+    assert set(TRANSITIONS.values()) == set(State)
+
+
+def test_the_diagram_shows_the_table() -> None:
+    diagram = (jobs.__doc__ or "").split("\n\n", 2)[2]
+    drawn = {}
+    # An arrow with its causes on it starts at the box before it, or at the trunk that leaves `running`.
+    for source, causes, target in re.findall(r"(\w+)? ?[├└]?──([\w, ]+)──► (\w+)", diagram):
+        for cause in causes.split(", "):
+            drawn[State(source or "running"), Cause(cause)] = State(target)
+    # The way back to `queued` has its causes on lines of their own.
+    for cause in re.findall(r"^ *(?:└─)?(\w+)(?:,.*)?$", diagram, re.MULTILINE):
+        drawn[State.RUNNING, Cause(cause)] = State.QUEUED
+    assert drawn == TRANSITIONS
+
+
+# Claims
+
+
+def test_a_first_claim_runs_the_job() -> None:
+    job = claimed(second=5)
+    assert (job.status, job.attempt, job.fence) == (State.RUNNING, 1, 1)
+    assert (job.started_at, job.lease_until) == (at(5), at(5 + LEASE_S))
+
+
+def test_the_stored_parameters_win() -> None:
+    stored = make_job(seed=7)
+    again = make_job(seed=8, parameters=stored.parameters.model_copy(update={"steps": 1}))
+    record = one(claim(again)(stored, ()))
+    assert (record.seed, record.parameters) == (7, stored.parameters)
+
+
+def test_a_live_lease_is_busy() -> None:
+    job = claimed()
+    with pytest.raises(Busy) as caught:
+        claim(job, LEASE_S - 1)(job, ())
+    assert caught.value.details["retry_after_s"] == 1
+
+
+def test_a_lease_that_ran_out_is_taken_over_under_a_higher_number() -> None:
+    job = claimed()
+    again = one(claim(job, LEASE_S)(job, ()))
+    assert (again.status, again.attempt, again.fence) == (State.RUNNING, 2, 2)
+    with pytest.raises(StaleClaim):
+        jobs.renew(claim_of(job), now=at(LEASE_S), lease_s=1)(again, ())
+
+
+def test_a_retry_forgets_the_error_of_the_last_attempt() -> None:
+    job = claimed()
+    queued = one(jobs.requeue(claim_of(job), Cause.RETRIED, error=JobError(code="x", message="y"))(job, ()))
+    assert queued.error is not None
+    assert one(claim(queued, 1)(queued, ())).error is None
+
+
+@pytest.mark.parametrize("state", [state for state in State if state.is_final])
+def test_a_duplicate_of_a_finished_job_changes_nothing(state: State) -> None:
+    done = make_job(status=state)
+    assert claim(make_job())(done, ()) == ()
+
+
+def test_a_live_rival_is_busy_and_a_lost_one_is_fenced_out() -> None:
+    rival = claimed(make_job("rival"))
+    with pytest.raises(Busy, match="rival"):
+        claim(make_job(), LEASE_S - 1)(None, (rival,))
+    mine, lost = claim(make_job(), LEASE_S)(None, (rival,))
+    assert (mine.id, mine.status) == ("edit-1", State.RUNNING)
+    assert (lost.id, lost.status, lost.fence, lost.attempt) == ("rival", State.QUEUED, 2, 1)
+    with pytest.raises(StaleClaim):
+        jobs.finish(claim_of(rival), Cause.SUCCEEDED, now=at(0))(lost, ())
+
+
+def test_attempts_are_used_up() -> None:
+    job = claimed()
+    failed = one(claim(job, LEASE_S, max_attempts=1)(job, ()))
+    assert (failed.status, failed.attempt) == (State.FAILED, 1)
+    assert failed.error and failed.error.code == "attempts_exhausted"
+    assert failed.fence > job.fence and failed.finished_at == at(LEASE_S)
+
+
+def test_attempts_are_used_up_also_when_another_job_finds_the_lease_lost() -> None:
+    rival = claimed(make_job("rival"))
+    mine, lost = claim(make_job(), LEASE_S, max_attempts=1)(None, (rival,))
+    assert mine.status == State.RUNNING
+    assert (lost.status, lost.fence) == (State.FAILED, 2)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_job_past_its_deadline_expires_instead(running: bool) -> None:
+    job = make_job(deadline=at(30))
+    stored = claimed(job) if running else job
+    expired = one(claim(job, LEASE_S)(stored, ()))
+    assert expired.status == State.EXPIRED and expired.finished_at == at(LEASE_S)
+    assert expired.error and expired.error.code == "deadline_exceeded"
+    assert expired.fence > stored.fence
+    assert one(claim(job, 29.9)(None, ())).status == State.RUNNING
+
+
+def test_renewing_extends_the_lease() -> None:
+    job = claimed()
+    assert one(jobs.renew(claim_of(job), now=at(20), lease_s=LEASE_S)(job, ())).lease_until == at(80)
+
+
+@pytest.mark.parametrize("cause", [Cause.SUCCEEDED, Cause.REJECTED, Cause.EXHAUSTED, Cause.EXPIRED])
+def test_finishing(cause: Cause) -> None:
+    job = claimed()
+    done = one(jobs.finish(claim_of(job), cause, now=at(9), artifacts={"edited": "e"})(job, ()))
+    assert done.status.is_final and done.finished_at == at(9) and done.artifacts == {"edited": "e"}
+    assert done.lease_until is None
+
+
+@pytest.mark.parametrize(("cause", "attempt"), [(Cause.RETRIED, 1), (Cause.GIVEN_BACK, 0)])
+def test_putting_back_counts_only_attempts_that_were_the_jobs_fault(cause: Cause, attempt: int) -> None:
+    job = claimed()
+    queued = one(jobs.requeue(claim_of(job), cause)(job, ()))
+    assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, attempt, None)
+    with pytest.raises(StaleClaim):
+        jobs.finish(claim_of(job), Cause.SUCCEEDED, now=at(1))(queued, ())
+
+
+@pytest.mark.parametrize("status", [State.QUEUED, State.RUNNING])
+def test_cancelling_fences_the_worker_out(status: State) -> None:
+    job = claimed() if status == State.RUNNING else make_job()
+    canceled = one(jobs.cancel(now=at(1))(job, ()))
+    assert (canceled.status, canceled.finished_at) == (State.CANCELED, at(1))
+    assert canceled.error and canceled.error.code == "canceled"
+    with pytest.raises(StaleClaim) as caught:
+        jobs.check_held(canceled, claim_of(job))
+    assert caught.value.details["status"] == State.CANCELED
+
+
+@pytest.mark.parametrize("job", [None, *(make_job(status=state) for state in State if state.is_final)])
+def test_cancelling_what_is_over_or_unknown_is_refused(job: Job | None) -> None:
+    with pytest.raises(IllegalTransition):
+        jobs.cancel(now=at(1))(job, ())
+
+
+def test_a_claim_on_a_job_that_is_gone_is_stale() -> None:
+    with pytest.raises(StaleClaim) as caught:
+        jobs.finish(claim_of(claimed()), Cause.SUCCEEDED, now=at(0))(None, ())
+    assert caught.value.details["status"] is None
+
+
+def test_noting_the_dead_letter() -> None:
+    failed = make_job(status=State.FAILED)
+    assert one(jobs.mark_dead_lettered(failed, ())) == failed.evolve(dead_lettered=True)
+    assert jobs.mark_dead_lettered(None, ()) == ()
+
+
+@given(st.lists(st.sampled_from(["claim", "renew", "finish", "retry", "give_back", "cancel"]), max_size=12))
+def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -> None:
+    stored: Job | None = None
+    held: list[jobs.Claim] = []
+    for i, step in enumerate(steps):
+        now = i * LEASE_S * 1.5
+        mine = held[-1] if held else claim_of(make_job(fence=99))
+        change = {
+            "claim": claim(make_job(), now, max_attempts=3),
+            "renew": jobs.renew(mine, now=at(now), lease_s=LEASE_S),
+            "finish": jobs.finish(mine, Cause.SUCCEEDED, now=at(now)),
+            "retry": jobs.requeue(mine, Cause.RETRIED),
+            "give_back": jobs.requeue(mine, Cause.GIVEN_BACK),
+            "cancel": jobs.cancel(now=at(now)),
+        }[step]
+        try:
+            records = change(stored, ())
+        except (Busy, StaleClaim, IllegalTransition):
+            continue
+        for record in records:
+            assert stored is None or record.fence >= stored.fence
+            assert 0 <= record.attempt <= 3
+            stored = record
+        if step == "claim" and stored and stored.status == State.RUNNING:
+            held.append(claim_of(stored))
+        for stale in held[:-1]:
+            with pytest.raises(StaleClaim):
+                jobs.check_held(stored, stale)
+
+
+# The record
+
+
+def test_a_record_survives_json() -> None:
+    job = claimed(make_job(deadline=at(7.000001), seed=2**63 - 1))
+    assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+def test_progress_as_a_fraction() -> None:
+    assert Progress().fraction == 0.0
+    assert Progress(step=7, steps=28).fraction == 0.25
+
+
+def test_log_context_names_the_job() -> None:
+    assert claimed().log_context() == {
+        "job_id": "edit-1",
+        "session_key": "u/s",
+        "variant": "telea",
+        "attempt": 1,
+        "fence": 1,
+    }
+
+
+# Identity
+
+explicit = st.fixed_dictionaries(
+    {},
+    optional={
+        "variant": st.sampled_from(["telea", "Q8_0"]),
+        "prompt": st.text(max_size=5),
+        "guidanceScale": st.floats(0, 100),
+        "steps": st.integers(1, 100),
+        "seed": st.integers(0, 2**63 - 1),
+        "cropStrategy": st.sampled_from(list(CropStrategy)),
+    },
+)
+
+
+def identity(fields: dict[str, object], versions: tuple[str, ...] = ("1", "2"), key: str | None = None) -> str:
+    message = EditMessage.model_validate({"userId": "u", "sessionId": "s", **fields})
+    return edit_job_id(message, versions=versions, idempotency_key=key)
+
+
+@given(explicit, st.randoms())
+def test_the_order_of_fields_does_not_matter(fields: dict[str, object], random: Random) -> None:
+    shuffled = list(fields.items())
+    random.shuffle(shuffled)
+    assert identity(fields) == identity(dict(shuffled))
+
+
+@given(explicit, explicit)
+def test_every_explicit_parameter_matters(one: dict[str, object], other: dict[str, object]) -> None:
+    assert (identity(one) == identity(other)) == (one == other)
+
+
+@given(explicit)
+def test_the_versions_matter_unless_a_key_replaces_them(fields: dict[str, object]) -> None:
+    assert identity(fields, ("1", "2")) != identity(fields, ("1", "3"))
+    assert identity(fields, ("1", "2"), "k") == identity(fields, ("1", "3"), "k")
+    assert identity(fields, ("1", "2"), "k") != identity(fields, ("1", "2"), "l")
+    assert identity(fields, ("12", "")) != identity(fields, ("1", "2"))
+
+
+def test_user_and_session_matter() -> None:
+    assert identity({"userId": "v"}) != identity({"sessionId": "v"}) != identity({})
+
+
+def test_a_random_seed_is_the_same_as_none() -> None:
+    assert identity({"seed": -1}) == identity({}) == identity({"seed": None})
+    assert identity({"seed": 0}) != identity({})
+
+
+def test_delivery_details_are_no_part_of_the_identity() -> None:
+    assert identity({"deadline": "2030-01-01T00:00:00Z", "callbackUrl": "https://x.org"}) == identity({})
+
+
+@given(st.text())
+def test_seeds_are_32_bits_and_repeat(job_id: str) -> None:
+    assert seed_of(job_id) == seed_of(job_id)
+    assert 0 <= seed_of(job_id) < 2**32
+
+
+def test_ids_can_be_names_of_files() -> None:
+    assert re.fullmatch(r"edit-[0-9a-f]{32}", identity({}))

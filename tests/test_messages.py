@@ -1,0 +1,270 @@
+"""What is read from the wire, and how clearly the rest is refused."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.errors import MalformedMessage
+from serve_app.messages import CropStrategy, EditMessage, parse_attributes, parse_edit, parse_envelope
+
+REQUIRED = {"userId": "u-1", "sessionId": "S_2"}
+
+
+def parse(fields: dict[str, Any] | str | bytes, max_bytes: int = 64_000) -> tuple[EditMessage, list[str]]:
+    data = fields if isinstance(fields, bytes) else (fields if isinstance(fields, str) else json.dumps(fields)).encode()
+    return parse_edit(data, max_bytes=max_bytes)
+
+
+def refused(fields: dict[str, Any] | str | bytes, **limits: int) -> MalformedMessage:
+    with pytest.raises(MalformedMessage) as caught:
+        parse(fields, **limits)
+    return caught.value
+
+
+def test_the_smallest_message() -> None:
+    message, unknown = parse(REQUIRED)
+    assert (message.user_id, message.session_id, message.explicit(), unknown) == ("u-1", "S_2", {}, [])
+
+
+def test_everything_a_message_may_say() -> None:
+    message, unknown = parse(
+        {
+            **REQUIRED,
+            "variant": "tiny-Q4_0",
+            "prompt": "grass",
+            "guidanceScale": 10,
+            "steps": 100,
+            "seed": 2**63 - 1,
+            "cropStrategy": "resize",
+            "deadline": "2030-01-01T00:00:00+02:00",
+            "callbackUrl": "https://example.org/done",
+        }
+    )
+    assert unknown == []
+    assert message.crop_strategy is CropStrategy.RESIZE and message.guidance_scale == 10.0
+    assert message.deadline and message.deadline.utcoffset() is not None
+    assert message.explicit() == {
+        "variant": "tiny-Q4_0",
+        "prompt": "grass",
+        "guidance_scale": 10.0,
+        "steps": 100,
+        "seed": 2**63 - 1,
+        "crop_strategy": "resize",
+    }
+
+
+def test_unknown_fields_are_named_and_ignored() -> None:
+    message, unknown = parse({**REQUIRED, "zoom": 2, "_x": {"deep": []}, "user_id": "snake"})
+    assert message == parse(REQUIRED)[0]
+    assert unknown == ["_x", "user_id", "zoom"]
+
+
+@pytest.mark.parametrize("field", ["userId", "sessionId"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "",
+            "..",
+            ".",
+            "a/b",
+            "../x",
+            "a\\b",
+            "a\x00",
+            "a\n",
+            "\n",
+            " a",
+            "a b",
+            "é",
+            "\uff11",
+            "٣",
+            "a" * 129,
+            "x" * 10_000,
+        ),
+        *(1, 1.5, None, True, [], {}),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_ids_that_could_escape_a_path_are_refused(field: str, value: object) -> None:
+    error = refused({**REQUIRED, field: value})
+    assert error.details["field"] == field and field in error.message
+
+
+@pytest.mark.parametrize("field", ["userId", "sessionId"])
+def test_ids_are_required(field: str) -> None:
+    error = refused({name: value for name, value in REQUIRED.items() if name != field})
+    assert error.details["field"] == field
+
+
+WRONG: list[tuple[str, list[object]]] = [
+    ("variant", ["", "a/b", "x" * 65, 1]),
+    ("prompt", ["x" * 2001, 1, []]),
+    ("guidanceScale", [-0.1, 100.1, "10", True, []]),
+    ("steps", [0, 101, -1, 1.5, 28.0, "28", True]),
+    ("seed", [-2, 2**63, 1.0, "1", False]),
+    ("cropStrategy", ["zoom", "AUTO", 1, ""]),
+    ("deadline", ["2030-01-01T00:00:00", "soon", [], "2030-13-01T00:00:00Z"]),
+    ("callbackUrl", ["ftp://x.org", "x.org", "", 1]),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in WRONG for value in values],
+    ids=lambda value: repr(value)[:16],
+)
+def test_every_field_is_checked_and_named(field: str, value: object) -> None:
+    error = refused({**REQUIRED, field: value})
+    assert error.details["field"] == field and error.message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(number: str) -> None:
+    assert refused(f'{{"userId":"u","sessionId":"s","guidanceScale":{number}}}').details["field"] == "guidanceScale"
+
+
+def test_the_limits_themselves_are_taken() -> None:
+    message, _ = parse(
+        {**REQUIRED, "userId": "a" * 128, "prompt": "ü" * 2000, "guidanceScale": 0, "steps": 1, "seed": -1}
+    )
+    assert message.steps == 1 and message.explicit()["guidance_scale"] == 0
+
+
+def test_what_is_at_fault_is_not_repeated() -> None:
+    assert "my secret prompt" not in refused({**REQUIRED, "prompt": "my secret prompt" * 1000}).message
+
+
+def test_several_faults_are_counted() -> None:
+    assert "(and 2 more)" in refused({"userId": "..", "sessionId": "..", "steps": 0}).message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"null", b"[]", b'"text"', b"1", b"{", b"\xff\xfe", b'{"userId": "\\ud800", "sessionId": "s"}', b"{}{}"),
+        *(b"[" * 50_000, b'{"userId":' * 10_000),
+        b'{"userId":"u","sessionId":"s","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
+    ],
+    ids=lambda data: repr(data[:20]),
+)
+def test_what_is_no_message_is_refused(data: bytes) -> None:
+    refused(data, max_bytes=1_000_000)
+
+
+def test_the_last_of_two_fields_of_one_name_counts() -> None:
+    assert parse('{"userId":"a","sessionId":"s","userId":"b"}')[0].user_id == "b"
+    assert refused('{"userId":"a","sessionId":"s","userId":".."}').details["field"] == "userId"
+
+
+def test_a_message_has_a_longest_size() -> None:
+    size = len(json.dumps(REQUIRED))
+    parse(REQUIRED, max_bytes=size)
+    assert f"{size} bytes" in refused(REQUIRED, max_bytes=size - 1).message
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
+    try:
+        message, _ = parse(data)
+    except MalformedMessage:
+        return
+    assert "/" not in message.user_id + message.session_id
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*REQUIRED, "seed", "steps", "prompt", "deadline", "callbackUrl"]), json_values))
+def test_any_json_is_a_message_or_refused_with_a_field(fields: dict[str, Any]) -> None:
+    try:
+        parse(fields)
+    except MalformedMessage as e:
+        assert isinstance(e.details["field"], str)
+
+
+# Attributes
+
+
+def test_attributes() -> None:
+    attributes = parse_attributes({"idempotencyKey": "k", "traceparent": "00-1", "other": "x"})
+    assert (attributes.idempotency_key, attributes.traceparent, attributes.priority) == ("k", "00-1", None)
+    assert parse_attributes({}).idempotency_key is None
+
+
+@pytest.mark.parametrize("value", ["", "k" * 257])
+def test_a_bad_attribute_is_named(value: str) -> None:
+    with pytest.raises(MalformedMessage) as caught:
+        parse_attributes({"idempotencyKey": value})
+    assert caught.value.details["field"] == "attributes.idempotencyKey"
+
+
+# Envelopes
+
+
+def envelope(**message: object) -> bytes:
+    data = base64.b64encode(json.dumps(REQUIRED).encode()).decode()
+    return json.dumps({"message": {"data": data, "messageId": "7", **message}, "subscription": "x"}).encode()
+
+
+def test_an_envelope() -> None:
+    parsed = parse_envelope(envelope(attributes={"a": "b"}, publishTime="2030-01-01T00:00:00.123Z", orderingKey=""))
+    assert parse(parsed.payload())[0].user_id == "u-1"
+    assert (parsed.message.message_id, parsed.message.attributes) == ("7", {"a": "b"})
+    assert parsed.message.publish_time is not None
+
+
+def test_both_spellings_that_pubsub_sends() -> None:
+    body = json.loads(envelope())
+    body["message"] |= {"message_id": "7", "publish_time": "2030-01-01T00:00:00Z"}
+    assert parse_envelope(json.dumps(body).encode()).message.message_id == "7"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", ""),
+        (b"[]", ""),
+        (b"{}", "message"),
+        (b'{"message": null}', "message"),
+        (b'{"message": "text"}', "message"),
+        (b'{"message": {}}', "message.messageId"),
+        (envelope(messageId=7), "message.messageId"),
+        (envelope(messageId=""), "message.messageId"),
+        (envelope(data=7), "message.data"),
+        (envelope(attributes=[]), "message.attributes"),
+        (envelope(attributes={"a": 1}), "message.attributes.a"),
+        (envelope(publishTime="then"), "message.publishTime"),
+    ],
+)
+def test_a_bad_envelope_names_the_field(body: bytes, field: str) -> None:
+    with pytest.raises(MalformedMessage) as caught:
+        parse_envelope(body)
+    assert caught.value.details["field"] == field
+
+
+@pytest.mark.parametrize("data", ["%%%", "YQ", "Y Q==", "é", "YQ==="])
+def test_data_that_is_not_base64(data: str) -> None:
+    with pytest.raises(MalformedMessage, match=r"message\.data") as caught:
+        parse_envelope(envelope(data=data)).payload()
+    assert caught.value.details["field"] == "message.data"
+
+
+def test_data_may_be_left_out() -> None:
+    assert parse_envelope(b'{"message": {"messageId": "7", "attributes": {"a": "b"}}}').payload() == b""
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_envelope_or_refused(body: bytes) -> None:
+    try:
+        payload = parse_envelope(body).payload()
+    except MalformedMessage:
+        return
+    assert isinstance(payload, bytes)

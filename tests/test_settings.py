@@ -1,0 +1,167 @@
+"""The settings tree: what it refuses, and that its defaults are the documented ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.settings import (
+    BUCKETS,
+    Inference,
+    Limits,
+    MessagesSettings,
+    Scaling,
+    Secrets,
+    Settings,
+    VariantSettings,
+    Work,
+)
+from serve_app.variants import BUILT_IN
+
+TELEA: dict[str, Any] = {"variants": {"telea": {}}}
+
+
+def refused(changes: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate({**TELEA, **changes})
+    return str(caught.value)
+
+
+def test_the_documented_defaults() -> None:
+    inference, limits, work = Inference(), Limits(), Work()
+    assert inference.prompt == (
+        "seamless natural background matching surrounding area, photorealistic, no leash, no rope, no cord"
+    )
+    assert (inference.steps, inference.guidance_scale, inference.variant) == (28, 30.0, "Q8_0")
+    assert inference.crop_strategy == "auto"
+    assert (limits.image_bytes, limits.image_pixels, limits.image_side_px) == (25_000_000, 50_000_000, 10_000)
+    assert limits.message_bytes == 64_000
+    assert (work.lease_s, work.renew_s, work.max_attempts, work.inference_timeout_s) == (60, 20, 5, 240)
+    messages = MessagesSettings()
+    assert (messages.topic, messages.dead_letter_topic) == ("session-processing", "session-processing-dead")
+    assert messages.is_embedded
+
+
+def test_the_embedded_default_needs_nothing_but_this_machine() -> None:
+    settings = Settings.model_validate(TELEA)
+    assert (settings.blobs, settings.jobs) == ("files:var/blobs", "sqlite:var/jobs.db")
+    assert settings.messages.url == "embedded://127.0.0.1:8085"
+    assert settings.nodes == settings.ingress_replicas == 1
+    assert (settings.weights.cache, settings.weights.mirror) == (Path("var/weights"), None)
+
+
+def test_the_built_in_variants() -> None:
+    assert list(BUILT_IN) == ["Q4_0", "Q5_K_S", "Q8_0", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0", "telea"]
+    assert [name for name, row in BUILT_IN.items() if row.num_gpus] == ["Q4_0", "Q5_K_S", "Q8_0"]
+    assert not BUILT_IN["telea"].takes_prompt and BUILT_IN["tiny-Q4_0"].takes_prompt
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"blob": "files:x"}, "blob"),
+        ({"messages": {"topics": "x"}}, "messages.topics"),
+        ({"variants": {"telea": {"gpus": 1}}}, "variants.telea.gpus"),
+        ({"work": {"lease": 1}}, "work.lease"),
+        ({"windows": {"bucket": []}}, "windows.bucket"),
+        ({"limits": {"image_byte": 1}}, "limits.image_byte"),
+        ({"weights": {"lockfile": "x"}}, "weights.lockfile"),
+        ({"text_encoder": {"gpu": 1}}, "text_encoder.gpu"),
+        ({"variants": {"x": {"definition": {"family": "telea", "quant": 1}}}}, "variants.x.definition.quant"),
+    ],
+)
+def test_unknown_keys_are_refused_and_named(changes: dict[str, Any], key: str) -> None:
+    message = refused(changes)
+    assert key in message and "Extra inputs are not permitted" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"nodes": 0}, "nodes"),
+        ({"variants": {}}, "variants"),
+        ({"ingress_replicas": 0}, "ingress_replicas"),
+        ({"messages": {"project": "-x"}}, "messages.project"),
+        ({"messages": {"max_in_flight": 0}}, "messages.max_in_flight"),
+        ({"limits": {"image_bytes": 0}}, "limits.image_bytes"),
+        ({"windows": {"feather_px": -1}}, "windows.feather_px"),
+        ({"work": {"backoff_max_s": 601}}, "work.backoff_max_s"),
+        ({"work": {"max_attempts": 0}}, "work.max_attempts"),
+        ({"variants": {"telea": {"num_cpus": 0}}}, "variants.telea.num_cpus"),
+        ({"variants": {"telea": {"min_replicas": -1}}}, "variants.telea.min_replicas"),
+        ({"variants": {"telea": None}}, "variants.telea"),
+        ({"variants": ["telea"]}, "variants"),
+    ],
+)
+def test_values_out_of_range_are_refused_and_named(changes: dict[str, Any], key: str) -> None:
+    assert f"\n{key}\n" in refused(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variants": {"Q9_9": {}}}, "variants.Q9_9: not built in (those are Q4_0"),
+        ({"variants": {"telea": {"min_replicas": 2, "max_replicas": 1}}}, "min_replicas 2 is more than max_replicas 1"),
+        ({"work": {"lease_s": 30}}, "renew_s must be at most half of lease_s"),
+        ({"windows": {"buckets": []}}, "at least one size"),
+        ({"windows": {"buckets": [[512, 500]]}}, "512x500 is not two multiples of 16"),
+        ({"windows": {"buckets": [[2048, 512]]}}, "2048x512 is not two multiples of 16 up to 1024"),
+        ({"nodes": 2}, "nodes is 2, but blobs, jobs, messages.url works on one machine only"),
+        ({"nodes": 2, "blobs": "s3:b", "jobs": "memory:", "messages": {"url": "pubsub:"}}, "but jobs works on one"),
+    ],
+)
+def test_values_that_do_not_go_together(changes: dict[str, Any], words: str) -> None:
+    assert words in refused(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"steps": 0}, "steps"), ({"steps": 28.5}, "steps"), ({"guidance_scale": 101}, "guidance_scale"),
+     ({"guidance_scale": float("nan")}, "guidance_scale"), ({"prompt": "x" * 2001}, "prompt"),
+     ({"crop_strategy": "zoom"}, "crop_strategy"), ({"seed": 1}, "seed")],
+)  # fmt: skip
+def test_inference_defaults_keep_to_the_messages_ranges(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Inference.model_validate(changes)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Limits().image_bytes = 1
+
+
+def test_a_definition_of_ones_own() -> None:
+    settings = Settings.model_validate({"variants": {"slow": {"definition": {"family": "pause", "pause_s": 0.25}}}})
+    assert settings.variant("slow").pause_s == 0.25
+    with pytest.raises(KeyError):
+        settings.variant("telea")
+
+
+def test_messages_in_flight_keep_every_replica_busy() -> None:
+    settings = Settings(variants={"telea": VariantSettings(max_replicas=3), "Q8_0": VariantSettings()})
+    assert settings.in_flight() == 2 * 4 + 2
+    few = MessagesSettings(max_in_flight=1)
+    assert settings.model_copy(update={"messages": few}).in_flight() == 1
+
+
+def test_a_push_envelope_has_room_for_the_longest_message() -> None:
+    assert Limits(message_bytes=300).envelope_bytes == 400 + 64_000
+
+
+def test_every_bucket_is_one_the_model_takes() -> None:
+    assert all(width % 16 == height % 16 == 0 and max(width, height) <= 1024 for width, height in BUCKETS)
+    assert len(set(BUCKETS)) == len(BUCKETS)
+
+
+def test_scaling_defaults_to_zero() -> None:
+    assert (Scaling().min_replicas, Scaling().max_replicas) == (0, 1)
+
+
+def test_secrets_come_from_the_environment_and_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    secrets = Secrets.from_environment()
+    assert secrets.hf_token and secrets.hf_token.get_secret_value() == "hf_secret"
+    assert "hf_secret" not in repr(secrets) + secrets.model_dump_json()
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert Secrets.from_environment().hf_token is None
