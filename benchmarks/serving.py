@@ -2,7 +2,8 @@
 
 The whole app runs on this machine: embedded Pub/Sub, ingress, file blobs, SQLite, one replica. All sessions are queued
 at once. The busy share is the replica's painting seconds over the seconds from its first painting's start to its last
-one's end: what is missing from 1 is time it waited for the next photo to be downloaded, decoded and cut.
+one's end: what is missing from 1 is time it waited for the next photo to be downloaded, decoded and cut. The asleep
+share counts the sleep alone, without the copying round it that a painting replica does as well.
 
     python -m benchmarks.serving [--sessions 60]
 
@@ -120,6 +121,7 @@ async def measure(scenario: Scenario, config: Settings, folder: Path, sessions: 
     usage = (await replica.describe.remote())["usage"]
     return {
         "busy_share": usage["busy_s"] / usage["wall_s"],
+        "asleep_share": scenario.pause_s * usage["jobs"] / usage["wall_s"],
         "photo_mb": original.stat().st_size / 1e6,
         **usage,
         "stages_ms": {stage: median_ms(jobs, stage) for stage in STAGES},
@@ -133,6 +135,7 @@ def median_ms(jobs: list[Job], stage: str) -> float:
 def show(scenario: Scenario, result: dict[str, Any]) -> None:
     table = Table("what", "value", title=scenario.name, show_header=False)
     table.add_row("busy share", f"{result['busy_share']:.3f}")
+    table.add_row("asleep share", f"{result['asleep_share']:.3f}")
     table.add_row("jobs, busy s, wall s", f"{result['jobs']}, {result['busy_s']:.1f}, {result['wall_s']:.1f}")
     table.add_row("photo", f"{scenario.width}x{scenario.height}, {result['photo_mb']:.1f} MB")
     for stage, ms in result["stages_ms"].items():
@@ -172,6 +175,7 @@ def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]
     return {
         "outside_engine_ms": round(sum(stages.values()), 1),
         "stages_ms": {key: {s: round(ms, 1) for s, ms in r["stages_ms"].items()} for key, r in results.items()},
+        "asleep_share": {key: round(r["asleep_share"], 4) for key, r in results.items()},
         "sessions": sessions,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),

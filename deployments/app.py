@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from serve_app.settings import Inference, Scaling, Settings
 from serve_app.variants import Variant
@@ -105,6 +106,9 @@ def _scaled(scaling: Scaling, *, num_gpus: int) -> dict[str, Any]:
     """Deployment options for autoscaling by `scaling`."""
     return {
         "max_ongoing_requests": ONGOING_PER_REPLICA,
+        # While every replica is full the router asks again after a wait that doubles; by default up to 0.5 s, for
+        # which a replica can stand idle.
+        "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.04),
         "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": num_gpus},
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,

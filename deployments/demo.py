@@ -1,13 +1,14 @@
 """The demo: the app as `serve run` starts it, a real photo with a leash, an edit by each of two engines."""
 
 import os
+import random
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,13 @@ def before_after(pictures: Mapping[str, Path], to: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    """A loopback port nobody listens on, below the range that outgoing connections are given ports from: one of those
+    could be taken again before the server that it is for starts."""
+    for port in random.sample(range(20_000, 32_000), 200):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise SettingsError("no free port between 20000 and 32000")
 
 
 def config_beside(config: Path, folder: Path) -> Path:

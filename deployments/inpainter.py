@@ -65,7 +65,7 @@ class Inpainter:
         Raises VariantLoadFailed with the reason; what the engine raises.
         """
         engine = self._loading.value
-        async with self._lock, aclosing(painting(engine, request)) as events:
+        async with aclosing(painting(engine, request, self._lock)) as events:
             async for event in events:
                 if isinstance(event, Painted):
                     self._usage.add(event.busy_s)

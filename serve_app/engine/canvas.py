@@ -5,7 +5,6 @@ Ray. An engine is held by one request at a time.
 """
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -64,29 +63,62 @@ def _paint_window(
     )
 
 
-async def painting(engine: Engine, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
-    """Run `paint_canvas` in a thread: yields its progress, and at last what it painted.
+async def painting(
+    engine: Engine, request: PaintRequest, lock: asyncio.Lock
+) -> AsyncGenerator[Progress | Painted, None]:
+    """Run `paint_canvas` in a thread under the engine's lock: yields the latest progress, and at last what it painted.
 
+    The lock is free the moment the thread ends, however slowly the caller takes what is yielded.
     Closing the generator, or cancelling the task that iterates it, stops the engine within one step, and returns only
     when the thread has stopped. Raises as `paint_canvas` does.
     """
-    loop, stop = asyncio.get_running_loop(), threading.Event()
-    steps: asyncio.Queue[Progress | None] = asyncio.Queue()
-
-    def on_step(progress: Progress) -> None:
-        if stop.is_set():
-            raise Canceled(f"painting of job {request.job_id} was stopped")
-        loop.call_soon_threadsafe(steps.put_nowait, progress)
-
-    work = asyncio.create_task(asyncio.to_thread(paint_canvas, engine, request, on_step))
-    work.add_done_callback(lambda _: steps.put_nowait(None))
+    steps = _Latest()
+    await lock.acquire()
+    work = asyncio.create_task(asyncio.to_thread(paint_canvas, engine, request, steps.report))
+    work.add_done_callback(lambda _: lock.release())
+    work.add_done_callback(lambda _: steps.wake())
     try:
-        while (progress := await steps.get()) is not None:
-            yield progress
+        ended = False
+        while not ended:
+            await steps.changed()
+            ended = work.done()
+            if (progress := steps.take()) is not None:
+                yield progress
         yield work.result()
     finally:
-        stop.set()
+        steps.stop()
         await _ended(work)
+
+
+class _Latest:
+    """Progress on its way from the painting thread to the event loop: a slow reader sees the newest only."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._progress: Progress | None = None
+        self._stopped = False
+
+    def report(self, progress: Progress) -> None:
+        """For the thread. Raises Canceled once nobody wants the painting any more."""
+        if self._stopped:
+            raise Canceled("the painting was stopped")
+        self._progress = progress
+        self._loop.call_soon_threadsafe(self.wake)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def wake(self) -> None:
+        self._news.set()
+
+    async def changed(self) -> None:
+        await self._news.wait()
+        self._news.clear()
+
+    def take(self) -> Progress | None:
+        progress, self._progress = self._progress, None
+        return progress
 
 
 async def _ended(work: asyncio.Task[Painted]) -> None:
@@ -129,11 +161,11 @@ class LocalPainter:
         engine = self._engines[variant]
         async with self._locks[variant]:
             await self._ready(variant, engine)
-            async with aclosing(painting(engine, request)) as events:
-                async for event in events:
-                    if isinstance(event, Painted):
-                        return event
-                    await on_progress(event)
+        async with aclosing(painting(engine, request, self._locks[variant])) as events:
+            async for event in events:
+                if isinstance(event, Painted):
+                    return event
+                await on_progress(event)
         raise AssertionError("painting ends with what was painted, or raises")
 
     async def _ready(self, variant: str, engine: Engine) -> None:

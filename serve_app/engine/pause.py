@@ -32,8 +32,10 @@ class Pause:
         embeddings: bytes | None,
         on_step: Callable[[int], None],
     ) -> Pixels:
+        started_s = time.monotonic()
         for step in range(1, steps + 1):
-            time.sleep(self._pause_s / steps)
+            # To the step's due time, not for a step's length: every sleep lasts a little too long.
+            time.sleep(max(0.0, started_s + self._pause_s * step / steps - time.monotonic()))
             on_step(step)
         painted = window_pixels.copy()
         painted[window_mask >= 128] = _GREY
