@@ -10,8 +10,8 @@ import pytest
 
 from serve_app import adapters
 from serve_app.adapters import memory_messages, pubsub, pubsub_connection
-from serve_app.adapters.pubsub import PubSubPublisher
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub_publisher import PubSubPublisher
 from serve_app.errors import BrokerUnavailable, SettingsError
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
@@ -107,9 +107,7 @@ async def test_a_held_message_comes_after_its_delay_and_no_earlier(broker: Broke
     assert b"other" in handle.bodies[:2], "what is held back does not stand in the way"
 
 
-async def test_held_messages_take_no_place(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub, "TEND_S", 0.2)
-
+async def test_held_messages_take_no_place(broker: Broker) -> None:
     async def decide(delivery: Delivery) -> Verdict:
         return Verdict(action="hold", delay_s=60) if delivery.data.startswith(b"held") else ACK
 
@@ -255,7 +253,6 @@ async def test_the_lease_is_kept_through_the_grace_of_closing(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pubsub, "ORPHAN_LEASE_S", 1)
-    monkeypatch.setattr(pubsub, "TEND_S", 0.2)
     handle, other = Held(), Recorder()
     source = adapters.message_source(embedded.settings, 1)
     running = asyncio.create_task(source.run(handle))

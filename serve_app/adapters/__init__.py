@@ -32,8 +32,8 @@ MESSAGE_SOURCES = {
     "memory": Row(".memory_messages:MemorySource"),
 }
 PUBLISHERS = {
-    "embedded": Row(".pubsub:PubSubPublisher"),
-    "pubsub": Row(".pubsub:PubSubPublisher"),
+    "embedded": Row(".pubsub_publisher:PubSubPublisher"),
+    "pubsub": Row(".pubsub_publisher:PubSubPublisher"),
     "memory": Row(".memory_messages:MemoryPublisher"),
 }
 

@@ -79,7 +79,9 @@ class MemoryBlobStore:
 
     async def download(self, path: str, to: Path) -> BlobInfo:
         blob = self._blob(path)
-        to.write_bytes(blob.data)
+        part = to.with_name(f".part-{to.name}")
+        part.write_bytes(blob.data)
+        part.replace(to)
         return blob.info
 
     async def upload(self, path: str, source: Path) -> BlobInfo:

@@ -1,4 +1,4 @@
-"""Messages over Google Cloud Pub/Sub, or over the embedded server, which speaks the same protocol.
+"""Messages from Google Cloud Pub/Sub, or from the embedded server, which speaks the same protocol.
 
 The library's streaming client receives, keeps leases alive and limits what is in hand. What becomes of a message is
 told in calls of our own: the library sends such answers through its stream's threads, where they are lost without a
@@ -13,24 +13,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from google.api_core.exceptions import Aborted, GoogleAPIError, ServiceUnavailable
-from google.api_core.retry import Retry, if_exception_type
-from google.auth.exceptions import GoogleAuthError
 from google.cloud.pubsub_v1.types import FlowControl  # type: ignore[import-untyped]  # published without types
-from google.pubsub_v1 import types
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from ..errors import BrokerUnavailable
-from ..ports import Delivery, Handler, SourceStatus, Topic, Verdict
+from ..ports import Delivery, Handler, SourceStatus, Verdict
 from ..settings import MessagesSettings
-from .pubsub_connection import Connection, publisher_client, subscriber_client
-from .pubsub_names import subscription_path, topic_path
+from .pubsub_connection import CALL_TIMEOUT_S, FAILURES, RETRY, Connection, subscriber_client
+from .pubsub_names import subscription_path
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +35,7 @@ LEASE_S = 10
 #: What the lease of a message is extended to whose stream has ended.
 ORPHAN_LEASE_S = 20
 #: How often orphans and held-back messages are looked after, in seconds.
-TEND_S = 1.0
+TEND_S = 0.25
 #: Pub/Sub holds a message back for no longer, in seconds.
 MAX_HOLD_S = 600
 #: How long a message is held back whose handler raised, in seconds.
@@ -48,16 +44,10 @@ ERROR_HOLD_S = 5.0
 HOLD_PAUSE_S = 0.1
 #: The longest pause between two attempts to open a stream; one that lived as long starts anew with the shortest.
 REOPEN_MAX_S = 30.0
-#: Limit on one call to the broker, retries included, in seconds.
-CALL_TIMEOUT_S = 10.0
 #: How long a closed stream may take to give back what it had not delivered.
 STREAM_CLOSE_S = 5.0
 
-_RETRY = Retry(
-    if_exception_type(ServiceUnavailable, Aborted), initial=0.1, maximum=1.0, multiplier=2.0, timeout=CALL_TIMEOUT_S
-)
 _INTERRUPTED = Verdict(action="nack", reason="interrupted")
-_FAILURES = (GoogleAPIError, GoogleAuthError)
 
 
 @dataclass(eq=False, slots=True)
@@ -88,8 +78,14 @@ class _InHand:
     message: Any
     stream: _Stream
     task: "asyncio.Task[None]" = field(init=False)
+    #: When we last extended its lease, on the monotonic clock; its stream does as long as it lives.
+    extended_at: float = -math.inf
     #: What becomes of it is decided and being told.
     is_settling: bool = False
+
+    def is_due(self, now: float) -> bool:
+        """Whether its lease is to be extended, if that is left to us."""
+        return not self.is_settling and now - self.extended_at >= ORPHAN_LEASE_S / 4
 
 
 class PubSubSource:
@@ -259,10 +255,10 @@ class PubSubSource:
         await self._call(self._client.modify_ack_deadline, ack_ids=ack_ids, ack_deadline_seconds=seconds)
 
     async def _call(self, method: Any, **arguments: Any) -> None:
-        call = partial(method, subscription=self._subscription, retry=_RETRY, timeout=CALL_TIMEOUT_S, **arguments)
+        call = partial(method, subscription=self._subscription, retry=RETRY, timeout=CALL_TIMEOUT_S, **arguments)
         try:
             await asyncio.to_thread(call)
-        except _FAILURES as e:
+        except FAILURES as e:
             # Nothing is lost: unsettled messages come again when their lease runs out.
             log.warning("Pub/Sub did not take an answer: %s", e, extra={"action": "answer_lost"})
 
@@ -278,7 +274,10 @@ class PubSubSource:
                 await self._retire()
 
     async def _extend_orphans(self) -> None:
-        orphans = [held for held in self._in_hand.values() if held.stream is not self._stream and not held.is_settling]
+        now = time.monotonic()
+        orphans = [held for held in self._in_hand.values() if held.stream is not self._stream and held.is_due(now)]
+        for held in orphans:
+            held.extended_at = now
         if orphans:
             await self._set_deadline([held.message.ack_id for held in orphans], ORPHAN_LEASE_S)
 
@@ -292,27 +291,6 @@ class PubSubSource:
         if self._in_hand:
             await self._set_deadline(tuple(self._in_hand), 0)
             self._in_hand.clear()
-
-
-class PubSubPublisher:
-    def __init__(self, settings: MessagesSettings, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        self._client = publisher_client(settings)
-        self._timeout_s = timeout_s
-        self._topics: Mapping[Topic, str] = {
-            "sessions": topic_path(settings, settings.topic),
-            "dead": topic_path(settings, settings.dead_letter_topic),
-        }
-
-    async def publish(self, topic: Topic, data: bytes, attributes: Mapping[str, str]) -> str:
-        name = self._topics[topic]
-        message = types.PubsubMessage(data=data, attributes=dict(attributes))
-        retry = _RETRY.with_timeout(self._timeout_s)
-        call = partial(self._client.publish, topic=name, messages=[message], retry=retry, timeout=self._timeout_s)
-        try:
-            response = await asyncio.to_thread(call)
-        except _FAILURES as e:
-            raise BrokerUnavailable(f"publishing to {name} failed: {e}", topic=name) from e
-        return response.message_ids[0]
 
 
 def _delivery(message: Any) -> Delivery:

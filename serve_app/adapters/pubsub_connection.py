@@ -4,7 +4,9 @@ import asyncio
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]  # grpcio publishes no types
-from google.auth.exceptions import DefaultCredentialsError
+from google.api_core.exceptions import Aborted, GoogleAPIError, ServiceUnavailable
+from google.api_core.retry import Retry, if_exception_type
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud import pubsub_v1  # type: ignore[import-untyped]  # published without types
 from google.pubsub_v1.services.publisher import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
@@ -16,6 +18,13 @@ from .pubsub_names import address_of
 
 #: How long to wait for a connection before saying that there is none, in seconds.
 CONNECT_S = 5.0
+#: Limit on one call to the broker, retries included, in seconds.
+CALL_TIMEOUT_S = 10.0
+RETRY = Retry(
+    if_exception_type(ServiceUnavailable, Aborted), initial=0.1, maximum=1.0, multiplier=2.0, timeout=CALL_TIMEOUT_S
+)
+#: What a call that failed raises.
+FAILURES = (GoogleAPIError, GoogleAuthError)
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
