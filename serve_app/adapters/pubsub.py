@@ -22,7 +22,7 @@ from typing import Any
 from google.cloud.pubsub_v1.types import FlowControl  # type: ignore[import-untyped]  # published without types
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from ..errors import BrokerUnavailable
+from ..errors import BrokerUnavailable, SettingsError
 from ..ports import Delivery, Handler, SourceStatus, Verdict
 from ..settings import MessagesSettings
 from .pubsub_connection import CALL_TIMEOUT_S, FAILURES, RETRY, Connection, subscriber_client
@@ -109,7 +109,8 @@ class PubSubSource:
     async def run(self, handle: Handler) -> None:
         tending = asyncio.create_task(self._tend())
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(BrokerUnavailable),
+            # The constructor found credentials, so a SettingsError here is a look-up that failed.
+            retry=retry_if_exception_type((BrokerUnavailable, SettingsError, *FAILURES)),
             wait=wait_random_exponential(multiplier=0.2, max=REOPEN_MAX_S),
             stop=lambda _: self._closing.is_set(),
             sleep=self._sleep,
