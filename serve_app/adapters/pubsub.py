@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from google.cloud.pubsub_v1.types import FlowControl  # type: ignore[import-untyped]  # published without types
+from google.cloud.pubsub_v1.types import FlowControl
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from ..errors import BrokerUnavailable, SettingsError

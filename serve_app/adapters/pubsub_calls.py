@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]  # grpcio publishes no types
+import grpc
 from google.pubsub_v1 import types
 
 from .pubsub_broker import (

@@ -3,11 +3,11 @@
 import asyncio
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]  # grpcio publishes no types
+import grpc
 from google.api_core.exceptions import Aborted, GoogleAPIError, ServiceUnavailable
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-from google.cloud import pubsub_v1  # type: ignore[import-untyped]  # published without types
+from google.cloud import pubsub_v1
 from google.pubsub_v1.services.publisher import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-import grpc.aio  # type: ignore[import-untyped]  # grpcio publishes no types
+import grpc.aio
 
 from ..errors import BrokerUnavailable, SettingsError
 from ..settings import MessagesSettings

@@ -1,0 +1,133 @@
+"""The documents say what is true: settings, defaults, routes, commands, files."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from serve_app import jobs
+from serve_app.api import create_app
+from serve_app.settings import BUCKETS, Inference, Settings, VariantSettings
+from serve_app.variants import BUILT_IN
+
+README = Path("README.md").read_text()
+ARCHITECTURE = Path("docs/architecture.md").read_text()
+CONFIGURATION = Path("docs/configuration.md").read_text()
+
+
+def rows(document: str) -> dict[str, str]:
+    """Key and second cell of each table row."""
+    return {key: cell for key, cell in re.findall(r"^\| `([^`]+)` \| ([^|]*?) ?\|", document, re.M)}
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every setting below `model`, by its path, with its default."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= fields(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field.get_default(call_default_factory=True)
+    return found
+
+
+def written(default: Any) -> str:
+    """A default as the tables write it."""
+    if default is None:
+        return "none"
+    if isinstance(default, float) and default.is_integer():
+        return str(int(default))
+    return str(default)
+
+
+SETTINGS = {
+    k: v for k, v in fields(Settings).items() if not k.startswith(("text_encoder.", "variants", "windows.buck"))
+}
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_every_setting_is_documented_with_its_default(key: str) -> None:
+    assert rows(CONFIGURATION)[key] == written(SETTINGS[key])
+
+
+@pytest.mark.parametrize("key", VariantSettings.model_fields)
+def test_every_setting_of_a_variant_is_documented_with_its_default(key: str) -> None:
+    assert rows(CONFIGURATION)[key] == written(VariantSettings.model_fields[key].default)
+
+
+@pytest.mark.parametrize("key", Inference.model_fields)
+def test_every_inference_default_is_documented(key: str) -> None:
+    default = Inference.model_fields[key].default
+    assert rows(CONFIGURATION)[key].strip("`") in (str(default), written(default))
+
+
+def test_the_buckets_are_documented() -> None:
+    cell = rows(CONFIGURATION)["windows.buckets"]
+    named = [tuple(map(int, re.findall(r"\d+", size))) for size in cell.replace("²", "").split(", ")]
+    assert {size if len(size) == 2 else size * 2 for size in named} == set(BUCKETS)
+
+
+def test_every_key_in_the_tables_is_a_setting() -> None:
+    known = {*SETTINGS, *VariantSettings.model_fields, *Inference.model_fields}
+    others = {"windows.buckets", "text_encoder.…", "variants", "HF_TOKEN", "RAY_AUTH_MODE"}
+    assert set(rows(CONFIGURATION)) <= known | others
+
+
+def test_every_built_in_variant_is_documented() -> None:
+    assert [name for name in BUILT_IN if f"`{name}`" not in CONFIGURATION] == []
+
+
+def test_every_route_is_documented() -> None:
+    routes = create_app(lambda: pytest.fail("no route is asked")).openapi()["paths"]
+    named = [f"{method.upper()} {path}" for path, methods in routes.items() for method in methods]
+    assert len(named) == 3
+    assert [route for route in named if f"`{route}`" not in README + ARCHITECTURE] == []
+
+
+def test_every_module_has_its_line_in_the_layout() -> None:
+    layout = re.search(r"## Layout\n\n```\n(.*?)```", ARCHITECTURE, re.S)
+    assert layout is not None
+    modules = [*Path("serve_app").glob("*.py"), *Path("deployments").glob("*.py")]
+    missing = [m.name for m in modules if m.name != "__init__.py" and m.name not in layout[1]]
+    assert missing == []
+    named = re.findall(r"\b[a-z_]+\.py\b", layout[1])
+    assert [name for name in named if not any(m.name == name for m in modules)] == []
+
+
+def test_the_state_diagram_in_the_docs_is_the_codes() -> None:
+    """The arrows are compared; the remarks beside them are not."""
+    assert jobs.__doc__ is not None
+    edges = {f"{cause}" for _, cause in jobs.TRANSITIONS}
+    picture = ARCHITECTURE.split("## Jobs")[1].split("```")[1]
+    for text in (picture, jobs.__doc__):
+        assert edges <= set(re.findall(r"[a-z]+(?:_[a-z]+)?", text))
+
+
+def test_the_readmes_make_targets_exist() -> None:
+    makefile = Path("Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([a-z-]+)", README + ARCHITECTURE + CONFIGURATION))
+    assert {"demo", "test", "run", "check", "bench"} <= targets
+    assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.M)] == []
+
+
+def test_links_and_pictures_lead_somewhere() -> None:
+    for document in (Path("README.md"), *Path("docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if not target.startswith("https://"):
+                assert (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_no_committed_file_names_a_machine_or_a_registry() -> None:
+    hosts = "|".join(["pypi" + r"\.org", "registry" + r"\.npmjs", "deb" + r"\.debian", "/wo" + "rk/", "/ro" + "ot/"])
+    found = subprocess.run(["git", "grep", "-nE", hosts], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+
+
+def test_the_changelog_knows_this_version() -> None:
+    version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M)
+    assert version is not None
+    assert f"## {version[1]} " in Path("CHANGELOG.md").read_text()
