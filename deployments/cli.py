@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from serve_app.errors import FluxFillError, MalformedMessage, UnknownVariant
 from serve_app.jobs import Job, State
@@ -162,12 +162,13 @@ def jobs(
         return
     from .client import Client
 
-    table = Table("job", "session", "variant", "status", "attempts", "progress", "created", "error")
+    # An id must be whole, to be copied; on a terminal of 80 columns the session fits below it only.
+    table = Table(Column("job, session", no_wrap=True), Column("status", no_wrap=True), "variant", "when")
     for job in _run(Client(_settings(config)).list(status=status, limit=limit)):
-        age = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        progress = f"{job.progress.fraction:.0%}" if job.progress.steps else ""
-        error = job.error.code if job.error else ""
-        table.add_row(job.id, job.session_key, job.variant, job.status, str(job.attempt), progress, age, error)
+        state = f"{job.status} {job.progress.fraction:.0%}" if job.status == State.RUNNING else job.status
+        why = f"\n{job.error.code}" if job.error else ""
+        when = job.created_at.astimezone().strftime("%m-%d %H:%M")
+        table.add_row(f"{job.id}\n{job.session_key}", f"{state}{why}", job.variant, when)
     out.print(table)
 
 

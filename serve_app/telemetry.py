@@ -38,4 +38,3 @@ def configure_logging(level: int = logging.INFO) -> None:
             handler.setFormatter(JsonFormatter())
             top.addHandler(handler)
             top.setLevel(level)
-            top.propagate = False

@@ -31,12 +31,17 @@ def paint_canvas(engine: Engine, request: PaintRequest, on_step: Callable[[Progr
     total = request.steps * len(request.windows)
     on_step(Progress(step=0, steps=total))
     for number, box in enumerate(request.windows):
-        before = number * request.steps
+        done = 0
 
-        def advance(step: int, before: int = before) -> None:
+        def advance(step: int, before: int = number * request.steps) -> None:
+            nonlocal done
+            done = step
             on_step(Progress(step=before + step, steps=total))
 
         painted = _paint_window(engine, request, number, canvas[box.slices], unpainted[box.slices], advance)
+        if done < request.steps:
+            # A family that knows fewer steps than were asked for has done all of them.
+            advance(request.steps)
         paste_window(canvas, painted, box, unpainted)
         unpainted[box.slices] = 0
     ended_ms = engine.device_ms()
