@@ -1,5 +1,5 @@
-# Everything a fresh machine needs is installed by the first target that wants it: Python 3.11 or 3.12 is enough.
-PYTHON ?= python3
+# Everything a fresh machine needs is installed by the first target that wants it: Python 3.11 is enough.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -38,8 +38,9 @@ fix: install  ## format and mend what can be mended by machine
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install  ## measure
-	$(BIN)/python -m benchmarks.serving
+bench: install  ## measure; figures into benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.serving --out benchmarks/results/serving.json
 
 clean:  ## everything that is not in git
 	rm -rf $(VENV) out var build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

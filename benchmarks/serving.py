@@ -5,7 +5,7 @@ at once. The busy share is the replica's painting seconds over the seconds from 
 one's end: what is missing from 1 is time it waited for the next photo to be downloaded, decoded and cut. The asleep
 share counts the sleep alone, without the copying round it that a painting replica does as well.
 
-    python -m benchmarks.serving [--sessions 60]
+    python -m benchmarks.serving [--sessions 60] [--out FILE]
 
 Prints a table a scenario and, last, a JSON object.
 """
@@ -146,7 +146,8 @@ def show(scenario: Scenario, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=60)
-    sessions = parser.parse_args().sessions
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
+    args = parser.parse_args()
     os.environ.update(ray_environment())
     import ray
     from ray import serve
@@ -161,11 +162,15 @@ def main() -> None:
         serve.run(build(config))
         results = {}
         for scenario in SCENARIOS:
-            results[scenario.key] = asyncio.run(measure(scenario, config, folder, sessions))
+            results[scenario.key] = asyncio.run(measure(scenario, config, folder, args.sessions))
             show(scenario, results[scenario.key])
         serve.shutdown()
     ray.shutdown()
-    print(json.dumps({**{key: round(r["busy_share"], 4) for key, r in results.items()}, **context(results, sessions)}))
+    shares = {key: round(result["busy_share"], 4) for key, result in results.items()}
+    found = {**shares, **context(results, args.sessions)}
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found))
 
 
 def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]:
