@@ -71,7 +71,7 @@ def submit(
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 100.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; derived from the job when left out.")] = None,
     crop: Annotated[CropStrategy | None, typer.Option(help="How much of the photo the model sees.")] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Where the result is written.")] = Path("out"),
+    folder: Annotated[Path, typer.Option("--out", help="Where the result is written.", file_okay=False)] = Path("out"),
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the result.")] = 900,
     config: ConfigOption = CONFIG,
 ) -> None:
@@ -275,6 +275,8 @@ async def _pull(rows: list[Variant], settings: Settings, to: str | None, pin: bo
     def on_file(repo: str, file: str, number: int, count: int) -> None:
         out.print(f"{repo}: {number}/{count} {file}", highlight=False)
 
+    # First, because a URL that names no store should not cost hours of downloads.
+    mirror = mirror_at(to) if to else None
     where, missing = sources(settings), {}
     if pin:
         pinned = await weights.pin(rows, where, on_file)
@@ -283,14 +285,14 @@ async def _pull(rows: list[Variant], settings: Settings, to: str | None, pin: bo
         out.print(f"wrote {settings.weights.lock}", highlight=False)
     else:
         await weights.pull(rows, where, on_file)
-    if to:
-        await weights.push_to_mirror(rows, replace(where, mirror=mirror_at(to)), on_file)
+    if mirror:
+        await weights.push_to_mirror(rows, replace(where, mirror=mirror), on_file)
     return missing
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("out/demo"),
+    folder: Annotated[Path, typer.Option("--out", help="Where the pictures go.", file_okay=False)] = Path("out/demo"),
     config: ConfigOption = CONFIG,
 ) -> None:
     """Start the app, edit a photo with two engines through Pub/Sub, write the pictures, stop everything."""
@@ -305,7 +307,8 @@ def demo(
     out.print(f"starting the app: serve run {own} (log: {folder / 'serve.log'})", highlight=False)
     with serving(own, loaded.url, folder / "serve.log"):
         for variant in ("telea", "tiny-Q4_0"):
-            message = _message({"userId": "demo", "sessionId": f"cat-{variant}", "variant": variant, "steps": 8})
+            session = f"cat-{uuid.uuid4().hex[:8]}"
+            message = _message({"userId": "demo", "sessionId": session, "variant": variant, "steps": 8})
             job, files = _run(_submit(message, original, mask, folder / variant, 180, own))
             _show(job)
             if job.status != State.SUCCEEDED:

@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from serve_app import adapters, jobs
+from serve_app.adapters.pubsub_names import address_of
 from serve_app.edit import INPUTS, session_path
+from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
 from serve_app.settings import Settings
@@ -28,17 +31,28 @@ class Client:
     async def submit(self, message: EditMessage, original: Path, mask: Path) -> str:
         """Upload both files and publish; the id of the job that the message becomes.
 
-        Raises OSError for a file that cannot be read; StoreUnavailable; BrokerUnavailable.
+        Raises OSError for a file that cannot be read; StoreUnavailable; BrokerUnavailable, before anything is
+        uploaded where nobody listens at the embedded server's address.
         """
+        if self._settings.messages.is_embedded:
+            await _check_listens(self._settings.messages.url)
         versions = []
         for role, source in (("original", original), ("mask", mask)):
             path = session_path(message.user_id, message.session_id, INPUTS[role])
             content_type = "image/png" if role == "mask" else "image/jpeg"
-            stored = await self._blobs.put(path, source.read_bytes(), content_type=content_type)
-            versions.append(stored.version)
+            versions.append(await self._put(path, source.read_bytes(), content_type))
         data = message.model_dump_json(by_alias=True, exclude_none=True).encode()
         await self._publisher.publish("sessions", data, {})
         return jobs.edit_job_id(message, versions=versions, idempotency_key=None)
+
+    async def _put(self, path: str, data: bytes, content_type: str) -> str:
+        """The version under which `data` is stored. Bytes that are there already are left alone, because writing them
+        again would make a new version, and new work, of the same photo."""
+        with suppress(BlobNotFound, BlobTooLarge):
+            stored, info = await self._blobs.get(path, max_bytes=len(data))
+            if stored == data:
+                return info.version
+        return (await self._blobs.put(path, data, content_type=content_type)).version
 
     async def follow(self, job_id: str, on_change: Callable[[Job], None], *, timeout_s: float) -> Job:
         """The job once it is over. Raises TimeoutError."""
@@ -72,3 +86,13 @@ class Client:
     async def cancel(self, job: Job) -> Job:
         """Raises IllegalTransition for a job that is over."""
         return await self._jobs.update(job.id, job.session_key, jobs.cancel(now=utc_now()))
+
+
+async def _check_listens(url: str) -> None:
+    """The publisher would try for ten seconds, because a broker elsewhere may come back; this one is the app's own."""
+    try:
+        _, writer = await asyncio.open_connection(*address_of(url))
+    except OSError as e:
+        what = f"nobody listens at {url}; start the app first: `serve run` with this config"
+        raise BrokerUnavailable(what, url=url) from e
+    writer.close()

@@ -16,6 +16,8 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
+from serve_app import adapters
+from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.errors import SettingsError
 from serve_app.settings import Inference, Settings
 
@@ -133,7 +135,26 @@ def _app_problems(at: Keys, app: dict[str, Any]) -> Found:
         if deployment.get("name") not in names:
             what = f"{deployment.get('name')!r} is not one of this app's deployments: {', '.join(names)}"
             yield (*at, "deployments", j, "name"), what
+    yield from _url_problems((*at, "args"), settings)
     yield from _inference_problems(at, app, settings)
+
+
+def _url_problems(at: Keys, settings: Settings) -> Found:
+    """What the replicas would only meet when they start."""
+    for keys, url, table in (
+        (("blobs",), settings.blobs, adapters.BLOB_STORES),
+        (("jobs",), settings.jobs, adapters.JOB_STORES),
+        (("messages", "url"), settings.messages.url, adapters.MESSAGE_SOURCES),
+        (("weights", "mirror"), settings.weights.mirror, adapters.BLOB_STORES),
+    ):
+        scheme, colon, _ = (url or "").partition(":")
+        if url is not None and not (colon and scheme in table):
+            yield (*at, *keys), f"the scheme of {url!r} is none of {', '.join(f'{name}:' for name in table)}"
+    if settings.messages.is_embedded:
+        try:
+            EmbeddedPubSub.of(settings.messages)
+        except SettingsError as e:
+            yield (*at, "messages", "url"), e.message
 
 
 def _inference_problems(at: Keys, app: dict[str, Any], settings: Settings) -> Found:
