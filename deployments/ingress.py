@@ -13,8 +13,9 @@ from ray.serve.handle import DeploymentHandle
 from serve_app import adapters
 from serve_app.api import Readiness, create_app
 from serve_app.engine.prompts import PromptCache
+from serve_app.errors import Unavailable
 from serve_app.ports import Delivery, Verdict
-from serve_app.settings import Inference, Limits, Settings
+from serve_app.settings import Inference, Settings
 from serve_app.telemetry import configure_logging
 from serve_app.worker import Worker
 
@@ -53,12 +54,13 @@ class Ingress:
             job_store=adapters.job_store(settings.jobs),
             mirror=adapters.session_mirror(settings.jobs),
             publisher=adapters.publisher(settings.messages),
-            painter=RemotePainter(painters),
+            painter=RemotePainter(painters, self._watch),
             prompts=prompts,
             settings=settings,
             defaults=self._defaults,
         )
         self._tasks = [asyncio.create_task(self._watch.run())]
+        self._pushes: set[asyncio.Task[Verdict]] = set()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new inference defaults. Jobs already claimed keep the values they were claimed with.
@@ -90,12 +92,18 @@ class Ingress:
 
     # -- what the HTTP routes ask for
 
-    @property
-    def limits(self) -> Limits:
-        return self._settings.limits
-
     async def work(self, delivery: Delivery) -> Verdict:
-        return await self._worker.work(delivery)
+        """Work on a push, to its end even when its sender hangs up: Pub/Sub does, and sends it again.
+
+        Raises Unavailable while as many are being worked on as this replica can hold.
+        """
+        if len(self._pushes) >= self._settings.in_flight():
+            raise Unavailable(f"{len(self._pushes)} pushes are being worked on already")
+        task = asyncio.create_task(self._worker.work(delivery))
+        self._pushes.add(task)
+        task.add_done_callback(self._pushes.discard)
+        # Serve cancels this coroutine when the client disconnects, not the task.
+        return await asyncio.shield(task)
 
     def readiness(self) -> Readiness:
         default = self._defaults().variant
@@ -118,10 +126,17 @@ class Ingress:
 
     async def __del__(self) -> None:
         log.info("Stopping: no new messages, giving back what is not done", extra={"action": "stopping"})
-        await self._source.close(grace_s=self._settings.work.grace_s)
+        await asyncio.gather(self._source.close(grace_s=self._settings.work.grace_s), self._end_pushes())
         for task in self._tasks:
             task.cancel()
         self._worker.close()
+
+    async def _end_pushes(self) -> None:
+        if self._pushes:
+            _, left = await asyncio.wait(self._pushes, timeout=self._settings.work.grace_s)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
 
 def _first_line(e: ValueError) -> str:

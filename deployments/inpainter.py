@@ -11,13 +11,16 @@ from typing import Any
 from ray import serve
 
 from serve_app.engine import Engine, families, weights
-from serve_app.engine.canvas import painting
+from serve_app.engine.canvas import Seat, painting
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 
 from .loading import Loading, sources
+
+#: How long an engine may go on after it was told to stop: one step of the largest window takes seconds on an L4.
+STUCK_S = 60.0
 
 
 def open_engine(name: str, settings: Settings) -> Engine:
@@ -56,7 +59,7 @@ class Inpainter:
         self._name = name
         self._loading = Loading(f"variant {name}", lambda: open_engine(name, settings))
         # A pipeline keeps state between steps: two jobs must never be on it at once.
-        self._lock = asyncio.Lock()
+        self._seat = Seat()
         self._usage = Usage()
 
     async def paint(self, request: PaintRequest) -> AsyncIterator[Progress | Painted]:
@@ -65,11 +68,18 @@ class Inpainter:
         Raises VariantLoadFailed with the reason; what the engine raises.
         """
         engine = self._loading.value
-        async with aclosing(painting(engine, request, self._lock)) as events:
+        async with aclosing(painting(engine, request, self._seat)) as events:
             async for event in events:
                 if isinstance(event, Painted):
                     self._usage.add(event.busy_s)
                 yield event
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when an engine that was told to stop has not: Serve then replaces the replica, and the
+        jobs that wait for its engine go elsewhere."""
+        since = self._seat.stopping_since
+        if since is not None and time.monotonic() - since > STUCK_S:
+            raise RuntimeError(f"the engine of {self._name} was told to stop more than {STUCK_S:g} s ago")
 
     async def status(self) -> str:
         """Why the variant did not load; empty when it did."""

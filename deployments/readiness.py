@@ -25,6 +25,10 @@ class VariantWatch:
         self._deployments = deployments
         self.states = {name: VariantReadiness(state="starting") for name in handles}
 
+    def doubt(self, name: str) -> None:
+        """A replica said that it had not loaded: ask again."""
+        self.states[name] = VariantReadiness(state="starting")
+
     async def run(self) -> None:
         """Look every second, for ever."""
         app = serve.get_replica_context().app_name

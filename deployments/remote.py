@@ -10,19 +10,25 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.engine.prompts import PromptCache
 from serve_app.engine.weights import base_revision
-from serve_app.errors import PaintError, ReplicaLost, UnknownVariant
+from serve_app.errors import PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed
 from serve_app.ports import OnProgress, Painted, PaintRequest
 from serve_app.settings import Settings
 
 from .loading import sources
+from .readiness import VariantWatch
 
 
 class RemotePainter:
     """The Painter port over one handle per variant."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(self, handles: Mapping[str, DeploymentHandle], watch: VariantWatch) -> None:
+        self._watch = watch
         # Made once: each options() call would make a router of its own.
         self._paint = {name: h.options(stream=True, method_name="paint") for name, h in handles.items()}
+
+    def is_ready(self, variant: str) -> bool:
+        state = self._watch.states.get(variant)
+        return state is not None and state.state == "ready"
 
     async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
         if variant not in self._paint:
@@ -38,6 +44,9 @@ class RemotePainter:
                         await on_progress(item)
         except asyncio.CancelledError:
             stream.cancel()
+            raise
+        except VariantLoadFailed:
+            self._watch.doubt(variant)
             raise
         if painted is None:
             raise PaintError(f"variant {variant} ended without a picture")

@@ -34,8 +34,11 @@ class TextEncoder:
         Raises VariantLoadFailed with the reason.
         """
         encoder = self._loading.value
-        async with self._lock:
-            return await asyncio.to_thread(encoder.encode, prompt, max_tokens)
+        await self._lock.acquire()
+        work = asyncio.ensure_future(asyncio.to_thread(encoder.encode, prompt, max_tokens))
+        # By the thread's end, not by this coroutine's: a canceled request leaves its thread running.
+        work.add_done_callback(lambda _: self._lock.release())
+        return await asyncio.shield(work)
 
     async def __del__(self) -> None:
         await self._loading.close(lambda encoder: encoder.close())

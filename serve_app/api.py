@@ -11,7 +11,10 @@ from starlette.exceptions import HTTPException
 from .errors import BodyTooLarge, FluxFillError, Unavailable
 from .messages import parse_envelope
 from .ports import Delivery, Verdict
-from .settings import Limits
+
+#: Pub/Sub's largest message, 10 MB, in base64, and room for the rest. A message over our own, smaller limit must be
+#: read to be acknowledged and dead-lettered: a refused push comes again for ever.
+MAX_ENVELOPE_BYTES = 14_000_000
 
 VariantState = Literal["starting", "ready", "scaled_to_zero", "failed"]
 
@@ -41,9 +44,6 @@ class Readiness(BaseModel):
 class Service(Protocol):
     """What the routes need of the ingress."""
 
-    @property
-    def limits(self) -> Limits: ...
-
     async def work(self, delivery: Delivery) -> Verdict: ...
 
     def readiness(self) -> Readiness: ...
@@ -72,7 +72,7 @@ def create_app(service: Callable[[], Service]) -> FastAPI:
         """A Pub/Sub push: worked on now, answered when its result is stored. 2xx acknowledges."""
         if not service().readiness().ready:
             raise Unavailable("the default variant cannot serve yet; see /ready")
-        envelope = parse_envelope(await _body(request, service().limits.envelope_bytes))
+        envelope = parse_envelope(await _body(request, MAX_ENVELOPE_BYTES))
         delivery = Delivery(
             data=envelope.payload(),
             attributes=envelope.message.attributes,

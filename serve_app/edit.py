@@ -29,6 +29,9 @@ T = TypeVar("T")
 OUTPUTS = {"edited": "edited.jpg", "preview": "preview.jpg"}
 INPUTS = {"original": "original.jpg", "mask": "mask_auto.png"}
 
+#: How often a stored output may change under the claim's holder before the attempt is given up.
+CONFLICTS = 5
+
 
 def session_path(user_id: str, session_id: str, name: str) -> str:
     """Both ids must have passed `messages.ID_PATTERN`."""
@@ -96,7 +99,7 @@ class Editor:
             prepared = await self._in_pool(self._prepare, original, mask, job.parameters.crop_strategy)
             embeddings = None
             if prepared.plan is not None:
-                embeddings = await self._prompts.encode(job.variant, job.parameters.prompt)
+                embeddings = await self._embeddings(job)
         painted = await self._paint(job, prepared, embeddings, on_progress, clock)
         with clock.stage("encode_s"):
             outputs = await self._in_pool(self._encode, prepared, original, painted)
@@ -117,6 +120,14 @@ class Editor:
         except BlobTooLarge as e:
             raise ImageTooLarge(e.message, path=path) from e
         return data
+
+    async def _embeddings(self, job: Job) -> bytes | None:
+        limit_s = self._settings.work.inference_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._prompts.encode(job.variant, job.parameters.prompt)
+        except TimeoutError as e:
+            raise InferenceTimeout(f"encoding the prompt took longer than {limit_s:g} s", limit_s=limit_s) from e
 
     def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy) -> _Prepared:
         photo = images.decode_photo(original, self._settings.limits)
@@ -196,13 +207,17 @@ class Editor:
         either refused or written over."""
         for role, (data, content_type) in outputs.items():
             path, version = _paths(job)[role], stored[role]
-            while True:
+            for _ in range(CONFLICTS):
                 await confirm()
                 try:
                     await self._blobs.put(path, data, content_type=content_type, if_version=version)
                     break
                 except BlobConflict:
                     version = await self._version(path)
+            else:
+                raise BlobConflict(
+                    f"{path} was written {CONFLICTS} times by others while it was to be stored", path=path
+                )
 
 
 def _paths(job: Job) -> dict[str, str]:

@@ -16,7 +16,9 @@
     │   └── VariantLoadFailed      the variant's weights did not load
     ├── Unavailable                something outside is down: wait, no attempt is used
     │   ├── StoreUnavailable       blob or job store
-    │   └── BrokerUnavailable      Pub/Sub
+    │   ├── BrokerUnavailable      Pub/Sub
+    │   └── VariantNotReady        no replica of the variant paints yet, and enough jobs wait for one
+    ├── MessageRefused             the broker will not take what is published, however often
     ├── Interrupted                the job was stopped on purpose
     │   ├── Canceled               a user asked
     │   ├── DeadlineExceeded       its deadline passed
@@ -152,6 +154,16 @@ class StoreUnavailable(Unavailable):
 
 class BrokerUnavailable(Unavailable):
     code = "broker_unavailable"
+
+
+class VariantNotReady(Unavailable):
+    code = "variant_not_ready"
+
+
+class MessageRefused(FluxFillError):
+    code = "message_refused"
+    http_status = 422
+    disposition = Disposition.DEAD_LETTER
 
 
 class Interrupted(FluxFillError):

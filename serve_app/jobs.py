@@ -9,7 +9,7 @@ inside an atomic read-modify-write (`ports.JobStore.update`), so every backend k
        └─lease_lost,──────┤
          retried,         └──expired──► expired
          given_back
-    queued ──canceled──► canceled, queued ──expired──► expired
+    queued ──canceled, superseded──► canceled, queued ──expired──► expired
 """
 
 import hashlib
@@ -51,6 +51,8 @@ class Cause(StrEnum):
     EXHAUSTED = "exhausted"
     #: A user asked.
     CANCELED = "canceled"
+    #: Its photo or mask was replaced before it ran again: its message is a newer job now.
+    SUPERSEDED = "superseded"
     #: Its deadline passed.
     EXPIRED = "expired"
     #: Its worker stopped renewing the lease: it died, or lost the store.
@@ -65,6 +67,7 @@ class Cause(StrEnum):
 TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.QUEUED, Cause.CLAIMED): State.RUNNING,
     (State.QUEUED, Cause.CANCELED): State.CANCELED,
+    (State.QUEUED, Cause.SUPERSEDED): State.CANCELED,
     (State.QUEUED, Cause.EXPIRED): State.EXPIRED,
     (State.RUNNING, Cause.SUCCEEDED): State.SUCCEEDED,
     (State.RUNNING, Cause.REJECTED): State.FAILED,
@@ -141,6 +144,8 @@ class Job(_Value):
     variant: str
     parameters: Parameters
     seed: int
+    #: What was asked for, whatever photo was stored then; empty where the job's id depends on no stored versions.
+    request: str = ""
     #: Attempts used, the running one included.
     attempt: int = 0
     #: The fencing number: grows with every claim and every cancellation.
@@ -205,14 +210,23 @@ def edit_job_id(message: EditMessage, *, versions: Sequence[str], idempotency_ke
     User, session, the stored versions of original and mask (replaced by the idempotency key where there is one),
     and the parameters given explicitly. A republished message has the same id; a changed photo has another.
     """
+    given = {"key": idempotency_key} if idempotency_key else {"versions": list(versions)}
+    return f"edit-{_digest(message, given)}"
+
+
+def edit_request(message: EditMessage, *, idempotency_key: str | None) -> str:
+    """See `Job.request`."""
+    return "" if idempotency_key else _digest(message, {})
+
+
+def _digest(message: EditMessage, given: Mapping[str, Any]) -> str:
     what = {
         "user": message.user_id,
         "session": message.session_id,
-        "input": {"key": idempotency_key} if idempotency_key else {"versions": list(versions)},
+        "input": dict(given),
         "explicit": message.explicit(),
     }
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return f"edit-{digest[:32]}"
+    return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
 def seed_of(job_id: str) -> int:
@@ -228,7 +242,8 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
     """Take `new`, or the record already stored under its id, and run it.
 
     The stored record wins over `new`: parameters and seed are those of the first claim. A final record is left as
-    it is. A record past its deadline becomes expired, one whose last attempt lost its lease failed.
+    it is. A record past its deadline becomes expired, one whose last attempt lost its lease failed. Another job of the
+    session that waits for the same request, on a photo or mask since replaced, is superseded.
 
     Raises Busy (from the change) while a live lease holds the job or another job of its session.
     """
@@ -242,11 +257,11 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
             job = job.after(Cause.LEASE_LOST)
             if job.attempt >= max_attempts:
                 return (_exhausted(stored or new, now),)
-        if job.deadline is not None and now >= job.deadline:
-            return (job.after(Cause.EXPIRED, error=_too_late(job), fence=job.fence + 1, finished_at=now),)
         for rival in rivals:
             _refuse_live(rival, now)
-        lost = tuple(_lost(rival, now, max_attempts) for rival in rivals)
+        if job.deadline is not None and now >= job.deadline:
+            return (job.after(Cause.EXPIRED, error=_too_late(job), fence=job.fence + 1, finished_at=now),)
+        others = tuple(after for rival in rivals if (after := _beside(rival, job, now, max_attempts)) is not None)
         job = job.after(
             Cause.CLAIMED,
             attempt=job.attempt + 1,
@@ -254,7 +269,7 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
             started_at=now,
             error=None,
         ).evolve(lease_until=now + timedelta(seconds=lease_s))
-        return (job, *lost)
+        return (job, *others)
 
     return change
 
@@ -315,6 +330,16 @@ def _refuse_live(job: Job, now: datetime) -> None:
     if job.status == State.RUNNING and job.lease_until is not None and job.lease_until > now:
         left_s = (job.lease_until - now).total_seconds()
         raise Busy(f"job {job.id} is running until {job.lease_until.isoformat()}", retry_after_s=left_s)
+
+
+def _beside(rival: Job, claimed: Job, now: datetime, max_attempts: int) -> Job | None:
+    """What becomes of the session's other job; None where it stays as it is."""
+    if rival.status == State.RUNNING:
+        return _lost(rival, now, max_attempts)
+    if rival.request and rival.request == claimed.request:
+        error = JobError(code="superseded", message=f"its photo or mask was replaced; see job {claimed.id}")
+        return rival.after(Cause.SUPERSEDED, error=error, fence=rival.fence + 1, finished_at=now)
+    return None
 
 
 def _lost(rival: Job, now: datetime, max_attempts: int) -> Job:

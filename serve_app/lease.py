@@ -4,8 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from . import jobs
 from .errors import Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
@@ -46,20 +49,23 @@ class Lease:
                 keeping.result()
             raise DeadlineExceeded(f"the deadline {self._job.deadline} passed while the job ran")
         finally:
-            await _stop(painting)
-            await _stop(keeping)
+            try:
+                await _stop(painting)
+            finally:
+                await _stop(keeping)
 
     async def note(self, progress: Progress) -> None:
         """Remember the latest progress; the keeper passes it on at its own pace."""
         self._latest = progress
 
     async def confirm(self) -> None:
-        """Renew now, before a write that only the claim's holder may do.
+        """Renew now, before a write that only the claim's holder may do. Insists for as long as the lease can last.
 
         Raises StaleClaim, Canceled, StoreUnavailable.
         """
-        await self._report()
-        await self._renew()
+        with suppress(StoreUnavailable):
+            await self._report()
+        await insist(self._renew, self._work.lease_s)
 
     def _seconds_left(self) -> float | None:
         if self._job.deadline is None:
@@ -85,6 +91,8 @@ class Lease:
                 # A store that is down for less than a lease costs nothing; after that the job may be another's.
                 if time.monotonic() - self._renewed_at > self._work.lease_s:
                     raise
+                if time.monotonic() - self._renewed_at >= self._work.renew_s:
+                    renewal.make_due()
 
     async def _renew(self) -> None:
         change = jobs.renew(self._claim, now=self._clock(), lease_s=self._work.lease_s)
@@ -112,6 +120,16 @@ class Lease:
             await self._mirror.write(self._job, document)
 
 
+async def insist(call: Callable[[], Awaitable[T]], for_s: float) -> T:
+    """What `call` returns, tried again while the store is unavailable, for at most `for_s` seconds."""
+    return await AsyncRetrying(
+        retry=retry_if_exception_type(StoreUnavailable),
+        stop=stop_after_delay(for_s),
+        wait=wait_random_exponential(multiplier=0.2, max=5),
+        reraise=True,
+    )(call)
+
+
 def _why(e: StaleClaim) -> StaleClaim | Canceled:
     return Canceled("canceled by a user") if e.details.get("status") == State.CANCELED else e
 
@@ -131,6 +149,9 @@ class _Every:
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
         self._next = time.monotonic() + period_s
+
+    def make_due(self) -> None:
+        self._next = time.monotonic()
 
     def is_due(self) -> bool:
         now = time.monotonic()

@@ -74,14 +74,15 @@ class JobStore(Protocol):
         """The record with its latest reported progress."""
 
     async def update(self, job_id: str, session_key: str, change: Change) -> Job:
-        """Run `change` on the stored record and the other running jobs of the session, and store what it returns.
+        """Run `change` on the stored record and the session's other jobs that are not over, and store what it returns.
 
         Atomic: no other update of these records happens in between; what `change` raises passes through and nothing
-        is stored. `change` may be run more than once. Returns the record stored under `job_id` afterwards.
+        is stored. `change` may be run more than once. Returns the record stored under `job_id` afterwards; raises
+        IllegalTransition where there is none.
         """
 
     async def report(self, claim: Claim, progress: Progress) -> None:
-        """Note progress beside the record. A claim older than one that has reported already is ignored."""
+        """Note progress beside the record. Ignored for a claim older than one that has reported, or an unknown job."""
 
     async def list(
         self, *, status: State | None = None, session_key: str | None = None, limit: int = 50
@@ -96,7 +97,8 @@ class SessionMirror(Protocol):
     """The session document the publisher watches. Raises StoreUnavailable while it cannot be reached."""
 
     async def write(self, job: Job, document: Mapping[str, Any]) -> None:
-        """Merge `document` into the session's. Ignored where a newer claim of the same job has written already."""
+        """Merge `document` into the session's. Ignored where a newer claim of the same job, or a job that was claimed
+        later, has written already."""
 
     async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None: ...
 
@@ -153,7 +155,10 @@ Topic = Literal["sessions", "dead"]
 
 class Publisher(Protocol):
     async def publish(self, topic: Topic, data: bytes, attributes: Mapping[str, str]) -> str:
-        """The message id. Stored by the broker when this returns. Raises BrokerUnavailable."""
+        """The message id. Stored by the broker when this returns.
+
+        Raises BrokerUnavailable; MessageRefused where the broker will never take it.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +196,9 @@ OnProgress = Callable[[Progress], Awaitable[None]]
 
 
 class Painter(Protocol):
+    def is_ready(self, variant: str) -> bool:
+        """Whether a painting would begin without waiting for a replica to start or to load."""
+
     async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
         """Paint the windows in order. Cancelling the call stops the engine within one step.
 

@@ -57,6 +57,12 @@ class VariantSettings(Scaling):
     #: Threads of a CPU engine. Ray sets OMP_NUM_THREADS=1, which is too few.
     threads: int = Field(2, ge=1, le=256)
 
+    @property
+    def share(self) -> int:
+        """Messages in an ingress replica's hands that keep this variant busy: one painted and one ready to be on each
+        replica, and two on their way."""
+        return 2 * self.max_replicas + 2
+
 
 class TextEncoderSettings(Scaling):
     """T5 and CLIP. They run once for a prompt that nobody has asked for before, so the CPU is the default."""
@@ -74,7 +80,7 @@ class MessagesSettings(_Frozen):
     topic: str = "session-processing"
     subscription: str = "session-processing"
     dead_letter_topic: str = "session-processing-dead"
-    #: Messages in an ingress replica's hands. None: twice what the variants can run, and two.
+    #: Messages in an ingress replica's hands. None: two for each replica of each variant, and two for each variant.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
 
     @property
@@ -89,11 +95,6 @@ class Limits(_Frozen):
     image_pixels: int = Field(50_000_000, ge=1)
     image_side_px: int = Field(10_000, ge=1)
     message_bytes: int = Field(64_000, ge=1)
-
-    @property
-    def envelope_bytes(self) -> int:
-        """Base64 makes 4 bytes of 3, and a push envelope adds ids and attributes."""
-        return self.message_bytes * 4 // 3 + 64_000
 
 
 #: (width, height) in pixels that the model is given: few, because each size is compiled and warmed by itself.
@@ -146,8 +147,8 @@ class Work(_Frozen):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Work":
-        if self.renew_s * 2 > self.lease_s:
-            raise ValueError("renew_s must be at most half of lease_s, so that one missed renewal loses nothing")
+        if self.renew_s * 2 >= self.lease_s:
+            raise ValueError("renew_s must be less than half of lease_s, so that one missed renewal loses nothing")
         return self
 
 
@@ -204,8 +205,8 @@ class Settings(_Frozen):
         return self.variants[name].definition or BUILT_IN[name]
 
     def in_flight(self) -> int:
-        """Messages an ingress replica holds: enough that a replica never waits for the next photo."""
-        return self.messages.max_in_flight or 2 * sum(v.max_replicas for v in self.variants.values()) + 2
+        """Messages an ingress replica holds: enough that no replica ever waits for the next photo."""
+        return self.messages.max_in_flight or sum(served.share for served in self.variants.values())
 
 
 class Secrets(_Frozen):

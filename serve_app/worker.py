@@ -8,13 +8,11 @@ Whatever brings a message, pulled or pushed, it ends here, over the same claim:
 import asyncio
 import logging
 import random
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from functools import partial
 
 from . import jobs
 from .edit import INPUTS, Editor, Result, session_path
@@ -25,18 +23,23 @@ from .errors import (
     Disposition,
     FluxFillError,
     MalformedMessage,
+    MessageRefused,
     StaleClaim,
-    StoreUnavailable,
     Unavailable,
     UnknownVariant,
+    VariantNotReady,
 )
-from .jobs import Cause, Change, Claim, Job, JobError, Parameters
-from .lease import Clock, Lease
+from .holding import Shares, Waits
+from .jobs import Cause, Change, Job, JobError, Parameters
+from .lease import Clock, Lease, insist
 from .messages import Attributes, EditMessage, parse_attributes, parse_edit
 from .ports import BlobStore, Delivery, JobStore, Painter, PromptEncoder, Publisher, SessionMirror, Verdict
 from .settings import Inference, Settings
 
 log = logging.getLogger(__name__)
+
+#: A variant that starts is ready in a minute: its messages must not be away for much longer.
+LONGEST_WAIT_FOR_A_VARIANT_S = 10.0
 
 #: How a job ends that is not tried again, by its error's disposition.
 _ENDS_BY = {
@@ -70,7 +73,8 @@ class Worker:
         self._settings, self._defaults, self._clock = settings, defaults, clock
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
         self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
-        self._waits = _Waits()
+        self._waits = Waits()
+        self._shares = Shares(painter, settings)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -84,12 +88,15 @@ class Worker:
             verdict = await self._work(delivery)
         except Busy as e:
             return self._held_back(delivery, e, at_most_s=e.details["retry_after_s"])
+        except VariantNotReady as e:
+            return self._held_back(delivery, e, at_most_s=LONGEST_WAIT_FOR_A_VARIANT_S)
         except (Unavailable, StaleClaim) as e:
             return self._held_back(delivery, e)
         except Exception as e:
             log.exception("Working on message %s failed", delivery.message_id, extra={"action": "work_failed"})
             return self._held_back(delivery, e)
-        self._waits.forget(delivery.message_id)
+        if verdict.action == "ack":
+            self._waits.forget(delivery.message_id)
         return verdict
 
     async def _work(self, delivery: Delivery) -> Verdict:
@@ -102,11 +109,14 @@ class Worker:
         if unknown:
             extra = {"action": "unknown_fields", "message_id": delivery.message_id}
             log.warning("Ignored fields nobody here knows: %s", ", ".join(unknown), extra=extra)
-        job = await self._claim(await self._new_job(message, attributes))
-        if job.status.is_final:
-            return await self._settle(job, delivery)
-        log.info("Claimed a job", extra={"action": "claimed", "message_id": delivery.message_id, **job.log_context()})
-        return await self._run(job, delivery)
+        new = await self._new_job(message, attributes)
+        with self._shares.taken(new.variant):
+            job = await self._claim(new)
+            if job.status.is_final:
+                return await self._settle(job, delivery)
+            extra = {"action": "claimed", "message_id": delivery.message_id, **job.log_context()}
+            log.info("Claimed a job", extra=extra)
+            return await self._run(job, delivery)
 
     # -- claiming
 
@@ -122,6 +132,7 @@ class Worker:
             session_id=message.session_id,
             variant=explicit.pop("variant", defaults.variant),
             seed=explicit.pop("seed", jobs.seed_of(job_id)),
+            request=jobs.edit_request(message, idempotency_key=attributes.idempotency_key),
             parameters=Parameters(**(defaults.model_dump(exclude={"variant"}) | explicit)),
             deadline=message.deadline,
             created_at=self._clock(),
@@ -136,24 +147,31 @@ class Worker:
     async def _claim(self, new: Job) -> Job:
         work = self._settings.work
         change = jobs.claim(new, now=self._clock(), lease_s=work.lease_s, max_attempts=work.max_attempts)
-        return await self._jobs.update(new.id, new.session_key, change)
+        claiming = asyncio.ensure_future(self._jobs.update(new.id, new.session_key, change))
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # The store may commit the claim after all; then it is ours to give back.
+            await asyncio.wait({claiming})
+            if not claiming.cancelled() and claiming.exception() is None and not claiming.result().status.is_final:
+                await self._give_back(claiming.result())
+            raise
 
     # -- running
 
     async def _run(self, job: Job, delivery: Delivery) -> Verdict:
-        claim = jobs.claim_of(job)
+        try:
+            return await self._to_the_end(job, delivery)
+        except asyncio.CancelledError:
+            await self._give_back(job)
+            raise
+
+    async def _to_the_end(self, job: Job, delivery: Delivery) -> Verdict:
         try:
             result = await self._attempt(job, delivery)
-            change = jobs.finish(
-                claim, Cause.SUCCEEDED, now=self._clock(), artifacts=result.artifacts, timings=result.timings
-            )
-            return await self._settle(await self._update(claim, change), delivery)
-        except asyncio.CancelledError:
-            # Only shutdown cancels this task. A claim that is over, or a store that is down, leaves the job to others.
-            with suppress(FluxFillError):
-                await asyncio.shield(self._update(claim, jobs.requeue(claim, Cause.GIVEN_BACK)))
-            log.info("Gave a job back on shutdown", extra={"action": "given_back", **job.log_context()})
-            raise
+            done = {"artifacts": result.artifacts, "timings": result.timings}
+            change = jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, now=self._clock(), **done)
+            return await self._settle(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):
             return await self._lost(job, delivery)
         except Exception as e:
@@ -161,6 +179,12 @@ class Worker:
                 return await self._failed(job, delivery, e)
             except StaleClaim:
                 return await self._lost(job, delivery)
+
+    async def _give_back(self, job: Job) -> None:
+        """On shutdown. A claim that is over, or a store that stays down, leaves the job to others."""
+        with suppress(FluxFillError):
+            await asyncio.shield(self._update(job, jobs.requeue(jobs.claim_of(job), Cause.GIVEN_BACK)))
+            log.info("Gave a job back on shutdown", extra={"action": "given_back", **job.log_context()})
 
     async def _attempt(self, job: Job, delivery: Delivery) -> Result:
         started = self._clock()
@@ -186,13 +210,13 @@ class Worker:
         log.warning("An attempt failed: %s", e.message, extra=extra, exc_info=cause if e is not cause else None)
         claim, error = jobs.claim_of(job), JobError(code=e.code, message=e.message)
         if e.disposition in (Disposition.WAIT, Disposition.NACK):
-            await self._update(claim, jobs.requeue(claim, Cause.GIVEN_BACK))
+            await self._update(job, jobs.requeue(claim, Cause.GIVEN_BACK))
             return self._held_back(delivery, e) if e.disposition == Disposition.WAIT else Verdict(action="nack")
         if e.disposition == Disposition.RETRY and job.attempt < self._settings.work.max_attempts:
-            await self._update(claim, jobs.requeue(claim, Cause.RETRIED, error=error))
+            await self._update(job, jobs.requeue(claim, Cause.RETRIED, error=error))
             return Verdict(action="hold", delay_s=self._backoff_s(job.attempt), reason=e.code)
         change = jobs.finish(claim, _ENDS_BY[e.disposition], now=self._clock(), error=error)
-        return await self._settle(await self._update(claim, change), delivery)
+        return await self._settle(await self._update(job, change), delivery)
 
     async def _lost(self, job: Job, delivery: Delivery) -> Verdict:
         """The claim is over: somebody canceled the job, or another worker has it or ended it."""
@@ -202,16 +226,9 @@ class Worker:
             return await self._settle(stored, delivery)
         return self._held_back(delivery, StaleClaim("another worker has the job"))
 
-    async def _update(self, claim: Claim, change: Change) -> Job:
+    async def _update(self, job: Job, change: Change) -> Job:
         """A write that must not be lost to a hiccup: tried again for as long as the lease can last."""
-        stop = stop_after_delay(self._settings.work.lease_s)
-        wait = wait_random_exponential(multiplier=0.2, max=5)
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(StoreUnavailable), stop=stop, wait=wait, reraise=True
-        ):
-            with attempt:
-                return await self._jobs.update(claim.job_id, claim.session_key, change)
-        raise AssertionError("tenacity either returns or raises")
+        return await insist(partial(self._jobs.update, job.id, job.session_key, change), self._settings.work.lease_s)
 
     # -- after the end
 
@@ -227,8 +244,7 @@ class Worker:
         return Verdict(action="ack", reason=job.error.code if job.error else job.status)
 
     async def _dead_letter(self, delivery: Delivery, code: str, message: str, job: Job | None = None) -> None:
-        attributes = {
-            **delivery.attributes,
+        reason = {
             "deadLetterReason": code,
             # Pub/Sub takes attribute values up to 1,024 bytes.
             "deadLetterError": message.encode()[:1024].decode(errors="ignore"),
@@ -236,7 +252,12 @@ class Worker:
             "deadLetterJobId": job.id if job else "",
             "deadLetterMessageId": delivery.message_id,
         }
-        await self._publisher.publish("dead", delivery.data, attributes)
+        try:
+            await self._publisher.publish("dead", delivery.data, {**delivery.attributes, **reason})
+        except MessageRefused:
+            # At the broker's limit on size or attributes, the reason no longer fits: the message's beginning goes.
+            beginning = delivery.data[: self._settings.limits.message_bytes]
+            await self._publisher.publish("dead", beginning, {**reason, "deadLetterTruncated": "true"})
         log.warning(
             "Sent a message to the dead-letter topic: %s", message, extra={"action": "dead_lettered", "code": code}
         )
@@ -253,20 +274,3 @@ class Worker:
     def _backoff_s(self, times: int) -> float:
         work = self._settings.work
         return min(work.backoff_max_s, work.backoff_s * 2.0 ** min(times - 1, 30)) * random.uniform(0.8, 1.2)
-
-
-class _Waits:
-    """How often each message was held back without using an attempt. Per process, and bounded: it only spaces out."""
-
-    def __init__(self, at_most: int = 10_000) -> None:
-        self._counts: OrderedDict[str, int] = OrderedDict()
-        self._at_most = at_most
-
-    def count(self, message_id: str) -> int:
-        self._counts[message_id] = self._counts.pop(message_id, 0) + 1
-        if len(self._counts) > self._at_most:
-            self._counts.popitem(last=False)
-        return self._counts[message_id]
-
-    def forget(self, message_id: str) -> None:
-        self._counts.pop(message_id, None)

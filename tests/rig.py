@@ -16,7 +16,7 @@ from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore, MemorySes
 from serve_app.edit import session_path
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.classical import Telea
-from serve_app.errors import BrokerUnavailable, StoreUnavailable
+from serve_app.errors import BrokerUnavailable, MessageRefused, StoreUnavailable
 from serve_app.images import Pixels
 from serve_app.jobs import Job
 from serve_app.ports import Delivery, Verdict
@@ -96,8 +96,9 @@ class Outage:
         self.is_down = False
         #: Method names that are down; empty means all.
         self.only: set[str] = set()
-        #: Awaited before a method of that name runs.
+        #: Awaited, once, before a method of that name runs, or after.
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.after: dict[str, Callable[[], Awaitable[None]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._inner, name)
@@ -107,21 +108,36 @@ class Outage:
                 raise self._error("switched off")
             if name in self.before:
                 await self.before.pop(name)()
-            return await method(*args, **kwargs)
+            result = await method(*args, **kwargs)
+            if name in self.after:
+                await self.after.pop(name)()
+            return result
 
         return call
 
 
 class Topics:
-    """A Publisher that keeps what was published."""
+    """A Publisher that keeps what was published, and takes no more than `max_attributes`, as Pub/Sub takes 100."""
 
     def __init__(self) -> None:
         self.dead: list[tuple[bytes, dict[str, str]]] = []
+        self.max_attributes = 100
 
     async def publish(self, topic: str, data: bytes, attributes: Mapping[str, str]) -> str:
         assert topic == "dead"
+        if len(attributes) > self.max_attributes:
+            raise MessageRefused(f"{len(attributes)} attributes")
         self.dead.append((data, dict(attributes)))
         return str(len(self.dead))
+
+
+class Painter(LocalPainter):
+    """The painter of this process; `starting` names variants whose replicas are not up yet."""
+
+    starting: frozenset[str] = frozenset()
+
+    def is_ready(self, variant: str) -> bool:
+        return variant not in self.starting
 
 
 class Prompts:
@@ -169,12 +185,13 @@ class Rig:
         self.mirror = Outage(MemorySessionMirror(self.name), StoreUnavailable)
         self.topics = Topics()
         self.broker = Outage(self.topics, BrokerUnavailable)
+        self.painter = Painter({"telea": self.engine})
         self.worker = Worker(
             blobs=self.blobs,
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
-            painter=LocalPainter({"telea": self.engine}),
+            painter=self.painter,
             prompts=Prompts(),
             settings=self.settings,
             defaults=lambda: self.inference,

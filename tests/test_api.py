@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve_app.api import Readiness, VariantReadiness, VariantState, create_app
+from serve_app.api import MAX_ENVELOPE_BYTES, Readiness, VariantReadiness, VariantState, create_app
 from serve_app.ports import Delivery, Verdict
-from serve_app.settings import Limits
 
 from .rig import SESSION, USER, Rig
 
@@ -20,7 +19,6 @@ class Process:
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
-        self.limits: Limits = rig.settings.limits
         self.state: VariantState = "ready"
 
     async def work(self, delivery: Delivery) -> Verdict:
@@ -110,8 +108,14 @@ def test_a_malformed_envelope_names_the_field(client: TestClient, body: dict[str
     assert response.json()["detail"].startswith(named)
 
 
-def test_a_body_over_the_limit_is_refused_while_it_is_read(client: TestClient, process: Process) -> None:
-    response = client.post("/inpaint", content=b"x" * (process.limits.envelope_bytes + 1))
+def test_a_push_over_our_limit_is_dead_lettered_like_a_pulled_one(client: TestClient, process: Process) -> None:
+    response = client.post("/inpaint", json=envelope(b"x" * 200_000))
+    assert (response.status_code, response.json()) == (200, {"outcome": "malformed_message"})
+    assert len(process.rig.topics.dead) == 1
+
+
+def test_a_body_over_pubsubs_limit_is_refused_while_it_is_read(client: TestClient) -> None:
+    response = client.post("/inpaint", content=b"x" * (MAX_ENVELOPE_BYTES + 1))
     assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 

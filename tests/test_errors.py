@@ -20,11 +20,12 @@ DISPOSITIONS = {
     Disposition.ACK: ["Interrupted", "Canceled", "DeadlineExceeded"],
     Disposition.NACK: ["ShuttingDown"],
     Disposition.WAIT: [
-        "Unavailable", "StoreUnavailable", "BrokerUnavailable", "ClaimError", "Busy", "StaleClaim", "IllegalTransition",
+        "Unavailable", "StoreUnavailable", "BrokerUnavailable", "VariantNotReady", "ClaimError", "Busy",
+        "StaleClaim", "IllegalTransition",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
-        "MaskMismatch", "UnknownVariant", "BlobNotFound", "BlobTooLarge", "UnsafePath",
+        "MaskMismatch", "UnknownVariant", "MessageRefused", "BlobNotFound", "BlobTooLarge", "UnsafePath",
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",

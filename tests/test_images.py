@@ -406,6 +406,22 @@ class TestLimits:
             decode_photo(encoded(blocks()), LIMITS)
 
 
+def progressive(scans: int) -> bytes:
+    """A progressive JPEG whose last scan is there again until there are so many: small, and slow to decode."""
+    data = encoded(blocks(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+class TestScans:
+    def test_a_progressive_jpeg_is_read(self) -> None:
+        assert decode_photo(progressive(10), Limits()).pixels.shape == (32, 48, 3)
+
+    def test_a_jpeg_that_would_take_hours_is_refused_before_it_is_decoded(self) -> None:
+        with pytest.raises(InvalidImage, match="more than 100 JPEG scans"):
+            decode_photo(progressive(101), Limits())
+
+
 class TestDamage:
     def test_empty(self) -> None:
         with pytest.raises(InvalidImage, match="the photo is empty"):

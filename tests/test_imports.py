@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,10 +18,11 @@ def loaded_by(module: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-def test_the_contracts_are_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None)
-    assert status == 0, capsys.readouterr().out
+def test_the_contracts_are_kept() -> None:
+    # In a process of its own, because the linter switches other modules' loggers off.
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("package", "exempt"), [("torch", {"engine"}), ("google", {"adapters"})])

@@ -5,6 +5,7 @@ import base64
 import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from serve_app import adapters
 from serve_app.edit import session_path
 from serve_app.images import Pixels
-from serve_app.jobs import Job, State
+from serve_app.jobs import Job, State, edit_job_id
 from serve_app.messages import EditMessage
 from serve_app.ports import Verdict
 
@@ -152,9 +153,72 @@ async def test_a_running_job_is_canceled_and_its_replica_goes_on(app: App) -> No
     assert canceled is not None and canceled.artifacts == {}
 
 
-async def test_a_job_is_stopped_at_its_deadline(app: App) -> None:
+async def test_a_job_past_its_deadline_is_not_painted(app: App) -> None:
     job = await app.finished(await app.submit(variant="slow", deadline="2020-01-01T00:00:00Z"))
+    assert (job.status, job.started_at) == (State.EXPIRED, None)
+
+
+async def test_a_running_job_is_stopped_at_its_deadline(app: App) -> None:
+    soon = (datetime.now(UTC) + timedelta(seconds=2)).isoformat()
+    job = await app.finished(await app.submit(variant="slow", steps=30, deadline=soon))
     assert job.status == State.EXPIRED
+    assert job.started_at is not None and job.artifacts == {}
+
+
+async def test_bad_pixels_fail_the_job_and_reach_the_dead_letter_topic(app: App, tmp_path: Path) -> None:
+    damaged, mask = tmp_path / "damaged.jpg", tmp_path / "mask.png"
+    damaged.write_bytes(jpeg(photo())[:700])
+    mask.write_bytes(png(line_mask()))
+    job_id = await app.client.submit(EditMessage(userId="u", sessionId="damaged"), damaged, mask)
+    job = await app.finished(job_id)
+    assert job.error is not None and (job.status, job.error.code) == (State.FAILED, "invalid_image")
+    letters = {letter["deadLetterJobId"]: letter for letter in await dead_letters(app)}
+    assert letters[job_id]["deadLetterReason"] == "invalid_image"
+
+
+async def test_an_unreadable_message_reaches_the_dead_letter_topic(app: App) -> None:
+    publisher = adapters.publisher(app.settings.messages)
+    message_id = await publisher.publish("sessions", b'{"userId": "../u", "sessionId": "s"}', {"from": "a test"})
+    letters = {letter["deadLetterMessageId"]: letter for letter in await dead_letters(app)}
+    assert letters[message_id]["deadLetterReason"] == "malformed_message"
+    assert letters[message_id]["deadLetterError"].startswith("userId")
+    assert letters[message_id]["from"] == "a test"
+
+
+async def test_a_second_job_of_a_session_waits_for_the_first(app: App) -> None:
+    first = await app.submit("busy", variant="slow", steps=30)
+    await state_of(app, first, State.RUNNING)
+    second = await app.submit("busy", variant="telea", steps=2)
+    assert await app.client.get(second) is None
+    done = [await app.finished(first), await app.finished(second)]
+    assert [job.status for job in done] == [State.SUCCEEDED, State.SUCCEEDED]
+    assert done[0].finished_at is not None and done[1].started_at is not None
+    assert done[0].finished_at <= done[1].started_at
+
+
+async def test_a_job_store_that_is_locked_for_a_while_uses_no_attempt(app: App) -> None:
+    with sqlite3.connect(app.settings.jobs.removeprefix("sqlite:"), isolation_level=None) as other:
+        other.execute("begin immediate")
+        job_id = await app.submit()
+        await asyncio.sleep(8)
+        other.execute("rollback")
+    job = await app.finished(job_id)
+    assert (job.status, job.attempt) == (State.SUCCEEDED, 1)
+
+
+async def test_a_push_whose_sender_hangs_up_is_worked_on_to_its_end(app: App) -> None:
+    store = adapters.blob_store(app.settings.blobs)
+    original, mask = jpeg(photo()), png(line_mask())
+    versions = [
+        (await store.put(session_path("u", "hung-up", name), data, content_type="image/png")).version
+        for name, data in (("original.jpg", original), ("mask_auto.png", mask))
+    ]
+    message = EditMessage(userId="u", sessionId="hung-up", variant="slow")
+    data = base64.b64encode(message.model_dump_json(by_alias=True, exclude_none=True).encode()).decode()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{app.http}/inpaint", json={"message": {"data": data, "messageId": "1"}}, timeout=1)
+    job = await app.finished(edit_job_id(message, versions=versions, idempotency_key=None))
+    assert (job.status, job.attempt) == (State.SUCCEEDED, 1)
 
 
 async def test_defaults_change_on_a_running_app_and_claimed_jobs_keep_theirs(app: App) -> None:

@@ -138,7 +138,7 @@ class MemoryJobStore:
         return [
             job
             for job in self._content.jobs.values()
-            if session_key and job.session_key == session_key and job.status == State.RUNNING and job.id != job_id
+            if session_key and job.session_key == session_key and not job.status.is_final and job.id != job_id
         ]
 
     def _with_progress(self, job: Job) -> Job:

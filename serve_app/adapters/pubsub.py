@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -103,6 +103,8 @@ class PubSubSource:
         self._in_hand: dict[str, _InHand] = {}
         self._stream: _Stream | None = None
         self._error = ""
+        # Of its own: calls to a broker that is away must not keep the stores' calls waiting for a thread.
+        self._callers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pubsub")
         self._closing = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -133,6 +135,7 @@ class PubSubSource:
         await self._give_back_all()
         self._closed.set()
         await asyncio.to_thread(self._client.close)
+        self._callers.shutdown(wait=False)
 
     def status(self) -> SourceStatus:
         connected = self._stream is not None and self._stream.connection.ready.is_set() and not self._error
@@ -258,7 +261,7 @@ class PubSubSource:
     async def _call(self, method: Any, **arguments: Any) -> None:
         call = partial(method, subscription=self._subscription, retry=RETRY, timeout=CALL_TIMEOUT_S, **arguments)
         try:
-            await asyncio.to_thread(call)
+            await asyncio.get_running_loop().run_in_executor(self._callers, call)
         except FAILURES as e:
             # Nothing is lost: unsettled messages come again when their lease runs out.
             log.warning("Pub/Sub did not take an answer: %s", e, extra={"action": "answer_lost"})

@@ -236,7 +236,8 @@ def _record(connection: sa.Connection, job_id: str) -> Job | None:
 def _rivals(connection: sa.Connection, job_id: str, session_key: str) -> Sequence[Job]:
     if not session_key:
         return ()
-    where = (_JOBS.c.session_key == session_key, _JOBS.c.status == State.RUNNING, _JOBS.c.id != job_id)
+    unfinished = [state for state in State if not state.is_final]
+    where = (_JOBS.c.session_key == session_key, _JOBS.c.status.in_(unfinished), _JOBS.c.id != job_id)
     records = connection.scalars(sa.select(_JOBS.c.record).where(*where).with_for_update())
     return tuple(Job.model_validate_json(record) for record in records)
 

@@ -68,19 +68,26 @@ def _paint_window(
     )
 
 
-async def painting(
-    engine: Engine, request: PaintRequest, lock: asyncio.Lock
-) -> AsyncGenerator[Progress | Painted, None]:
-    """Run `paint_canvas` in a thread under the engine's lock: yields the latest progress, and at last what it painted.
+class Seat:
+    """The one place at an engine."""
 
-    The lock is free the moment the thread ends, however slowly the caller takes what is yielded.
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        #: Since when, on the monotonic clock, a painting that was told to stop goes on; None while none does.
+        self.stopping_since: float | None = None
+
+
+async def painting(engine: Engine, request: PaintRequest, seat: Seat) -> AsyncGenerator[Progress | Painted, None]:
+    """Run `paint_canvas` in a thread at the engine's seat: yields the latest progress, and at last what it painted.
+
+    The seat is free the moment the thread ends, however slowly the caller takes what is yielded.
     Closing the generator, or cancelling the task that iterates it, stops the engine within one step, and returns only
     when the thread has stopped. Raises as `paint_canvas` does.
     """
     steps = _Latest()
-    await lock.acquire()
+    await seat.lock.acquire()
     work = asyncio.create_task(asyncio.to_thread(paint_canvas, engine, request, steps.report))
-    work.add_done_callback(lambda _: lock.release())
+    work.add_done_callback(lambda _: seat.lock.release())
     work.add_done_callback(lambda _: steps.wake())
     try:
         ended = False
@@ -92,7 +99,7 @@ async def painting(
         yield work.result()
     finally:
         steps.stop()
-        await _ended(work)
+        await _ended(work, seat)
 
 
 class _Latest:
@@ -126,14 +133,16 @@ class _Latest:
         return progress
 
 
-async def _ended(work: asyncio.Task[Painted]) -> None:
+async def _ended(work: asyncio.Task[Painted], seat: Seat) -> None:
     """Wait for the thread through any number of cancellations: its engine is not free before."""
     canceled = False
+    seat.stopping_since = None if work.done() else time.monotonic()
     while not work.done():
         try:
             await asyncio.wait({work})
         except asyncio.CancelledError:
             canceled = True
+    seat.stopping_since = None
     # Asked for here, so that asyncio does not report it as never looked at.
     work.exception()
     if canceled:
@@ -157,16 +166,19 @@ class LocalPainter:
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
-        self._locks = {name: asyncio.Lock() for name in engines}
+        self._seats = {name: Seat() for name in engines}
         self._loaded: set[str] = set()
+
+    def is_ready(self, variant: str) -> bool:
+        return variant in self._engines
 
     async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
         if variant not in self._engines:
             raise UnknownVariant(f"no variant {variant} here; there are {', '.join(self._engines) or 'none'}")
         engine = self._engines[variant]
-        async with self._locks[variant]:
+        async with self._seats[variant].lock:
             await self._ready(variant, engine)
-        async with aclosing(painting(engine, request, self._locks[variant])) as events:
+        async with aclosing(painting(engine, request, self._seats[variant])) as events:
             async for event in events:
                 if isinstance(event, Painted):
                     return event
@@ -181,6 +193,6 @@ class LocalPainter:
     async def close(self) -> None:
         """Free every engine, each when its job has ended. Painting again loads it again."""
         for name, engine in self._engines.items():
-            async with self._locks[name]:
+            async with self._seats[name].lock:
                 engine.close()
                 self._loaded.discard(name)
