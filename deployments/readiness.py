@@ -15,6 +15,8 @@ from serve_app.api import VariantReadiness
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+#: How long a replica may take to say whether it loaded.
+ANSWER_S = 5.0
 
 
 class VariantWatch:
@@ -62,7 +64,7 @@ class VariantWatch:
         if self.states[name].state == "ready":
             return self.states[name]
         try:
-            error = await asyncio.wait_for(self._ask[name].remote(), timeout=5)
+            error = await asyncio.wait_for(self._ask[name].remote(), timeout=ANSWER_S)
         except TimeoutError:
             # Its slots are taken, so it paints.
             return VariantReadiness(state="ready")

@@ -78,8 +78,10 @@ def _typed_errors(who: str) -> Iterator[None]:
     """Ray's wrappers taken off: the application's own error where there is one, else ReplicaLost."""
     try:
         yield
-    except RayTaskError as e:
-        cause = e.cause if isinstance(e.cause, Exception) else e
-        raise cause from None
     except (RayError, RayServeException) as e:
-        raise ReplicaLost(f"{who} is gone: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+        # Also a task's cause may be Ray's, such as a picture that was lost with the node that held it.
+        cause = e.cause if isinstance(e, RayTaskError) else e
+        if isinstance(cause, Exception) and not isinstance(cause, (RayError, RayServeException)):
+            raise cause from None
+        why = str(cause).partition("\n")[0]
+        raise ReplicaLost(f"{who} is gone: {type(cause).__name__}: {why}") from e
