@@ -1,0 +1,451 @@
+"""The composition root and the parts that live in replicas, without a running Ray."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from ray import serve
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger, ReplicaState
+
+from deployments import demo, loading, readiness
+from deployments.app import absolute, build, deployment_names, text_encoder_name
+from deployments.config import load
+from deployments.loading import Loading
+from deployments.readiness import VariantWatch
+from deployments.remote import RemotePainter, _typed_errors
+from serve_app.api import VariantReadiness
+from serve_app.errors import FluxFillError, OutOfMemory, PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed
+from serve_app.jobs import Progress
+from serve_app.ports import Painted, PaintRequest
+from serve_app.settings import Settings
+
+from .backends import until
+from .engine_fixtures import request
+
+CONFIG = Path("serve_config.yaml")
+
+
+# -- loading
+
+
+class Weights:
+    """Something that loads on its `works_at`-th try."""
+
+    def __init__(self, works_at: int) -> None:
+        self._works_at = works_at
+        self.tries = 0
+        self.is_closed = False
+
+    def load(self) -> "Weights":
+        self.tries += 1
+        if self.tries < self._works_at:
+            raise OSError(f"no file, try {self.tries}")
+        return self
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(loading, "LONGEST_WAIT_S", 0.01)
+
+
+async def test_what_loads_at_once_is_there_at_once_and_freed_at_the_end() -> None:
+    weights = Weights(works_at=1)
+    loading = Loading("variant v", weights.load)
+    assert (loading.value, loading.error, weights.tries) == (weights, "", 1)
+    await loading.close(Weights.close)
+    assert weights.is_closed
+
+
+async def test_what_does_not_load_says_why() -> None:
+    loading = Loading("variant v", Weights(works_at=2).load)
+    assert loading.error == "OSError: no file, try 1"
+    with pytest.raises(VariantLoadFailed, match=r"^variant v did not load: OSError: no file, try 1$"):
+        _ = loading.value
+    await loading.close(lambda _: pytest.fail("there is nothing to close"))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_loading_is_tried_until_it_works_and_then_no_more() -> None:
+    weights = Weights(works_at=4)
+    loading = Loading("variant v", weights.load)
+    await until(lambda: loading.error == "")
+    assert (loading.value, weights.tries) == (weights, 4)
+    await until(loading._again.done)
+    await loading.close(Weights.close)
+    assert (weights.tries, weights.is_closed) == (4, True)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_closed_loading_is_not_tried_again() -> None:
+    weights = Weights(works_at=1000)
+    loading = Loading("variant v", weights.load)
+    await until(lambda: weights.tries > 2)
+    await loading.close(Weights.close)
+    await until(loading._again.done)
+    assert loading._again.cancelled()
+    assert not weights.is_closed
+
+
+async def test_loading_may_run_an_event_loop_of_its_own() -> None:
+    async def fetch() -> str:
+        return "weights"
+
+    loading = Loading("variant v", lambda: asyncio.run(fetch()))
+    assert loading.value == "weights"
+
+
+# -- the composition root
+
+
+def test_folders_are_those_of_the_folder_the_app_is_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = {"cache": "w", "lock": "lock.json", "mirror": "files:mirror"}
+    settings = absolute(Settings(variants={"telea": {}}, blobs="files:b", jobs="sqlite:j.db", weights=weights))
+    assert (settings.blobs, settings.jobs) == (f"files:{tmp_path}/b", f"sqlite:{tmp_path}/j.db")
+    assert (settings.weights.cache, settings.weights.lock) == (tmp_path / "w", tmp_path / "lock.json")
+    assert settings.weights.mirror == f"files:{tmp_path}/mirror"
+    monkeypatch.chdir("/")
+    assert absolute(settings) == settings
+
+
+def test_what_is_no_folder_stays_as_it_is() -> None:
+    settings = absolute(Settings(variants={"telea": {}}, blobs="memory:x", jobs="memory:x"))
+    assert (settings.blobs, settings.jobs, settings.weights.mirror) == ("memory:x", "memory:x", None)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("black-forest-labs/FLUX.1-Fill-dev", "TextEncoder-FLUX.1-Fill-dev"),
+        ("tiny:base", "TextEncoder-tiny-base"),
+        ("/weights/my base", "TextEncoder-my-base"),
+    ],
+)
+def test_a_text_encoder_is_called_as_its_base(base: str, name: str) -> None:
+    assert text_encoder_name(base) == name
+
+
+def test_variants_of_one_base_share_a_text_encoder() -> None:
+    settings = Settings(variants={"telea": {}, "Q4_0": {}, "Q8_0": {}, "tiny-Q8_0": {}}, messages={"url": "pubsub:"})
+    assert deployment_names(settings) == [
+        *("Ingress", "Inpainter-telea", "Inpainter-Q4_0", "Inpainter-Q8_0", "Inpainter-tiny-Q8_0"),
+        *("TextEncoder-FLUX.1-Fill-dev", "TextEncoder-tiny-base"),
+    ]
+
+
+def built(settings: Settings) -> dict[str, Any]:
+    """Every deployment below the ingress, by name."""
+    found: dict[str, Any] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, serve.Application):
+            deployment = part._bound_deployment
+            found[deployment.name] = deployment
+            visit([*deployment.init_args, *deployment.init_kwargs.values()])
+        elif isinstance(part, Mapping):
+            visit(list(part.values()))
+        elif isinstance(part, list):
+            for one in part:
+                visit(one)
+
+    visit(build(settings))
+    return found
+
+
+def test_the_app_is_made_of_the_deployments_it_says() -> None:
+    settings = load(CONFIG).settings
+    assert set(built(settings)) == set(deployment_names(settings))
+    cloud = settings.model_copy(update={"messages": settings.messages.model_copy(update={"url": "pubsub:"})})
+    assert set(built(settings)) - set(built(cloud)) == {"PubSub"}
+
+
+def test_a_variant_scales_as_its_settings_say() -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 9, "target_ongoing_requests": 1.5, "upscale_delay_s": 2.0}
+    down = {"downscale_delay_s": 70.0, "downscale_to_zero_delay_s": 900.0}
+    q8_0 = built(Settings(variants={"Q8_0": {**scaling, **down, "num_cpus": 3.0}}))["Inpainter-Q8_0"]
+    found = q8_0._deployment_config.autoscaling_config
+    assert {name: getattr(found, name) for name in (*scaling, *down)} == {**scaling, **down}
+    assert q8_0.ray_actor_options == {"num_cpus": 3.0, "num_gpus": 1}
+    # The next job's pixels are in the replica when the last one is done.
+    assert q8_0.max_ongoing_requests == 2
+
+
+def test_what_needs_no_gpu_takes_none_and_sleeps_by_default() -> None:
+    parts = built(Settings(variants={"telea": {}, "tiny-Q4_0": {}}))
+    for name in ("Inpainter-telea", "Inpainter-tiny-Q4_0", "TextEncoder-tiny-base"):
+        assert parts[name].ray_actor_options["num_gpus"] == 0
+        assert parts[name]._deployment_config.autoscaling_config.min_replicas == 0
+    on_gpu = built(Settings(variants={"Q4_0": {}}, text_encoder={"num_gpus": 1, "max_replicas": 3}))
+    encoder = on_gpu["TextEncoder-FLUX.1-Fill-dev"]
+    assert encoder.ray_actor_options["num_gpus"] == 1
+    assert encoder._deployment_config.autoscaling_config.max_replicas == 3
+
+
+def test_the_ingress_does_not_autoscale_and_has_time_to_give_its_work_back() -> None:
+    parts = built(Settings(variants={"telea": {"max_replicas": 80}}, ingress_replicas=1, work={"grace_s": 30}))
+    config = parts["Ingress"]._deployment_config
+    assert (config.num_replicas, config.autoscaling_config) == (1, None)
+    assert config.graceful_shutdown_timeout_s > 30
+    assert config.max_ongoing_requests >= 162
+    assert config.user_config["variant"] == "telea"
+
+
+# -- errors that cross Ray
+
+
+def task_error(cause: Exception) -> RayTaskError:
+    """As Ray raises it from a reference: an instance of the cause's class, too, where that can be."""
+    error: RayTaskError = RayTaskError("paint", "Traceback ...", cause).as_instanceof_cause()
+    return error
+
+
+@pytest.mark.parametrize("cause", [OutOfMemory("no memory", device="cuda:0"), VariantLoadFailed("no file")])
+def test_the_applications_own_error_comes_out_of_rays_wrapper(cause: FluxFillError) -> None:
+    with pytest.raises(FluxFillError) as caught, _typed_errors("the replica"):
+        raise task_error(cause)
+    assert type(caught.value) is type(cause)
+    assert (caught.value.message, caught.value.details) == (cause.message, cause.details)
+
+
+def test_an_error_of_nobodys_comes_out_as_it_is() -> None:
+    with pytest.raises(ValueError, match=r"^size$") as caught, _typed_errors("the replica"):
+        raise task_error(ValueError("size"))
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ActorDiedError(), "ActorDiedError: The actor died"),
+        (RayServeException("no replica"), "RayServeException: no replica"),
+        (RayServeException(), "RayServeException: $"),
+        (task_error(ObjectLostError("a" * 56, "127.0.0.1:1", "")), "ObjectLostError: "),
+        (task_error(ActorDiedError()), "ActorDiedError: "),
+    ],
+)
+def test_what_ray_itself_raises_is_a_lost_replica(error: Exception, told: str) -> None:
+    with pytest.raises(ReplicaLost, match=f"^the replica is gone: {told}") as caught, _typed_errors("the replica"):
+        raise error
+    assert "\n" not in caught.value.message
+
+
+# -- painting through a handle
+
+
+@serve.deployment
+class Replica:
+    """Streams what it is told to."""
+
+    def __init__(self, events: list[Progress | Painted | Exception]) -> None:
+        self._events = events
+
+    async def paint(self, request: PaintRequest) -> AsyncIterator[Progress | Painted]:
+        for event in self._events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    async def status(self) -> str:
+        return ""
+
+
+PICTURE = Painted(canvas=np.zeros((2, 2, 3), np.uint8), busy_s=1.0)
+
+
+def handle_of(*events: Progress | Painted | Exception) -> DeploymentHandle:
+    return serve.run(Replica.bind(list(events)), _local_testing_mode=True)
+
+
+async def paint(handle: DeploymentHandle, variant: str = "v") -> tuple[Painted, list[Progress]]:
+    progress: list[Progress] = []
+
+    async def note(step: Progress) -> None:
+        progress.append(step)
+
+    painter = RemotePainter({"v": handle}, VariantWatch({"v": handle}, {"v": "Inpainter-v"}))
+    return await painter.paint(variant, request(), note), progress
+
+
+async def test_progress_and_the_picture_come_through_a_handle() -> None:
+    steps = [Progress(step=n, steps=2) for n in range(3)]
+    painted, progress = await paint(handle_of(*steps, PICTURE))
+    assert (painted.busy_s, progress) == (1.0, steps)
+
+
+async def test_a_variant_that_is_not_served_is_named_with_those_that_are() -> None:
+    with pytest.raises(UnknownVariant, match=r"^variant 'w' is not served here; there are v$"):
+        await paint(handle_of(PICTURE), "w")
+
+
+async def test_a_stream_without_a_picture_is_an_error() -> None:
+    with pytest.raises(PaintError, match="ended without a picture"):
+        await paint(handle_of(Progress()))
+
+
+async def test_a_variant_that_had_not_loaded_is_asked_again() -> None:
+    handle = handle_of(VariantLoadFailed("variant v did not load"))
+    watch = VariantWatch({"v": handle}, {"v": "Inpainter-v"})
+    watch.states["v"] = VariantReadiness(state="ready")
+    painter = RemotePainter({"v": handle}, watch)
+    assert painter.is_ready("v")
+    with pytest.raises(VariantLoadFailed):
+        await painter.paint("v", request(), _ignore)
+    assert not painter.is_ready("v")
+    assert not painter.is_ready("w")
+
+
+async def _ignore(_: Progress) -> None: ...
+
+
+# -- readiness
+
+
+class Answers:
+    """A handle of Ray's whose replica answers `status` so."""
+
+    def __init__(self, *answers: str | Exception | None) -> None:
+        #: None never comes; the last one stays.
+        self._answers = itertools.chain(answers, itertools.repeat(answers[-1]))
+        self.asked = 0
+
+    def options(self, *, method_name: str) -> "Answers":
+        assert method_name == "status"
+        return self
+
+    async def remote(self) -> str:
+        self.asked += 1
+        answer = next(self._answers)
+        if answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+
+def overview(
+    *replicas: ReplicaState, status: DeploymentStatus = DeploymentStatus.HEALTHY, message: str = ""
+) -> DeploymentStatusOverview:
+    counts = dict.fromkeys(ReplicaState, 0) | {state: replicas.count(state) for state in replicas}
+    return DeploymentStatusOverview(status, DeploymentStatusTrigger.AUTOSCALING, counts, message)
+
+
+RUNNING, STARTING, STOPPING = ReplicaState.RUNNING, ReplicaState.STARTING, ReplicaState.STOPPING
+
+
+@pytest.mark.parametrize(
+    ("seen", "answer", "state", "error"),
+    [
+        (None, "", "starting", ""),
+        (overview(), "", "scaled_to_zero", ""),
+        (overview(STOPPING), "", "scaled_to_zero", ""),
+        (overview(STARTING), "", "starting", ""),
+        (overview(STARTING, STOPPING), "", "starting", ""),
+        (overview(RUNNING), "", "ready", ""),
+        (overview(RUNNING, STARTING), "", "ready", ""),
+        (overview(RUNNING), "no file", "failed", "no file"),
+        (overview(status=DeploymentStatus.DEPLOY_FAILED, message="no such class"), "", "failed", "no such class"),
+        (overview(STARTING, status=DeploymentStatus.UNHEALTHY, message="it died"), "", "failed", "it died"),
+        (overview(RUNNING, status=DeploymentStatus.UNHEALTHY, message="one died"), "", "ready", ""),
+    ],
+)
+async def test_a_variants_state(seen: DeploymentStatusOverview | None, answer: str, state: str, error: str) -> None:
+    watch = VariantWatch({"v": Answers(answer)}, {"v": "Inpainter-v"})
+    assert watch.states["v"].state == "starting"
+    await watch._look("v", seen)
+    assert watch.states["v"] == VariantReadiness(state=state, error=error)
+
+
+async def test_a_ready_variant_is_not_asked_again_so_that_it_may_sleep() -> None:
+    answers = Answers("")
+    watch = VariantWatch({"v": answers}, {"v": "Inpainter-v"})
+    for _ in range(3):
+        await watch._look("v", overview(RUNNING))
+    assert (watch.states["v"].state, answers.asked) == ("ready", 1)
+    await watch._look("v", overview())
+    await watch._look("v", overview(RUNNING))
+    assert answers.asked == 2
+
+
+async def test_a_failed_variant_is_asked_until_it_has_loaded() -> None:
+    watch = VariantWatch({"v": Answers("no file", "no file", "")}, {"v": "Inpainter-v"})
+    states = []
+    for _ in range(3):
+        await watch._look("v", overview(RUNNING))
+        states.append(watch.states["v"].state)
+    assert states == ["failed", "failed", "ready"]
+
+
+async def test_a_ready_variant_in_doubt_is_asked_again() -> None:
+    watch = VariantWatch({"v": Answers("", "no file")}, {"v": "Inpainter-v"})
+    await watch._look("v", overview(RUNNING))
+    watch.doubt("v")
+    assert watch.states["v"].state == "starting"
+    await watch._look("v", overview(RUNNING))
+    assert watch.states["v"] == VariantReadiness(state="failed", error="no file")
+
+
+async def test_a_replica_too_busy_to_answer_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "ANSWER_S", 0.01)
+    watch = VariantWatch({"v": Answers(None)}, {"v": "Inpainter-v"})
+    await watch._look("v", overview(RUNNING))
+    assert watch.states["v"].state == "ready"
+
+
+# -- the demo
+
+
+def pixels_of(path: Path) -> np.ndarray[Any, np.dtype[np.int16]]:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+
+
+def test_the_demos_mask_covers_its_leash(tmp_path: Path) -> None:
+    from skimage import data
+
+    original, mask = demo.draw_leash(tmp_path / "new")
+    changed = np.abs(pixels_of(original) - data.cat().astype(np.int16)).max(axis=-1) > 40
+    masked = np.asarray(Image.open(mask)) == 255
+    assert set(np.unique(np.asarray(Image.open(mask)))) == {0, 255}
+    assert changed.sum() > 1000
+    assert not (changed & ~masked).any()
+    assert 0.01 < masked.mean() < 0.1
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
+    colours = {"original": (200, 0, 0), "telea": (0, 200, 0), "tiny": (0, 0, 200)}
+    pictures = {name: tmp_path / f"{name}.png" for name in colours}
+    for name, colour in colours.items():
+        Image.new("RGB", (40, 30), colour).save(pictures[name])
+    demo.before_after(pictures, tmp_path / "sheet.png")
+    sheet = pixels_of(tmp_path / "sheet.png")
+    places = [np.argwhere((sheet == colour).all(axis=-1)) for colour in colours.values()]
+    assert [len(place) for place in places] == [40 * 30] * 3
+    left = [int(place[:, 1].min()) for place in places]
+    assert left == sorted(left)
+    assert (sheet[: places[0][:, 0].min()] < 128).any(), "no name stands above the pictures"
+
+
+def test_the_demo_keeps_out_of_a_running_apps_way(tmp_path: Path) -> None:
+    mine, theirs = load(demo.config_beside(CONFIG, tmp_path)), load(CONFIG)
+    assert mine.port != theirs.port
+    assert mine.settings.messages.url != theirs.settings.messages.url
+    assert mine.settings.blobs == f"files:{tmp_path}/store/blobs"
+    assert mine.settings.jobs == f"sqlite:{tmp_path}/store/jobs.db"
+    assert mine.settings.variants == theirs.settings.variants
+
+
+def test_a_ray_of_ones_own_has_a_token_of_its_own() -> None:
+    first, second = demo.ray_environment(), demo.ray_environment()
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
