@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextvars import Context
 from typing import Any
 
 from fastapi import FastAPI
@@ -99,10 +100,11 @@ class Ingress:
         """
         if len(self._pushes) >= self._settings.in_flight():
             raise Unavailable(f"{len(self._pushes)} pushes are being worked on already")
-        task = asyncio.create_task(self._worker.work(delivery))
+        # In a context of its own: Serve knows by the context which calls to replicas this request made, and cancels
+        # them when its client disconnects.
+        task = asyncio.create_task(self._worker.work(delivery), context=Context())
         self._pushes.add(task)
         task.add_done_callback(self._pushes.discard)
-        # Serve cancels this coroutine when the client disconnects, not the task.
         return await asyncio.shield(task)
 
     def readiness(self) -> Readiness:

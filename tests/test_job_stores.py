@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,14 @@ def test_many_may_create_the_tables_at_once(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "jobs.db") as connection:
         assert connection.execute("SELECT version FROM schema_version").fetchall() == [(sql.SCHEMA,)]
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+async def test_a_file_that_somebody_writes_to_can_be_opened_and_read(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.db"
+    await sql.SqlJobStore(str(file)).update("a", KEY, put(make_job("a")))
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        assert await sql.SqlJobStore(str(file)).get("a") == make_job("a")
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:

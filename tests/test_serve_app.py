@@ -5,6 +5,7 @@ import base64
 import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from serve_app import adapters
+from serve_app.adapters import sql
 from serve_app.edit import session_path
 from serve_app.images import Pixels
 from serve_app.jobs import Job, State, edit_job_id
@@ -197,11 +199,11 @@ async def test_a_second_job_of_a_session_waits_for_the_first(app: App) -> None:
 
 
 async def test_a_job_store_that_is_locked_for_a_while_uses_no_attempt(app: App) -> None:
-    with sqlite3.connect(app.settings.jobs.removeprefix("sqlite:"), isolation_level=None) as other:
+    with closing(sqlite3.connect(app.settings.jobs.removeprefix("sqlite:"), isolation_level=None)) as other:
         other.execute("begin immediate")
         job_id = await app.submit()
-        await asyncio.sleep(8)
-        other.execute("rollback")
+        # Longer than a writer waits for the lock.
+        await asyncio.sleep(sql.BUSY_TIMEOUT_S + 3)
     job = await app.finished(job_id)
     assert (job.status, job.attempt) == (State.SUCCEEDED, 1)
 

@@ -105,7 +105,9 @@ class Database:
         reraise=True,
     )
     def _prepare(self) -> None:
-        self._transact(_create_tables, writes=True)
+        # Tables that are there are only read, so that a file somebody is writing to can be opened.
+        if not self._transact(_is_current, writes=False):
+            self._transact(_create_tables, writes=True)
 
 
 class SqlJobStore:
@@ -182,6 +184,12 @@ def _translated() -> Iterator[None]:
     except (DBAPIError, PoolTimeout, OSError) as e:
         reason = getattr(e, "orig", None) or e
         raise StoreUnavailable(f"the job store cannot be used: {reason}") from e
+
+
+def _is_current(connection: sa.Connection) -> bool:
+    if not sa.inspect(connection).has_table(_SCHEMA.name):
+        return False
+    return connection.scalar(sa.select(_SCHEMA.c.version)) == SCHEMA
 
 
 def _create_tables(connection: sa.Connection) -> None:
