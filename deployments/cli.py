@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from serve_app.errors import FluxFillError, MalformedMessage, UnknownVariant
+from serve_app.errors import FluxFillError, MalformedMessage, UnknownJob, UnknownVariant
 from serve_app.jobs import Job, State
 from serve_app.messages import CropStrategy, EditMessage
 from serve_app.settings import Settings
@@ -194,7 +194,7 @@ async def _job(job_id: str, config: Path) -> Job:
 
     job = await Client(_settings(config)).get(job_id)
     if job is None:
-        raise FluxFillError(f"there is no job {job_id}")
+        raise UnknownJob(f"there is no job {job_id}")
     return job
 
 

@@ -25,6 +25,7 @@
     │   └── ShuttingDown           this process is going away
     ├── ClaimError                 somebody else has, or had, the right to this job
     │   ├── Busy                   a live lease, on the job or on its session
+    │   ├── UnknownJob             there is no such job
     │   ├── StaleClaim             a write with an old fencing number
     │   └── IllegalTransition      the state machine has no such edge
     ├── BlobError                  what a blob store answers
@@ -197,6 +198,11 @@ class Busy(ClaimError):
     """`details["retry_after_s"]`: seconds until the lease that is in the way can have run out."""
 
     code = "busy"
+
+
+class UnknownJob(ClaimError):
+    code = "unknown_job"
+    http_status = 404
 
 
 class StaleClaim(ClaimError):

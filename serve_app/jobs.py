@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import Busy, IllegalTransition, StaleClaim
+from .errors import Busy, IllegalTransition, StaleClaim, UnknownJob
 from .messages import CropStrategy, EditMessage
 
 
@@ -298,11 +298,11 @@ def requeue(claim: Claim, cause: Cause, *, error: JobError | None = None) -> Cha
 
 
 def cancel(*, now: datetime) -> Change:
-    """Stop the job, waiting or running. Raises IllegalTransition where it is over or unknown."""
+    """Stop the job, waiting or running. Raises IllegalTransition where it is over, UnknownJob where there is none."""
 
     def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
         if job is None:
-            raise IllegalTransition("there is no such job")
+            raise UnknownJob("there is no such job")
         error = JobError(code="canceled", message="canceled by a user")
         return (job.after(Cause.CANCELED, fence=job.fence + 1, error=error, finished_at=now),)
 

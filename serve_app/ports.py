@@ -78,7 +78,7 @@ class JobStore(Protocol):
 
         Atomic: no other update of these records happens in between; what `change` raises passes through and nothing
         is stored. `change` may be run more than once. Returns the record stored under `job_id` afterwards; raises
-        IllegalTransition where there is none.
+        UnknownJob where there is none.
         """
 
     async def report(self, claim: Claim, progress: Progress) -> None:

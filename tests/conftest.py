@@ -9,6 +9,6 @@ for name in ("HF_TOKEN", "FIREBASE_CREDENTIALS", "API_KEYS", "WEBHOOK_SECRET", "
 for name in ("PUBSUB_EMULATOR_HOST", "FIRESTORE_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 # Ray reads these when it is first imported.
-os.environ.update(ray_environment(), HF_HUB_OFFLINE="1")
+os.environ.update(ray_environment(), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 pytest_plugins = ["tests.backends", "tests.engine_fixtures"]

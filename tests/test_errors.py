@@ -10,7 +10,9 @@ from serve_app.errors import Disposition, FluxFillError
 
 
 def tree(cls: type[FluxFillError] = FluxFillError, depth: int = 0) -> list[tuple[int, type[FluxFillError]]]:
-    return [(depth, cls), *(entry for sub in cls.__subclasses__() for entry in tree(sub, depth + 1))]
+    # Ray makes subclasses of its own of every error that has crossed it.
+    ours = [sub for sub in cls.__subclasses__() if sub.__module__ == errors.__name__]
+    return [(depth, cls), *(entry for sub in ours for entry in tree(sub, depth + 1))]
 
 
 CLASSES = [cls for _, cls in tree()]
@@ -21,7 +23,7 @@ DISPOSITIONS = {
     Disposition.NACK: ["ShuttingDown"],
     Disposition.WAIT: [
         "Unavailable", "StoreUnavailable", "BrokerUnavailable", "VariantNotReady", "ClaimError", "Busy",
-        "StaleClaim", "IllegalTransition",
+        "UnknownJob", "StaleClaim", "IllegalTransition",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",

@@ -14,7 +14,7 @@ import pytest
 
 from serve_app import adapters, jobs
 from serve_app.adapters import sql
-from serve_app.errors import Busy, IllegalTransition, SettingsError, StaleClaim, StoreUnavailable
+from serve_app.errors import Busy, SettingsError, StaleClaim, StoreUnavailable, UnknownJob
 from serve_app.jobs import Cause, Change, Job, Progress, State
 from serve_app.ports import JobStore, SessionMirror
 
@@ -97,9 +97,9 @@ async def test_what_a_change_raises_passes_through_and_nothing_is_stored(store: 
 
 
 async def test_an_update_that_stores_nothing_of_an_unknown_job_is_refused(store: JobStore) -> None:
-    with pytest.raises(IllegalTransition, match="no job edit-1"):
+    with pytest.raises(UnknownJob, match="no job edit-1"):
         await store.update("edit-1", KEY, jobs.mark_dead_lettered)
-    with pytest.raises(IllegalTransition):
+    with pytest.raises(UnknownJob):
         await store.update("edit-1", KEY, jobs.cancel(now=at(0)))
 
 

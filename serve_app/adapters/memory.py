@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, IllegalTransition
+from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
@@ -109,7 +109,7 @@ class MemoryJobStore:
             for job in change(jobs.get(job_id), self._rivals(job_id, session_key)):
                 jobs[job.id] = job
             if job_id not in jobs:
-                raise IllegalTransition(f"there is no job {job_id}")
+                raise UnknownJob(f"there is no job {job_id}")
             return jobs[job_id]
 
     async def report(self, claim: Claim, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_random
 
-from ..errors import IllegalTransition, SettingsError, StoreUnavailable
+from ..errors import SettingsError, StoreUnavailable, UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
 from .session_documents import SessionDocument, written
 
@@ -232,7 +232,7 @@ def _update(connection: sa.Connection, job_id: str, session_key: str, change: Ch
         _put(connection, _JOBS, {"id": job.id}, columns)
     after = _record(connection, job_id)
     if after is None:
-        raise IllegalTransition(f"there is no job {job_id}")
+        raise UnknownJob(f"there is no job {job_id}")
     return after
 
 
