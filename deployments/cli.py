@@ -300,6 +300,7 @@ def demo(
     from .demo import before_after, config_beside, draw_leash, serving
 
     started = datetime.now()
+    load(config)
     original, mask = draw_leash(folder)
     own = config_beside(config, folder)
     loaded = load(own)

@@ -39,7 +39,8 @@ class Problem:
     line: int = 0
 
     def __str__(self) -> str:
-        return f"line {self.line}: {'.'.join(map(str, self.where)) or 'the file'}: {self.what}"
+        line = f"line {self.line}: " if self.line else ""
+        return f"{line}{'.'.join(map(str, self.where)) or 'the file'}: {self.what}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def load(path: Path) -> Config:
     if problems:
         raise SettingsError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
     raw = yaml.safe_load(path.read_text())
-    app = raw["applications"][0]
+    app = raw["applications"][position(raw)]
     http = HTTPOptionsSchema.model_validate(raw.get("http_options") or {})
     settings = Settings.model_validate(app["args"])
     return Config(
@@ -73,13 +74,20 @@ def load(path: Path) -> Config:
     )
 
 
+def position(raw: dict[str, Any]) -> int:
+    """Where in a sound file's `applications` this app stands."""
+    return next(i for i, app in enumerate(raw["applications"]) if app.get("import_path") == BUILDER)
+
+
 def check(path: Path) -> list[Problem]:
     """Every problem of the file, in file order; none means that Serve and the app will take it."""
     try:
         text = path.read_text()
-        raw, lines = yaml.safe_load(text), _Lines(text)
+        raw, lines = yaml.load(text, Loader=_OnceLoader), _Lines(text)
     except OSError as e:
         return [Problem(where=(), what=f"cannot be read: {e.strerror}")]
+    except UnicodeDecodeError as e:
+        return [Problem(where=(), what=f"not UTF-8: {e.reason} at byte {e.start}")]
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         what = f"not YAML: {getattr(e, 'problem', None) or e}"
@@ -100,7 +108,9 @@ def _problems(raw: dict[str, Any]) -> Found:
     if len(ours) != 1:
         yield ("applications",), f"exactly one application must have import_path {BUILDER}; there are {len(ours)}"
     for i, app in ours:
-        yield from _app_problems(("applications", i), app)
+        at: Keys = ("applications", i)
+        yield from _app_problems(at, app)
+        yield from _port_problems((*at, "args", "messages", "url"), app, raw.get("http_options"))
 
 
 def _serve_problems(raw: dict[str, Any]) -> Found:
@@ -125,11 +135,12 @@ def _deployment_problems(at: Keys, deployment: dict[str, Any]) -> Found:
 
 
 def _app_problems(at: Keys, app: dict[str, Any]) -> Found:
-    found = list(_invalid(Settings, app.get("args") or {}, (*at, "args")))
+    args = app.get("args", {})
+    found = list(_invalid(Settings, args, (*at, "args")))
     yield from found
     if found:
         return
-    settings = Settings.model_validate(app.get("args"))
+    settings = Settings.model_validate(args)
     names = deployment_names(settings)
     for j, deployment in enumerate(_dicts(app.get("deployments"))):
         if deployment.get("name") not in names:
@@ -137,6 +148,15 @@ def _app_problems(at: Keys, app: dict[str, Any]) -> Found:
             yield (*at, "deployments", j, "name"), what
     yield from _url_problems((*at, "args"), settings)
     yield from _inference_problems(at, app, settings)
+
+
+def _port_problems(at: Keys, app: dict[str, Any], http: Any) -> Found:
+    args = app.get("args")
+    messages = args.get("messages") if isinstance(args, dict) else None
+    url = str(messages.get("url", "")) if isinstance(messages, dict) else ""
+    port = http.get("port", 8000) if isinstance(http, dict) else 8000
+    if url.startswith("embedded:") and url.endswith(f":{port}"):
+        yield at, f"port {port} is the HTTP port already"
 
 
 def _url_problems(at: Keys, settings: Settings) -> Found:
@@ -147,9 +167,13 @@ def _url_problems(at: Keys, settings: Settings) -> Found:
         (("messages", "url"), settings.messages.url, adapters.MESSAGE_SOURCES),
         (("weights", "mirror"), settings.weights.mirror, adapters.BLOB_STORES),
     ):
-        scheme, colon, _ = (url or "").partition(":")
+        scheme, colon, rest = (url or "").partition(":")
         if url is not None and not (colon and scheme in table):
             yield (*at, *keys), f"the scheme of {url!r} is none of {', '.join(f'{name}:' for name in table)}"
+        elif scheme == "memory":
+            yield (*at, *keys), "memory: is within one process, and every replica is a process of its own"
+        elif scheme in ("files", "sqlite") and not rest:
+            yield (*at, *keys), f"{url!r} names no path"
     if settings.messages.is_embedded:
         try:
             EmbeddedPubSub.of(settings.messages)
@@ -195,6 +219,20 @@ def _invalid(model: type[BaseModel], value: Any, at: Keys) -> Found:
         for error in e.errors(include_url=False, include_context=False):
             what = "unknown key" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
             yield (*at, *error["loc"]), what
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML lets a later key of the same name win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is here twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Lines:

@@ -20,6 +20,8 @@ from tenacity import RetryError, retry, retry_if_exception_type, retry_if_result
 
 from serve_app.errors import SettingsError
 
+from .config import position
+
 START_S = 120
 
 
@@ -78,13 +80,14 @@ def free_port() -> int:
 
 
 def config_beside(config: Path, folder: Path) -> Path:
-    """A copy of `config` in `folder` with free ports and stores of its own, so that a running app is left alone."""
+    """A copy of the sound file `config` in `folder`, with free ports and stores of its own: a running app is left
+    alone."""
     raw: dict[str, Any] = yaml.safe_load(config.read_text())
-    raw["http_options"]["port"] = free_port()
-    args = raw["applications"][0]["args"]
+    raw["http_options"] = {**(raw.get("http_options") or {}), "port": free_port()}
+    args = raw["applications"][position(raw)]["args"]
     store = folder.absolute() / "store"
     args |= {"blobs": f"files:{store}/blobs", "jobs": f"sqlite:{store}/jobs.db"}
-    args["messages"]["url"] = f"embedded://127.0.0.1:{free_port()}"
+    args["messages"] = {**(args.get("messages") or {}), "url": f"embedded://127.0.0.1:{free_port()}"}
     copy = folder / "serve_config.yaml"
     copy.write_text(yaml.safe_dump(raw, sort_keys=False))
     return copy

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextvars import Context
 from typing import Any
 
@@ -29,6 +29,35 @@ log = logging.getLogger(__name__)
 def http() -> FastAPI:
     """The routes, over whichever Ingress this process holds."""
     return create_app(lambda: serve.get_replica_context().servable_object)
+
+
+class Pushes:
+    """Pushes in hand: each is worked on to its end even when its sender hangs up, as Pub/Sub does before it sends the
+    message again."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._tasks: set[asyncio.Task[Verdict]] = set()
+
+    async def run(self, work: Coroutine[Any, Any, Verdict]) -> Verdict:
+        """Raises Unavailable while as many are in hand as this replica can hold."""
+        if len(self._tasks) >= self._limit:
+            work.close()
+            raise Unavailable(f"{self._limit} pushes are being worked on already")
+        # In a context of its own: Serve knows by the context which calls to replicas this request made, and cancels
+        # them when its client disconnects.
+        task = asyncio.create_task(work, context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def end(self, *, grace_s: float) -> None:
+        """Wait for those in hand, then cancel what is left, which gives its jobs back."""
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=grace_s)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
 
 class Ingress:
@@ -61,7 +90,7 @@ class Ingress:
             defaults=self._defaults,
         )
         self._tasks = [asyncio.create_task(self._watch.run())]
-        self._pushes: set[asyncio.Task[Verdict]] = set()
+        self._pushes = Pushes(settings.in_flight())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new inference defaults. Jobs already claimed keep the values they were claimed with.
@@ -94,18 +123,7 @@ class Ingress:
     # -- what the HTTP routes ask for
 
     async def work(self, delivery: Delivery) -> Verdict:
-        """Work on a push, to its end even when its sender hangs up: Pub/Sub does, and sends it again.
-
-        Raises Unavailable while as many are being worked on as this replica can hold.
-        """
-        if len(self._pushes) >= self._settings.in_flight():
-            raise Unavailable(f"{len(self._pushes)} pushes are being worked on already")
-        # In a context of its own: Serve knows by the context which calls to replicas this request made, and cancels
-        # them when its client disconnects.
-        task = asyncio.create_task(self._worker.work(delivery), context=Context())
-        self._pushes.add(task)
-        task.add_done_callback(self._pushes.discard)
-        return await asyncio.shield(task)
+        return await self._pushes.run(self._worker.work(delivery))
 
     def readiness(self) -> Readiness:
         default = self._defaults().variant
@@ -128,17 +146,11 @@ class Ingress:
 
     async def __del__(self) -> None:
         log.info("Stopping: no new messages, giving back what is not done", extra={"action": "stopping"})
-        await asyncio.gather(self._source.close(grace_s=self._settings.work.grace_s), self._end_pushes())
+        grace_s = self._settings.work.grace_s
+        await asyncio.gather(self._source.close(grace_s=grace_s), self._pushes.end(grace_s=grace_s))
         for task in self._tasks:
             task.cancel()
         self._worker.close()
-
-    async def _end_pushes(self) -> None:
-        if self._pushes:
-            _, left = await asyncio.wait(self._pushes, timeout=self._settings.work.grace_s)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
 
 
 def _first_line(e: ValueError) -> str:

@@ -1,18 +1,24 @@
 """The only place that loads T5 and CLIP: one deployment per base model."""
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from serve_app.engine import weights
-from serve_app.engine.text_encoder import TextEncoder as Encoder
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 from serve_app.variants import Variant
 
 from .loading import Loading, sources
 
+if TYPE_CHECKING:
+    from serve_app.engine.text_encoder import TextEncoder as Encoder
 
-def open_encoder(variant: Variant, settings: Settings) -> Encoder:
+
+def open_encoder(variant: Variant, settings: Settings) -> "Encoder":
     """The loaded text encoders of the variant's base model. Raises WeightsError, and what torch raises."""
+    # Its packages are an extra's: an app whose variants take no prompt runs without them.
+    from serve_app.engine.text_encoder import TextEncoder as Encoder
+
     row = settings.text_encoder
     folder = asyncio.run(weights.fetch_text_encoders(variant, sources(settings)))
     encoder = Encoder(folder, threads=row.threads, wants_gpu=row.num_gpus > 0)

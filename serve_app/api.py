@@ -8,8 +8,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from .errors import BodyTooLarge, FluxFillError, Unavailable
-from .messages import parse_envelope
+from .errors import BodyTooLarge, FluxFillError, MalformedMessage, VariantNotReady
+from .messages import parse_edit, parse_envelope
 from .ports import Delivery, Verdict
 
 #: Pub/Sub's largest message, 10 MB, in base64, and room for the rest. A message over our own, smaller limit must be
@@ -70,8 +70,6 @@ def create_app(service: Callable[[], Service]) -> FastAPI:
     @app.post("/inpaint")
     async def inpaint(request: Request) -> JSONResponse:
         """A Pub/Sub push: worked on now, answered when its result is stored. 2xx acknowledges."""
-        if not service().readiness().ready:
-            raise Unavailable("the default variant cannot serve yet; see /ready")
         envelope = parse_envelope(await _body(request, MAX_ENVELOPE_BYTES))
         delivery = Delivery(
             data=envelope.payload(),
@@ -79,9 +77,23 @@ def create_app(service: Callable[[], Service]) -> FastAPI:
             message_id=envelope.message.message_id,
             publish_time=envelope.message.publish_time,
         )
+        _refuse_early(delivery, service().readiness())
         return _answer(await service().work(delivery))
 
     return app
+
+
+def _refuse_early(delivery: Delivery, readiness: Readiness) -> None:
+    """Raises VariantNotReady for a message whose variant cannot serve yet: pushed again, it finds it ready. What cannot
+    be read, or names a variant nobody serves, is the worker's to dead-letter."""
+    try:
+        message, _ = parse_edit(delivery.data, max_bytes=MAX_ENVELOPE_BYTES)
+    except MalformedMessage:
+        return
+    name = message.variant or readiness.default_variant
+    variant = readiness.variants.get(name)
+    if variant is not None and not variant.can_serve:
+        raise VariantNotReady(f"variant {name} is {variant.state}; see /ready")
 
 
 def _answer(verdict: Verdict) -> JSONResponse:

@@ -168,8 +168,10 @@ _DAMAGE = (
     *(TypeError, ValueError, Warning, struct.error, zlib.error),
 )
 
-#: Start of a scan. Each scan of a progressive JPEG costs a pass over all its pixels and takes some 75 bytes, so a file
-#: within every other limit could take hours to decode. A camera writes about 10; thumbnails in the file have their own.
+_JPEG_START = b"\xff\xd8"
+#: Start of a scan; in a JPEG's compressed data no FF is followed by anything like it. Each scan of a progressive JPEG
+#: costs a pass over all its pixels and takes some 75 bytes, so a file within every other limit could take hours to
+#: decode. A camera writes about 10; thumbnails in the file have their own.
 _JPEG_SCAN = b"\xff\xda"
 _MAX_JPEG_SCANS = 100
 
@@ -182,7 +184,7 @@ def _load(data: bytes, what: _What, limits: Limits, *, background: str) -> tuple
         raise InvalidImage(f"the {what} is empty")
     if len(data) > limits.image_bytes:
         raise ImageTooLarge(f"the {what} has {len(data):,} bytes; the limit is {limits.image_bytes:,}")
-    if data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
+    if data.startswith(_JPEG_START) and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
         raise InvalidImage(f"the {what} has more than {_MAX_JPEG_SCANS} JPEG scans")
     with _reading(what):
         image = Image.open(io.BytesIO(data), formats=_formats(data, what))

@@ -28,6 +28,7 @@ Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 #: Range checks shared with the settings' own defaults.
 Steps = Annotated[int, Field(strict=True, ge=1, le=100)]
 GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
+VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
 Prompt = Annotated[str, StringConstraints(max_length=2000)]
 
 
@@ -47,7 +48,7 @@ class EditMessage(BaseModel):
 
     user_id: Id
     session_id: Id
-    variant: Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")] | None = None
+    variant: VariantName | None = None
     prompt: Prompt | None = None
     guidance_scale: GuidanceScale | None = None
     steps: Steps | None = None
@@ -56,6 +57,7 @@ class EditMessage(BaseModel):
     crop_strategy: CropStrategy | None = None
     #: With a time zone; painting that has not ended by then is given up.
     deadline: AwareDatetime | None = None
+    #: Accepted; nothing calls it yet.
     callback_url: AnyHttpUrl | None = None
 
     def explicit(self) -> dict[str, Any]:

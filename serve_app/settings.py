@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from .messages import CropStrategy, GuidanceScale, Prompt, Steps
+from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
 from .variants import BUILT_IN, Variant
 
 
@@ -171,7 +171,7 @@ class Settings(_Frozen):
     #: Job store URL: `sqlite:FILE` or `memory:`.
     jobs: str = "sqlite:var/jobs.db"
     messages: MessagesSettings = MessagesSettings()
-    variants: dict[str, VariantSettings] = Field(default_factory=dict, min_length=1)
+    variants: dict[VariantName, VariantSettings] = Field(min_length=1)
     ingress_replicas: int = Field(1, ge=1, le=100)
     text_encoder: TextEncoderSettings = TextEncoderSettings()
     limits: Limits = Limits()

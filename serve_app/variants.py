@@ -61,7 +61,7 @@ def _tiny(quant: str) -> Variant:
     )
 
 
-#: Resident sizes were computed from the tensor shapes; see docs/performance.md for measured ones.
+#: Resident sizes were computed from the tensor shapes.
 BUILT_IN: dict[str, Variant] = {
     "Q4_0": _gguf("Q4_0", 11.0),
     "Q5_K_S": _gguf("Q5_K_S", 12.5),

@@ -20,13 +20,15 @@ class Process:
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.state: VariantState = "ready"
+        self.default = "telea"
 
     async def work(self, delivery: Delivery) -> Verdict:
         return await self.rig.worker.work(delivery)
 
     def readiness(self) -> Readiness:
         telea = VariantReadiness(state=self.state, error="no such file" if self.state == "failed" else "")
-        return Readiness(ready=telea.can_serve, default_variant="telea", variants={"telea": telea})
+        variants = {"telea": telea, "Q8_0": VariantReadiness(state="starting")}
+        return Readiness(ready=variants[self.default].can_serve, default_variant=self.default, variants=variants)
 
 
 @pytest.fixture
@@ -86,11 +88,26 @@ def test_a_push_that_must_come_again_is_not_acknowledged(client: TestClient, pro
     assert "store_unavailable" in response.json()["detail"]
 
 
-def test_a_push_before_the_model_is_ready_is_refused(client: TestClient, process: Process) -> None:
-    process.state = "starting"
+@pytest.mark.parametrize("state", ["starting", "failed"])
+def test_a_push_before_its_variant_is_ready_is_refused(
+    client: TestClient, process: Process, state: VariantState
+) -> None:
+    process.state = state
     response = client.post("/inpaint", json=envelope())
-    assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+    assert (response.status_code, response.json()["code"]) == (503, "variant_not_ready")
     assert process.rig.engine.painted == 0
+
+
+def test_a_push_for_another_variant_does_not_wait_for_the_default_one(client: TestClient, process: Process) -> None:
+    process.default = "Q8_0"
+    body = json.dumps({"userId": USER, "sessionId": SESSION, "variant": "telea"}).encode()
+    assert client.get("/ready").status_code == 503
+    assert client.post("/inpaint", json=envelope(body)).json() == {"outcome": "succeeded"}
+
+
+def test_an_unreadable_push_is_dead_lettered_whatever_is_ready(client: TestClient, process: Process) -> None:
+    process.state = "failed"
+    assert client.post("/inpaint", json=envelope(b"{}")).json() == {"outcome": "malformed_message"}
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,35 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
     assert str(found[0].where[-1]) in line or isinstance(found[0].where[-1], int), (found[0], line)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("    args:", "    arg:", "variants: Field required"),
+        ("max_replicas: 2", "max_replicas: 2, max_replicas: 3", "max_replicas is here twice"),
+        ("blobs: files:var/blobs", "blobs: 'files:'", "names no path"),
+        ("jobs: sqlite:var/jobs.db", "jobs: memory:x", "every replica is a process of its own"),
+        ("port: 8000", "port: 8085", "port 8085 is the HTTP port already"),
+        ("tiny-Q8_0:", "'tiny Q8_0!':", "should match pattern"),
+    ],
+)
+def test_what_would_fail_later_is_found(tmp_path: Path, old: str, new: str, what: str) -> None:
+    assert old in SOUND
+    found = [str(problem) for problem in check(write(tmp_path, SOUND.replace(old, new, 1)))]
+    assert any(what in problem for problem in found), found
+
+
+@pytest.mark.parametrize("args", ["args: {}", "args: []", "args: null"])
+def test_an_app_without_settings_is_said_to_be_one(tmp_path: Path, args: str) -> None:
+    start, end = SOUND.index("    args:"), SOUND.index("    deployments:")
+    assert check(write(tmp_path, f"{SOUND[:start]}    {args}\n{SOUND[end:]}"))
+
+
+def test_a_file_that_is_not_text_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    (problem,) = check(tmp_path / "config.yaml")
+    assert "not UTF-8" in str(problem)
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "a: b: c"])
 def test_what_is_no_config_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     assert check(write(tmp_path, text))

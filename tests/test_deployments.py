@@ -18,13 +18,22 @@ from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, Deploym
 from deployments import demo, loading, readiness
 from deployments.app import absolute, build, deployment_names, text_encoder_name
 from deployments.config import load
+from deployments.ingress import Pushes
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
 from deployments.remote import RemotePainter, _typed_errors
 from serve_app.api import VariantReadiness
-from serve_app.errors import FluxFillError, OutOfMemory, PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed
+from serve_app.errors import (
+    FluxFillError,
+    OutOfMemory,
+    PaintError,
+    ReplicaLost,
+    Unavailable,
+    UnknownVariant,
+    VariantLoadFailed,
+)
 from serve_app.jobs import Progress
-from serve_app.ports import Painted, PaintRequest
+from serve_app.ports import Painted, PaintRequest, Verdict
 from serve_app.settings import Settings
 
 from .backends import until
@@ -449,3 +458,46 @@ def test_a_ray_of_ones_own_has_a_token_of_its_own() -> None:
     first, second = demo.ray_environment(), demo.ray_environment()
     assert first["RAY_AUTH_MODE"] == "token"
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+
+
+# -- pushes in hand
+
+
+async def test_a_push_goes_on_when_its_sender_hangs_up() -> None:
+    go, done = asyncio.Event(), asyncio.Event()
+
+    async def work() -> Verdict:
+        await go.wait()
+        done.set()
+        return Verdict(action="ack")
+
+    pushes = Pushes(1)
+    sender = asyncio.create_task(pushes.run(work()))
+    await asyncio.sleep(0)
+    sender.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sender
+    with pytest.raises(Unavailable, match="1 pushes"):
+        await pushes.run(work())
+    go.set()
+    await done.wait()
+
+
+async def test_the_end_waits_for_pushes_then_cancels_them() -> None:
+    started, canceled = asyncio.Event(), asyncio.Event()
+
+    async def work() -> Verdict:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            canceled.set()
+        raise AssertionError("nobody sets it")
+
+    pushes = Pushes(1)
+    sender = asyncio.create_task(pushes.run(work()))
+    await started.wait()
+    await pushes.end(grace_s=0)
+    assert canceled.is_set()
+    with pytest.raises(asyncio.CancelledError):
+        await sender

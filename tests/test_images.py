@@ -417,6 +417,12 @@ class TestScans:
     def test_a_progressive_jpeg_is_read(self) -> None:
         assert decode_photo(progressive(10), Limits()).pixels.shape == (32, 48, 3)
 
+    def test_a_large_png_is_no_jpeg_of_many_scans(self) -> None:
+        large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2400, 1600, 3), np.uint8))
+        data = encoded(large, compress_level=0)
+        assert data.count(b"\xff\xda") > 100
+        assert decode_photo(data, Limits()).size == (1600, 2400)
+
     def test_a_jpeg_that_would_take_hours_is_refused_before_it_is_decoded(self) -> None:
         with pytest.raises(InvalidImage, match="more than 100 JPEG scans"):
             decode_photo(progressive(101), Limits())

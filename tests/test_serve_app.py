@@ -145,14 +145,24 @@ async def test_a_variant_that_is_not_served_is_a_clear_error(app: App) -> None:
 
 
 async def test_a_running_job_is_canceled_and_its_replica_goes_on(app: App) -> None:
-    job_id = await app.submit(variant="slow", steps=30)
-    job = await state_of(app, job_id, State.RUNNING)
-    await app.client.cancel(job)
-    following = await app.submit(variant="slow", steps=1)
-    assert (await app.finished(job_id)).status == State.CANCELED
-    assert (await app.finished(following)).status == State.SUCCEEDED
+    job_id = await app.submit(variant="endless", steps=100)
+    await painted_a_step(app, job_id)
+    await app.client.cancel(await state_of(app, job_id, State.RUNNING))
+    # The engine sleeps for a minute when nobody stops it: the next job's first step shows that it was stopped.
+    following = await app.submit(variant="endless", steps=100)
+    await painted_a_step(app, following)
     canceled = await app.client.get(job_id)
-    assert canceled is not None and canceled.artifacts == {}
+    assert canceled is not None and (canceled.status, canceled.artifacts) == (State.CANCELED, {})
+    await app.client.cancel(await state_of(app, following, State.RUNNING))
+    assert (await app.finished(following)).status == State.CANCELED
+
+
+async def painted_a_step(app: App, job_id: str) -> None:
+    async def painted() -> bool:
+        job = await app.client.get(job_id)
+        return job is not None and job.progress.step > 0
+
+    await until(painted, timeout_s=30)
 
 
 async def test_a_job_past_its_deadline_is_not_painted(app: App) -> None:
@@ -260,33 +270,37 @@ async def test_wrong_defaults_are_refused_and_shown_while_the_old_ones_serve(app
 
 
 def marked(number: int) -> Pixels:
-    """A photo whose top rows carry `number` as eight black or white squares."""
-    pixels = photo(96, 96)
-    for bit in range(8):
-        pixels[:8, bit * 12 : bit * 12 + 12] = 255 if number >> bit & 1 else 0
-    return pixels
+    """A photo of one colour that only `number` has: its three digits to the base of 6, 40 levels apart."""
+    levels = [20 + 40 * (number // 6**digit % 6) for digit in range(3)]
+    return np.full((96, 96, 3), levels, np.uint8)
 
 
-def mark(jpeg_bytes: bytes) -> int:
-    pixels = cv2.imdecode(np.frombuffer(jpeg_bytes, np.uint8), cv2.IMREAD_GRAYSCALE)
-    return sum(1 << bit for bit in range(8) if pixels[4, bit * 12 + 6] > 127)
+def marks(jpeg_bytes: bytes) -> tuple[int, int]:
+    """The numbers that the picture carries where it was painted, and where it was kept."""
+    pixels = cv2.imdecode(np.frombuffer(jpeg_bytes, np.uint8), cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+    return _number(pixels[60, 45]), _number(pixels[4, 90])
+
+
+def _number(color: Any) -> int:
+    return sum(round((int(level) - 20) / 40) * 6**digit for digit, level in enumerate(color))
 
 
 async def test_200_concurrent_sessions_each_get_their_own_picture(app: App, tmp_path: Path) -> None:
     mask = tmp_path / "mask.png"
-    mask.write_bytes(png(cv2.line(np.zeros((96, 96), np.uint8), (10, 40), (80, 80), 255, 5)))
+    # The engine fills from around the mask, on the canvas it was given: another job's canvas would show inside.
+    mask.write_bytes(png(cv2.line(np.zeros((96, 96), np.uint8), (10, 40), (80, 80), 255, 9)))
     client, store = app.client, adapters.blob_store(app.settings.blobs)
 
-    async def edit(number: int) -> int:
+    async def edit(number: int) -> tuple[int, int]:
         original = tmp_path / f"{number}.jpg"
         original.write_bytes(jpeg(marked(number)))
         message = EditMessage(userId="marks", sessionId=f"m{number}")
         job = await client.follow(await client.submit(message, original, mask), lambda job: None, timeout_s=180)
         assert job.status == State.SUCCEEDED, job.error
         data, _ = await store.get(session_path("marks", f"m{number}", "edited.jpg"), max_bytes=10**7)
-        return mark(data)
+        return marks(data)
 
-    assert await asyncio.gather(*(edit(number) for number in range(200))) == list(range(200))
+    assert await asyncio.gather(*(edit(number) for number in range(200))) == [(number, number) for number in range(200)]
 
 
 # -- what dies in the middle

@@ -351,7 +351,7 @@ async def test_a_failure_whose_dead_letter_was_lost_is_dead_lettered_by_the_dupl
 # -- painting failed for a reason that may pass: queued, attempt + 1, held back with exponential backoff
 
 
-@pytest.mark.parametrize("error", [ReplicaLost("gone"), OutOfMemory("full"), RuntimeError("bug")])
+@pytest.mark.parametrize("error", [ReplicaLost("gone" * 1000), OutOfMemory("full"), RuntimeError("bug")])
 async def test_a_failed_painting_is_tried_again_then_dead_lettered(rig: Rig, error: Exception) -> None:
     rig.engine.on_paint = _raise(error)
     delays = []
@@ -368,6 +368,7 @@ async def test_a_failed_painting_is_tried_again_then_dead_lettered(rig: Rig, err
     assert (verdict.action, job.status, job.attempt) == ("ack", State.FAILED, 3)
     ((_, attributes),) = rig.topics.dead
     assert attributes["deadLetterAttempts"] == "3"
+    assert len(attributes["deadLetterError"].encode()) <= 1024
     assert (await rig.document())["processingError"]["code"] == job.error.code
 
 
