@@ -122,7 +122,8 @@ async def _submit(
         try:
             job = await client.follow(job_id, on_change, timeout_s=timeout_s)
         except TimeoutError:
-            raise FluxFillError(f"no result within {timeout_s:g} s; see: fluxfill jobs show {job_id}") from None
+            err.print(f"no result within {timeout_s:g} s; see: fluxfill jobs show {job_id}", highlight=False)
+            raise typer.Exit(1) from None
     return job, await client.fetch(job, folder) if job.status == State.SUCCEEDED else []
 
 
@@ -249,6 +250,8 @@ def weights_pull(
     """Bring weights into the cache, and into a mirror; pin what was looked up."""
     settings = _settings(config)
     rows = [_row(settings, name) for name in variants or settings.variants]
+    if not any(row.repo for row in rows):
+        out.print("none of these variants has weights to pull", highlight=False)
     missing = _run(_pull(rows, settings, to, pin))
     for repo, why in missing.items():
         err.print(f"not pinned: {repo}: {why}", highlight=False, markup=False)

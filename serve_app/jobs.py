@@ -9,7 +9,7 @@ inside an atomic read-modify-write (`ports.JobStore.update`), so every backend k
        └─lease_lost,──────┤
          retried,         └──expired──► expired
          given_back
-    queued ──canceled, superseded──► canceled, queued ──expired──► expired
+    queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
 """
 
 import hashlib
@@ -66,6 +66,7 @@ class Cause(StrEnum):
 #: Every legal edge. What is not here raises IllegalTransition.
 TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.QUEUED, Cause.CLAIMED): State.RUNNING,
+    (State.QUEUED, Cause.EXHAUSTED): State.FAILED,
     (State.QUEUED, Cause.CANCELED): State.CANCELED,
     (State.QUEUED, Cause.SUPERSEDED): State.CANCELED,
     (State.QUEUED, Cause.EXPIRED): State.EXPIRED,
@@ -242,7 +243,7 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
     """Take `new`, or the record already stored under its id, and run it.
 
     The stored record wins over `new`: parameters and seed are those of the first claim. A final record is left as
-    it is. A record past its deadline becomes expired, one whose last attempt lost its lease failed. Another job of the
+    it is. A record past its deadline becomes expired, one whose attempts are used up failed. Another job of the
     session that waits for the same request, on a photo or mask since replaced, is superseded.
 
     Raises Busy (from the change) while a live lease holds the job or another job of its session.
@@ -252,11 +253,11 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
         job = stored or new
         if job.status.is_final:
             return ()
+        _refuse_live(job, now)
+        if job.attempt >= max_attempts:
+            return (_exhausted(job, now),)
         if job.status == State.RUNNING:
-            _refuse_live(job, now)
             job = job.after(Cause.LEASE_LOST)
-            if job.attempt >= max_attempts:
-                return (_exhausted(stored or new, now),)
         for rival in rivals:
             _refuse_live(rival, now)
         if job.deadline is not None and now >= job.deadline:
@@ -350,7 +351,7 @@ def _lost(rival: Job, now: datetime, max_attempts: int) -> Job:
 
 
 def _exhausted(job: Job, now: datetime) -> Job:
-    error = JobError(code="attempts_exhausted", message=f"all {job.attempt} attempts lost their worker")
+    error = JobError(code="attempts_exhausted", message=f"all {job.attempt} attempts are used up")
     return job.after(Cause.EXHAUSTED, error=error, fence=job.fence + 1, finished_at=now)
 
 
