@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deployments.demo import free_port, ray_environment
+from deployments.own_ray import free_port, ray_environment
 from serve_app.images import Pixels
 from serve_app.jobs import Job, State
 from serve_app.messages import EditMessage

@@ -300,7 +300,8 @@ def demo(
 ) -> None:
     """Start the app, edit a photo with two engines through Pub/Sub, write the pictures, stop everything."""
     from .config import load
-    from .demo import before_after, config_beside, draw_leash, serving
+    from .demo import before_after, config_beside, draw_leash
+    from .own_ray import serving
 
     started = datetime.now()
     load(config)

@@ -2,7 +2,7 @@
 
 import os
 
-from deployments.demo import ray_environment
+from deployments.own_ray import ray_environment
 
 for name in ("HF_TOKEN", "FIREBASE_CREDENTIALS", "API_KEYS", "WEBHOOK_SECRET", "GOOGLE_APPLICATION_CREDENTIALS"):
     os.environ.pop(name, None)

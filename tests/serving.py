@@ -16,7 +16,7 @@ import yaml
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from deployments.client import Client
-from deployments.demo import free_port
+from deployments.own_ray import free_port
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
 from serve_app.settings import Settings

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 
 from deployments import cli
 from deployments.client import Client
-from deployments.demo import free_port
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.engine.canvas import LocalPainter

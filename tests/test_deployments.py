@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger, ReplicaState
 
-from deployments import demo, loading, readiness
+from deployments import demo, loading, own_ray, readiness
 from deployments.app import absolute, build, deployment_names, text_encoder_name
 from deployments.config import load
 from deployments.ingress import Pushes
@@ -455,7 +455,7 @@ def test_the_demo_keeps_out_of_a_running_apps_way(tmp_path: Path) -> None:
 
 
 def test_a_ray_of_ones_own_has_a_token_of_its_own() -> None:
-    first, second = demo.ray_environment(), demo.ray_environment()
+    first, second = own_ray.ray_environment(), own_ray.ray_environment()
     assert first["RAY_AUTH_MODE"] == "token"
     assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
 

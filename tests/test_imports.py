@@ -48,6 +48,11 @@ def test_the_contracts_name_every_module(package: str, exempt: set[str]) -> None
     assert modules - {"__init__", "__pycache__"} - exempt <= named
 
 
+def test_rays_environment_is_made_without_loading_ray() -> None:
+    """Ray reads it when it is first imported."""
+    assert "ray" not in loaded_by("deployments.own_ray")
+
+
 def test_the_worker_loads_neither_ray_nor_torch_nor_a_vendors_package() -> None:
     loaded = loaded_by("serve_app.worker")
     assert not loaded & {"ray", "torch", "diffusers", "transformers", "google", "grpc", "sqlalchemy", "fastapi"}
