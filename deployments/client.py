@@ -85,7 +85,10 @@ class Client:
 
     async def cancel(self, job: Job) -> Job:
         """Raises IllegalTransition for a job that is over."""
-        return await self._jobs.update(job.id, job.session_key, jobs.cancel(now=utc_now()))
+        canceled = await self._jobs.update(job.id, job.session_key, jobs.cancel(now=utc_now()))
+        # A waiting job's message may be away for minutes, and a worker tells the session only then.
+        await adapters.session_mirror(self._settings.jobs).write(canceled, jobs.session_document(canceled))
+        return canceled
 
 
 async def _check_listens(url: str) -> None:

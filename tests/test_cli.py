@@ -353,6 +353,8 @@ def test_a_job_that_waits_is_canceled(fluxfill: Command, jobs: Path) -> None:
     ended = fluxfill("jobs", "cancel", "edit-queued", "-c", jobs)
     assert (ended.status, ended.out) == (0, "canceled\n")
     assert listed(fluxfill("jobs", "--status", "canceled", "-c", jobs)) == ["edit-queued"]
+    document = asyncio.run(adapters.session_mirror(settings_in(jobs).jobs).read("u", "q"))
+    assert document is not None and document["processingStatus"] == "canceled"
 
 
 def test_a_job_that_is_over_is_not_canceled(fluxfill: Command, jobs: Path) -> None:
