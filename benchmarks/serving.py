@@ -1,9 +1,10 @@
 """How busy the serving path keeps a replica, with an engine that sleeps in place of painting.
 
-The whole app runs on this machine: embedded Pub/Sub, ingress, file blobs, SQLite, one replica. The sessions are uploaded
-and published one after the other, far faster than they are painted. The busy share is the replica's painting seconds over the seconds from its first painting's start to its last
-one's end: what is missing from 1 is time it waited for the next photo to be downloaded, decoded and cut. The asleep
-share counts the sleep alone, without the copying round it that a painting replica does as well.
+The whole app runs on this machine: embedded Pub/Sub, ingress, file blobs, SQLite, one replica. The sessions are
+uploaded and published one after the other, far faster than they are painted. The busy share is the replica's painting
+seconds over the seconds from its first painting's start to its last one's end: what is missing from 1 is time it waited
+for the next photo to be downloaded, decoded and cut. The asleep share counts the sleep alone, without the copying round
+it that a painting replica does as well.
 
     python -m benchmarks.serving [--sessions 60] [--out FILE]
 
