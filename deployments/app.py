@@ -61,6 +61,7 @@ def absolute(settings: Settings) -> Settings:
         update={
             "blobs": anchored(settings.blobs),
             "jobs": anchored(settings.jobs),
+            "sessions": settings.sessions and anchored(settings.sessions),
             "weights": weights.model_copy(
                 update={
                     "cache": weights.cache.absolute(),

@@ -87,7 +87,7 @@ class Client:
         """Raises IllegalTransition for a job that is over."""
         canceled = await self._jobs.update(job.id, job.session_key, jobs.cancel(now=utc_now()))
         # A waiting job's message may be away for minutes, and a worker tells the session only then.
-        await adapters.session_mirror(self._settings.jobs).write(canceled, jobs.session_document(canceled))
+        await adapters.session_mirror(self._settings.sessions_url).write(canceled, jobs.session_document(canceled))
         return canceled
 
 

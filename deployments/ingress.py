@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from contextvars import Context
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -82,7 +83,7 @@ class Ingress:
         self._worker = Worker(
             blobs=blobs,
             job_store=adapters.job_store(settings.jobs),
-            mirror=adapters.session_mirror(settings.jobs),
+            mirror=adapters.session_mirror(settings.sessions_url),
             publisher=adapters.publisher(settings.messages),
             painter=RemotePainter(painters, self._watch),
             prompts=prompts,
@@ -127,12 +128,11 @@ class Ingress:
 
     def readiness(self) -> Readiness:
         default = self._defaults().variant
-        status = self._source.status()
         return Readiness(
             ready=self._watch.states[default].can_serve,
             default_variant=default,
             variants=self._watch.states,
-            messages={"connected": status.connected, "error": status.error, "held": status.held},
+            messages={name: asdict(status) for name, status in self._source.status().items()},
             defaults_error=self._defaults_error,
         )
 

@@ -35,8 +35,8 @@ class Readiness(BaseModel):
     ready: bool
     default_variant: str
     variants: dict[str, VariantReadiness]
-    #: `connected`, `error` and `held` of the message source.
-    messages: dict[str, Any] = {}
+    #: `connected`, `error` and `held` of each subscription.
+    messages: dict[str, dict[str, Any]] = {}
     #: Why the last change of the inference defaults was not taken; empty where it was.
     defaults_error: str = ""
 

@@ -8,9 +8,11 @@
     │   ├── ImageTooLarge          over the limit on bytes, pixels or side
     │   ├── BodyTooLarge           an HTTP body over its limit
     │   ├── MaskMismatch           the mask's shape does not fit the photo's
+    │   ├── CallbackRefused        a callbackUrl that this app may not call
     │   └── UnknownVariant         a variant this app does not serve
     ├── PaintError                 painting failed for a reason that may pass: an attempt is used
-    │   ├── ReplicaLost            the replica died or its GPU did
+    │   ├── ReplicaLost            the replica died
+    │   ├── GpuLost                the GPU failed for good: its replica is replaced
     │   ├── InferenceTimeout       painting took longer than its limit
     │   ├── OutOfMemory            the device had no memory left
     │   └── VariantLoadFailed      the variant's weights did not load
@@ -19,6 +21,9 @@
     │   ├── BrokerUnavailable      Pub/Sub
     │   └── VariantNotReady        no replica of the variant paints yet, and enough jobs wait for one
     ├── MessageRefused             the broker will not take what is published, however often
+    ├── AuthError                  the caller of an HTTP route may not
+    │   ├── Unauthorized           no token, or none that holds
+    │   └── Forbidden              a good token of somebody else
     ├── Interrupted                the job was stopped on purpose
     │   ├── Canceled               a user asked
     │   ├── DeadlineExceeded       its deadline passed
@@ -32,13 +37,15 @@
     │   ├── BlobNotFound
     │   ├── BlobTooLarge
     │   ├── BlobConflict           the blob changed since the version that was named
-    │   └── UnsafePath             a path that is not below the store's root
+    │   ├── UnsafePath             a path that is not below the store's root
+    │   └── InvalidLink            a signed link that has expired, or that nobody here signed
     ├── WeightsError               loading weights failed
     │   ├── MissingToken           the hub wants HF_TOKEN
     │   ├── GatedRepo              the token's owner has not accepted the licence
     │   ├── UnknownWeights         no such repository, revision or file
     │   └── CorruptWeights         the file is there and is not what it should be
     └── SettingsError              the configuration is wrong
+        └── InvalidCredentials     credentials were given and are none
 
 Every one pickles, because it crosses Ray; tests hold each to a code, a status and a disposition.
 """
@@ -117,6 +124,10 @@ class MaskMismatch(InputError):
     code = "mask_mismatch"
 
 
+class CallbackRefused(InputError):
+    code = "callback_refused"
+
+
 class UnknownVariant(InputError):
     code = "unknown_variant"
 
@@ -128,6 +139,10 @@ class PaintError(FluxFillError):
 
 class ReplicaLost(PaintError):
     code = "replica_lost"
+
+
+class GpuLost(PaintError):
+    code = "gpu_lost"
 
 
 class InferenceTimeout(PaintError):
@@ -165,6 +180,21 @@ class MessageRefused(FluxFillError):
     code = "message_refused"
     http_status = 422
     disposition = Disposition.DEAD_LETTER
+
+
+class AuthError(FluxFillError):
+    code = "not_allowed"
+    http_status = 403
+    disposition = Disposition.DEAD_LETTER
+
+
+class Unauthorized(AuthError):
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(AuthError):
+    code = "forbidden"
 
 
 class Interrupted(FluxFillError):
@@ -240,6 +270,12 @@ class UnsafePath(BlobError):
     disposition = Disposition.DEAD_LETTER
 
 
+class InvalidLink(BlobError):
+    code = "invalid_link"
+    http_status = 403
+    disposition = Disposition.DEAD_LETTER
+
+
 class WeightsError(FluxFillError):
     code = "weights_error"
     http_status = 503
@@ -263,3 +299,7 @@ class CorruptWeights(WeightsError):
 
 class SettingsError(FluxFillError):
     code = "invalid_settings"
+
+
+class InvalidCredentials(SettingsError):
+    code = "invalid_credentials"

@@ -10,11 +10,14 @@ inside an atomic read-modify-write (`ports.JobStore.update`), so every backend k
          retried,         └──expired──► expired
          given_back
     queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
+    failed ──replayed──► queued
+
+A job that is over owes what others must be told (`Job.owed`), from the same write that ended it: `outbox.py` pays.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
@@ -61,6 +64,8 @@ class Cause(StrEnum):
     RETRIED = "retried"
     #: Its worker shut down, or something outside was down: nothing wrong with the job.
     GIVEN_BACK = "given_back"
+    #: An operator sent its dead letter again.
+    REPLAYED = "replayed"
 
 
 #: Every legal edge. What is not here raises IllegalTransition.
@@ -78,6 +83,7 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.RUNNING, Cause.LEASE_LOST): State.QUEUED,
     (State.RUNNING, Cause.RETRIED): State.QUEUED,
     (State.RUNNING, Cause.GIVEN_BACK): State.QUEUED,
+    (State.FAILED, Cause.REPLAYED): State.QUEUED,
 }
 
 JobType = Literal["inpaint", "generate", "audit"]
@@ -133,6 +139,22 @@ class Timings(_Value):
     total_s: float | None = None
 
 
+#: Who is told that a job is over: the session document, the completion topic, the publisher's own URL.
+Debt = Literal["session", "completion", "webhook"]
+
+#: The process that ended a job tells the others at once; should it die first, anybody may after this, in seconds.
+HEAD_START_S = 5.0
+
+
+class Owed(_Value):
+    """Something a job that is over still has to tell."""
+
+    #: Not to be told before.
+    due_at: datetime
+    #: How often telling was begun by somebody who found it due.
+    attempts: int = 0
+
+
 class Job(_Value):
     """One stored record. Records are immutable: `evolve` makes the next one."""
 
@@ -160,6 +182,12 @@ class Job(_Value):
     artifacts: dict[str, str] = Field(default_factory=dict)
     #: Whether its message was copied to the dead-letter topic.
     dead_lettered: bool = False
+    #: What is still to be told of a job that is over.
+    owed: dict[Debt, Owed] = Field(default_factory=dict)
+    #: Where the publisher wants to be called when the job is over; empty: nowhere.
+    callback_url: str = ""
+    #: W3C trace context of the message that asked; empty where there is none.
+    traceparent: str = ""
     deadline: datetime | None = None
     created_at: datetime
     started_at: datetime | None = None
@@ -169,6 +197,11 @@ class Job(_Value):
     def session_key(self) -> str:
         """Jobs of one key run one at a time."""
         return f"{self.user_id}/{self.session_id}" if self.session_id else ""
+
+    @property
+    def owes_at(self) -> datetime | None:
+        """When the first thing it owes is due; None where it owes nothing."""
+        return min((owed.due_at for owed in self.owed.values()), default=None)
 
     def evolve(self, **changes: Any) -> "Job":
         return type(self).model_validate({**self.__dict__, **changes})
@@ -181,7 +214,8 @@ class Job(_Value):
         to = TRANSITIONS.get((self.status, cause))
         if to is None:
             raise IllegalTransition(f"job {self.id} is {self.status} and cannot be {cause}", status=self.status)
-        return self.evolve(status=to, lease_until=None if to != State.RUNNING else self.lease_until, **changes)
+        after = self.evolve(status=to, lease_until=None if to != State.RUNNING else self.lease_until, **changes)
+        return after.evolve(owed=_debts(after))
 
     def log_context(self) -> dict[str, Any]:
         return {
@@ -191,6 +225,18 @@ class Job(_Value):
             "attempt": self.attempt,
             "fence": self.fence,
         }
+
+
+def _debts(job: Job) -> dict[Debt, Owed]:
+    if not job.status.is_final or job.finished_at is None:
+        return {}
+    wanted: dict[Debt, bool] = {
+        "session": bool(job.session_id),
+        "completion": True,
+        "webhook": bool(job.callback_url),
+    }
+    due_at = job.finished_at + timedelta(seconds=HEAD_START_S)
+    return {debt: Owed(due_at=due_at) for debt, is_wanted in wanted.items() if is_wanted}
 
 
 class Claim(_Value):
@@ -310,6 +356,46 @@ def cancel(*, now: datetime) -> Change:
     return change
 
 
+def replay(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    """Have a failed job run again, with all its attempts, when its message comes again. Others stay as they are.
+
+    Raises UnknownJob where there is none.
+    """
+    if job is None:
+        raise UnknownJob("there is no such job")
+    if job.status != State.FAILED:
+        return ()
+    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "finished_at": None}
+    return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
+
+
+def take_debts(*, now: datetime, wait_s: Callable[[int], float]) -> Change:
+    """Take on telling what is due: it is due again `wait_s(attempts)` later, so that nobody else tells meanwhile."""
+
+    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        if job is None:
+            return ()
+        due = {
+            debt: Owed(attempts=owed.attempts + 1, due_at=now + timedelta(seconds=wait_s(owed.attempts + 1)))
+            for debt, owed in job.owed.items()
+            if owed.due_at <= now
+        }
+        return (job.evolve(owed=job.owed | due),) if due else ()
+
+    return change
+
+
+def pay(told: Job, debts: Collection[Debt]) -> Change:
+    """Note that `debts` were told as of `told`. A job that has changed state since owes them still."""
+
+    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        if job is None or (job.fence, job.status) != (told.fence, told.status) or not job.owed.keys() & set(debts):
+            return ()
+        return (job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt not in debts}),)
+
+    return change
+
+
 def mark_dead_lettered(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
     """Note that the failed job's message is in the dead-letter topic."""
     return (job.evolve(dead_lettered=True),) if job is not None else ()
@@ -380,6 +466,6 @@ def session_document(job: Job) -> dict[str, Any]:
             "previewPath": job.artifacts.get("preview"),
             "editedAt": job.finished_at.isoformat() if job.finished_at else None,
         }
-    elif job.status == State.RUNNING:
-        document["processingProgress"] = 0.0
+    elif not job.status.is_final:
+        document["processingProgress"] = round(job.progress.fraction, 3)
     return document

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
@@ -14,6 +15,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
 )
 from pydantic.alias_generators import to_camel
 
@@ -23,6 +25,9 @@ M = TypeVar("M", bound=BaseModel)
 
 #: What may stand in a user or session id; nothing that matches can escape a path.
 ID_PATTERN = r"\A[A-Za-z0-9_-]{1,128}\z"
+
+#: version-traceid-parentid-flags of https://www.w3.org/TR/trace-context/, version 00; all zeros are no id.
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 #: Range checks shared with the settings' own defaults.
@@ -57,7 +62,7 @@ class EditMessage(BaseModel):
     crop_strategy: CropStrategy | None = None
     #: With a time zone; painting that has not ended by then is given up.
     deadline: AwareDatetime | None = None
-    #: Accepted; nothing calls it yet.
+    #: Called when the job is over.
     callback_url: AnyHttpUrl | None = None
 
     def explicit(self) -> dict[str, Any]:
@@ -75,8 +80,15 @@ class Attributes(BaseModel):
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
 
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    #: For Pub/Sub's filters, which sort messages into subscriptions by it; nothing here reads it.
     priority: Annotated[str, StringConstraints(max_length=64)] | None = None
-    traceparent: Annotated[str, StringConstraints(max_length=256)] | None = None
+    #: W3C trace context. What is none is ignored, as the standard has it.
+    traceparent: str = ""
+
+    @field_validator("traceparent")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        return value if TRACEPARENT.fullmatch(value) else ""
 
 
 class _PushMessage(BaseModel):

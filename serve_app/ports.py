@@ -67,6 +67,17 @@ class BlobFiles(Protocol):
         """Store the file, whole or not at all."""
 
 
+class BlobLinks(Protocol):
+    """Links for people and programs that have no credentials of the store."""
+
+    async def link(self, path: str, *, expires_s: int) -> str:
+        """A URL that reads the blob with GET for `expires_s` seconds, 1 to 604,800 (seven days, V4's limit).
+
+        It is not looked whether the blob is there. The URL is a secret: never log it.
+        Raises UnsafePath; ValueError for another `expires_s`; StoreUnavailable where nothing can be signed now.
+        """
+
+
 class JobStore(Protocol):
     """Job records. Every method raises StoreUnavailable while the store cannot be reached."""
 
@@ -85,20 +96,36 @@ class JobStore(Protocol):
         """Note progress beside the record. Ignored for a claim older than one that has reported, or an unknown job."""
 
     async def list(
-        self, *, status: State | None = None, session_key: str | None = None, limit: int = 50
+        self,
+        *,
+        status: State | None = None,
+        session_key: str | None = None,
+        owes_by: datetime | None = None,
+        limit: int = 50,
     ) -> Sequence[Job]:
-        """Newest first by `created_at`."""
+        """Newest first by `created_at`. With `owes_by` (and then no other condition) those that owe something due by
+        then (`Job.owes_at`), earliest due first."""
 
     async def delete(self, job_id: str) -> None:
         """Deleting what is not there is no error."""
+
+
+class Cancellations(Protocol):
+    """Sessions whose waiting messages are not to be started. Kept beside the jobs, and unavailable as they are."""
+
+    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+        """The session's messages published up to `moment` are canceled. An earlier moment than the stored one changes
+        nothing."""
+
+    async def canceled_until(self, session_key: str) -> datetime | None: ...
 
 
 class SessionMirror(Protocol):
     """The session document the publisher watches. Raises StoreUnavailable while it cannot be reached."""
 
     async def write(self, job: Job, document: Mapping[str, Any]) -> None:
-        """Merge `document` into the session's. Ignored where a newer claim of the same job, or a job that was claimed
-        later, has written already."""
+        """Merge `document` into the session's, top-level field by field. Ignored where a newer claim of the same job,
+        or a job that was claimed later, has written already, and where this claim has written how the job ended."""
 
     async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None: ...
 
@@ -136,6 +163,8 @@ class SourceStatus:
 
 
 class MessageSource(Protocol):
+    """One or several subscriptions. Those of higher priority are drained first, and none is starved for ever."""
+
     async def run(self, handle: Handler) -> None:
         """Deliver messages to `handle`, several at a time, and carry out its verdicts, until `close`.
 
@@ -147,10 +176,12 @@ class MessageSource(Protocol):
     async def close(self, *, grace_s: float) -> None:
         """Stop taking messages, wait up to `grace_s` for those in hand, cancel the rest and give them back."""
 
-    def status(self) -> SourceStatus: ...
+    def status(self) -> Mapping[str, SourceStatus]:
+        """By subscription."""
 
 
-Topic = Literal["sessions", "dead"]
+#: `completed` is the topic that says what became of sessions; it exists where the settings name one.
+Topic = Literal["sessions", "dead", "completed"]
 
 
 class Publisher(Protocol):
@@ -159,6 +190,29 @@ class Publisher(Protocol):
 
         Raises BrokerUnavailable; MessageRefused where the broker will never take it.
         """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeadLetter:
+    """A message of the dead-letter topic, in hand until it is acknowledged or given back."""
+
+    #: The original message: its data and attributes, the reasons (`deadLetter…`) among them.
+    delivery: Delivery
+    #: What the broker knows it by.
+    ack_id: str
+
+
+class DeadLetters(Protocol):
+    """The subscription that keeps the dead letters. Every method raises BrokerUnavailable."""
+
+    async def pull(self, limit: int) -> Sequence[DeadLetter]:
+        """Up to `limit`, in hand for a minute; none where there are none."""
+
+    async def acknowledge(self, letters: Sequence[DeadLetter]) -> None: ...
+
+    async def give_back(self, letters: Sequence[DeadLetter]) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +229,8 @@ class PaintRequest:
     steps: int
     guidance_scale: float
     seed: int
+    #: W3C trace context of the message that asked, for the replica's log; empty where there is none.
+    traceparent: str = ""
     #: safetensors bytes with `prompt_embeds` `[1, tokens, d]` and `pooled_prompt_embeds` `[1, d]`; None where the
     #: variant takes no prompt.
     embeddings: bytes | None = None
@@ -202,7 +258,7 @@ class Painter(Protocol):
     async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
         """Paint the windows in order. Cancelling the call stops the engine within one step.
 
-        Raises UnknownVariant, VariantLoadFailed, ReplicaLost, OutOfMemory, PaintError.
+        Raises UnknownVariant, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
         """
 
 

@@ -6,8 +6,10 @@ effect on the next claimed job. `Secrets` come from the environment, and only he
 
 import os
 from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
 from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
 from .variants import BUILT_IN, Variant
@@ -71,21 +73,79 @@ class TextEncoderSettings(Scaling):
     threads: int = Field(2, ge=1, le=256)
 
 
+Priority = Literal["high", "normal", "low"]
+
+
+class SubscriptionSettings(_Frozen):
+    #: `high` is drained first; `low` waits for the others, but never for ever.
+    priority: Priority = "normal"
+    #: Pub/Sub filter that the embedded server gives it. Google's subscriptions have theirs from when they were made.
+    filter: str = Field("", max_length=256)
+
+
+#: A topic's or a subscription's short name.
+ResourceName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z][A-Za-z0-9._~%+-]{2,254}\z")]
+
+
 class MessagesSettings(_Frozen):
     """Where messages come from and go to."""
 
     #: `embedded://127.0.0.1:PORT` (runs a Pub/Sub server in the app) or `pubsub:` (Google's).
     url: str = "embedded://127.0.0.1:8085"
     project: str = Field("local", pattern=r"\A[a-z][a-z0-9:.-]{2,127}\z")
-    topic: str = "session-processing"
-    subscription: str = "session-processing"
-    dead_letter_topic: str = "session-processing-dead"
+    topic: ResourceName = "session-processing"
+    #: What is pulled, by name.
+    subscriptions: dict[ResourceName, SubscriptionSettings] = Field(
+        {"session-processing": SubscriptionSettings()}, min_length=1, max_length=16
+    )
+    dead_letter_topic: ResourceName = "session-processing-dead"
+    #: Keeps the dead letters for `fluxfill deadletters`.
+    dead_letter_subscription: ResourceName = "session-processing-dead"
+    #: Gets a message for every job that is over. None: nobody is told so.
+    completion_topic: ResourceName | None = None
     #: Messages in an ingress replica's hands. None: two for each replica of each variant, and two for each variant.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
 
     @property
     def is_embedded(self) -> bool:
         return self.url.startswith("embedded:")
+
+
+class PushSettings(_Frozen):
+    """`POST /inpaint` and who may post there."""
+
+    enabled: bool = True
+    #: What Google's OIDC token must be made out for: the push subscription's audience.
+    audience: str | None = None
+    #: E-mail of the push subscription's service account. With `audience`, tokens are verified.
+    service_account: str | None = None
+    #: Where the keys are that sign the tokens.
+    jwks_url: str = "https://www.googleapis.com/oauth2/v3/certs"
+
+    @property
+    def is_verified(self) -> bool:
+        return bool(self.audience and self.service_account)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "PushSettings":
+        if bool(self.audience) != bool(self.service_account):
+            raise ValueError("audience and service_account go together: a token is checked for both")
+        return self
+
+
+class WebhookSettings(_Frozen):
+    """Calls to a message's `callbackUrl`. They are signed with WEBHOOK_SECRET; without one, or without hosts, a
+    message that has a `callbackUrl` is refused."""
+
+    #: Host names that may be called.
+    hosts: tuple[str, ...] = ()
+    #: Whether plain http is taken; for receivers on this machine.
+    allow_http: bool = False
+    timeout_s: float = Field(10.0, gt=0, le=60)
+    #: About a day, with the waits between them.
+    max_attempts: int = Field(12, ge=1, le=100)
+    #: The first wait between two attempts; doubles with each, with jitter, up to three hours.
+    backoff_s: float = Field(5.0, gt=0)
 
 
 class Limits(_Frozen):
@@ -142,6 +202,11 @@ class Work(_Frozen):
     progress_s: float = Field(0.5, ge=0)
     #: Shortest time between two writes of the session document: Firestore sustains one a second.
     mirror_s: float = Field(2.0, ge=0)
+    #: How long an engine may go on after it was told to stop, before its replica is replaced: one step of the largest
+    #: window takes seconds on an L4.
+    stuck_s: float = Field(60.0, gt=0)
+    #: How often what jobs owe (session documents, completion messages, webhooks) is looked for.
+    outbox_poll_s: float = Field(2.0, gt=0)
     #: On shutdown: how long jobs in hand may go on before they are given back.
     grace_s: float = Field(20.0, ge=0)
 
@@ -166,14 +231,20 @@ class Settings(_Frozen):
 
     #: Machines the app may run on.
     nodes: int = Field(1, ge=1)
-    #: Blob store URL: `files:FOLDER` or `memory:`.
+    #: Blob store URL; see `serve_app.adapters`.
     blobs: str = "files:var/blobs"
-    #: Job store URL: `sqlite:FILE` or `memory:`.
+    #: Job store URL.
     jobs: str = "sqlite:var/jobs.db"
+    #: Where the session documents are: a URL like that of `jobs`. None: beside the jobs.
+    sessions: str | None = None
+    #: Where this app's own HTTP is reached from outside: signed links to local blobs begin with it.
+    public_url: str = Field("http://127.0.0.1:8000", pattern=r"\Ahttps?://[^\s?#]+\z")
     messages: MessagesSettings = MessagesSettings()
     variants: dict[VariantName, VariantSettings] = Field(min_length=1)
     ingress_replicas: int = Field(1, ge=1, le=100)
     text_encoder: TextEncoderSettings = TextEncoderSettings()
+    push: PushSettings = PushSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     limits: Limits = Limits()
     windows: WindowSettings = WindowSettings()
     work: Work = Work()
@@ -193,12 +264,43 @@ class Settings(_Frozen):
             local = {
                 "blobs": self.blobs.startswith(("files:", "memory:")),
                 "jobs": self.jobs.startswith(("sqlite:", "memory:")),
+                "sessions": (self.sessions or "").startswith(("sqlite:", "memory:")),
                 "messages.url": self.messages.is_embedded,
             }
             if any(local.values()):
                 names = ", ".join(name for name, is_local in local.items() if is_local)
                 raise ValueError(f"nodes is {self.nodes}, but {names} works on one machine only")
         return self
+
+    @model_validator(mode="after")
+    def _no_passwords(self) -> "Settings":
+        for name, url in (("blobs", self.blobs), ("jobs", self.jobs), ("sessions", self.sessions or "")):
+            try:
+                password = urlsplit(url).password
+            except ValueError as e:
+                raise ValueError(f"{name}: not a URL: {e}") from None
+            if password:
+                # Without the URL, which would be logged.
+                raise ValueError(f"{name}: a password does not belong in a config; see docs/configuration.md")
+        return self
+
+    @model_validator(mode="after")
+    def _pushes_are_verified(self) -> "Settings":
+        if self.is_production and self.push.enabled and not self.push.is_verified:
+            raise ValueError(
+                "push: in production, POST /inpaint needs push.audience and push.service_account to verify tokens by; "
+                "or set push.enabled to false"
+            )
+        return self
+
+    @property
+    def is_production(self) -> bool:
+        """Whether strangers may reach the app: anything but one machine with its own broker."""
+        return self.nodes > 1 or self.messages.url.startswith("pubsub:")
+
+    @property
+    def sessions_url(self) -> str:
+        return self.sessions or self.jobs
 
     def variant(self, name: str) -> Variant:
         """The definition of a served variant. Raises KeyError for one that is not served."""
@@ -212,9 +314,16 @@ class Settings(_Frozen):
 class Secrets(_Frozen):
     """What must not stand in a file. Never logged: pydantic shows a SecretStr as asterisks."""
 
+    #: For the hub.
     hf_token: SecretStr | None = None
+    #: A service account's JSON, in base64, for those who have no ambient credentials.
+    firebase_credentials: SecretStr | None = None
+    #: Signs webhooks: `whsec_…`; several, separated by spaces, while one is being replaced.
+    webhook_secret: SecretStr | None = None
+    #: Keys of the job API's clients, separated by commas.
+    api_keys: SecretStr | None = None
 
     @classmethod
     def from_environment(cls) -> "Secrets":
-        token = os.environ.get("HF_TOKEN")
-        return cls(hf_token=SecretStr(token) if token else None)
+        values = {name: os.environ.get(name.upper()) for name in cls.model_fields}
+        return cls(**{name: SecretStr(value) for name, value in values.items() if value})

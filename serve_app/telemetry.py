@@ -1,19 +1,40 @@
-"""What this service says about itself: JSON log lines, each a sentence with an action and its context."""
+"""What this service says about itself: JSON log lines, each a sentence with an action and its context, and metrics."""
 
 import json
 import logging
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, Protocol
 
 #: The packages whose modules log; each module's logger bears its name.
 PACKAGES = ("serve_app", "deployments", "benchmarks")
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+_CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("log_context", default={})  # noqa: B039 - never written to
+
+
+@contextmanager
+def logged_with(**fields: Any) -> Iterator[None]:
+    """Every log line of this task and of those it starts carries `fields`; empty ones are left out."""
+    token = _CONTEXT.set({**_CONTEXT.get(), **{name: value for name, value in fields.items() if value}})
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)
+
+
+def trace_id(traceparent: str) -> str:
+    """The trace id in a W3C `traceparent`; empty where there is none."""
+    return traceparent.split("-")[1] if traceparent else ""
+
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, then whatever `extra` carried."""
+    """One JSON object a line: time, level, logger, message, the context, then whatever `extra` carried."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -21,6 +42,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **_CONTEXT.get(),
         }
         # Ray puts fields of its own on every record, under private names.
         line |= {k: v for k, v in vars(record).items() if k not in _PLAIN and not k.startswith("_")}
@@ -38,3 +60,63 @@ def configure_logging(level: int = logging.INFO) -> None:
             handler.setFormatter(JsonFormatter())
             top.addHandler(handler)
             top.setLevel(level)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    kind: Literal["counter", "gauge", "histogram"]
+    what: str
+    labels: tuple[str, ...] = ()
+    #: Upper bounds of a histogram's buckets.
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 240, 600)
+
+#: Every metric, by name. docs/operations.md lists them; a test compares.
+METRICS: Mapping[str, Metric] = {
+    "fluxfill_jobs_total": Metric("counter", "jobs that ended", ("type", "variant", "outcome")),
+    "fluxfill_stage_seconds": Metric("histogram", "seconds a stage took", ("stage", "variant"), _SECONDS),
+    "fluxfill_queue_age_seconds": Metric("histogram", "from publication to claim", ("variant",), _SECONDS),
+    "fluxfill_attempts": Metric("histogram", "attempts of a job that ended", ("variant",), (1, 2, 3, 4, 5, 10)),
+    "fluxfill_attempts_failed_total": Metric("counter", "attempts that failed, by error code", ("variant", "code")),
+    "fluxfill_duplicates_total": Metric("counter", "messages of jobs that were over already"),
+    "fluxfill_dead_letters_total": Metric("counter", "messages sent to the dead-letter topic", ("code",)),
+    "fluxfill_held_back_total": Metric("counter", "messages held back, by reason", ("code",)),
+    "fluxfill_messages_in_hand": Metric("gauge", "messages an ingress replica has in hand", ("subscription",)),
+    "fluxfill_subscription_connected": Metric("gauge", "1 while a subscription delivers", ("subscription",)),
+    "fluxfill_leases_lost_total": Metric("counter", "claims that ended under their worker"),
+    "fluxfill_told_total": Metric("counter", "what others were told of jobs", ("debt", "outcome")),
+    "fluxfill_pushes_refused_total": Metric("counter", "pushes that were refused, by error code", ("code",)),
+    "fluxfill_variant_ready": Metric("gauge", "1 while a variant can serve", ("variant",)),
+    "fluxfill_load_failures_total": Metric("counter", "loads that failed", ("what", "code")),
+    "fluxfill_gpu_memory_bytes": Metric("gauge", "memory used on a replica's device", ("variant",)),
+    "fluxfill_steps_per_second": Metric(
+        "histogram", "denoising steps a second", ("variant",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+    ),
+    "fluxfill_out_of_memory_total": Metric("counter", "paintings that ran out of memory", ("variant",)),
+    "fluxfill_gpu_lost_total": Metric("counter", "GPUs that failed for good", ("variant",)),
+}
+
+
+class Metrics(Protocol):
+    """Where figures go. `name` is one of METRICS, and `labels` are exactly its own."""
+
+    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """To a counter."""
+
+    def put(self, name: str, value: float, **labels: str) -> None:
+        """A gauge's present value."""
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """One value of a histogram."""
+
+
+class NoMetrics:
+    """Metrics of a process that nobody watches, such as the command line's."""
+
+    def add(self, name: str, amount: float = 1.0, **labels: str) -> None: ...
+
+    def put(self, name: str, value: float, **labels: str) -> None: ...
+
+    def observe(self, name: str, value: float, **labels: str) -> None: ...

@@ -180,9 +180,9 @@ class Rig:
             jobs=f"memory:{self.name}",
             work={**FAST, **self.work_settings},
         )
-        self.blobs = Outage(MemoryBlobStore(self.name), StoreUnavailable)
-        self.jobs = Outage(MemoryJobStore(self.name), StoreUnavailable)
-        self.mirror = Outage(MemorySessionMirror(self.name), StoreUnavailable)
+        self.blobs = Outage(MemoryBlobStore(self.settings.blobs), StoreUnavailable)
+        self.jobs = Outage(MemoryJobStore(self.settings.jobs), StoreUnavailable)
+        self.mirror = Outage(MemorySessionMirror(self.settings.jobs), StoreUnavailable)
         self.topics = Topics()
         self.broker = Outage(self.topics, BrokerUnavailable)
         self.painter = Painter({"telea": self.engine})

@@ -693,7 +693,7 @@ def _raise(error: Exception) -> Callable[[], None]:
 
 async def _cancel(rig: Rig) -> None:
     job = await rig.job()
-    await MemoryJobStore(rig.name).update(job.id, job.session_key, jobs.cancel(now=rig.clock()))
+    await MemoryJobStore(rig.settings.jobs).update(job.id, job.session_key, jobs.cancel(now=rig.clock()))
 
 
 async def _claim_and_die(rig: Rig) -> None:

@@ -1,10 +1,11 @@
 """One file per outside system. A URL's scheme names the adapter, which is imported when it is first asked for.
 
-    blobs       files:FOLDER           memory:NAME
-    jobs        sqlite:FILE            memory:NAME
-    messages    embedded://HOST:PORT   pubsub:         memory:NAME
+    blobs       files:FOLDER     s3://BUCKET/PREFIX     firebase:BUCKET       memory:NAME
+    jobs        sqlite:FILE      postgresql://HOST/DB   firestore:PROJECT     memory:NAME
+    messages    embedded://HOST:PORT                    pubsub:               memory:NAME
 
-Within a process all who name the same `memory:NAME` share one store.
+Within a process all who name the same `memory:NAME` share one store. Session documents and cancellations are kept in
+job stores.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,19 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ..errors import SettingsError
-from ..ports import BlobFiles, BlobStore, JobStore, MessageSource, Publisher, SessionMirror
-from ..settings import MessagesSettings
+from ..ports import (
+    BlobFiles,
+    BlobLinks,
+    BlobStore,
+    Cancellations,
+    DeadLetters,
+    JobStore,
+    MessageSource,
+    Publisher,
+    SessionMirror,
+)
+from ..settings import MessagesSettings, Settings
+from .links import LocalLinks
 
 
 class Row(NamedTuple):
@@ -23,12 +35,27 @@ class Row(NamedTuple):
     extra: str = ""
 
 
-BLOB_STORES = {"files": Row(".files:FileBlobStore"), "memory": Row(".memory:MemoryBlobStore")}
-JOB_STORES = {"sqlite": Row(".sql:SqlJobStore"), "memory": Row(".memory:MemoryJobStore")}
-SESSION_MIRRORS = {"sqlite": Row(".sql:SqlSessionMirror"), "memory": Row(".memory:MemorySessionMirror")}
+BLOB_STORES = {
+    "files": Row(".files:FileBlobStore"),
+    "s3": Row(".s3:S3BlobStore", "s3"),
+    "firebase": Row(".firebase:FirebaseBlobStore", "google"),
+    "memory": Row(".memory:MemoryBlobStore"),
+}
+JOB_STORES = {
+    "sqlite": Row(".sql:SqlJobStore"),
+    "postgresql": Row(".sql:SqlJobStore", "postgresql"),
+    "firestore": Row(".firestore:FirestoreJobStore", "google"),
+    "memory": Row(".memory:MemoryJobStore"),
+}
+SESSION_MIRRORS = {
+    "sqlite": Row(".sql:SqlSessionMirror"),
+    "postgresql": Row(".sql:SqlSessionMirror", "postgresql"),
+    "firestore": Row(".firestore:FirestoreSessionMirror", "google"),
+    "memory": Row(".memory:MemorySessionMirror"),
+}
 MESSAGE_SOURCES = {
-    "embedded": Row(".pubsub:PubSubSource"),
-    "pubsub": Row(".pubsub:PubSubSource"),
+    "embedded": Row(".pubsub_priorities:PrioritySource"),
+    "pubsub": Row(".pubsub_priorities:PrioritySource"),
     "memory": Row(".memory_messages:MemorySource"),
 }
 PUBLISHERS = {
@@ -36,32 +63,58 @@ PUBLISHERS = {
     "pubsub": Row(".pubsub_publisher:PubSubPublisher"),
     "memory": Row(".memory_messages:MemoryPublisher"),
 }
+DEAD_LETTERS = {
+    "embedded": Row(".pubsub_dead_letters:PubSubDeadLetters"),
+    "pubsub": Row(".pubsub_dead_letters:PubSubDeadLetters"),
+    "memory": Row(".memory_messages:MemoryDeadLetters"),
+}
 
 
 def blob_store(url: str) -> BlobStore:
     """Raises SettingsError for a scheme that is unknown or whose packages are missing; so do the others here."""
-    store: BlobStore = _adapter(BLOB_STORES, url, "blob store")(_rest(url))
+    store: BlobStore = _adapter(BLOB_STORES, url, "blob store")(url)
     return store
 
 
 def blob_files(url: str) -> BlobFiles:
     """The store of `blob_store(url)`, for blobs too large for memory."""
-    store: BlobFiles = _adapter(BLOB_STORES, url, "blob store")(_rest(url))
+    store: BlobFiles = _adapter(BLOB_STORES, url, "blob store")(url)
     return store
+
+
+def blob_links(settings: Settings) -> BlobLinks:
+    """Links to the blobs of `settings.blobs`: of the store's own making, or served by the app."""
+    local = local_links(settings)
+    if local is not None:
+        return local
+    store: BlobLinks = _adapter(BLOB_STORES, settings.blobs, "blob store")(settings.blobs)
+    return store
+
+
+def local_links(settings: Settings) -> LocalLinks | None:
+    """Where the app itself serves the links, what signs and reads them."""
+    is_local = settings.blobs.startswith(("files:", "memory:"))
+    return LocalLinks(settings.blobs, settings.public_url) if is_local else None
 
 
 def job_store(url: str) -> JobStore:
-    store: JobStore = _adapter(JOB_STORES, url, "job store")(_rest(url))
+    store: JobStore = _adapter(JOB_STORES, url, "job store")(url)
     return store
 
 
+def cancellations(url: str) -> Cancellations:
+    """Kept in the job store of `url`."""
+    kept: Cancellations = _adapter(JOB_STORES, url, "job store")(url)
+    return kept
+
+
 def session_mirror(url: str) -> SessionMirror:
-    mirror: SessionMirror = _adapter(SESSION_MIRRORS, url, "session mirror")(_rest(url))
+    mirror: SessionMirror = _adapter(SESSION_MIRRORS, url, "session mirror")(url)
     return mirror
 
 
 def message_source(settings: MessagesSettings, in_flight: int) -> MessageSource:
-    """A source that has at most `in_flight` messages handled at a time."""
+    """A source that has at most `in_flight` messages handled at a time, over all subscriptions."""
     source: MessageSource = _adapter(MESSAGE_SOURCES, settings.url, "message source")(settings, in_flight)
     return source
 
@@ -71,8 +124,9 @@ def publisher(settings: MessagesSettings) -> Publisher:
     return made
 
 
-def _rest(url: str) -> str:
-    return url.partition(":")[2]
+def dead_letters(settings: MessagesSettings) -> DeadLetters:
+    made: DeadLetters = _adapter(DEAD_LETTERS, settings.url, "dead letters")(settings)
+    return made
 
 
 def _adapter(table: Mapping[str, Row], url: str, what: str) -> Any:

@@ -43,9 +43,9 @@ _MAX_NAME = 255
 
 
 class FileBlobStore:
-    def __init__(self, folder: str) -> None:
-        """`folder` is made by the first write."""
-        self._root = Path(folder).absolute()
+    def __init__(self, url: str) -> None:
+        """`files:FOLDER`; the folder is made by the first write."""
+        self._root = Path(url.removeprefix("files:")).absolute()
 
     async def head(self, path: str) -> BlobInfo:
         return await self._run(path, lambda: _head(path, self._locate(path)))

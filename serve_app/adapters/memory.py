@@ -43,8 +43,8 @@ class _Content:
 
 
 class MemoryBlobStore:
-    def __init__(self, name: str = "") -> None:
-        self._content = _Content.of(name)
+    def __init__(self, url: str = "memory:") -> None:
+        self._content = _Content.of(url)
 
     async def head(self, path: str) -> BlobInfo:
         return self._blob(path).info
@@ -95,8 +95,8 @@ class MemoryBlobStore:
 
 
 class MemoryJobStore:
-    def __init__(self, name: str = "") -> None:
-        self._content = _Content.of(name)
+    def __init__(self, url: str = "memory:") -> None:
+        self._content = _Content.of(url)
 
     async def get(self, job_id: str) -> Job | None:
         with self._content.lock:
@@ -147,8 +147,8 @@ class MemoryJobStore:
 
 
 class MemorySessionMirror:
-    def __init__(self, name: str = "") -> None:
-        self._content = _Content.of(name)
+    def __init__(self, url: str = "memory:") -> None:
+        self._content = _Content.of(url)
 
     async def write(self, job: Job, document: Mapping[str, Any]) -> None:
         with self._content.lock:

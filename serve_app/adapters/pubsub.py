@@ -93,7 +93,7 @@ class PubSubSource:
         """A message handled for longer than `max_lease_s` may come again meanwhile."""
         self._settings = settings
         self._client = subscriber_client(settings)
-        self._subscription = subscription_path(settings, settings.subscription)
+        self._subscription = subscription_path(settings, next(iter(settings.subscriptions)))
         self._in_flight = in_flight
         self._flow_control = FlowControl(
             max_messages=in_flight, max_lease_duration=max_lease_s, max_duration_per_lease_extension=LEASE_S

@@ -70,7 +70,7 @@ class EmbeddedPubSub:
         host, port = address_of(settings.url)
         topic, dead = topic_path(settings, settings.topic), topic_path(settings, settings.dead_letter_topic)
         subscriptions = {
-            subscription_path(settings, settings.subscription): topic,
+            subscription_path(settings, next(iter(settings.subscriptions))): topic,
             subscription_path(settings, settings.dead_letter_topic): dead,
         }
         return cls(host, port, topics=(topic, dead), subscriptions=subscriptions)

@@ -111,9 +111,9 @@ class Database:
 
 
 class SqlJobStore:
-    def __init__(self, file: str) -> None:
+    def __init__(self, url: str) -> None:
         """See `Database`."""
-        self._database = Database(file)
+        self._database = Database(url.removeprefix("sqlite:"))
 
     async def get(self, job_id: str) -> Job | None:
         return await self._database.read(lambda c: next(_jobs(c, _JOBS.c.id == job_id), None))
@@ -143,9 +143,9 @@ class SqlJobStore:
 
 
 class SqlSessionMirror:
-    def __init__(self, file: str) -> None:
+    def __init__(self, url: str) -> None:
         """See `Database`."""
-        self._database = Database(file)
+        self._database = Database(url.removeprefix("sqlite:"))
 
     async def write(self, job: Job, document: Mapping[str, Any]) -> None:
         await self._database.write(lambda c: _mirror(c, job, document))
