@@ -25,7 +25,7 @@ test: install  ## every test
 	$(BIN)/pytest
 
 test-fast: install  ## no Ray, no servers
-	$(BIN)/pytest -n 2 -m "not serve and not emulator"
+	$(BIN)/pytest -n 2 -m "not serve and not emulator and not slow"
 
 check: install  ## formatting, lint, types, who may import whom, the configs
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@
     ├── Unavailable                something outside is down: wait, no attempt is used
     │   ├── StoreUnavailable       blob or job store
     │   ├── BrokerUnavailable      Pub/Sub
+    │   ├── WebhookFailed          a publisher's URL did not take the call
     │   └── VariantNotReady        no replica of the variant paints yet, and enough jobs wait for one
     ├── MessageRefused             the broker will not take what is published, however often
     ├── AuthError                  the caller of an HTTP route may not
@@ -170,6 +171,10 @@ class StoreUnavailable(Unavailable):
 
 class BrokerUnavailable(Unavailable):
     code = "broker_unavailable"
+
+
+class WebhookFailed(Unavailable):
+    code = "webhook_failed"
 
 
 class VariantNotReady(Unavailable):

@@ -90,7 +90,8 @@ ResourceName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z][A-Za-z0-9._
 class MessagesSettings(_Frozen):
     """Where messages come from and go to."""
 
-    #: `embedded://127.0.0.1:PORT` (runs a Pub/Sub server in the app) or `pubsub:` (Google's).
+    #: `embedded://127.0.0.1:PORT` runs a Pub/Sub server in the app; `pubsub:` is Google's; `pubsub://HOST:PORT` a server
+    #: that somebody else runs there without TLS, such as Google's emulator.
     url: str = "embedded://127.0.0.1:8085"
     project: str = Field("local", pattern=r"\A[a-z][a-z0-9:.-]{2,127}\z")
     topic: ResourceName = "session-processing"
@@ -109,6 +110,10 @@ class MessagesSettings(_Frozen):
     @property
     def is_embedded(self) -> bool:
         return self.url.startswith("embedded:")
+
+    @property
+    def is_google(self) -> bool:
+        return self.url == "pubsub:"
 
 
 class PushSettings(_Frozen):
@@ -296,7 +301,7 @@ class Settings(_Frozen):
     @property
     def is_production(self) -> bool:
         """Whether strangers may reach the app: anything but one machine with its own broker."""
-        return self.nodes > 1 or self.messages.url.startswith("pubsub:")
+        return self.nodes > 1 or self.messages.is_google
 
     @property
     def sessions_url(self) -> str:

@@ -2,7 +2,7 @@
 
     blobs       files:FOLDER     s3://BUCKET/PREFIX     firebase:BUCKET       memory:NAME
     jobs        sqlite:FILE      postgresql://HOST/DB   firestore:PROJECT     memory:NAME
-    messages    embedded://HOST:PORT                    pubsub:               memory:NAME
+    messages    embedded://HOST:PORT   pubsub:   pubsub://HOST:PORT           memory:NAME
 
 Within a process all who name the same `memory:NAME` share one store. Session documents and cancellations are kept in
 job stores.

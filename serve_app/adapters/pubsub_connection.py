@@ -38,7 +38,7 @@ _OPTIONS = (
 
 def subscriber_client(settings: MessagesSettings) -> Any:
     """The streaming client. Raises SettingsError where Google's has no credentials."""
-    if settings.is_embedded:
+    if not settings.is_google:
         return pubsub_v1.SubscriberClient(transport=SubscriberGrpcTransport(channel=_channel(settings)))
     try:
         return pubsub_v1.SubscriberClient()
@@ -48,7 +48,7 @@ def subscriber_client(settings: MessagesSettings) -> Any:
 
 def publisher_client(settings: MessagesSettings) -> PublisherClient:
     """The plain client, whose publish is one call, unlike the batching one's. Raises as `subscriber_client`."""
-    if settings.is_embedded:
+    if not settings.is_google:
         return PublisherClient(transport=PublisherGrpcTransport(channel=_channel(settings)))
     try:
         # It alone knows Google's environment, an emulator's address included.
