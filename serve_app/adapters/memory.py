@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ class _Content:
     blobs: dict[str, _Blob] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
     progress: dict[str, tuple[int, Progress]] = field(default_factory=dict)
+    cancellations: dict[str, datetime] = field(default_factory=dict)
     sessions: dict[tuple[str, str], SessionDocument] = field(default_factory=dict)
 
     _named: ClassVar[dict[str, "_Content"]] = {}
@@ -119,8 +121,15 @@ class MemoryJobStore:
                 self._content.progress[claim.job_id] = (claim.fence, progress)
 
     async def list(
-        self, *, status: State | None = None, session_key: str | None = None, limit: int = 50
+        self,
+        *,
+        status: State | None = None,
+        session_key: str | None = None,
+        owes_by: datetime | None = None,
+        limit: int = 50,
     ) -> Sequence[Job]:
+        if owes_by is not None:
+            return self._owing(owes_by)[:limit]
         with self._content.lock:
             found = [
                 self._with_progress(job)
@@ -133,6 +142,19 @@ class MemoryJobStore:
         with self._content.lock:
             self._content.jobs.pop(job_id, None)
             self._content.progress.pop(job_id, None)
+
+    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+        with self._content.lock:
+            stored = self._content.cancellations.get(session_key, moment)
+            self._content.cancellations[session_key] = max(stored, moment)
+
+    async def canceled_until(self, session_key: str) -> datetime | None:
+        return self._content.cancellations.get(session_key)
+
+    def _owing(self, by: datetime) -> Sequence[Job]:
+        with self._content.lock:
+            due = [(job.owes_at, job) for job in self._content.jobs.values() if job.owes_at and job.owes_at <= by]
+        return [job for _, job in sorted(due, key=lambda pair: pair[0])]
 
     def _rivals(self, job_id: str, session_key: str) -> Sequence[Job]:
         return [
