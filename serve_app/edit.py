@@ -151,6 +151,7 @@ class Editor:
             steps=job.parameters.steps,
             guidance_scale=job.parameters.guidance_scale,
             seed=job.seed,
+            traceparent=job.traceparent,
             embeddings=embeddings,
         )
         started = time.perf_counter()

@@ -153,6 +153,8 @@ class Owed(_Value):
     due_at: datetime
     #: How often telling was begun by somebody who found it due.
     attempts: int = 0
+    #: Who began last.
+    taken_by: str = ""
 
 
 class Job(_Value):
@@ -369,14 +371,19 @@ def replay(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
     return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
 
 
-def take_debts(*, now: datetime, wait_s: Callable[[int], float]) -> Change:
-    """Take on telling what is due: it is due again `wait_s(attempts)` later, so that nobody else tells meanwhile."""
+def take_debts(taker: str, *, now: datetime, wait_s: Callable[[Debt, int], float]) -> Change:
+    """Take on telling what is due: it is due again `wait_s(debt, attempts)` later, so that nobody else tells meanwhile.
+    What is then `taken_by` the taker, a name used once, is the taker's to tell."""
 
     def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
         if job is None:
             return ()
         due = {
-            debt: Owed(attempts=owed.attempts + 1, due_at=now + timedelta(seconds=wait_s(owed.attempts + 1)))
+            debt: Owed(
+                attempts=owed.attempts + 1,
+                due_at=now + timedelta(seconds=wait_s(debt, owed.attempts + 1)),
+                taken_by=taker,
+            )
             for debt, owed in job.owed.items()
             if owed.due_at <= now
         }

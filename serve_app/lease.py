@@ -5,22 +5,19 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import datetime
 from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from . import jobs
-from .errors import Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
+from .errors import Canceled, DeadlineExceeded, FluxFillError, StaleClaim, StoreUnavailable
 from .jobs import Job, Progress, State
-from .ports import JobStore, SessionMirror
+from .ports import Clock, JobStore, SessionMirror
 from .settings import Work
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-Clock = Callable[[], datetime]
 
 
 class Lease:
@@ -31,6 +28,7 @@ class Lease:
         self._store, self._mirror, self._work, self._clock = store, mirror, work, clock
         self._latest = self._reported = self._mirrored = Progress()
         self._renewed_at = time.monotonic()
+        self._showing: asyncio.Future[None] | None = None
 
     async def hold(self, attempt: Awaitable[T]) -> T:
         """Await `attempt` while the claim holds; stop it, and wait until it has stopped, when it does not.
@@ -40,6 +38,7 @@ class Lease:
         """
         painting: asyncio.Future[T] = asyncio.ensure_future(attempt)
         keeping = asyncio.create_task(self._keep())
+        self._showing = asyncio.ensure_future(self._show())
         both: set[asyncio.Future[Any]] = {painting, keeping}
         try:
             await asyncio.wait(both, timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED)
@@ -53,6 +52,7 @@ class Lease:
                 await _stop(painting)
             finally:
                 await _stop(keeping)
+                await _stop(self._showing)
 
     async def note(self, progress: Progress) -> None:
         """Remember the latest progress; the keeper passes it on at its own pace."""
@@ -73,6 +73,7 @@ class Lease:
         return max(0.0, (self._job.deadline - self._clock()).total_seconds())
 
     async def _keep(self) -> None:
+        assert self._showing is not None
         renewal, look = _Every(self._work.renew_s), _Every(self._work.cancel_poll_s)
         report, mirror = _Every(self._work.progress_s), _Every(self._work.mirror_s)
         tick_s = max(0.05, min(self._work.renew_s, self._work.cancel_poll_s, self._work.progress_s))
@@ -85,8 +86,8 @@ class Lease:
                     self._check(await self._store.get(self._claim.job_id))
                 if report.is_due():
                     await self._report()
-                if mirror.is_due():
-                    await self._show()
+                if mirror.is_due() and self._latest != self._mirrored and self._showing.done():
+                    self._showing = asyncio.ensure_future(self._show())
             except StoreUnavailable:
                 # A store that is down for less than a lease costs nothing; after that the job may be another's.
                 if time.monotonic() - self._renewed_at > self._work.lease_s:
@@ -114,10 +115,14 @@ class Lease:
             await self._store.report(self._claim, self._reported)
 
     async def _show(self) -> None:
-        if self._latest != self._mirrored:
-            self._mirrored = self._latest
-            document: dict[str, Any] = {"processingProgress": round(self._latest.fraction, 3)}
+        """Have the session say that the job runs, and how far it is. Beside the keeping: a mirror that hangs or is down
+        costs no lease, and what it missed is in the next write."""
+        self._mirrored = self._latest
+        document = jobs.session_document(self._job.evolve(progress=self._mirrored))
+        try:
             await self._mirror.write(self._job, document)
+        except FluxFillError as e:
+            log.info("The session does not show the progress: %s", e, extra={"action": "progress_not_shown"})
 
 
 async def insist(call: Callable[[], Awaitable[T]], for_s: float) -> T:

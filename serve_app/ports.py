@@ -13,6 +13,9 @@ from .images import Pixels
 from .jobs import Change, Claim, Job, Progress, State
 from .windows import Box
 
+#: The present, with a time zone.
+Clock = Callable[[], datetime]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlobInfo:

@@ -90,7 +90,7 @@ ResourceName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z][A-Za-z0-9._
 class MessagesSettings(_Frozen):
     """Where messages come from and go to."""
 
-    #: `embedded://127.0.0.1:PORT` runs a Pub/Sub server in the app; `pubsub:` is Google's; `pubsub://HOST:PORT` a server
+    #: `embedded://127.0.0.1:PORT` runs a Pub/Sub server in the app; `pubsub:` is Google's; `pubsub://HOST:PORT` is one
     #: that somebody else runs there without TLS, such as Google's emulator.
     url: str = "embedded://127.0.0.1:8085"
     project: str = Field("local", pattern=r"\A[a-z][a-z0-9:.-]{2,127}\z")
@@ -160,6 +160,11 @@ class Limits(_Frozen):
     image_pixels: int = Field(50_000_000, ge=1)
     image_side_px: int = Field(10_000, ge=1)
     message_bytes: int = Field(64_000, ge=1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What an edited photo has at most: one of the largest photo, at quality 95, can be larger than the photo."""
+        return 8 * self.image_bytes
 
 
 #: (width, height) in pixels that the model is given: few, because each size is compiled and warmed by itself.

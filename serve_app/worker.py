@@ -2,7 +2,9 @@
 
 Whatever brings a message, pulled or pushed, it ends here, over the same claim:
 
-    parse ► identify ► claim ► attempt (edit.py, under lease.py) ► finish ► session document ► verdict
+    parse ► identify ► claim ► attempt (edit.py, under lease.py) ► finish ► verdict
+
+What others are told of a job's end is owed from the write that ended it, and told by outbox.py.
 """
 
 import asyncio
@@ -30,11 +32,24 @@ from .errors import (
     VariantNotReady,
 )
 from .holding import Shares, Waits
-from .jobs import Cause, Change, Job, JobError, Parameters
-from .lease import Clock, Lease, insist
+from .jobs import Cause, Change, Job, JobError, Parameters, State, Timings
+from .lease import Lease, insist
 from .messages import Attributes, EditMessage, parse_attributes, parse_edit
-from .ports import BlobStore, Delivery, JobStore, Painter, PromptEncoder, Publisher, SessionMirror, Verdict
+from .outbox import Courier, Webhooks
+from .ports import (
+    BlobStore,
+    Cancellations,
+    Clock,
+    Delivery,
+    JobStore,
+    Painter,
+    PromptEncoder,
+    Publisher,
+    SessionMirror,
+    Verdict,
+)
 from .settings import Inference, Settings
+from .telemetry import Metrics, NoMetrics, logged_with, trace_id
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +76,21 @@ class Worker:
         *,
         blobs: BlobStore,
         job_store: JobStore,
+        cancellations: Cancellations,
         mirror: SessionMirror,
         publisher: Publisher,
+        courier: Courier,
+        webhooks: Webhooks,
         painter: Painter,
         prompts: PromptEncoder,
         settings: Settings,
         defaults: Callable[[], Inference],
         clock: Clock = utc_now,
+        metrics: Metrics | None = None,
     ) -> None:
         self._blobs, self._jobs, self._mirror, self._publisher = blobs, job_store, mirror, publisher
+        self._cancellations, self._courier, self._webhooks = cancellations, courier, webhooks
+        self._metrics = metrics or NoMetrics()
         self._settings, self._defaults, self._clock = settings, defaults, clock
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
         self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
@@ -84,6 +105,10 @@ class Worker:
 
         Raises nothing but CancelledError, and that after the job has been put back.
         """
+        with logged_with(message_id=delivery.message_id):
+            return await self._decided(delivery)
+
+    async def _decided(self, delivery: Delivery) -> Verdict:
         try:
             verdict = await self._work(delivery)
         except Busy as e:
@@ -106,16 +131,23 @@ class Worker:
         except MalformedMessage as e:
             await self._dead_letter(delivery, e.code, e.message)
             return Verdict(action="ack", reason=e.code)
-        if unknown:
-            extra = {"action": "unknown_fields", "message_id": delivery.message_id}
-            log.warning("Ignored fields nobody here knows: %s", ", ".join(unknown), extra=extra)
-        new = await self._new_job(message, attributes)
-        with self._shares.taken(new.variant):
-            job = await self._claim(new)
+        with logged_with(trace_id=trace_id(attributes.traceparent)):
+            if unknown:
+                log.warning(
+                    "Ignored fields nobody here knows: %s", ", ".join(unknown), extra={"action": "unknown_fields"}
+                )
+            return await self._work_on(await self._new_job(message, attributes), delivery)
+
+    async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
+        with self._shares.taken(new.variant), logged_with(job_id=new.id, session_key=new.session_key):
+            now = self._clock()
+            job = await self._claim(new, now)
             if job.status.is_final:
+                if job.finished_at != now:
+                    self._metrics.add("fluxfill_duplicates_total")
                 return await self._settle(job, delivery)
-            extra = {"action": "claimed", "message_id": delivery.message_id, **job.log_context()}
-            log.info("Claimed a job", extra=extra)
+            log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
+            self._metrics.observe("fluxfill_queue_age_seconds", self._queued_s(job, delivery), variant=job.variant)
             return await self._run(job, delivery)
 
     # -- claiming
@@ -135,6 +167,8 @@ class Worker:
             request=jobs.edit_request(message, idempotency_key=attributes.idempotency_key),
             parameters=Parameters(**(defaults.model_dump(exclude={"variant"}) | explicit)),
             deadline=message.deadline,
+            callback_url=str(message.callback_url or ""),
+            traceparent=attributes.traceparent,
             created_at=self._clock(),
         )
 
@@ -144,9 +178,9 @@ class Worker:
         except BlobNotFound:
             return ""
 
-    async def _claim(self, new: Job) -> Job:
+    async def _claim(self, new: Job, now: datetime) -> Job:
         work = self._settings.work
-        change = jobs.claim(new, now=self._clock(), lease_s=work.lease_s, max_attempts=work.max_attempts)
+        change = jobs.claim(new, now=now, lease_s=work.lease_s, max_attempts=work.max_attempts)
         claiming = asyncio.ensure_future(self._jobs.update(new.id, new.session_key, change))
         try:
             return await asyncio.shield(claiming)
@@ -168,6 +202,10 @@ class Worker:
 
     async def _to_the_end(self, job: Job, delivery: Delivery) -> Verdict:
         try:
+            if await self._is_canceled(job, delivery):
+                error = JobError(code=Canceled.code, message="its session was canceled before it began")
+                change = jobs.finish(jobs.claim_of(job), Cause.CANCELED, now=self._clock(), error=error)
+                return await self._settle(await self._update(job, change), delivery)
             result = await self._attempt(job, delivery)
             done = {"artifacts": result.artifacts, "timings": result.timings}
             change = jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, now=self._clock(), **done)
@@ -186,28 +224,46 @@ class Worker:
             await asyncio.shield(self._update(job, jobs.requeue(jobs.claim_of(job), Cause.GIVEN_BACK)))
             log.info("Gave a job back on shutdown", extra={"action": "given_back", **job.log_context()})
 
+    async def _is_canceled(self, job: Job, delivery: Delivery) -> bool:
+        """Whether the session was canceled after the message was published. Asked after the claim: see cancel.py."""
+        until = await self._cancellations.canceled_until(job.session_key)
+        return until is not None and delivery.publish_time is not None and delivery.publish_time <= until
+
+    def _queued_s(self, job: Job, delivery: Delivery) -> float:
+        started = job.started_at or self._clock()
+        return (started - min(delivery.publish_time or job.created_at, started)).total_seconds()
+
     async def _attempt(self, job: Job, delivery: Delivery) -> Result:
         started = self._clock()
-        await self._mirror.write(job, jobs.session_document(job))
         lease = Lease(job, store=self._jobs, mirror=self._mirror, work=self._settings.work, clock=self._clock)
         if job.variant not in self._settings.variants:
             known = ", ".join(self._settings.variants)
             raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")
+        if job.callback_url:
+            self._webhooks.check(job.callback_url)
         result = await lease.hold(self._editor.run(job, on_progress=lease.note, confirm=lease.confirm))
-        since = min(delivery.publish_time or job.created_at, started)
         timings = result.timings.model_copy(
             update={
-                "queued_s": (started - since).total_seconds(),
+                "queued_s": self._queued_s(job, delivery),
                 "total_s": (self._clock() - started).total_seconds(),
             }
         )
+        self._measure(job, timings)
         return Result(artifacts=result.artifacts, timings=timings)
+
+    def _measure(self, job: Job, timings: Timings) -> None:
+        for stage, seconds in timings.model_dump(exclude={"gpu_ms"}, exclude_none=True).items():
+            self._metrics.observe(
+                "fluxfill_stage_seconds", seconds, stage=stage.removesuffix("_s"), variant=job.variant
+            )
+        self._metrics.observe("fluxfill_attempts", job.attempt, variant=job.variant)
 
     async def _failed(self, job: Job, delivery: Delivery, cause: Exception) -> Verdict:
         """What errors.py's disposition says of `cause`."""
         e = cause if isinstance(cause, FluxFillError) else FluxFillError(f"{type(cause).__name__}: {cause}")
         extra = {"action": "attempt_failed", "code": e.code, **job.log_context()}
         log.warning("An attempt failed: %s", e.message, extra=extra, exc_info=cause if e is not cause else None)
+        self._metrics.add("fluxfill_attempts_failed_total", variant=job.variant, code=e.code)
         claim, error = jobs.claim_of(job), JobError(code=e.code, message=e.message)
         if e.disposition in (Disposition.WAIT, Disposition.NACK):
             await self._update(job, jobs.requeue(claim, Cause.GIVEN_BACK))
@@ -220,8 +276,11 @@ class Worker:
 
     async def _lost(self, job: Job, delivery: Delivery) -> Verdict:
         """The claim is over: somebody canceled the job, or another worker has it or ended it."""
-        log.info("Lost a claim", extra={"action": "claim_lost", **job.log_context()})
         stored = await self._jobs.get(job.id)
+        if stored is not None and stored.status == State.CANCELED:
+            return await self._settle(stored, delivery)
+        log.warning("Lost a claim", extra={"action": "claim_lost", **job.log_context()})
+        self._metrics.add("fluxfill_leases_lost_total")
         if stored is not None and stored.status.is_final:
             return await self._settle(stored, delivery)
         return self._held_back(delivery, StaleClaim("another worker has the job"))
@@ -233,10 +292,10 @@ class Worker:
     # -- after the end
 
     async def _settle(self, job: Job, delivery: Delivery) -> Verdict:
-        """Tell the session, and the dead-letter topic of a failure. Done again for every duplicate, so that a crash
-        between the job's last write and these loses neither."""
-        await self._mirror.write(job, jobs.session_document(job))
-        if job.status == jobs.State.FAILED and not job.dead_lettered:
+        """Tell others, and the dead-letter topic of a failure. The dead letter is sent again for every duplicate until
+        the record says that it was, so that a crash between the job's last write and this loses none."""
+        self._courier.tell(job)
+        if job.status == State.FAILED and not job.dead_lettered:
             error = job.error or JobError(code="internal_error", message="")
             await self._dead_letter(delivery, error.code, error.message, job)
             await self._jobs.update(job.id, job.session_key, jobs.mark_dead_lettered)
@@ -258,6 +317,7 @@ class Worker:
             # At the broker's limit on size or attributes, the reason no longer fits: the message's beginning goes.
             beginning = delivery.data[: self._settings.limits.message_bytes]
             await self._publisher.publish("dead", beginning, {**reason, "deadLetterTruncated": "true"})
+        self._metrics.add("fluxfill_dead_letters_total", code=code)
         log.warning(
             "Sent a message to the dead-letter topic: %s", message, extra={"action": "dead_lettered", "code": code}
         )
@@ -267,8 +327,8 @@ class Worker:
     def _held_back(self, delivery: Delivery, e: Exception, at_most_s: float = float("inf")) -> Verdict:
         delay_s = min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s)
         code = e.code if isinstance(e, FluxFillError) else FluxFillError.code
-        extra = {"action": "held_back", "code": code, "delay_s": delay_s, "message_id": delivery.message_id}
-        log.info("Held a message back: %s", e, extra=extra)
+        self._metrics.add("fluxfill_held_back_total", code=code)
+        log.info("Held a message back: %s", e, extra={"action": "held_back", "code": code, "delay_s": delay_s})
         return Verdict(action="hold", delay_s=delay_s, reason=code)
 
     def _backoff_s(self, times: int) -> float:

@@ -16,11 +16,13 @@ from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore, MemorySes
 from serve_app.edit import session_path
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.classical import Telea
-from serve_app.errors import BrokerUnavailable, MessageRefused, StoreUnavailable
+from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
 from serve_app.images import Pixels
 from serve_app.jobs import Job
+from serve_app.outbox import Courier
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import Inference, Settings
+from serve_app.telemetry import METRICS
 from serve_app.variants import Variant
 from serve_app.worker import Worker
 
@@ -121,14 +123,60 @@ class Topics:
 
     def __init__(self) -> None:
         self.dead: list[tuple[bytes, dict[str, str]]] = []
+        self.completed: list[tuple[dict[str, Any], dict[str, str]]] = []
         self.max_attributes = 100
 
     async def publish(self, topic: str, data: bytes, attributes: Mapping[str, str]) -> str:
-        assert topic == "dead"
         if len(attributes) > self.max_attributes:
             raise MessageRefused(f"{len(attributes)} attributes")
-        self.dead.append((data, dict(attributes)))
-        return str(len(self.dead))
+        if topic == "completed":
+            self.completed.append((json.loads(data), dict(attributes)))
+        else:
+            assert topic == "dead"
+            self.dead.append((data, dict(attributes)))
+        return uuid.uuid4().hex
+
+
+class Receivers:
+    """Publishers' URLs: those of example.org may be called, and answer while they are up."""
+
+    def __init__(self) -> None:
+        self.called: list[Job] = []
+        self.is_down = False
+
+    def check(self, url: str) -> None:
+        if not url.startswith("https://example.org/"):
+            raise CallbackRefused(f"{url} may not be called")
+
+    async def call(self, job: Job) -> None:
+        self.check(job.callback_url)
+        if self.is_down:
+            raise WebhookFailed("nobody answers")
+        self.called.append(job)
+
+
+class Counters:
+    """Metrics that a test reads, and that take nothing but what telemetry.METRICS knows."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, ...], list[float]] = {}
+
+    def _note(self, kind: str, name: str, value: float, labels: Mapping[str, str]) -> None:
+        metric = METRICS[name]
+        assert (metric.kind, metric.labels) == (kind, tuple(labels)), f"{name} as {kind} with {labels}"
+        self.values.setdefault((name, *labels.values()), []).append(value)
+
+    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        self._note("counter", name, amount, labels)
+
+    def put(self, name: str, value: float, **labels: str) -> None:
+        self._note("gauge", name, value, labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self._note("histogram", name, value, labels)
+
+    def total(self, name: str, *labels: str) -> float:
+        return sum(self.values.get((name, *labels), ()))
 
 
 class Painter(LocalPainter):
@@ -179,18 +227,34 @@ class Rig:
             blobs=f"memory:{self.name}",
             jobs=f"memory:{self.name}",
             work={**FAST, **self.work_settings},
+            messages={"completion_topic": "session-completed"},
         )
         self.blobs = Outage(MemoryBlobStore(self.settings.blobs), StoreUnavailable)
         self.jobs = Outage(MemoryJobStore(self.settings.jobs), StoreUnavailable)
         self.mirror = Outage(MemorySessionMirror(self.settings.jobs), StoreUnavailable)
         self.topics = Topics()
         self.broker = Outage(self.topics, BrokerUnavailable)
+        self.receivers = Receivers()
+        self.metrics = Counters()
         self.painter = Painter({"telea": self.engine})
-        self.worker = Worker(
-            blobs=self.blobs,
+        self.courier = Courier(
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
+            webhooks=self.receivers,
+            settings=self.settings,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+        self.worker = Worker(
+            blobs=self.blobs,
+            job_store=self.jobs,
+            cancellations=self.jobs,
+            mirror=self.mirror,
+            publisher=self.broker,
+            courier=self.courier,
+            webhooks=self.receivers,
+            metrics=self.metrics,
             painter=self.painter,
             prompts=Prompts(),
             settings=self.settings,
@@ -215,7 +279,13 @@ class Rig:
         return found
 
     async def work(self, message_id: str = "m1", **fields: Any) -> Verdict:
-        return await self.worker.work(delivery(message_id, **fields))
+        return await self.take(delivery(message_id, **fields))
+
+    async def take(self, one: Delivery) -> Verdict:
+        """Work on it, and wait until others were told of what came of it, or could not be."""
+        verdict = await self.worker.work(one)
+        await self.courier.settled()
+        return verdict
 
     async def job(self) -> Job:
         """The only job."""

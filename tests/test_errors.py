@@ -22,17 +22,18 @@ DISPOSITIONS = {
     Disposition.ACK: ["Interrupted", "Canceled", "DeadlineExceeded"],
     Disposition.NACK: ["ShuttingDown"],
     Disposition.WAIT: [
-        "Unavailable", "StoreUnavailable", "BrokerUnavailable", "VariantNotReady", "ClaimError", "Busy",
-        "UnknownJob", "StaleClaim", "IllegalTransition",
+        "Unavailable", "StoreUnavailable", "BrokerUnavailable", "WebhookFailed", "VariantNotReady", "ClaimError",
+        "Busy", "UnknownJob", "StaleClaim", "IllegalTransition",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
-        "MaskMismatch", "UnknownVariant", "MessageRefused", "BlobNotFound", "BlobTooLarge", "UnsafePath",
+        "MaskMismatch", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound", "BlobTooLarge",
+        "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden",
     ],
     Disposition.RETRY: [
-        "FluxFillError", "PaintError", "ReplicaLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",
+        "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",
         "BlobError", "BlobConflict", "WeightsError", "MissingToken", "GatedRepo", "UnknownWeights", "CorruptWeights",
-        "SettingsError",
+        "SettingsError", "InvalidCredentials",
     ],
 }  # fmt: skip
 

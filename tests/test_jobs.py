@@ -51,8 +51,30 @@ def test_every_pair_of_state_and_cause(state: State, cause: Cause) -> None:
         assert after.lease_until == (at(1) if to == State.RUNNING else None)
 
 
-def test_final_states_have_no_way_out() -> None:
-    assert {state for state in State if state.is_final} == set(State) - {edge[0] for edge in TRANSITIONS}
+def test_final_states_have_no_way_out_but_an_operators() -> None:
+    ways_out = {edge for edge in TRANSITIONS if edge[0].is_final}
+    assert ways_out == {(State.FAILED, Cause.REPLAYED)}
+    assert {state for state in State if state.is_final} == set(State) - {State.QUEUED, State.RUNNING}
+
+
+def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
+    failed = make_job(status=State.RUNNING, attempt=5, fence=5, started_at=at(1)).after(
+        Cause.EXHAUSTED, error=JobError(code="replica_lost", message=""), finished_at=at(2), dead_lettered=True
+    )
+    [again] = jobs.replay(failed, ())
+    assert (again.status, again.attempt, again.fence, again.error) == (State.QUEUED, 0, 6, None)
+    assert (again.dead_lettered, again.finished_at, again.owed) == (False, None, {})
+    assert again.parameters == failed.parameters
+
+
+@pytest.mark.parametrize("state", set(State) - {State.FAILED})
+def test_only_a_failed_job_is_replayed(state: State) -> None:
+    assert jobs.replay(make_job(status=state), ()) == ()
+
+
+def test_a_job_that_nobody_knows_is_not_replayed() -> None:
+    with pytest.raises(UnknownJob):
+        jobs.replay(None, ())
 
 
 def test_every_cause_names_an_edge_and_every_state_is_reached() -> None:

@@ -1,0 +1,104 @@
+"""Cancelling: whatever the moment, the canceled job does not go on, and no other is touched."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from serve_app.cancel import Canceler
+from serve_app.errors import IllegalTransition, UnknownJob
+from serve_app.jobs import State
+from serve_app.ports import Delivery
+
+from .rig import SESSION, USER, Held, Rig, delivery, wait_for
+
+
+@pytest.fixture
+async def rig() -> Rig:
+    rig = Rig()
+    await rig.put_session()
+    return rig
+
+
+@pytest.fixture
+def canceler(rig: Rig) -> Canceler:
+    return Canceler(job_store=rig.jobs, cancellations=rig.jobs, clock=rig.clock)
+
+
+@pytest.fixture
+async def held(rig: Rig) -> AsyncIterator[Held]:
+    held = Held()
+    rig.engine.on_paint = held
+    yield held
+    held.let_go.set()
+
+
+def published(rig: Rig, seconds_ago: float, session: str = SESSION) -> Delivery:
+    """A message published a while ago."""
+    made = delivery(sessionId=session)
+    at = rig.clock() - timedelta(seconds=seconds_ago)
+    return Delivery(data=made.data, attributes={}, message_id=session, publish_time=at)
+
+
+async def test_a_running_job_stops_within_a_step_and_no_other_does(rig: Rig, canceler: Canceler, held: Held) -> None:
+    await rig.put_session("other")
+    working = asyncio.create_task(rig.take(published(rig, 1)))
+    other = asyncio.create_task(rig.take(published(rig, 1, "other")))
+    await asyncio.to_thread(wait_for, held.entered.is_set)
+    async with asyncio.timeout(10):
+        while len(await rig.jobs.list(status=State.RUNNING)) < 2:
+            await asyncio.sleep(0.01)
+    [canceled] = await canceler.session(USER, SESSION)
+    assert canceled.session_id == SESSION
+    held.let_go.set()
+    assert (await working).reason == "canceled"
+    assert (await other).reason == "succeeded"
+    assert (await rig.document())["processingStatus"] == "canceled"
+    assert (await rig.document("other"))["processingStatus"] == "completed"
+
+
+async def test_a_message_that_waits_never_starts(rig: Rig, canceler: Canceler) -> None:
+    message = published(rig, 5)
+    assert list(await canceler.session(USER, SESSION)) == []
+    assert (await rig.take(message)).action == "ack"
+    job = await rig.job()
+    assert (job.status, job.error and job.error.code) == (State.CANCELED, "canceled")
+    assert rig.engine.painted == 0
+    assert (await rig.document())["processingStatus"] == "canceled"
+    assert (await rig.take(message)).reason == "canceled", "nor when it comes again"
+    assert rig.topics.dead == []
+
+
+async def test_a_message_published_after_the_cancellation_runs(rig: Rig, canceler: Canceler) -> None:
+    await canceler.session(USER, SESSION)
+    rig.clock.advance(10)
+    assert (await rig.take(published(rig, 5))).reason == "succeeded"
+
+
+async def test_a_session_canceled_between_its_claim_and_its_start_never_starts(rig: Rig, canceler: Canceler) -> None:
+    async def cancel() -> None:
+        assert await canceler.session(USER, SESSION)
+
+    rig.jobs.before["canceled_until"] = cancel
+    assert (await rig.take(published(rig, 5))).reason == "canceled"
+    assert rig.engine.painted == 0
+
+
+async def test_a_job_is_canceled_by_its_id(rig: Rig, canceler: Canceler, held: Held) -> None:
+    working = asyncio.create_task(rig.take(published(rig, 1)))
+    await asyncio.to_thread(wait_for, held.entered.is_set)
+    job = await canceler.job((await rig.job()).id)
+    assert job.status == State.CANCELED
+    held.let_go.set()
+    assert (await working).reason == "canceled"
+
+
+async def test_what_cannot_be_canceled(rig: Rig, canceler: Canceler) -> None:
+    with pytest.raises(UnknownJob):
+        await canceler.job("edit-nobody-knows")
+    await rig.take(published(rig, 1))
+    with pytest.raises(IllegalTransition, match="succeeded"):
+        await canceler.job((await rig.job()).id)
+    assert list(await canceler.session(USER, SESSION)) == []
+    assert (await rig.job()).status == State.SUCCEEDED
