@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from serve_app import jobs
+from serve_app import adapters, jobs
 from serve_app.api import create_app
-from serve_app.settings import BUCKETS, Inference, Settings, VariantSettings
+from serve_app.settings import BUCKETS, Inference, Secrets, Settings, VariantSettings
 from serve_app.variants import BUILT_IN
 
 README = Path("README.md").read_text()
@@ -37,8 +37,10 @@ def fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 def written(default: Any) -> str:
     """A default as the tables write it."""
-    if default is None:
+    if default in (None, ()):
         return "none"
+    if isinstance(default, dict):
+        return ", ".join(default)
     if isinstance(default, float) and default.is_integer():
         return str(int(default))
     return str(default)
@@ -73,8 +75,27 @@ def test_the_buckets_are_documented() -> None:
 
 def test_every_key_in_the_tables_is_a_setting() -> None:
     known = {*SETTINGS, *VariantSettings.model_fields, *Inference.model_fields}
-    others = {"windows.buckets", "text_encoder.…", "variants", "HF_TOKEN", "RAY_AUTH_MODE"}
-    assert set(rows(CONFIGURATION)) <= known | others
+    others = {"windows.buckets", "text_encoder.…", "variants", "RAY_AUTH_MODE", *SECRETS}
+    named = {key for key in rows(CONFIGURATION) if ":" not in key}
+    assert named <= known | others
+
+
+SECRETS = [name.upper() for name in Secrets.model_fields]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_every_secret_is_documented(name: str) -> None:
+    assert name in rows(CONFIGURATION)
+
+
+def test_every_store_is_documented() -> None:
+    schemes = {key.partition(":")[0] for key in rows(CONFIGURATION) if ":" in key}
+    assert schemes == adapters.BLOB_STORES.keys() | adapters.JOB_STORES.keys()
+    assert [
+        s
+        for s in (*adapters.BLOB_STORES, *adapters.JOB_STORES, *adapters.MESSAGE_SOURCES)
+        if f"{s}:" not in (adapters.__doc__ or "")
+    ] == []
 
 
 def test_every_built_in_variant_is_documented() -> None:
@@ -84,7 +105,7 @@ def test_every_built_in_variant_is_documented() -> None:
 def test_every_route_is_documented() -> None:
     routes = create_app(lambda: pytest.fail("no route is asked")).openapi()["paths"]
     named = [f"{method.upper()} {path}" for path, methods in routes.items() for method in methods]
-    assert len(named) == 3
+    assert len(named) == 6
     assert [route for route in named if f"`{route}`" not in README + ARCHITECTURE] == []
 
 
@@ -102,7 +123,7 @@ def test_the_state_diagram_in_the_docs_is_the_codes() -> None:
     """Line by line, but for the remarks beside it. That the code's is true to its table is tests/test_jobs.py's."""
     drawn = [line[4:] for line in (jobs.__doc__ or "").splitlines() if line.startswith("    ")]
     shown = ARCHITECTURE.split("## Jobs")[1].split("```")[1].strip().splitlines()
-    assert len(drawn) == 7
+    assert len(drawn) == 8
     assert all(line.startswith(code) for line, code in zip(shown, drawn, strict=True))
 
 
