@@ -1,16 +1,24 @@
 """HTTP routes over the ports. Knows no adapter, no engine and no Ray."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from .errors import BodyTooLarge, FluxFillError, MalformedMessage, VariantNotReady
-from .messages import parse_edit, parse_envelope
-from .ports import Delivery, Verdict
+from .auth import Access
+from .errors import BodyTooLarge, FluxFillError, MalformedMessage, Unauthorized, VariantNotReady
+from .jobs import Job, State
+from .messages import ID_PATTERN, Id, parse_edit, parse_envelope
+from .ports import BlobInfo, Delivery, Verdict
+from .telemetry import Metrics
+
+log = logging.getLogger(__name__)
 
 #: Pub/Sub's largest message, 10 MB, in base64, and room for the rest. A message over our own, smaller limit must be
 #: read to be acknowledged and dead-lettered: a refused push comes again for ever.
@@ -41,46 +49,153 @@ class Readiness(BaseModel):
     defaults_error: str = ""
 
 
+class CanceledJob(BaseModel):
+    id: str
+    status: State
+
+    @classmethod
+    def of(cls, job: Job) -> "CanceledJob":
+        return cls(id=job.id, status=job.status)
+
+
+class CanceledSession(BaseModel):
+    #: Those that were stopped. Messages that still wait become no job.
+    jobs: list[CanceledJob]
+
+
 class Service(Protocol):
     """What the routes need of the ingress."""
+
+    @property
+    def access(self) -> Access: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
 
     async def work(self, delivery: Delivery) -> Verdict: ...
 
     def readiness(self) -> Readiness: ...
 
+    async def cancel_job(self, job_id: str) -> Job:
+        """Raises UnknownJob, IllegalTransition, StoreUnavailable."""
 
-def create_app(service: Callable[[], Service]) -> FastAPI:
-    """`service` is asked at each request, because Serve makes the app before the replica."""
+    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
+        """The jobs that were stopped. Raises StoreUnavailable."""
+
+    async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
+        """What a signed link of this app reads. Raises InvalidLink, BlobNotFound, BlobTooLarge, StoreUnavailable."""
+
+
+#: Asked at each request, because Serve makes the app before the replica.
+Services = Callable[[], Service]
+
+
+def create_app(service: Services) -> FastAPI:
     app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None)
     app.add_exception_handler(FluxFillError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(Exception, _internal_error)
+    for routes in (_state_routes, _push_routes, _job_routes, _blob_routes):
+        app.include_router(routes(service))
+    return app
 
-    @app.get("/health")
+
+def _state_routes(service: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health")
     async def health() -> dict[str, str]:
         """The process answers. Says nothing of models or brokers; see /ready."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @routes.get("/ready")
     async def ready(response: Response) -> Readiness:
         """200 when the default variant can serve, else 503; each variant's state either way."""
         readiness = service().readiness()
         response.status_code = 200 if readiness.ready else 503
         return readiness
 
-    @app.post("/inpaint")
+    return routes
+
+
+def _push_routes(service: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/inpaint")
     async def inpaint(request: Request) -> JSONResponse:
         """A Pub/Sub push: worked on now, answered when its result is stored. 2xx acknowledges."""
-        envelope = parse_envelope(await _body(request, MAX_ENVELOPE_BYTES))
-        delivery = Delivery(
-            data=envelope.payload(),
-            attributes=envelope.message.attributes,
-            message_id=envelope.message.message_id,
-            publish_time=envelope.message.publish_time,
-        )
-        _refuse_early(delivery, service().readiness())
-        return _answer(await service().work(delivery))
+        if not service().access.takes_pushes:
+            raise HTTPException(404, "this app takes no pushes: push.enabled is false")
+        try:
+            return _answer(await _work_on_push(request, service()))
+        except FluxFillError as e:
+            service().metrics.add("fluxfill_pushes_refused_total", code=e.code)
+            log.warning("Refused a push: %s", e.message, extra={"action": "push_refused", "code": e.code})
+            raise
 
-    return app
+    return routes
+
+
+async def _work_on_push(request: Request, service: Service) -> Verdict:
+    # Before the body is read: strangers cost a header.
+    await service.access.check_push(request.headers.get("Authorization"))
+    envelope = parse_envelope(await _body(request, MAX_ENVELOPE_BYTES))
+    delivery = Delivery(
+        data=envelope.payload(),
+        attributes=envelope.message.attributes,
+        message_id=envelope.message.message_id,
+        publish_time=envelope.message.publish_time,
+    )
+    _refuse_early(delivery, service.readiness())
+    return await service.work(delivery)
+
+
+def _job_routes(service: Services) -> APIRouter:
+    def client(
+        authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
+    ) -> None:
+        service().access.check_client(authorization, x_api_key)
+
+    routes = APIRouter(prefix="/v1", dependencies=[Depends(client)])
+
+    @routes.post("/jobs/{id}/cancel")
+    async def cancel_job(job_id: Annotated[str, Path(alias="id", pattern=ID_PATTERN)]) -> CanceledJob:
+        """Stop a job: a waiting one never starts, a running one stops within a step. 409 where it is over."""
+        return CanceledJob.of(await service().cancel_job(job_id))
+
+    @routes.post("/sessions/{userId}/{sessionId}/cancel")
+    async def cancel_session(
+        user_id: Annotated[Id, Path(alias="userId")], session_id: Annotated[Id, Path(alias="sessionId")]
+    ) -> CanceledSession:
+        """Stop a session's jobs, and the messages that wait. 200 where there are none, too."""
+        jobs = await service().cancel_session(user_id, session_id)
+        return CanceledSession(jobs=[CanceledJob.of(job) for job in jobs])
+
+    return routes
+
+
+#: A browser shows a blob and runs nothing in it, whatever it is.
+_BLOB_HEADERS: Mapping[str, str] = {
+    "Cache-Control": "private, no-store",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def _blob_routes(service: Services) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/blobs/{token}", response_class=Response)
+    async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]) -> Response:
+        """The blob that a signed link of this app reads."""
+        data, info = await service().blob(token)
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
+        headers = {**_BLOB_HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
+        return Response(data, media_type=info.content_type, headers=headers)
+
+    return routes
 
 
 def _refuse_early(delivery: Delivery, readiness: Readiness) -> None:
@@ -125,10 +240,23 @@ def problem(
 
 async def _problem(_request: Request, e: Exception) -> Response:
     assert isinstance(e, FluxFillError)
-    return problem(e.http_status, e.code, e.message)
+    headers = {"WWW-Authenticate": "Bearer"} if isinstance(e, Unauthorized) else None
+    return problem(e.http_status, e.code, e.message, headers=headers)
 
 
 async def _http_problem(_request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "http_error")
     return problem(e.status_code, code, str(e.detail), headers=e.headers)
+
+
+async def _invalid_request(_request: Request, e: Exception) -> Response:
+    assert isinstance(e, RequestValidationError)
+    # Without the input, which may be a token.
+    first = e.errors()[0]
+    return problem(422, "invalid_request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+async def _internal_error(_request: Request, _e: Exception) -> Response:
+    # What happened is raised on, and logged by the server.
+    return problem(500, FluxFillError.code, "something went wrong here; the log says what")

@@ -4,31 +4,19 @@ import base64
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
-from serve_app.api import MAX_ENVELOPE_BYTES, Readiness, VariantReadiness, VariantState, create_app
-from serve_app.ports import Delivery, Verdict
+from serve_app.api import MAX_ENVELOPE_BYTES, VariantState, create_app
+from serve_app.errors import ReplicaLost
+from serve_app.jobs import State
 
+from .http_service import LINKS, Process
 from .rig import SESSION, USER, Rig
-
-
-class Process:
-    """The service a route sees: a real worker, and a readiness that the test sets."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        self.state: VariantState = "ready"
-        self.default = "telea"
-
-    async def work(self, delivery: Delivery) -> Verdict:
-        return await self.rig.worker.work(delivery)
-
-    def readiness(self) -> Readiness:
-        telea = VariantReadiness(state=self.state, error="no such file" if self.state == "failed" else "")
-        variants = {"telea": telea, "Q8_0": VariantReadiness(state="starting")}
-        return Readiness(ready=variants[self.default].can_serve, default_variant=self.default, variants=variants)
 
 
 @pytest.fixture
@@ -40,7 +28,7 @@ async def process() -> Process:
 
 @pytest.fixture
 def client(process: Process) -> Iterator[TestClient]:
-    with TestClient(create_app(lambda: process)) as client:
+    with TestClient(create_app(lambda: process), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -136,7 +124,207 @@ def test_a_body_over_pubsubs_limit_is_refused_while_it_is_read(client: TestClien
     assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
-def test_what_is_not_there_is_a_problem_too(client: TestClient) -> None:
-    assert client.get("/nope").json()["code"] == "not_found"
-    assert client.get("/inpaint").json()["code"] == "method_not_allowed"
-    assert client.get("/docs").status_code == 404
+def test_a_refused_push_is_counted_by_its_code(client: TestClient, process: Process) -> None:
+    client.post("/inpaint", json={})
+    client.post("/inpaint", json=envelope())
+    assert process.rig.metrics.total("fluxfill_pushes_refused_total", "malformed_message") == 1
+
+
+def test_where_pushes_are_switched_off_there_is_no_such_route(client: TestClient, process: Process) -> None:
+    process.guard(enabled=False)
+    response = client.post("/inpaint", json=envelope())
+    assert (response.status_code, problem_code(response)) == (404, "not_found")
+    assert process.worked == 0
+
+
+# Problems
+
+
+def problem_code(response: Any) -> str:
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["status"] == response.status_code and problem["detail"]
+    code: str = problem["code"]
+    return code
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nope", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/inpaint", 405, "method_not_allowed"),
+        ("GET", "/v1/jobs/j/cancel", 405, "method_not_allowed"),
+        ("POST", "/v1/jobs/a.b/cancel", 422, "invalid_request"),
+        ("GET", "/blobs/broken.token", 500, "internal_error"),
+    ],
+)
+def test_whatever_is_wrong_is_a_problem_with_a_code(
+    client: TestClient, method: str, path: str, status: int, code: str
+) -> None:
+    response = client.request(method, path)
+    assert (response.status_code, problem_code(response)) == (status, code)
+    assert "fault of our own" not in response.text
+
+
+# Cancellation
+
+
+async def waiting_job(process: Process) -> str:
+    """A job whose first attempt failed, and which is to be tried again."""
+
+    def fail() -> None:
+        raise ReplicaLost("gone")
+
+    process.rig.engine.on_paint = fail
+    await process.rig.work()
+    return (await process.rig.job()).id
+
+
+async def test_a_waiting_job_is_canceled_by_its_id(client: TestClient, process: Process) -> None:
+    job_id = await waiting_job(process)
+    response = client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "canceled"})
+    assert (await process.rig.job()).status == State.CANCELED
+    again = client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (again.status_code, problem_code(again)) == (409, "illegal_transition")
+
+
+def test_a_job_that_nobody_knows_cannot_be_canceled(client: TestClient) -> None:
+    response = client.post("/v1/jobs/edit-0123/cancel")
+    assert (response.status_code, problem_code(response)) == (404, "unknown_job")
+
+
+async def test_a_session_is_canceled_with_its_jobs(client: TestClient, process: Process) -> None:
+    job_id = await waiting_job(process)
+    response = client.post(f"/v1/sessions/{USER}/{SESSION}/cancel")
+    assert (response.status_code, response.json()) == (200, {"jobs": [{"id": job_id, "status": "canceled"}]})
+
+
+async def test_a_session_without_jobs_is_canceled_for_its_waiting_messages(
+    client: TestClient, process: Process
+) -> None:
+    response = client.post(f"/v1/sessions/{USER}/{SESSION}/cancel")
+    assert (response.status_code, response.json()) == (200, {"jobs": []})
+    assert await process.rig.jobs.canceled_until(f"{USER}/{SESSION}") is not None
+
+
+def test_a_store_that_is_down_is_said_to_be(client: TestClient, process: Process) -> None:
+    process.rig.jobs.is_down = True
+    for path in ("/v1/jobs/edit-0123/cancel", f"/v1/sessions/{USER}/{SESSION}/cancel"):
+        response = client.post(path)
+        assert (response.status_code, problem_code(response)) == (503, "store_unavailable")
+
+
+#: As they stand in a request line; `..` also as it is, because only clients take it out.
+HOSTILE_IDS = ["..", "%2e%2e", "a%2Fb", "..%2F..%2Fetc", "a%5Cb", "a%00", "%00", "a%0A", "a%20b", "%C3%A9", "%FF"]
+HOSTILE_IDS += ["a.b", "%252e%252e", "~", "x" * 129, "x" * 10_000]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE_IDS, ids=lambda hostile: hostile[:12])
+@pytest.mark.parametrize("path", ["/v1/jobs/{}/cancel", "/v1/sessions/{}/s/cancel", "/v1/sessions/u/{}/cancel"])
+async def test_ids_that_could_escape_a_path_are_refused(process: Process, path: str, hostile: str) -> None:
+    process.rig.jobs.is_down = True  # So that whatever reached the service would answer 503.
+    status, body = await raw(create_app(lambda: process), "POST", path.format(hostile))
+    assert (status, body["code"]) in [(422, "invalid_request"), (404, "not_found")]
+    assert hostile not in body["detail"] or len(hostile) < 3
+
+
+async def raw(app: FastAPI, method: str, path: str) -> tuple[int, dict[str, Any]]:
+    """The answer to a path as it stands, which httpx would tidy up."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": unquote(path), "raw_path": path.encode(), "headers": []}
+    await app({**scope, "query_string": b"", "root_path": "", "scheme": "http"}, receive, send)
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+
+# API keys
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/edit-0123/cancel", "/v1/sessions/u/s/cancel", "/v1/jobs/a.b/cancel"])
+class TestApiKeys:
+    @pytest.mark.parametrize(
+        "headers", [{"Authorization": "Bearer two"}, {"authorization": "bearer one"}, {"X-API-Key": "two"}]
+    )
+    def test_each_key_opens(self, client: TestClient, process: Process, path: str, headers: dict[str, str]) -> None:
+        process.guard(api_keys="one, two,", is_production=True)
+        assert client.post(path, headers=headers).status_code in (200, 404, 422)
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {},
+            {"Authorization": "Bearer three"},
+            {"Authorization": "Bearer "},
+            {"Authorization": "Bearer one, two"},
+            {"Authorization": "Basic b25lOnR3bw=="},
+            {"Authorization": "one"},
+            {"X-API-Key": ""},
+            {"X-API-Key": "on"},
+            {"X-API-Key": "onee"},
+            {"X-API-Key": "three", "Authorization": "Bearer one"},
+            {"Authorization": "Bearer " + "x" * 10_000},
+        ],
+        ids=lambda headers: str(headers)[:40],
+    )
+    def test_nothing_else_does(self, client: TestClient, process: Process, path: str, headers: dict[str, str]) -> None:
+        process.guard(api_keys="one, two,")
+        response = client.post(path, headers=headers)
+        assert (response.status_code, problem_code(response)) == (401, "unauthorized")
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        assert "three" not in response.text
+
+    def test_without_keys_they_are_open_on_a_machine_of_ones_own(self, client: TestClient, path: str) -> None:
+        assert client.post(path).status_code in (200, 404, 422)
+
+    @pytest.mark.parametrize(("api_keys", "is_production"), [(None, True), (" , ", True), (",", False)])
+    def test_without_keys_they_are_shut_in_production(
+        self, client: TestClient, process: Process, path: str, api_keys: str | None, is_production: bool
+    ) -> None:
+        process.guard(api_keys=api_keys, is_production=is_production)
+        response = client.post(path, headers={"X-API-Key": ""})
+        assert (response.status_code, problem_code(response)) == (403, "forbidden")
+
+
+# Signed links
+
+
+async def test_a_signed_link_reads_its_blob(client: TestClient, process: Process) -> None:
+    response = client.get("/blobs/good.token")
+    assert (response.status_code, response.content) == (200, await process.rig.blob("original.jpg"))
+    assert response.headers["content-type"] == "image/jpeg"
+    assert response.headers["content-disposition"] == 'inline; filename="original.jpg"'
+    assert response.headers["cache-control"] == "private, no-store"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in response.headers["content-security-policy"]
+
+
+async def test_an_odd_name_is_made_safe(client: TestClient, process: Process) -> None:
+    await process.rig.blobs.put(LINKS["odd.token"], b"<svg/>", content_type="image/svg+xml")
+    response = client.get("/blobs/odd.token")
+    assert response.headers["content-disposition"] == 'inline; filename="a__b___.svg"'
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "code"),
+    [
+        ("none.of.ours", 403, "invalid_link"),
+        ("gone.token", 404, "blob_not_found"),
+        ("a%2F..%2Fb", 404, "not_found"),
+        ("%00secret", 422, "invalid_request"),
+        ("secret" * 1000, 422, "invalid_request"),
+    ],
+)
+async def test_what_is_no_link_is_refused_and_not_repeated(
+    process: Process, caplog: pytest.LogCaptureFixture, token: str, status: int, code: str
+) -> None:
+    answered, body = await raw(create_app(lambda: process), "GET", f"/blobs/{token}")
+    assert (answered, body["code"]) == (status, code)
+    assert "secret" not in str(body) + caplog.text

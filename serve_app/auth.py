@@ -1,0 +1,190 @@
+"""Who may call: Pub/Sub's pushes by Google's OIDC token, the job API's clients by their keys.
+
+What is refused says why in one sentence, which never repeats any part of a token or a key.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jwt
+from jwt import PyJWK, PyJWKClient
+from pydantic import SecretStr
+
+from .errors import Forbidden, Unauthorized, Unavailable
+from .settings import PushSettings, Secrets, Settings
+
+#: A Google token with its claims has about 1,000 characters, and servers commonly take 8 KiB of headers.
+MAX_CREDENTIAL_CHARS = 8192
+#: What a token's times may be wrong by, for clocks that disagree.
+LEEWAY_S = 30.0
+#: Google shows new keys hours before they sign, and takes a key away as long after.
+KEYS_LIFESPAN_S = 3600.0
+#: Between two looks for keys that are not known, so that forged key ids make no traffic.
+KEYS_COOLDOWN_S = 10.0
+KEYS_TIMEOUT_S = 5.0
+
+#: https://developers.google.com/identity/openid-connect/openid-connect#validatinganidtoken
+_ISSUERS = ("https://accounts.google.com", "accounts.google.com")
+_ALGORITHM = "RS256"
+
+
+class SigningKeys:
+    """The public keys that a URL shows as a JWK set (RFC 7517), by their ids."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = PyJWKClient(url, cache_jwk_set=False, timeout=KEYS_TIMEOUT_S)
+        self._clock = clock
+        self._keys: Mapping[str, PyJWK] = {}
+        self._good_until = self._next_look = clock()
+        #: The last look, or the one going on: all who need a key that is not known await the same one.
+        self._look: asyncio.Task[None] | None = None
+
+    async def get(self, kid: str) -> PyJWK:
+        """Raises Unauthorized for a key that is not there; Unavailable, within KEYS_TIMEOUT_S, where none can."""
+        if not self._has(kid):
+            if self._look is None or (self._look.done() and self._clock() >= self._next_look):
+                self._look = asyncio.create_task(self._fetch())
+            await asyncio.shield(self._look)
+        if not self._has(kid):
+            raise Unauthorized("the token was signed with a key that its issuer does not show")
+        return self._keys[kid]
+
+    def _has(self, kid: str) -> bool:
+        return kid in self._keys and self._clock() < self._good_until
+
+    async def _fetch(self) -> None:
+        try:
+            keys = await asyncio.wait_for(asyncio.to_thread(self._client.get_signing_keys), KEYS_TIMEOUT_S)
+        except (jwt.PyJWTError, OSError, ValueError) as e:
+            raise Unavailable(f"the keys that sign push tokens could not be fetched: {type(e).__name__}") from e
+        finally:
+            self._next_look = self._clock() + KEYS_COOLDOWN_S
+        self._keys = {key.key_id: key for key in keys if key.key_id and key.algorithm_name == _ALGORITHM}
+        self._good_until = self._clock() + KEYS_LIFESPAN_S
+
+
+class PushVerifier:
+    """Checks the token that Pub/Sub sends with each push
+    (https://cloud.google.com/pubsub/docs/authenticate-push-subscriptions)."""
+
+    def __init__(self, push: PushSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._push = push
+        self._keys = SigningKeys(push.jwks_url, clock=clock)
+
+    async def verify(self, authorization: str | None) -> None:
+        """`authorization` is the header's value.
+
+        Raises Unauthorized without a token that holds; Forbidden for a good one of another account; Unavailable while
+        the keys to check it by cannot be had.
+        """
+        token = _bearer(authorization)
+        claims = self._claims(token, await self._keys.get(_key_id(token)))
+        if claims.get("email") != self._push.service_account or claims.get("email_verified") is not True:
+            raise Forbidden("the token is not that of push.service_account, or its e-mail is not verified")
+
+    def _claims(self, token: str, key: PyJWK) -> Mapping[str, Any]:
+        try:
+            claims: Mapping[str, Any] = jwt.decode(
+                token,
+                key,
+                algorithms=[_ALGORITHM],
+                audience=self._push.audience,
+                issuer=_ISSUERS,
+                leeway=LEEWAY_S,
+                options={"require": ["exp", "iat", "aud", "iss"], "strict_aud": True},
+            )
+        except jwt.PyJWTError as e:
+            raise Unauthorized(f"the token does not hold: {_sentence(e)}") from e
+        return claims
+
+
+#: PyJWT's own sentences may repeat what a token says.
+_SENTENCES: Mapping[type[jwt.PyJWTError], str] = {
+    jwt.ExpiredSignatureError: "it has expired",
+    jwt.ImmatureSignatureError: "it is of the future",
+    jwt.InvalidAudienceError: "it is made out for another audience",
+    jwt.InvalidIssuerError: "it is of another issuer",
+    jwt.InvalidSignatureError: "its signature is wrong",
+    jwt.MissingRequiredClaimError: "it lacks one of exp, iat, aud and iss",
+}
+
+
+def _sentence(e: jwt.PyJWTError) -> str:
+    return _SENTENCES.get(type(e), "it is malformed")
+
+
+def _key_id(token: str) -> str:
+    """The id of the key that the token says it was signed with."""
+    try:
+        header = jwt.get_unverified_header(token)
+    except jwt.PyJWTError as e:
+        raise Unauthorized("the token is not a JWT") from e
+    if header.get("alg") != _ALGORITHM:
+        raise Unauthorized(f"the token is not signed with {_ALGORITHM}")
+    kid = header.get("kid")
+    if not isinstance(kid, str):
+        raise Unauthorized("the token names no key")
+    return kid
+
+
+def _bearer(authorization: str | None) -> str:
+    """The credential in an Authorization header (RFC 6750, 2.1). Raises Unauthorized where there is none."""
+    if not authorization:
+        raise Unauthorized("there is no Authorization header")
+    if len(authorization) > MAX_CREDENTIAL_CHARS:
+        raise Unauthorized(f"the Authorization header has more than {MAX_CREDENTIAL_CHARS} characters")
+    scheme, _, credential = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not credential.strip():
+        raise Unauthorized("the Authorization header is not `Bearer` and a token")
+    return credential.strip()
+
+
+class ApiKeys:
+    """The keys of the job API's clients, separated by commas. Without any, everybody may call where nobody else can:
+    not in production."""
+
+    def __init__(self, keys: SecretStr | None, *, is_production: bool) -> None:
+        given = keys.get_secret_value().split(",") if keys else []
+        # Digests have one length, so that comparing them tells nothing of the keys'.
+        self._digests = [_digest(key.strip()) for key in given if key.strip()]
+        self._is_open = keys is None and not is_production
+
+    def check(self, authorization: str | None, api_key: str | None) -> None:
+        """The values of `Authorization: Bearer KEY` and `X-API-Key: KEY`; the second counts where both are there.
+
+        Raises Unauthorized without a key that is one of ours; Forbidden where there is no key that could be.
+        """
+        if self._is_open:
+            return
+        if not self._digests:
+            raise Forbidden("API_KEYS names no key: nobody may call this")
+        given = _digest(api_key if api_key is not None else _bearer(authorization))
+        # Each is compared, so that the time taken does not tell which one it was.
+        if not any([hmac.compare_digest(given, digest) for digest in self._digests]):
+            raise Unauthorized("the API key is not one of ours")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+
+
+class Access:
+    """Both, as an app's settings and secrets want them."""
+
+    def __init__(self, settings: Settings, secrets: Secrets) -> None:
+        self.takes_pushes = settings.push.enabled
+        self._pushes = PushVerifier(settings.push) if settings.push.is_verified else None
+        self._keys = ApiKeys(secrets.api_keys, is_production=settings.is_production)
+
+    async def check_push(self, authorization: str | None) -> None:
+        """See `PushVerifier.verify`; where pushes are not verified, everybody may push."""
+        if self._pushes is not None:
+            await self._pushes.verify(authorization)
+
+    def check_client(self, authorization: str | None, api_key: str | None) -> None:
+        """See `ApiKeys.check`."""
+        self._keys.check(authorization, api_key)

@@ -1,0 +1,71 @@
+"""The service that routes see, over a real worker: what the tests of the HTTP routes hold in their hands."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import SecretStr
+
+from serve_app.api import Readiness, VariantReadiness, VariantState
+from serve_app.auth import Access
+from serve_app.cancel import Canceler
+from serve_app.errors import InvalidLink
+from serve_app.jobs import Job
+from serve_app.ports import BlobInfo, Delivery, Verdict
+from serve_app.settings import PushSettings, Secrets, Settings
+from serve_app.telemetry import Metrics
+
+from .rig import Rig
+
+#: Tokens of links, in front of the blobs they read.
+LINKS = {"good.token": "users/u1/sessions/s1/original.jpg", "odd.token": 'x/a "b"\u00e9;.svg', "gone.token": "x/none"}
+
+
+def settings(*, is_production: bool = False, **push: Any) -> Settings:
+    verified = {"audience": "https://app.example.org/inpaint", "service_account": "pusher@p.iam.gserviceaccount.com"}
+    return Settings(
+        variants={"telea": {}},
+        blobs="memory:routes",
+        jobs="memory:routes",
+        messages={"url": "pubsub:" if is_production else "memory:routes"},
+        push=PushSettings(**({**verified, **push} if is_production else push)),
+    )
+
+
+class Process:
+    """A real worker, and readiness, settings and keys that the test sets."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.state: VariantState = "ready"
+        self.default = "telea"
+        self.metrics: Metrics = rig.metrics
+        self.access = Access(settings(), Secrets())
+        self.worked = 0
+        self._canceler = Canceler(job_store=rig.jobs, cancellations=rig.jobs, clock=rig.clock)
+
+    def guard(self, *, api_keys: str | None = None, **changes: Any) -> None:
+        keys = None if api_keys is None else SecretStr(api_keys)
+        self.access = Access(settings(**changes), Secrets(api_keys=keys))
+
+    async def work(self, delivery: Delivery) -> Verdict:
+        self.worked += 1
+        return await self.rig.worker.work(delivery)
+
+    def readiness(self) -> Readiness:
+        telea = VariantReadiness(state=self.state, error="no such file" if self.state == "failed" else "")
+        variants = {"telea": telea, "Q8_0": VariantReadiness(state="starting")}
+        return Readiness(ready=variants[self.default].can_serve, default_variant=self.default, variants=variants)
+
+    async def cancel_job(self, job_id: str) -> Job:
+        return await self._canceler.job(job_id)
+
+    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
+        return await self._canceler.session(user_id, session_id)
+
+    async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
+        if token == "broken.token":
+            raise RuntimeError("a fault of our own")
+        if token not in LINKS:
+            raise InvalidLink("the link has expired, or is none of ours")
+        found: tuple[bytes, BlobInfo] = await self.rig.blobs.get(LINKS[token], max_bytes=10**6)
+        return found

@@ -1,0 +1,325 @@
+"""Tokens of pushes, forged in every way we know, through the real app; and the keys they are checked by."""
+
+import asyncio
+import base64
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+
+from serve_app import auth
+from serve_app.api import create_app
+from serve_app.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, PushVerifier
+from serve_app.errors import Unauthorized, Unavailable
+from serve_app.settings import PushSettings
+
+from . import jwks_server
+from .http_service import Process
+from .jwks_server import ACCOUNT, AUDIENCE, KeyServer, SigningKey, google_claims, segment
+from .rig import Rig
+
+KEY, NEXT_KEY, STRANGER = SigningKey("key-1"), SigningKey("key-2"), SigningKey("key-1")
+
+
+@pytest.fixture
+def server() -> Iterator[KeyServer]:
+    with jwks_server.serve() as server:
+        server.keys = [KEY]
+        yield server
+
+
+@pytest.fixture
+def process(server: KeyServer) -> Process:
+    process = Process(Rig())
+    process.guard(is_production=True, jwks_url=server.url)
+    return process
+
+
+async def push(process: Process, headers: dict[str, str]) -> tuple[httpx.Response, int]:
+    """The answer, and how much of the body was read."""
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        read += 1
+        message = {"data": base64.b64encode(b"{}").decode(), "messageId": "7"}
+        yield json.dumps({"message": message}).encode()
+
+    transport = httpx.ASGITransport(create_app(lambda: process), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+        return await client.post("/inpaint", content=body(), headers=headers), read
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def by_hand(header: dict[str, Any], claims: dict[str, Any], key: SigningKey = KEY) -> str:
+    """Signed rightly, whatever it says: PyJWT makes no token that is wrong."""
+    signed = f"{segment({'alg': 'RS256', 'kid': 'key-1', **header})}.{segment({**google_claims(), **claims})}"
+    return f"{signed}.{segment(jwt.get_algorithm_by_name('RS256').sign(signed.encode(), key.private))}"
+
+
+def hs256(secret: bytes) -> str:
+    """Signed with the public key as if it were a shared secret."""
+    signed = f"{segment({'alg': 'HS256', 'kid': 'key-1'})}.{segment(google_claims())}"
+    return f"{signed}.{segment(jwt.get_algorithm_by_name('HS256').sign(signed.encode(), secret))}"
+
+
+def unsigned(alg: str) -> str:
+    return f"{segment({'alg': alg, 'kid': 'key-1'})}.{segment(google_claims())}."
+
+
+def altered(**claims: Any) -> str:
+    """A good token whose payload was replaced after it was signed."""
+    header, _, signature = KEY.token().split(".")
+    return f"{header}.{segment({**google_claims(), **claims})}.{signature}"
+
+
+NOW = int(time.time())
+#: Made when they are used, because some of them grow old.
+FORGED: dict[str, Callable[[], str]] = {
+    "empty": lambda: "",
+    "text": lambda: "let-me-in",
+    "dots": lambda: "..",
+    "many dots": lambda: "a.b.c.d.e",
+    "not base64": lambda: "!!!.???.###",
+    "no JSON": lambda: f"{segment(b'xx')}.{segment(b'yy')}.{segment(b'zz')}",
+    "deep JSON": lambda: f"{segment(b'[' * 4000)}.e30.e30",
+    "a header that is a list": lambda: f"{segment(b'[]')}.e30.e30",
+    "payload is a list": lambda: KEY.token().split(".")[0] + "." + segment(b"[]") + ".AAAA",
+    "cut": lambda: KEY.token()[:-10],
+    "signature cut off": lambda: KEY.token().rpartition(".")[0] + ".",
+    "signature left out": lambda: KEY.token().rpartition(".")[0],
+    "altered": lambda: altered(email="stranger@p.iam.gserviceaccount.com"),
+    "altered expiry": lambda: altered(exp=NOW + 10**6),
+    "alg none": lambda: unsigned("none"),
+    "alg None": lambda: unsigned("None"),
+    "alg empty": lambda: unsigned(""),
+    "alg RS256, unsigned": lambda: unsigned("RS256"),
+    "HS256 with the public key": lambda: hs256(KEY.pem()),
+    "HS256 with the modulus": lambda: hs256(KEY.jwk()["n"].encode()),
+    "RS512": lambda: KEY.token(alg="RS512"),
+    "PS256": lambda: KEY.token(alg="PS256"),
+    "another's key of the same id": lambda: STRANGER.token(),
+    "a key nobody shows": lambda: NEXT_KEY.token(),
+    "no key id": lambda: by_hand({"kid": None}, {}),
+    "a key id that is a path": lambda: by_hand({"kid": "../../etc/passwd"}, {}),
+    "a key of its own": lambda: by_hand({"jwk": STRANGER.jwk()}, {}, STRANGER),
+    "a key at a URL of its own": lambda: by_hand({"jku": "https://example.org/certs"}, {}, STRANGER),
+    "a critical extension": lambda: by_hand({"crit": ["x-unknown"], "x-unknown": 1}, {}),
+    "expired": lambda: KEY.token(exp=NOW - 60, iat=NOW - 3660),
+    "without exp": lambda: KEY.token(without="exp"),
+    "without iat": lambda: KEY.token(without="iat"),
+    "without aud": lambda: KEY.token(without="aud"),
+    "without iss": lambda: KEY.token(without="iss"),
+    "exp is text": lambda: KEY.token(exp="soon"),
+    "exp is no number": lambda: KEY.token(exp=float("nan")),
+    "of the future": lambda: KEY.token(iat=NOW + 600, exp=NOW + 4000),
+    "not yet": lambda: KEY.token(nbf=NOW + 600),
+    "another audience": lambda: KEY.token(aud="https://other.example.org"),
+    "a longer audience": lambda: KEY.token(aud=AUDIENCE + "/"),
+    "audiences": lambda: KEY.token(aud=[AUDIENCE, "https://other.example.org"]),
+    "another issuer": lambda: KEY.token(iss="https://accounts.example.org"),
+    "a longer issuer": lambda: KEY.token(iss="https://accounts.google.com.example.org"),
+    "part of the issuer": lambda: KEY.token(iss="accounts.google"),
+    "issuers": lambda: by_hand({}, {"iss": ["https://accounts.google.com"]}),
+    "enormous": lambda: KEY.token(nonce="x" * 10_000),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+async def test_a_forged_token_is_refused_before_the_body_is_read(
+    process: Process, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    token = FORGED[kind]()
+    response, read = await push(process, bearer(token))
+    assert (response.status_code, response.json()["code"]) == (401, "unauthorized"), response.text
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (read, process.worked) == (0, 0)
+    said = response.text + caplog.text
+    assert not [part for part in token.split(".") if len(part) > 8 and part in said]
+    assert "push_refused" in [getattr(record, "action", "") for record in caplog.records]
+    assert process.rig.metrics.total("fluxfill_pushes_refused_total", "unauthorized") == 1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer ", "Basic {}", "{}", "Token {}", "Bearer{}", "Bearer {} {}", "Bearer x, Bearer {}"],
+)
+async def test_a_good_token_must_be_in_its_place(process: Process, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.replace("{}", KEY.token())}
+    response, read = await push(process, headers)
+    assert (response.status_code, read) == (401, 0)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"email": "stranger@p.iam.gserviceaccount.com"},
+        {"email": ACCOUNT.upper()},
+        {"email": [ACCOUNT]},
+        {"without": "email"},
+        {"email_verified": False},
+        {"email_verified": "true"},
+        {"email_verified": 1},
+        {"without": "email_verified"},
+    ],
+    ids=str,
+)
+async def test_a_good_token_of_another_account_is_forbidden(process: Process, claims: dict[str, Any]) -> None:
+    response, read = await push(process, bearer(KEY.token(**claims)))
+    assert (response.status_code, response.json()["code"], read) == (403, "forbidden", 0)
+
+
+@pytest.mark.parametrize(
+    "claims", [{}, {"iss": "accounts.google.com"}, {"exp": NOW - 5, "iat": NOW - 3605}, {"nbf": NOW + 5}], ids=str
+)
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+async def test_a_good_token_is_let_in(process: Process, claims: dict[str, Any], scheme: str) -> None:
+    response, _ = await push(process, {"Authorization": f"{scheme} {KEY.token(**claims)}"})
+    assert (response.status_code, response.json()) == (200, {"outcome": "malformed_message"})
+    assert process.worked == 1
+
+
+async def test_where_pushes_are_not_verified_no_token_is_asked_for() -> None:
+    process = Process(Rig())
+    assert (await push(process, {}))[0].status_code == 200
+
+
+# Keys
+
+
+class Hours:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Hours:
+    return Hours()
+
+
+@pytest.fixture
+def verifier(server: KeyServer, clock: Hours) -> PushVerifier:
+    push = PushSettings(audience=AUDIENCE, service_account=ACCOUNT, jwks_url=server.url)
+    return PushVerifier(push, clock=clock)
+
+
+async def test_the_keys_are_fetched_once_for_all_who_wait(server: KeyServer, verifier: PushVerifier) -> None:
+    server.may_answer.clear()
+    waiting = [asyncio.create_task(verifier.verify(f"Bearer {KEY.token()}")) for _ in range(20)]
+    while not server.requests:
+        await asyncio.sleep(0.01)
+    waiting[0].cancel()  # The first to come hangs up: the others' keys come all the same.
+    server.may_answer.set()
+    assert await asyncio.gather(*waiting[1:]) == [None] * 19
+    await verifier.verify(f"Bearer {KEY.token()}")
+    assert server.requests == 1
+
+
+async def test_a_new_key_is_found_and_an_old_one_ends(server: KeyServer, verifier: PushVerifier, clock: Hours) -> None:
+    await verifier.verify(f"Bearer {KEY.token()}")
+    server.keys = [KEY, NEXT_KEY]
+    clock.now += KEYS_COOLDOWN_S
+    await verifier.verify(f"Bearer {NEXT_KEY.token()}")
+    server.keys = [NEXT_KEY]
+    await verifier.verify(f"Bearer {KEY.token()}")
+    clock.now += KEYS_LIFESPAN_S
+    with pytest.raises(Unauthorized):
+        await verifier.verify(f"Bearer {KEY.token()}")
+    await verifier.verify(f"Bearer {NEXT_KEY.token()}")
+    assert server.requests == 3
+
+
+async def test_forged_key_ids_make_no_traffic(server: KeyServer, verifier: PushVerifier, clock: Hours) -> None:
+    await verifier.verify(f"Bearer {KEY.token()}")
+    for step in range(100):
+        clock.now = KEYS_COOLDOWN_S * step / 50
+        with pytest.raises(Unauthorized):
+            await verifier.verify(f"Bearer {SigningKey(f'forged-{step}', STRANGER.private).token()}")
+    assert server.requests == 2
+
+
+async def test_what_is_no_rs256_token_makes_no_traffic(server: KeyServer, verifier: PushVerifier) -> None:
+    for kind in ("text", "alg none", "HS256 with the public key", "RS512", "no key id", "enormous"):
+        with pytest.raises(Unauthorized):
+            await verifier.verify(f"Bearer {FORGED[kind]()}")
+    assert server.requests == 0
+
+
+async def test_known_keys_do_not_wait_for_a_look_at_unknown_ones(
+    server: KeyServer, verifier: PushVerifier, clock: Hours
+) -> None:
+    await verifier.verify(f"Bearer {KEY.token()}")
+    clock.now += KEYS_COOLDOWN_S
+    server.may_answer.clear()
+    stranger = asyncio.create_task(verifier.verify(f"Bearer {NEXT_KEY.token()}"))
+    while server.requests < 2:
+        await asyncio.sleep(0.01)
+    await verifier.verify(f"Bearer {KEY.token()}")
+    assert not stranger.done()
+    server.may_answer.set()
+    with pytest.raises(Unauthorized):
+        await stranger
+
+
+BROKEN = [(500, b""), (404, b""), (302, b""), (200, b"<html>"), (200, b"[]"), (200, b"{}"), (200, b'{"keys":[]}')]
+BROKEN += [(200, b'{"keys":"x"}'), (200, b'{"keys":[{"kid":"key-1","kty":"RSA"}]}'), (200, b"\xff\xfe")]
+
+
+@pytest.mark.parametrize("answer", BROKEN, ids=str)
+async def test_without_keys_pubsub_is_to_come_again(
+    server: KeyServer, process: Process, answer: tuple[int, bytes]
+) -> None:
+    server.answer = answer
+    response, read = await push(process, bearer(KEY.token()))
+    assert (response.status_code, response.json()["code"], read) == (503, "unavailable", 0)
+
+
+async def test_a_server_that_is_gone_is_asked_once_in_a_while(
+    server: KeyServer, verifier: PushVerifier, clock: Hours
+) -> None:
+    server.answer = (503, b"")
+    for _ in range(10):
+        with pytest.raises(Unavailable):
+            await verifier.verify(f"Bearer {KEY.token()}")
+    assert server.requests == 1
+    server.answer = None
+    clock.now += KEYS_COOLDOWN_S
+    await verifier.verify(f"Bearer {KEY.token()}")
+
+
+async def test_keys_that_are_known_outlive_an_outage(server: KeyServer, verifier: PushVerifier, clock: Hours) -> None:
+    await verifier.verify(f"Bearer {KEY.token()}")
+    server.answer = (503, b"")
+    clock.now += KEYS_LIFESPAN_S / 2
+    with pytest.raises(Unavailable):
+        await verifier.verify(f"Bearer {NEXT_KEY.token()}")
+    await verifier.verify(f"Bearer {KEY.token()}")
+
+
+async def test_a_server_that_does_not_answer_is_not_waited_for(
+    server: KeyServer, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "KEYS_TIMEOUT_S", 0.05)
+    server.may_answer.clear()
+    response, _ = await push(process, bearer(KEY.token()))
+    assert response.status_code == 503
+    server.may_answer.set()
+
+
+async def test_a_port_where_nobody_listens(process: Process) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        process.guard(is_production=True, jwks_url=f"http://127.0.0.1:{unused.getsockname()[1]}/certs")
+        response, _ = await push(process, bearer(KEY.token()))
+    assert response.status_code == 503
