@@ -1,0 +1,157 @@
+"""Calls to a publisher's URL, by https://www.standardwebhooks.com/: one signed try each. Trying again is not here."""
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+from pydantic import SecretStr
+from standardwebhooks import Webhook
+
+from ..errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
+from ..jobs import Job, session_document
+from ..settings import Secrets, WebhookSettings
+
+log = logging.getLogger(__name__)
+
+#: Characters of a URL that everything between here and the receiver takes (RFC 9110 asks for 8,000 and up).
+MAX_URL = 2048
+#: Bytes of a key, by the Standard Webhooks specification.
+KEY_BYTES = range(24, 65)
+
+
+class Webhooks:
+    """A host is listed by its name, which stands for its scheme's own port; another port is listed with it, as
+    `host:port`. Where the name leads to is its owner's business."""
+
+    def __init__(self, settings: WebhookSettings, secrets: Secrets) -> None:
+        """Raises InvalidCredentials for a malformed WEBHOOK_SECRET; SettingsError for a host that is none."""
+        self._settings = settings
+        self._hosts = {_listed(host) for host in settings.hosts}
+        self._keys = _keys(secrets.webhook_secret)
+        # Below httpx's client, which would take proxies from the environment, keep cookies and log whole URLs.
+        self._transport = httpx.AsyncHTTPTransport()
+
+    def check(self, url: str) -> None:
+        """Raises CallbackRefused for a URL that may not be called, and says why."""
+        self._allowed(url)
+
+    async def call(self, job: Job) -> None:
+        """Tell `job.callback_url` what became of `job`, which is over. 410 Gone counts as told.
+
+        The event's id, of job and fence, is the same in every try; its timestamp is this try's.
+
+        Raises CallbackRefused as `check` does; WebhookFailed, with the answer's `status` where there is one, for any
+        other answer than 2xx, a redirect included, and for none within the settings' `timeout_s`.
+        """
+        url = self._allowed(job.callback_url)
+        host = _authority(url)
+        status = await self._post(self._request(url, job), host)
+        if status == 410:
+            log.info("%s is gone", host, extra={"action": "webhook_gone", "host": host, **job.log_context()})
+        elif 200 <= status < 300:
+            log.info("Called %s", host, extra={"action": "webhook_told", "host": host, **job.log_context()})
+        else:
+            raise WebhookFailed(f"{host} answered {status}", host=host, status=status)
+
+    async def close(self) -> None:
+        await self._transport.aclose()
+
+    def _allowed(self, text: str) -> httpx.URL:
+        """What `text` is taken for, here and on the wire."""
+        if not self._keys:
+            raise CallbackRefused("callbackUrl: nothing is called, because WEBHOOK_SECRET is not set")
+        if len(text) > MAX_URL:
+            raise CallbackRefused(f"callbackUrl: {len(text)} characters; at most {MAX_URL} are taken")
+        try:
+            url = _canonical(text)
+        except httpx.InvalidURL:
+            # Without the reason, which may quote a password.
+            raise CallbackRefused("callbackUrl: not a URL") from None
+        if url.userinfo:
+            raise CallbackRefused("callbackUrl: a user name or a password does not belong in it")
+        if url.scheme not in (("https", "http") if self._settings.allow_http else ("https",)):
+            raise CallbackRefused(f"callbackUrl: its scheme is {url.scheme!r}, not https", scheme=url.scheme)
+        if (host := _authority(url)) not in self._hosts:
+            raise CallbackRefused(f"callbackUrl: {host!r} is not listed in webhooks.hosts", host=host)
+        return url
+
+    def _request(self, url: httpx.URL, job: Job) -> httpx.Request:
+        event_id, now, body = f"{job.id}-{job.fence}", datetime.now(UTC), json.dumps(_event(job))
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "flux-fill-serve",
+            "webhook-id": event_id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": " ".join(key.sign(event_id, now, body) for key in self._keys),
+        }
+        if job.traceparent:
+            headers["traceparent"] = job.traceparent
+        return httpx.Request("POST", url, headers=headers, content=body)
+
+    async def _post(self, request: httpx.Request, host: str) -> int:
+        """The answer's status. Its body is not read: the connection is closed on it."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                response = await self._transport.handle_async_request(request)
+                await response.aclose()
+        except TimeoutError:
+            raise WebhookFailed(f"{host} did not answer within {self._settings.timeout_s:g} s", host=host) from None
+        except httpx.ConnectError as e:
+            raise WebhookFailed(f"{host} cannot be reached: {e}", host=host) from e
+        except httpx.HTTPError as e:
+            # Only its kind: its text may quote the answer.
+            raise WebhookFailed(f"{host} gave no answer: {type(e).__name__}", host=host) from None
+        return response.status_code
+
+
+def _event(job: Job) -> dict[str, Any]:
+    return {
+        "type": f"edit.{job.status}",
+        "timestamp": job.finished_at.isoformat() if job.finished_at else None,
+        "data": {"userId": job.user_id, "sessionId": job.session_id, **session_document(job)},
+    }
+
+
+def _canonical(text: str) -> httpx.URL:
+    """With its host in ASCII, in lower case and without a trailing dot. Raises httpx.InvalidURL."""
+    url = httpx.URL(text)
+    return url.copy_with(host=url.raw_host.decode("ascii").removesuffix("."))
+
+
+def _authority(url: httpx.URL) -> str:
+    """Host, and port where it is not the scheme's own."""
+    return url.netloc.decode("ascii")
+
+
+def _listed(entry: str) -> str:
+    try:
+        if re.fullmatch(r"[^\s/?#@*\\]+", entry):
+            return _authority(_canonical(f"https://{entry}"))
+    except httpx.InvalidURL:
+        pass
+    raise SettingsError(f"webhooks.hosts: {entry!r} is neither a host name nor host:port", host=entry)
+
+
+def _keys(secret: SecretStr | None) -> list[Webhook]:
+    texts = secret.get_secret_value().split() if secret else []
+    return [Webhook(_key(text, number)) for number, text in enumerate(texts, 1)]
+
+
+def _key(text: str, number: int) -> bytes:
+    encoded = text.removeprefix("whsec_")
+    try:
+        # Strictly: Webhook itself would leave out what is not base64, and sign with the rest.
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if encoded == text or len(key) not in KEY_BYTES:
+        raise InvalidCredentials(
+            f"WEBHOOK_SECRET: secret {number} is not whsec_ and {KEY_BYTES[0]} to {KEY_BYTES[-1]} bytes in base64"
+        )
+    return key
