@@ -239,6 +239,9 @@ class WeightsSettings(_Frozen):
 class Settings(_Frozen):
     """The app's args in serve_config.yaml."""
 
+    # What is refused may be a secret in the wrong place.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     #: Machines the app may run on.
     nodes: int = Field(1, ge=1)
     #: Blob store URL; see `serve_app.adapters`.

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -60,6 +61,7 @@ class Scripted:
 
     def load(self) -> None: ...
     def warm_up(self, buckets: object) -> None: ...
+    def free_memory(self) -> None: ...
     def close(self) -> None: ...
 
     def device_ms(self) -> float | None:
@@ -101,11 +103,14 @@ class Outage:
         #: Awaited, once, before a method of that name runs, or after.
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
         self.after: dict[str, Callable[[], Awaitable[None]]] = {}
+        #: How often each method was called.
+        self.calls: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._inner, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
             if self.is_down and (not self.only or name in self.only):
                 raise self._error("switched off")
             if name in self.before:

@@ -161,3 +161,39 @@ def test_secrets_come_from_the_environment_and_are_not_shown(monkeypatch: pytest
     assert "hf_secret" not in repr(secrets) + secrets.model_dump_json()
     monkeypatch.setenv("HF_TOKEN", "")
     assert Secrets.from_environment().hf_token is None
+
+
+def test_every_secret_is_read_and_none_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Secrets.model_fields:
+        monkeypatch.setenv(name.upper(), f"the {name}")
+    secrets = Secrets.from_environment()
+    for name in Secrets.model_fields:
+        assert getattr(secrets, name).get_secret_value() == f"the {name}"
+    assert "the " not in repr(secrets) + str(secrets) + secrets.model_dump_json()
+
+
+PRODUCTION = [{"messages": {"url": "pubsub:", "project": "p-1"}}, {"nodes": 2, 
+    "blobs": "firebase:b", "jobs": "firestore:p", "messages": {"url": "pubsub://10.0.0.1:8085"}
+}]  # fmt: skip
+VERIFIED = {"audience": "https://fluxfill.example.org/inpaint", "service_account": "push@p.iam.gserviceaccount.com"}
+
+
+@pytest.mark.parametrize("where", PRODUCTION)
+def test_production_does_not_start_with_pushes_that_nobody_verifies(where: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"push\.audience and push\.service_account"):
+        Settings(variants={"telea": {}}, **where)
+    assert Settings(variants={"telea": {}}, push=VERIFIED, **where).push.is_verified
+    assert not Settings(variants={"telea": {}}, push={"enabled": False}, **where).push.enabled
+
+
+@pytest.mark.parametrize("half", VERIFIED)
+def test_a_push_token_is_checked_for_both_or_for_neither(half: str) -> None:
+    with pytest.raises(ValidationError, match="go together"):
+        Settings(variants={"telea": {}}, push={half: VERIFIED[half]})
+
+
+@pytest.mark.parametrize("key", ["blobs", "jobs", "sessions"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(ValidationError, match=key) as refused:
+        Settings(variants={"telea": {}}, **{key: "postgresql://user:hunter2@host/db"})
+    assert "hunter2" not in str(refused.value)

@@ -17,7 +17,7 @@ from serve_app.adapters.memory import MemoryJobStore
 from serve_app.errors import BlobNotFound, OutOfMemory, ReplicaLost, VariantLoadFailed
 from serve_app.jobs import State
 from serve_app.ports import Verdict
-from serve_app.settings import Inference
+from serve_app.settings import Inference, Work
 
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
 
@@ -671,6 +671,18 @@ ROWS = {
     "deadline passed": test_a_running_job_is_stopped_at_its_deadline,
     "shutdown": test_shutdown_puts_the_job_back_and_uses_no_attempt,
 }
+
+
+async def test_progress_is_told_no_oftener_than_the_settings_say() -> None:
+    """With an hour between two reports, a job reports at its end only, and its session hears of start and end."""
+    rig = Rig(work_settings={"progress_s": 3600.0, "mirror_s": 3600.0}, inference=Inference(variant="telea", steps=100))
+    await rig.put_session()
+    ticks = threading.Event()
+    rig.engine.on_step = lambda step: ticks.wait(0.005) and None
+    await rig.work()
+    assert rig.jobs.calls["report"] == 1
+    assert rig.mirror.calls["write"] == 2
+    assert (rig.settings.work.progress_s, Work().progress_s, Work().mirror_s) == (3600.0, 0.5, 2.0)
 
 
 def test_every_row_of_the_ack_table_has_its_test() -> None:
