@@ -9,11 +9,13 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -24,10 +26,11 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 
 from serve_app import adapters
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub_names import subscription_path, topic_path
 from serve_app.jobs import Job, Parameters
 from serve_app.messages import CropStrategy
 from serve_app.ports import Delivery, Handler, MessageSource, Publisher, Verdict
-from serve_app.settings import MessagesSettings
+from serve_app.settings import MessagesSettings, SubscriptionSettings
 
 #: A condition that has not come true by then never will; seconds.
 PATIENCE_S = 30.0
@@ -85,21 +88,26 @@ def blobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return {"files": f"files:{tmp_path}/blobs", "memory": f"memory:{uuid.uuid4().hex}"}[request.param]
 
 
-@pytest.fixture(params=["sqlite", "memory"])
-def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return {"sqlite": f"sqlite:{tmp_path}/jobs.db", "memory": f"memory:{uuid.uuid4().hex}"}[request.param]
-
-
 @dataclass
 class Broker:
-    """A running message broker with the settings' topics and subscription."""
+    """A running message broker with the settings' topics and subscriptions."""
 
     kind: str
     settings: MessagesSettings
+    #: Topics of subscriptions whose topic is not the settings', by subscription.
+    topics: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def publisher(self) -> Publisher:
         return adapters.publisher(self.settings)
+
+    async def publish(self, *bodies: bytes, priority: str = "") -> list[str]:
+        """To the subscription that the attribute `priority` names, where one is given."""
+        publisher = self.publisher
+        if priority in self.topics:
+            publisher = adapters.publisher(self.settings.model_copy(update={"topic": self.topics[priority]}))
+        attributes = {"priority": priority} if priority else {}
+        return [await publisher.publish("sessions", body, attributes) for body in bodies]
 
     @asynccontextmanager
     async def source(self, handle: Handler, in_flight: int = 10) -> AsyncIterator[MessageSource]:
@@ -132,15 +140,39 @@ class Recorder:
         return [delivery.data for delivery in self.deliveries]
 
 
+#: Named as the value of the attribute that fills each.
+PRIORITIES: Mapping[str, SubscriptionSettings] = {
+    name: SubscriptionSettings(priority=name, filter=f'attributes.priority = "{name}"')
+    for name in ("high", "normal", "low")
+}
+
+
+@contextmanager
+def embedded_broker(**messages: Any) -> Iterator[Broker]:
+    with EmbeddedPubSub.of(MessagesSettings(url="embedded://127.0.0.1:0", **messages)) as server:
+        yield Broker("embedded", MessagesSettings(url=f"embedded://{server.address}", **messages))
+
+
 @pytest.fixture
 def embedded() -> Iterator[Broker]:
-    with EmbeddedPubSub.of(MessagesSettings(url="embedded://127.0.0.1:0")) as server:
-        yield Broker("embedded", MessagesSettings(url=f"embedded://{server.address}"))
+    with embedded_broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+def embedded_priorities() -> Iterator[Broker]:
+    with embedded_broker(subscriptions=PRIORITIES) as broker:
+        yield broker
 
 
 @pytest.fixture
 def memory() -> Broker:
     return Broker("memory", MessagesSettings(url=f"memory:{uuid.uuid4().hex}"))
+
+
+@pytest.fixture
+def memory_priorities() -> Broker:
+    return Broker("memory", MessagesSettings(url=f"memory:{uuid.uuid4().hex}", subscriptions=PRIORITIES))
 
 
 @pytest.fixture(scope="session")
@@ -166,9 +198,20 @@ def emulator_address() -> Iterator[str]:
 
 @pytest.fixture
 def emulator(emulator_address: str) -> Broker:
-    settings = MessagesSettings(url=f"embedded://{emulator_address}", project=f"p{uuid.uuid4().hex[:12]}")
+    settings = MessagesSettings(url=f"pubsub://{emulator_address}", project=f"p{uuid.uuid4().hex[:12]}")
     administer(settings)
     return Broker("emulator", settings)
+
+
+@pytest.fixture
+def emulator_priorities(emulator_address: str) -> Broker:
+    """It ignores filters, so that each subscription has a topic of its own."""
+    settings = MessagesSettings(
+        url=f"pubsub://{emulator_address}", project=f"p{uuid.uuid4().hex[:12]}", subscriptions=PRIORITIES
+    )
+    topics = {name: f"topic-{name}" for name in PRIORITIES}
+    administer(settings, topics)
+    return Broker("emulator", settings, topics)
 
 
 @pytest.fixture(params=["embedded", "memory"])
@@ -184,18 +227,24 @@ def broker(request: pytest.FixtureRequest) -> Broker:
     return made
 
 
-def administer(settings: MessagesSettings, **subscription: object) -> None:
-    """Make the settings' topics and subscriptions on the server that they name."""
-    address = settings.url.removeprefix("embedded://")
-    with grpc.insecure_channel(address) as channel:
+@pytest.fixture(params=["embedded", "memory", pytest.param("emulator", marks=pytest.mark.emulator)])
+def priorities(request: pytest.FixtureRequest) -> Broker:
+    """A broker with a subscription of each priority, which `Broker.publish` fills."""
+    made: Broker = request.getfixturevalue(f"{request.param}_priorities")
+    return made
+
+
+def administer(settings: MessagesSettings, topics: Mapping[str, str] | None = None) -> None:
+    """Make the settings' topics and subscriptions on the server that they name; `topics` as in Broker."""
+    topic_of = dict.fromkeys(settings.subscriptions, settings.topic) | dict(topics or {})
+    topic_of[settings.dead_letter_subscription] = settings.dead_letter_topic
+    with grpc.insecure_channel(urlsplit(settings.url).netloc) as channel:
         publisher = PublisherClient(transport=PublisherGrpcTransport(channel=channel))
         subscriber = SubscriberClient(transport=SubscriberGrpcTransport(channel=channel))
-        for topic in (settings.topic, settings.dead_letter_topic):
-            name = f"projects/{settings.project}/topics/{topic}"
-            publisher.create_topic(name=name)
-            path = f"projects/{settings.project}/subscriptions/{topic}"
-            policy = subscription if topic == settings.topic else {}
-            subscriber.create_subscription(request={"name": path, "topic": name, "ack_deadline_seconds": 10, **policy})
+        for topic in {settings.topic, *topic_of.values()}:
+            publisher.create_topic(name=topic_path(settings, topic))
+        for name, topic in topic_of.items():
+            subscriber.create_subscription(name=subscription_path(settings, name), topic=topic_path(settings, topic))
 
 
 def free_port() -> int:

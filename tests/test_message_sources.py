@@ -13,8 +13,8 @@ from serve_app.adapters import memory_messages, pubsub, pubsub_connection
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.adapters.pubsub_publisher import PubSubPublisher
 from serve_app.errors import BrokerUnavailable, SettingsError
-from serve_app.ports import Delivery, Verdict
-from serve_app.settings import MessagesSettings
+from serve_app.ports import Delivery, MessageSource, SourceStatus, Verdict
+from serve_app.settings import MessagesSettings, SubscriptionSettings
 
 from .backends import Broker, Recorder, administer, free_port, until
 
@@ -22,8 +22,11 @@ ACK = Verdict(action="ack")
 
 
 async def publish(broker: Broker, *bodies: bytes) -> list[str]:
-    publisher = broker.publisher
-    return [await publisher.publish("sessions", body, {}) for body in bodies]
+    return await broker.publish(*bodies)
+
+
+def status_of(source: MessageSource, subscription: str = "session-processing") -> SourceStatus:
+    return source.status()[subscription]
 
 
 class Held:
@@ -117,7 +120,7 @@ async def test_held_messages_take_no_place(broker: Broker) -> None:
         await until(lambda: len(handle.deliveries) == 4)
         await publish(broker, b"1", b"2", b"3")
         await until(lambda: {b"1", b"2", b"3"} <= set(handle.bodies))
-        await until(lambda: source.status().held == 0)
+        await until(lambda: status_of(source).held == 0)
     assert len(handle.deliveries) == 7
 
 
@@ -126,9 +129,9 @@ async def test_no_more_than_in_flight_are_handled_at_a_time(broker: Broker) -> N
     async with broker.source(handle, in_flight=3) as source:
         await publish(broker, *(b"%d" % i for i in range(8)))
         await until(lambda: handle.at_work == 3)
-        assert source.status().connected and source.status().held >= 3
+        assert status_of(source).connected and status_of(source).held >= 3
         handle.go_on.set()
-        await until(lambda: source.status().held == 0 and handle.at_work == 0)
+        await until(lambda: status_of(source).held == 0 and handle.at_work == 0)
     assert handle.most_at_work == 3
 
 
@@ -159,7 +162,7 @@ async def test_close_waits_for_what_is_in_hand(forgetting_broker: Broker) -> Non
     handle.go_on.set()
     await asyncio.gather(closing, running)
     assert handle.canceled == 0
-    assert source.status().held == 0 and not source.status().connected
+    assert status_of(source).held == 0 and not status_of(source).connected
 
     after = Recorder()
     async with forgetting_broker.source(after):
@@ -215,16 +218,15 @@ async def test_a_source_whose_run_is_cancelled_gives_back(forgetting_broker: Bro
 
 async def test_closing_a_source_that_never_ran(broker: Broker) -> None:
     source = adapters.message_source(broker.settings, 1)
-    assert not source.status().connected
+    assert not status_of(source).connected
     await source.close(grace_s=1)
 
 
 async def test_dead_letters_go_to_a_topic_of_their_own(broker: Broker) -> None:
     sessions = broker.settings
     handle, dead = Recorder(), Recorder()
-    dead_settings = sessions.model_copy(
-        update={"subscription": sessions.dead_letter_topic, "topic": sessions.dead_letter_topic}
-    )
+    subscriptions = {sessions.dead_letter_subscription: SubscriptionSettings()}
+    dead_settings = sessions.model_copy(update={"subscriptions": subscriptions})
     async with broker.source(handle), Broker(broker.kind, dead_settings).source(dead):
         await broker.publisher.publish("dead", b"bad", {"reason": "invalid_image"})
         await until(lambda: dead.bodies)
@@ -245,7 +247,7 @@ async def test_the_lease_is_kept_while_a_message_is_handled(emulator: Broker) ->
     async with emulator.source(handle) as source:
         await publish(emulator, b"x")
         await until(lambda: handle.deliveries)
-        await until(lambda: source.status().held == 0)
+        await until(lambda: status_of(source).held == 0)
     assert len(handle.deliveries) == 1
 
 
@@ -282,7 +284,7 @@ async def test_a_busy_source_leaves_messages_to_others(embedded: Broker) -> None
 HOLD_FOR_EVER = """
     import asyncio, sys
     from serve_app import adapters
-    from serve_app.settings import MessagesSettings
+    from serve_app.settings import MessagesSettings, SubscriptionSettings
 
     async def handle(delivery):
         print(delivery.data.decode(), flush=True)
@@ -311,27 +313,27 @@ async def test_the_stream_is_opened_again_after_the_server_was_away(monkeypatch:
     settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
     broker, handle = Broker("embedded", settings), Recorder()
     async with broker.source(handle) as source:
-        await until(lambda: "no connection" in source.status().error)
-        assert not source.status().connected
+        await until(lambda: "no connection" in status_of(source).error)
+        assert not status_of(source).connected
         for body in (b"first server", b"second server"):
             with EmbeddedPubSub.of(settings):
-                await until(lambda: source.status().connected)
+                await until(lambda: status_of(source).connected)
                 await publish(broker, body)
                 await until(lambda body=body: body in handle.bodies)
-            await until(lambda: not source.status().connected)
-        assert source.status().error
+            await until(lambda: not status_of(source).connected)
+        assert status_of(source).error
 
 
 async def test_a_subscription_that_is_missing_is_waited_for() -> None:
     with EmbeddedPubSub("127.0.0.1", 0) as server:
-        settings = MessagesSettings(url=f"embedded://{server.address}", subscription="session-processing")
+        settings = MessagesSettings(url=f"embedded://{server.address}")
         handle = Recorder()
         async with Broker("embedded", settings).source(handle) as source:
-            await until(lambda: "subscriptions/session-processing" in source.status().error)
-            assert not source.status().connected
+            await until(lambda: "subscriptions/session-processing" in status_of(source).error)
+            assert not status_of(source).connected
             administer(settings)
             await publish(Broker("embedded", settings), b"x")
-            await until(lambda: handle.bodies == [b"x"] and source.status().connected)
+            await until(lambda: handle.bodies == [b"x"] and status_of(source).connected)
 
 
 async def test_publishing_fails_clearly(embedded: Broker) -> None:

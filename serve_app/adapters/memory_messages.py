@@ -1,4 +1,4 @@
-"""A message broker in the memory of this process, for tests: topics, one subscription on each, and holding back.
+"""A message broker in the memory of this process, for tests: the settings' topics and subscriptions, and holding back.
 
 Held to the same contract tests as Pub/Sub. Sources and publishers of one `memory:NAME` meet, whichever thread or event
 loop they are used from.
@@ -6,22 +6,28 @@ loop they are used from.
 
 import asyncio
 import logging
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import ClassVar
 
-from ..ports import Delivery, Handler, SourceStatus, Topic, Verdict
+from ..ports import DeadLetter, Delivery, Handler, SourceStatus, Topic, Verdict
 from ..settings import MessagesSettings
+from .places import RANKS, Turns
+from .pubsub_filters import parsed
+from .pubsub_names import topic_names
 
 log = logging.getLogger(__name__)
 
 #: How long a message is held back whose handler raised, in seconds.
 ERROR_HOLD_S = 1.0
+#: How long dead letters are in hand, in seconds.
+IN_HAND_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class _Waiting:
 
 @dataclass
 class _Queue:
-    """The messages of one topic that nobody has in hand."""
+    """The messages of one subscription that nobody has in hand."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     waiting: list[_Waiting] = field(default_factory=list)
@@ -43,8 +49,8 @@ class _Queue:
     _named: ClassVar[dict[tuple[str, str], "_Queue"]] = {}
 
     @classmethod
-    def of(cls, url: str, topic: str) -> "_Queue":
-        return cls._named.setdefault((url, topic), cls())
+    def of(cls, url: str, subscription: str) -> "_Queue":
+        return cls._named.setdefault((url, subscription), cls())
 
     def put(self, delivery: Delivery, delay_s: float = 0.0) -> None:
         with self.lock:
@@ -62,18 +68,41 @@ class _Queue:
                     return self.waiting.pop(i).delivery
         return None
 
-    def until_due_s(self) -> float | None:
-        """Seconds until a message will be due; None while there is none."""
+    def lend(self, delay_s: float) -> Delivery | None:
+        """The first message that is due; it comes again after `delay_s`, unless it is removed."""
+        delivery = self.take()
+        if delivery is not None:
+            self.put(delivery, delay_s)
+        return delivery
+
+    def remove(self, delivery: Delivery) -> bool:
+        """Whether it was there."""
         with self.lock:
-            due = min((waiting.not_before for waiting in self.waiting), default=None)
-        return None if due is None else max(0.0, due - time.monotonic())
+            left = [waiting for waiting in self.waiting if waiting.delivery is not delivery]
+            was_there, self.waiting = len(left) < len(self.waiting), left
+        return was_there
+
+    def due_since(self) -> float:
+        """Since when the first message that is due is so, on the monotonic clock; infinity where none is."""
+        with self.lock:
+            since = next((w.not_before for w in self.waiting if w.not_before <= time.monotonic()), math.inf)
+        return since
+
+    def until_due_s(self) -> float:
+        """Seconds until a message will be due; infinity while there is none."""
+        with self.lock:
+            due = min((waiting.not_before for waiting in self.waiting), default=math.inf)
+        return max(0.0, due - time.monotonic())
 
 
 class MemorySource:
     def __init__(self, settings: MessagesSettings, in_flight: int) -> None:
-        self._queue = _Queue.of(settings.url, settings.topic)
+        self._subscriptions = {
+            name: _Subscribed(_Queue.of(settings.url, name), RANKS[subscription.priority])
+            for name, subscription in settings.subscriptions.items()
+        }
         self._in_flight = in_flight
-        self._tasks: set[asyncio.Task[Verdict]] = set()
+        self._turns = Turns()
         self._wake = asyncio.Event()
         self._closing = False
         self._running = False
@@ -85,7 +114,8 @@ class MemorySource:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._wake.set)
 
-        self._queue.listeners.append(listener)
+        for subscription in self._subscriptions.values():
+            subscription.queue.listeners.append(listener)
         self._running = True
         try:
             while not self._closing:
@@ -93,37 +123,56 @@ class MemorySource:
                 await self._until_woken()
         finally:
             self._running = False
-            self._queue.listeners.remove(listener)
+            for subscription in self._subscriptions.values():
+                subscription.queue.listeners.remove(listener)
             await self._cancel_tasks()
 
     async def close(self, *, grace_s: float) -> None:
         self._closing = True
         self._wake.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=grace_s)
+        if tasks := self._tasks():
+            await asyncio.wait(tasks, timeout=grace_s)
         await self._cancel_tasks()
 
-    def status(self) -> SourceStatus:
-        return SourceStatus(connected=self._running and not self._closing, held=len(self._tasks))
+    def status(self) -> Mapping[str, SourceStatus]:
+        connected = self._running and not self._closing
+        return {
+            name: SourceStatus(
+                connected=connected, error="" if connected else "not running", held=len(subscribed.tasks)
+            )
+            for name, subscribed in self._subscriptions.items()
+        }
+
+    def _tasks(self) -> list[asyncio.Task[Verdict]]:
+        return [task for subscribed in self._subscriptions.values() for task in subscribed.tasks]
 
     def _start_due(self, handle: Handler) -> None:
         self._wake.clear()
-        while not self._closing and len(self._tasks) < self._in_flight and (delivery := self._queue.take()):
-            task = asyncio.create_task(self._deliver(delivery, handle))
-            self._tasks.add(task)
-            task.add_done_callback(partial(self._ended, delivery))
+        while not self._closing and len(self._tasks()) < self._in_flight and (subscribed := self._next()):
+            # Somebody else may have been quicker.
+            if delivery := subscribed.queue.take():
+                task = asyncio.create_task(self._deliver(delivery, handle))
+                subscribed.tasks.add(task)
+                task.add_done_callback(partial(self._ended, subscribed, delivery))
 
-    def _ended(self, delivery: Delivery, task: asyncio.Task[Verdict]) -> None:
-        self._tasks.discard(task)
+    def _next(self) -> "_Subscribed | None":
+        """Whose message is to be handled next."""
+        since = {subscribed: subscribed.queue.due_since() for subscribed in self._subscriptions.values()}
+        waiting = sorted((s for s in since if since[s] < math.inf), key=since.__getitem__)
+        return waiting[self._turns.choose([subscribed.rank for subscribed in waiting])] if waiting else None
+
+    def _ended(self, subscribed: "_Subscribed", delivery: Delivery, task: asyncio.Task[Verdict]) -> None:
+        subscribed.tasks.discard(task)
         verdict = Verdict(action="nack", reason="interrupted") if task.cancelled() else task.result()
         if verdict.action != "ack":
-            self._queue.put(delivery, verdict.delay_s)
+            subscribed.queue.put(delivery, verdict.delay_s)
         self._wake.set()
 
     async def _until_woken(self) -> None:
-        is_full = len(self._tasks) >= self._in_flight
+        is_full = len(self._tasks()) >= self._in_flight
+        due_s = min(subscribed.queue.until_due_s() for subscribed in self._subscriptions.values())
         try:
-            async with asyncio.timeout(None if is_full else self._queue.until_due_s()):
+            async with asyncio.timeout(None if is_full or due_s == math.inf else due_s):
                 await self._wake.wait()
         except TimeoutError:
             pass
@@ -136,21 +185,63 @@ class MemorySource:
             return Verdict(action="hold", delay_s=ERROR_HOLD_S, reason="handler_failed")
 
     async def _cancel_tasks(self) -> None:
-        tasks = tuple(self._tasks)
+        tasks = self._tasks()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass(eq=False)
+class _Subscribed:
+    queue: _Queue
+    rank: int
+    #: Its messages in hand.
+    tasks: set[asyncio.Task[Verdict]] = field(default_factory=set)
+
+
 class MemoryPublisher:
     def __init__(self, settings: MessagesSettings) -> None:
-        self._url = settings.url
-        self._names: Mapping[Topic, str] = {"sessions": settings.topic, "dead": settings.dead_letter_topic}
+        self._settings = settings
+        self._topics = topic_names(settings)
 
     async def publish(self, topic: Topic, data: bytes, attributes: Mapping[str, str]) -> str:
+        """Raises ValueError for a topic that the settings do not name."""
+        if topic not in self._topics:
+            raise ValueError(f"the settings name no topic for {topic!r} messages")
         message_id = uuid.uuid4().hex
-        delivery = Delivery(
-            data=bytes(data), attributes=dict(attributes), message_id=message_id, publish_time=datetime.now(UTC)
-        )
-        _Queue.of(self._url, self._names[topic]).put(delivery)
+        for subscription in self._subscribed(topic, attributes):
+            delivery = Delivery(
+                data=bytes(data), attributes=dict(attributes), message_id=message_id, publish_time=datetime.now(UTC)
+            )
+            _Queue.of(self._settings.url, subscription).put(delivery)
         return message_id
+
+    def _subscribed(self, topic: Topic, attributes: Mapping[str, str]) -> list[str]:
+        if topic == "dead":
+            return [self._settings.dead_letter_subscription]
+        if topic == "completed":
+            return [self._topics[topic]]
+        subscriptions = self._settings.subscriptions.items()
+        return [name for name, subscription in subscriptions if parsed(subscription.filter).matches(attributes)]
+
+
+class MemoryDeadLetters:
+    def __init__(self, settings: MessagesSettings) -> None:
+        self._queue = _Queue.of(settings.url, settings.dead_letter_subscription)
+
+    async def pull(self, limit: int) -> Sequence[DeadLetter]:
+        letters: list[DeadLetter] = []
+        while len(letters) < limit and (delivery := self._queue.lend(IN_HAND_S)):
+            letters.append(DeadLetter(delivery=delivery, ack_id=delivery.message_id))
+        return letters
+
+    async def acknowledge(self, letters: Sequence[DeadLetter]) -> None:
+        for letter in letters:
+            self._queue.remove(letter.delivery)
+
+    async def give_back(self, letters: Sequence[DeadLetter]) -> None:
+        for letter in letters:
+            if self._queue.remove(letter.delivery):
+                self._queue.put(letter.delivery)
+
+    async def close(self) -> None: ...

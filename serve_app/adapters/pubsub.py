@@ -1,12 +1,14 @@
-"""Messages from Google Cloud Pub/Sub, or from the embedded server, which speaks the same protocol.
+"""Messages from one subscription of Google Cloud Pub/Sub, or of the embedded server, which speaks the same protocol.
 
 The library's streaming client receives, keeps leases alive and limits what is in hand. What becomes of a message is
 told in calls of our own: the library sends such answers through its stream's threads, where they are lost without a
 word once the stream is closed.
 
-Two things the library does not do. It stops keeping leases when a stream ends, though the messages are still in hand:
-here they are kept until they are settled. And a message that is held back still counts, at the server, towards what
-its stream may have outstanding: when half of a stream's places are taken so, another stream replaces it.
+Three things the library does not do. It stops keeping leases when a stream ends, though the messages are still in hand:
+here they are kept until they are settled. A message that is held back still counts, at the server, towards what its
+stream may have outstanding: when half of a stream's places are taken so, another stream replaces it. And a stream
+cannot be made narrower: while higher priorities want the places, one that has more in hand than its share is replaced
+by one of that width, and what waits beyond it goes back to Pub/Sub; when places are free again, by a wide one.
 """
 
 import asyncio
@@ -14,24 +16,22 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from google.cloud.pubsub_v1.types import FlowControl
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from ..errors import BrokerUnavailable, SettingsError
-from ..ports import Delivery, Handler, SourceStatus, Verdict
+from ..ports import Handler, SourceStatus, Verdict
 from ..settings import MessagesSettings
-from .pubsub_connection import CALL_TIMEOUT_S, FAILURES, RETRY, Connection, subscriber_client
+from .places import RANKS, Places
+from .pubsub_connection import FAILURES, Caller
 from .pubsub_names import subscription_path
+from .pubsub_stream import LEASE_S, Stream, delivery_of
 
 log = logging.getLogger(__name__)
 
-#: What the library extends a lease to, in seconds: the shortest it can, so that a crash is noticed soonest.
-LEASE_S = 10
 #: What the lease of a message is extended to whose stream has ended.
 ORPHAN_LEASE_S = 20
 #: How often orphans and held-back messages are looked after, in seconds.
@@ -44,42 +44,19 @@ ERROR_HOLD_S = 5.0
 HOLD_PAUSE_S = 0.1
 #: The longest pause between two attempts to open a stream; one that lived as long starts anew with the shortest.
 REOPEN_MAX_S = 30.0
-#: How long a closed stream may take to give back what it had not delivered.
-STREAM_CLOSE_S = 5.0
 
 _INTERRUPTED = Verdict(action="nack", reason="interrupted")
 
 
 @dataclass(eq=False, slots=True)
-class _Stream:
-    """One subscription to the library's messages.
-
-    It has a channel of its own: the library opens a broken stream again by itself, and while it pauses for that, up to
-    10 s, nothing else moves on its channel.
-    """
-
-    client: Any
-    connection: Connection
-    pulling: "Future[Any]" = field(init=False)
-    #: `pulling`, for the event loop.
-    ended: "asyncio.Future[Any]" = field(init=False)
-    opened_at: float = field(default_factory=time.monotonic)
-    #: When each held-back message will come again, on the monotonic clock.
-    held_until: list[float] = field(default_factory=list)
-
-    def places_held(self) -> int:
-        now = time.monotonic()
-        self.held_until = [until for until in self.held_until if until > now]
-        return len(self.held_until)
-
-
-@dataclass(eq=False, slots=True)
 class _InHand:
     message: Any
-    stream: _Stream
+    stream: Stream
     task: "asyncio.Task[None]" = field(init=False)
     #: When we last extended its lease, on the monotonic clock; its stream does as long as it lives.
     extended_at: float = -math.inf
+    #: It has a place: its handler has it.
+    is_placed: bool = False
     #: What becomes of it is decided and being told.
     is_settling: bool = False
 
@@ -89,22 +66,31 @@ class _InHand:
 
 
 class PubSubSource:
-    def __init__(self, settings: MessagesSettings, in_flight: int, *, max_lease_s: float = 3600.0) -> None:
-        """A message handled for longer than `max_lease_s` may come again meanwhile."""
+    def __init__(
+        self,
+        settings: MessagesSettings,
+        subscription: str,
+        places: Places,
+        client: Any,
+        caller: Caller,
+        *,
+        max_lease_s: float = 3600.0,
+    ) -> None:
+        """`places` are shared with the other subscriptions, and so are `client` and `caller`, which carry the answers.
+        A message handled for longer than `max_lease_s` may come again meanwhile."""
         self._settings = settings
-        self._client = subscriber_client(settings)
-        self._subscription = subscription_path(settings, next(iter(settings.subscriptions)))
-        self._in_flight = in_flight
-        self._flow_control = FlowControl(
-            max_messages=in_flight, max_lease_duration=max_lease_s, max_duration_per_lease_extension=LEASE_S
-        )
-        # A replaced stream's messages may still be in hand when the next one delivers.
-        self._places = asyncio.Semaphore(in_flight)
+        self._subscription = subscription
+        self._path = subscription_path(settings, subscription)
+        self._rank = RANKS[settings.subscriptions[subscription].priority]
+        self._places = places
+        self._client = client
+        self._caller = caller
+        self._max_lease_s = max_lease_s
+        #: Of the next stream.
+        self._width = places.count
         self._in_hand: dict[str, _InHand] = {}
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._error = ""
-        # Of its own: calls to a broker that is away must not keep the stores' calls waiting for a thread.
-        self._callers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pubsub")
         self._closing = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -130,64 +116,36 @@ class PubSubSource:
     async def close(self, *, grace_s: float) -> None:
         self._closing.set()
         await self._retire()
+        self._give_back_waiting(keep=0)
         if self._in_hand:
             await asyncio.wait([held.task for held in self._in_hand.values()], timeout=grace_s)
         await self._give_back_all()
         self._closed.set()
-        await asyncio.to_thread(self._client.close)
-        self._callers.shutdown(wait=False)
 
     def status(self) -> SourceStatus:
-        connected = self._stream is not None and self._stream.connection.ready.is_set() and not self._error
-        error = self._error or ("" if connected else "not connected yet")
+        connected = self._stream is not None and self._stream.is_proven
+        error = "" if connected else self._error or "not connected yet"
         return SourceStatus(connected=connected, error=error, held=len(self._in_hand))
 
     async def _pull(self, handle: Handler) -> None:
         """Receive on one stream until it is retired. Raises BrokerUnavailable where it breaks young."""
-        stream = await self._connected()
-        if self._closing.is_set():
-            stream.client.close()
-            return
-        self._subscribe(stream, handle)
-        lost = asyncio.create_task(stream.connection.lost.wait())
+        stream = await Stream.opened(self._settings, self._subscription, self._width)
         try:
-            await asyncio.wait({stream.ended, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if self._closing.is_set():
+                return
+            stream.receive(partial(self._take, handle), self._max_lease_s)
+            self._stream = stream
+            await asyncio.wait({stream.broken})
             self._raise_break(stream)
         finally:
-            lost.cancel()
-            stream.pulling.cancel()
+            stream.close()
             if self._stream is stream:
                 self._stream = None
 
-    async def _connected(self) -> _Stream:
-        # In a thread, because finding Google's credentials may take a call.
-        client = await asyncio.to_thread(subscriber_client, self._settings)
-        connection = Connection(client.transport.grpc_channel)
-        try:
-            await connection.open()
-        except BaseException:
-            client.close()
-            raise
-        return _Stream(client, connection)
-
-    def _subscribe(self, stream: _Stream, handle: Handler) -> None:
-        loop = asyncio.get_running_loop()
-
-        def take(message: Any) -> None:
-            loop.call_soon_threadsafe(self._take, handle, stream, message)
-
-        stream.pulling = stream.client.subscribe(self._subscription, take, flow_control=self._flow_control)
-        # Not before the library has given back what it did not deliver.
-        stream.pulling.add_done_callback(lambda _: stream.client.close())
-        stream.ended = asyncio.wrap_future(stream.pulling)
-        stream.ended.add_done_callback(_retrieve)
-        self._stream = stream
-
-    def _raise_break(self, stream: _Stream) -> None:
+    def _raise_break(self, stream: Stream) -> None:
         if self._stream is not stream:
             return
-        reason = (stream.ended.exception() if stream.ended.done() else None) or "the connection was lost"
-        error = BrokerUnavailable(f"the stream of {self._subscription} broke: {reason}")
+        error = BrokerUnavailable(stream.broken.result(), subscription=self._subscription)
         if time.monotonic() - stream.opened_at < REOPEN_MAX_S:
             raise error
         self._note(error)
@@ -198,7 +156,8 @@ class PubSubSource:
 
     def _note(self, error: BaseException | None) -> None:
         self._error = str(error)
-        log.warning("Opening the stream again: %s", error, extra={"action": "stream_broken"})
+        extra = {"action": "stream_broken", "subscription": self._subscription}
+        log.warning("Opening the stream again: %s", error, extra=extra)
 
     async def _sleep(self, delay_s: float) -> None:
         try:
@@ -214,10 +173,10 @@ class PubSubSource:
             return
         # Before the end: the embedded server gives back at once what an ended stream had.
         await self._extend_orphans()
-        stream.pulling.cancel()
-        await asyncio.wait({stream.ended}, timeout=STREAM_CLOSE_S)
+        stream.close()
+        await stream.wait_closed()
 
-    def _take(self, handle: Handler, stream: _Stream, message: Any) -> None:
+    def _take(self, handle: Handler, stream: Stream, message: Any) -> None:
         held = _InHand(message, stream)
         self._in_hand[message.ack_id] = held
         held.task = asyncio.create_task(self._deliver(held, handle))
@@ -225,8 +184,9 @@ class PubSubSource:
     async def _deliver(self, held: _InHand, handle: Handler) -> None:
         message = held.message
         try:
-            async with self._places:
-                verdict = _INTERRUPTED if self._closing.is_set() else await handle(_delivery(message))
+            async with self._places.taken(self._rank):
+                held.is_placed = True
+                verdict = _INTERRUPTED if self._closing.is_set() else await handle(delivery_of(message))
         except asyncio.CancelledError:
             verdict = _INTERRUPTED
         except Exception:
@@ -240,7 +200,7 @@ class PubSubSource:
         # Ends the library's lease keeping and frees its place; sends nothing.
         held.message.drop()
         if verdict.action == "ack":
-            await self._call(self._client.acknowledge, ack_ids=[ack_id])
+            await self._answer(self._client.acknowledge, ack_ids=[ack_id])
         elif verdict.action == "nack":
             await self._set_deadline([ack_id], 0)
         else:
@@ -251,17 +211,16 @@ class PubSubSource:
         seconds = min(MAX_HOLD_S, max(1, math.ceil(delay_s)))
         # The embedded server takes exactly this for a lease that is kept, which ends with its stream.
         seconds += seconds == LEASE_S
-        held.stream.held_until.append(time.monotonic() + seconds)
+        held.stream.hold_place(seconds)
         await asyncio.sleep(HOLD_PAUSE_S)
         await self._set_deadline([held.message.ack_id], seconds)
 
     async def _set_deadline(self, ack_ids: Sequence[str], seconds: int) -> None:
-        await self._call(self._client.modify_ack_deadline, ack_ids=ack_ids, ack_deadline_seconds=seconds)
+        await self._answer(self._client.modify_ack_deadline, ack_ids=ack_ids, ack_deadline_seconds=seconds)
 
-    async def _call(self, method: Any, **arguments: Any) -> None:
-        call = partial(method, subscription=self._subscription, retry=RETRY, timeout=CALL_TIMEOUT_S, **arguments)
+    async def _answer(self, method: Any, **arguments: Any) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._callers, call)
+            await self._caller.call(method, subscription=self._path, **arguments)
         except FAILURES as e:
             # Nothing is lost: unsettled messages come again when their lease runs out.
             log.warning("Pub/Sub did not take an answer: %s", e, extra={"action": "answer_lost"})
@@ -273,9 +232,30 @@ class PubSubSource:
             stream = self._stream
             if stream is None:
                 continue
-            self._error = ""
-            if stream.places_held() * 2 >= self._in_flight:
+            if stream.places_held() * 2 >= stream.width:
                 await self._retire()
+            else:
+                await self._fit(stream)
+
+    async def _fit(self, stream: Stream) -> None:
+        """Replace a stream that is too wide while higher priorities want the places, or too narrow afterwards."""
+        share = self._places.share
+        if self._places.is_contended(self._rank):
+            if stream.width > share and len(self._waiting()) > share:
+                self._width = share
+                await self._retire()
+                self._give_back_waiting(keep=share)
+        elif stream.width < self._places.count and self._places.free:
+            self._width = self._places.count
+            await self._retire()
+
+    def _waiting(self) -> list[_InHand]:
+        """What is in hand and has no place yet, the longest-waiting first."""
+        return [held for held in self._in_hand.values() if not held.is_placed and not held.is_settling]
+
+    def _give_back_waiting(self, *, keep: int) -> None:
+        for held in self._waiting()[keep:]:
+            held.task.cancel()
 
     async def _extend_orphans(self) -> None:
         now = time.monotonic()
@@ -295,18 +275,3 @@ class PubSubSource:
         if self._in_hand:
             await self._set_deadline(tuple(self._in_hand), 0)
             self._in_hand.clear()
-
-
-def _delivery(message: Any) -> Delivery:
-    return Delivery(
-        data=message.data,
-        attributes=dict(message.attributes),
-        message_id=message.message_id,
-        publish_time=message.publish_time,
-    )
-
-
-def _retrieve(ended: "asyncio.Future[Any]") -> None:
-    """Have the error of a stream that nobody waits for any more count as seen."""
-    if not ended.cancelled():
-        ended.exception()

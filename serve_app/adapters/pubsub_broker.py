@@ -10,17 +10,17 @@ outlives its stream.
 
 import heapq
 import itertools
-import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from . import pubsub_filters
+
 #: The shortest ack deadline that Pub/Sub gives a subscription, and its default; seconds.
 MIN_ACK_DEADLINE_S = 10
 #: Pub/Sub's longest, in seconds.
 MAX_ACK_DEADLINE_S = 600
-_FILTER = re.compile(r'attributes\.(\w+)\s*=\s*"([^"]*)"')
 
 
 class BrokerFull(Exception):
@@ -45,7 +45,7 @@ class SubscriptionConfig:
     name: str
     topic: str
     ack_deadline_s: int = MIN_ACK_DEADLINE_S
-    #: `attributes.NAME = "VALUE"`, or empty.
+    #: See `pubsub_filters`; empty takes every message.
     filter: str = ""
     dead_letter_topic: str = ""
     max_delivery_attempts: int = 5
@@ -54,13 +54,11 @@ class SubscriptionConfig:
     max_backoff_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a filter of another form."""
-        if self.filter and not _FILTER.fullmatch(self.filter):
-            raise ValueError(f'filter {self.filter!r}: only attributes.NAME = "VALUE" is understood')
+        """Raises ValueError for a filter that is not understood."""
+        pubsub_filters.parsed(self.filter)
 
     def wants(self, attributes: Mapping[str, str]) -> bool:
-        match = _FILTER.fullmatch(self.filter)
-        return match is None or attributes.get(match[1]) == match[2]
+        return pubsub_filters.parsed(self.filter).matches(attributes)
 
     def backoff_s(self, attempts: int) -> float:
         return float(min(self.max_backoff_s, self.min_backoff_s * 2.0 ** (attempts - 1)))

@@ -1,6 +1,9 @@
-"""google-cloud-pubsub's clients, for Google's service or for a server at an address, and whether they are connected."""
+"""google-cloud-pubsub's clients, for Google's service or for a server at an address: connecting, and single calls."""
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -65,34 +68,35 @@ def _channel(settings: MessagesSettings) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_OPTIONS)
 
 
-class Connection:
-    """What a channel says of itself, from its own threads, as events of one event loop."""
+async def connect(channel: grpc.Channel) -> None:
+    """Wait for a connection. Raises BrokerUnavailable where there is none after `CONNECT_S`."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
-    def __init__(self, channel: grpc.Channel) -> None:
-        self._channel = channel
-        self._loop = asyncio.get_running_loop()
-        self.ready = asyncio.Event()
-        #: The server cannot be reached; set until it can.
-        self.lost = asyncio.Event()
+    def note(state: grpc.ChannelConnectivity) -> None:
+        if state is grpc.ChannelConnectivity.READY and not loop.is_closed():
+            loop.call_soon_threadsafe(ready.set)
 
-    async def open(self) -> None:
-        """Raises BrokerUnavailable where there is no connection after `CONNECT_S`."""
-        self._channel.subscribe(self._on_change, try_to_connect=True)
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                await self.ready.wait()
-        except TimeoutError as e:
-            raise BrokerUnavailable(f"no connection to Pub/Sub within {CONNECT_S:g} s") from e
+    channel.subscribe(note, try_to_connect=True)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await ready.wait()
+    except TimeoutError as e:
+        raise BrokerUnavailable(f"no connection to Pub/Sub within {CONNECT_S:g} s") from e
+    finally:
+        channel.unsubscribe(note)
 
-    def _on_change(self, state: grpc.ChannelConnectivity) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._changed, state)
 
-    def _changed(self, state: grpc.ChannelConnectivity) -> None:
-        if state is grpc.ChannelConnectivity.READY:
-            self.ready.set()
-            self.lost.clear()
-            return
-        self.ready.clear()
-        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-            self.lost.set()
+class Caller:
+    """Makes single calls in threads of its own: those to a broker that is away must not keep the stores' calls
+    waiting for a thread."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pubsub")
+
+    async def call(self, method: Callable[..., Any], *, timeout_s: float = CALL_TIMEOUT_S, **arguments: Any) -> Any:
+        """`timeout_s` limits the call, retries included. Raises one of FAILURES."""
+        call = partial(method, retry=RETRY.with_timeout(timeout_s), timeout=timeout_s, **arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)

@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc.aio
@@ -43,11 +43,11 @@ class EmbeddedPubSub:
         port: int,
         *,
         topics: Sequence[str] = (),
-        subscriptions: Mapping[str, str] | None = None,
+        subscriptions: Sequence[SubscriptionConfig] = (),
         bounds: Bounds | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`topics`, and `subscriptions` with their topic, are full names (`projects/p/topics/t`); port 0 takes any.
+        """`topics` are full names (`projects/p/topics/t`); port 0 takes any.
 
         Raises SettingsError where `host` is not a loopback address.
         """
@@ -57,23 +57,23 @@ class EmbeddedPubSub:
         self._port = port
         self._broker = Broker(bounds or Bounds(), clock, time.time)
         self._broker.topics.update(topics)
-        for name, topic in (subscriptions or {}).items():
-            self._broker.subscribe(SubscriptionConfig(name=name, topic=topic))
+        for subscription in subscriptions:
+            self._broker.subscribe(subscription)
         self._server: grpc.aio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._thread: _LoopThread | None = None
 
     @classmethod
     def of(cls, settings: MessagesSettings) -> "EmbeddedPubSub":
-        """With the settings' topics and subscription, and a subscription that keeps the dead letters, named as their
-        topic."""
+        """With the settings' topics and subscriptions, and one that keeps the completion messages, named as their
+        topic.
+
+        Raises SettingsError for a filter that is not understood, or a name that two subscriptions have.
+        """
         host, port = address_of(settings.url)
-        topic, dead = topic_path(settings, settings.topic), topic_path(settings, settings.dead_letter_topic)
-        subscriptions = {
-            subscription_path(settings, next(iter(settings.subscriptions))): topic,
-            subscription_path(settings, settings.dead_letter_topic): dead,
-        }
-        return cls(host, port, topics=(topic, dead), subscriptions=subscriptions)
+        subscriptions = _subscriptions(settings)
+        topics = {subscription.topic for subscription in subscriptions}
+        return cls(host, port, topics=tuple(topics), subscriptions=subscriptions)
 
     @property
     def address(self) -> str:
@@ -109,6 +109,24 @@ class EmbeddedPubSub:
         if self._thread is not None:
             self._thread.call(self.stop())
             self._thread.end()
+
+
+def _subscriptions(settings: MessagesSettings) -> list[SubscriptionConfig]:
+    wanted = [(name, settings.topic, sub.filter) for name, sub in settings.subscriptions.items()]
+    wanted.append((settings.dead_letter_subscription, settings.dead_letter_topic, ""))
+    if settings.completion_topic:
+        wanted.append((settings.completion_topic, settings.completion_topic, ""))
+    configs: dict[str, SubscriptionConfig] = {}
+    for name, topic, filter in wanted:
+        if name in configs:
+            raise SettingsError(f"messages: two subscriptions are named {name}", subscription=name)
+        try:
+            configs[name] = SubscriptionConfig(
+                name=subscription_path(settings, name), topic=topic_path(settings, topic), filter=filter
+            )
+        except ValueError as e:
+            raise SettingsError(f"messages.subscriptions.{name}: {e}", subscription=name) from e
+    return list(configs.values())
 
 
 class _LoopThread:

@@ -1,9 +1,17 @@
-"""Full Pub/Sub resource names, and the address in an `embedded://HOST:PORT` URL."""
+"""Pub/Sub's resource names, and the address in an `embedded://HOST:PORT` URL."""
 
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from ..errors import SettingsError
+from ..ports import Topic
 from ..settings import MessagesSettings
+
+
+def topic_names(settings: MessagesSettings) -> Mapping[Topic, str]:
+    """The short names of the topics that the settings name."""
+    names: dict[Topic, str] = {"sessions": settings.topic, "dead": settings.dead_letter_topic}
+    return names | ({"completed": settings.completion_topic} if settings.completion_topic else {})
 
 
 def topic_path(settings: MessagesSettings, topic: str) -> str:
