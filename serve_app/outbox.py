@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from . import jobs
-from .errors import FluxFillError, InputError, MessageRefused, StoreUnavailable, WebhookFailed
+from .errors import FluxFillError, InputError, MessageRefused, StoreUnavailable, Unavailable, WebhookFailed
 from .jobs import Debt, Job
 from .ports import Clock, JobStore, Publisher, SessionMirror
 from .settings import Settings
@@ -139,14 +139,15 @@ class Courier:
 
     async def _outcome(self, job: Job, debt: Debt) -> str:
         try:
-            async with self._places[debt], asyncio.timeout(TELL_S):
-                await self._ways[debt](job)
+            async with self._places[debt]:
+                await self._in_time(job, debt)
             return "told"
         except (InputError, MessageRefused) as e:
             log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
             return "given_up"
         except WebhookFailed as e:
-            if job.owed[debt].attempts >= self._settings.webhooks.max_attempts:
+            # The first call, by the process that ended the job, is not counted among the attempts.
+            if job.owed[debt].attempts + 1 >= self._settings.webhooks.max_attempts:
                 log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
                 return "given_up"
             log.warning("Could not tell the %s: %s", debt, e, extra={"action": "told_later", "debt": debt})
@@ -158,6 +159,14 @@ class Courier:
             # A fault of ours, but of this debt's only: it is seen, and the debt stays.
             log.exception("Could not tell the %s", debt, extra={"action": "told_later", "debt": debt})
         return "failed"
+
+    async def _in_time(self, job: Job, debt: Debt) -> None:
+        try:
+            async with asyncio.timeout(TELL_S):
+                await self._ways[debt](job)
+        except TimeoutError as e:
+            late = WebhookFailed if debt == "webhook" else Unavailable
+            raise late(f"no answer within {TELL_S:g} s") from e
 
     async def _write_session(self, job: Job) -> None:
         await self._mirror.write(job, jobs.session_document(job))

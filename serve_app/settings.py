@@ -142,13 +142,13 @@ class WebhookSettings(_Frozen):
     """Calls to a message's `callbackUrl`. They are signed with WEBHOOK_SECRET; without one, or without hosts, a
     message that has a `callbackUrl` is refused."""
 
-    #: Host names that may be called.
+    #: Hosts that may be called: names, or `host:port` for a port other than the scheme's own.
     hosts: tuple[str, ...] = ()
     #: Whether plain http is taken; for receivers on this machine.
     allow_http: bool = False
-    timeout_s: float = Field(10.0, gt=0, le=60)
+    timeout_s: float = Field(10.0, gt=0, le=25)
     #: About a day, with the waits between them.
-    max_attempts: int = Field(12, ge=1, le=100)
+    max_attempts: int = Field(19, ge=1, le=100)
     #: The first wait between two attempts; doubles with each, with jitter, up to three hours.
     backoff_s: float = Field(5.0, gt=0)
 

@@ -66,14 +66,14 @@ async def endless_body(_reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 
 
 @contextlib.asynccontextmanager
-async def serve(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]:
+async def serve(answer: Answer, tls: ssl.SSLContext | None = None, port: int = 0) -> AsyncIterator[Receiver]:
     receiver = Receiver(answer)
     handlers = set[asyncio.Task[None]]()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handlers.add(asyncio.create_task(_handle(receiver, reader, writer)))
 
-    async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls) as server:
+    async with await asyncio.start_server(accept, "127.0.0.1", port, ssl=tls) as server:
         receiver.authority = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         yield receiver
         for handler in handlers:
