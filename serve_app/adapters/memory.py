@@ -12,11 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, UnknownJob
+from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .session_documents import SessionDocument, written
+from .transfers import check_size, whole_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,7 @@ class MemoryBlobStore:
 
     async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
         blob = self._blob(path)
-        if blob.info.size > max_bytes:
-            raise BlobTooLarge(f"blob {path} has {blob.info.size} bytes; at most {max_bytes} are read", path=path)
+        check_size(path, blob.info.size, max_bytes)
         return blob.data, blob.info
 
     async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
@@ -81,9 +81,8 @@ class MemoryBlobStore:
 
     async def download(self, path: str, to: Path) -> BlobInfo:
         blob = self._blob(path)
-        part = to.with_name(f".part-{to.name}")
-        part.write_bytes(blob.data)
-        part.replace(to)
+        with whole_file(to) as file:
+            file.write(blob.data)
         return blob.info
 
     async def upload(self, path: str, source: Path) -> BlobInfo:

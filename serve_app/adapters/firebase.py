@@ -1,0 +1,209 @@
+"""Blobs in a bucket of Firebase Storage, which is Google Cloud Storage, through firebase-admin.
+
+A blob's version is its generation. Google's client blocks, so it runs in threads: as many as there are connections.
+`firebase_app.py` says whose credentials are used; links are signed with their key, or, where Workload Identity has
+none, by Google's signBlob: the service account then needs roles/iam.serviceAccountTokenCreator on itself.
+
+A conditional write that is tried again after a lost answer may find its own first try: BlobConflict, and stored.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+from firebase_admin import storage  # type: ignore[import-untyped] # publishes no types
+from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed
+from google.auth import iam
+from google.auth.credentials import AnonymousCredentials, Signing
+from google.auth.exceptions import GoogleAuthError
+from google.auth.transport.requests import Request
+from google.cloud.storage import Blob, Bucket
+from google.cloud.storage.exceptions import DataCorruption
+from google.cloud.storage.retry import DEFAULT_RETRY
+from google.oauth2 import service_account
+from requests.adapters import HTTPAdapter
+
+from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreUnavailable
+from ..ports import ANY_VERSION, BlobInfo
+from .blob_paths import check_path
+from .firebase_app import firebase_app
+from .links import check_expiry
+from .transfers import Limited, check_size, whole_file
+
+T = TypeVar("T")
+
+#: Requests at a time, over all stores of this process.
+CONCURRENCY = 32
+#: Seconds to connect, and the longest silence of the server.
+TIMEOUT_S = (3.0, 10.0)
+#: No new try after this, in seconds.
+RETRY_S = 5.0
+#: Nor of a download that has begun.
+RETRY_FILE_S = 600.0
+
+_POOL = ThreadPoolExecutor(CONCURRENCY, "firebase-storage")
+_RETRY = DEFAULT_RETRY.with_delay(initial=0.1, maximum=2.0).with_timeout(RETRY_S)
+_BOUNDS: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": _RETRY}
+_BINARY = "application/octet-stream"
+
+
+class FirebaseBlobStore:
+    def __init__(self, url: str) -> None:
+        """`firebase:BUCKET`. Nothing is connected, nor credentials looked for, before the first use.
+
+        Raises SettingsError where no bucket is named. Every method may raise InvalidCredentials.
+        """
+        self._name = url.removeprefix("firebase:")
+        if not self._name or "/" in self._name:
+            raise SettingsError(f"blob store {url!r} should be firebase:BUCKET", url=url)
+        self._lock = threading.Lock()
+        self._bucket: Bucket | None = None
+
+    async def head(self, path: str) -> BlobInfo:
+        return await self._run(path, lambda bucket: _head(bucket, path))
+
+    async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
+        return await self._run(path, lambda bucket: _get(bucket, path, max_bytes))
+
+    async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
+        return await self._run(path, lambda bucket: _put(bucket, path, data, content_type, if_version))
+
+    async def delete(self, path: str) -> None:
+        with suppress(BlobNotFound):
+            await self._run(path, lambda bucket: bucket.blob(path).delete(**_BOUNDS))
+
+    async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+        pages = await self._run(prefix, lambda bucket: bucket.list_blobs(prefix=f"{prefix}/", **_BOUNDS).pages)
+        while (page := await self._run(prefix, lambda _: next(pages, None))) is not None:
+            for blob in page:
+                # Google's console makes empty blobs with such names to show folders.
+                if not blob.name.endswith("/"):
+                    yield _info(blob)
+
+    async def download(self, path: str, to: Path) -> BlobInfo:
+        return await self._run(path, lambda bucket: _download(bucket, path, to))
+
+    async def upload(self, path: str, source: Path) -> BlobInfo:
+        return await self._run(path, lambda bucket: _upload(bucket, path, source))
+
+    async def link(self, path: str, *, expires_s: int) -> str:
+        check_expiry(expires_s)
+        return await self._run(path, lambda bucket: _link(bucket.blob(path), expires_s))
+
+    async def _run(self, path: str, work: Callable[[Bucket], T]) -> T:
+        check_path(path)
+        running = asyncio.get_running_loop()
+        return await running.run_in_executor(_POOL, _translated, path, lambda: work(self._connected()))
+
+    def _connected(self) -> Bucket:
+        with self._lock:
+            if self._bucket is None:
+                self._bucket = _bucket(self._name)
+            return self._bucket
+
+
+def _bucket(name: str) -> Bucket:
+    bucket = storage.bucket(name, firebase_app())
+    # As Google's documentation has it; requests' own adapter keeps ten connections.
+    for scheme in ("https://", "http://"):
+        bucket.client._http.mount(scheme, HTTPAdapter(pool_maxsize=CONCURRENCY))
+    return bucket
+
+
+def _translated(path: str, work: Callable[[], T]) -> T:
+    """`work()`, with the errors of Google's client in our words."""
+    try:
+        return work()
+    except FluxFillError:
+        raise
+    except NotFound as e:
+        if "bucket does not exist" in e.message:
+            raise StoreUnavailable("the bucket is not there", path=path) from e
+        raise BlobNotFound(f"blob {path} is not there", path=path) from e
+    except PreconditionFailed as e:
+        raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
+    except (GoogleAPIError, GoogleAuthError, DataCorruption, requests.RequestException) as e:
+        raise StoreUnavailable(f"blob {path}: {e}", path=path) from e
+
+
+def _info(blob: Blob, size: int | None = None) -> BlobInfo:
+    return BlobInfo(
+        path=blob.name,
+        size=blob.size if size is None else size,
+        version=str(blob.generation),
+        content_type=blob.content_type or _BINARY,
+    )
+
+
+def _head(bucket: Bucket, path: str) -> BlobInfo:
+    blob = bucket.blob(path)
+    blob.reload(**_BOUNDS)
+    return _info(blob)
+
+
+def _get(bucket: Bucket, path: str, max_bytes: int) -> tuple[bytes, BlobInfo]:
+    check_size(path, _head(bucket, path).size, max_bytes)
+    held = Limited(path, max_bytes)
+    # The answer itself says which generation it is, should somebody have written since.
+    blob = bucket.blob(path)
+    blob.download_to_file(held, **_BOUNDS)
+    return held.getvalue(), _info(blob, size=held.tell())
+
+
+def _put(bucket: Bucket, path: str, data: bytes, content_type: str, if_version: str) -> BlobInfo:
+    blob = bucket.blob(path)
+    generation = None if if_version == ANY_VERSION else int(if_version or 0)
+    blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **_BOUNDS)
+    return _info(blob)
+
+
+def _download(bucket: Bucket, path: str, to: Path) -> BlobInfo:
+    # First, because a store that is down is told sooner than a download that broke is given up.
+    _head(bucket, path)
+    blob = bucket.blob(path)
+    with whole_file(to) as file:
+        blob.download_to_file(file, timeout=TIMEOUT_S, retry=_RETRY.with_timeout(RETRY_FILE_S))
+        return _info(blob, size=file.tell())
+
+
+def _upload(bucket: Bucket, path: str, source: Path) -> BlobInfo:
+    blob = bucket.blob(path)
+    blob.upload_from_filename(source, content_type=_BINARY, **_BOUNDS)
+    return _info(blob)
+
+
+def _link(blob: Blob, expires_s: int) -> str:
+    signer = _signer()
+    if signer is None:
+        return f"{blob.client.api_endpoint}/storage/v1{blob.path}?alt=media"
+    link: str = blob.generate_signed_url(
+        version="v4", method="GET", expiration=timedelta(seconds=expires_s), credentials=signer
+    )
+    return link
+
+
+def _signer() -> Any:
+    """Credentials that sign; None where an emulator asks for no signature. Raises StoreUnavailable for none that can.
+
+    Google's Blob would ask signBlob itself, given the e-mail and a token, but would wait two minutes for it.
+    """
+    who = firebase_app().credential.get_credential()
+    if isinstance(who, AnonymousCredentials):
+        return None
+    if isinstance(who, Signing):
+        return who
+    request: Any = partial(Request(), timeout=sum(TIMEOUT_S) / 2)
+    if not who.valid:
+        # Until then Workload Identity's e-mail is "default".
+        who.refresh(request)
+    email = getattr(who, "service_account_email", None)
+    if not email:
+        raise StoreUnavailable("these credentials cannot sign links: they are no service account's")
+    return service_account.Credentials(iam.Signer(request, who, email), email, token_uri="")  # type: ignore[no-untyped-call] # google-auth annotates in part

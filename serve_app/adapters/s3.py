@@ -1,0 +1,170 @@
+"""Blobs in a bucket of Amazon S3, or of a server that speaks its protocol, such as MinIO.
+
+The credentials are the ambient ones that object_store finds: AWS_* variables, a web identity (EKS), a container's or
+an instance's role. A blob's version is its ETag: the same bytes written again may have the same one. Listings carry no
+content types. A link dies with the credentials that signed it, where those expire earlier.
+
+A conditional write that is tried again after a lost answer may find its own first try: BlobConflict, and stored.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import parse_qsl, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import S3Store
+
+from ..errors import BlobConflict, BlobNotFound, SettingsError, StoreUnavailable
+from ..ports import ANY_VERSION, BlobInfo
+from .blob_paths import check_path
+from .links import check_expiry
+from .transfers import Limited, check_size, whole_file
+
+if TYPE_CHECKING:
+    from obstore import GetResult, ObjectMeta, PutMode
+    from obstore.store import ClientConfig, RetryConfig, S3Config
+
+CONNECT_S = 3.0
+#: The longest silence of the server, a body's sending included.
+READ_S = 10.0
+#: No new try after this.
+RETRY_S = 5.0
+#: Bytes taken from a response at a time.
+_CHUNK = 256 * 1024
+#: Bytes of a part of a large upload, four of which are sent at a time. S3 takes 10,000 parts.
+_PART = 8 * 1024 * 1024
+_BINARY = "application/octet-stream"
+
+
+class S3BlobStore:
+    def __init__(self, url: str) -> None:
+        """`s3://BUCKET/PREFIX?endpoint=URL&region=NAME`; all but the bucket may be left out.
+
+        TLS is used unless the endpoint says `http://`. Raises SettingsError for another URL.
+        """
+        self._store = _store(url)
+
+    async def head(self, path: str) -> BlobInfo:
+        check_path(path)
+        with _translated(path):
+            return _read_info(path, await self._store.get_async(path, options={"head": True}))
+
+    async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
+        check_path(path)
+        with _translated(path):
+            result = await self._store.get_async(path)
+            info = _read_info(path, result)
+            check_size(path, info.size, max_bytes)
+            held = Limited(path, max_bytes)
+            async for chunk in result.stream(min_chunk_size=_CHUNK):
+                held.write(chunk)
+            return held.getvalue(), info
+
+    async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
+        check_path(path)
+        mode: PutMode = {"e_tag": if_version}
+        if if_version in (ANY_VERSION, ""):
+            mode = "overwrite" if if_version else "create"
+        with _translated(path):
+            stored = await self._store.put_async(
+                path, data, mode=mode, attributes={"Content-Type": content_type}, use_multipart=False
+            )
+        return BlobInfo(path=path, size=len(data), version=stored["e_tag"] or "", content_type=content_type)
+
+    async def delete(self, path: str) -> None:
+        check_path(path)
+        with suppress(BlobNotFound), _translated(path):
+            await self._store.delete_async(path)
+
+    async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+        check_path(prefix)
+        with _translated(prefix):
+            async for batch in self._store.list(prefix):
+                for meta in batch:
+                    yield _info(meta["path"], meta, _BINARY)
+
+    async def download(self, path: str, to: Path) -> BlobInfo:
+        check_path(path)
+        with whole_file(to) as file, _translated(path):
+            result = await self._store.get_async(path)
+            async for chunk in result.stream():
+                await asyncio.to_thread(file.write, chunk)
+            return _read_info(path, result)
+
+    async def upload(self, path: str, source: Path) -> BlobInfo:
+        check_path(path)
+        with _translated(path):
+            await self._store.put_async(
+                path, source, attributes={"Content-Type": _BINARY}, chunk_size=_PART, max_concurrency=4
+            )
+        return await self.head(path)
+
+    async def link(self, path: str, *, expires_s: int) -> str:
+        check_path(path)
+        check_expiry(expires_s)
+        with _translated(path):
+            return await obstore.sign_async(self._store, "GET", path, timedelta(seconds=expires_s))
+
+
+def _store(url: str) -> S3Store:
+    parts = urlsplit(url)
+    config = dict(parse_qsl(parts.query, keep_blank_values=True))
+    endpoint = config.get("endpoint", "https:")
+    unknown = config.keys() - {"endpoint", "region"}
+    if not parts.hostname or unknown or urlsplit(endpoint).scheme not in ("http", "https"):
+        raise SettingsError(f"blob store {url!r} should be s3://BUCKET/PREFIX?endpoint=URL&region=NAME", url=url)
+    client: ClientConfig = {
+        "allow_http": endpoint.startswith("http:"),
+        "connect_timeout": timedelta(seconds=CONNECT_S),
+        "read_timeout": timedelta(seconds=READ_S),
+        # Weights take minutes; silence is what ends a request.
+        "timeout": timedelta(hours=1),
+    }
+    first, longest = timedelta(seconds=0.1), timedelta(seconds=2)
+    retry: RetryConfig = {
+        "retry_timeout": timedelta(seconds=RETRY_S),
+        "backoff": {"init_backoff": first, "max_backoff": longest, "base": 2},
+    }
+    prefix = parts.path.strip("/") or None
+    try:
+        return S3Store(
+            parts.netloc,
+            prefix=prefix,
+            config=cast("S3Config", config),
+            client_options=client,
+            retry_config=retry,
+        )
+    except BaseError as e:
+        raise SettingsError(f"blob store {url!r}: {_sentence(e)}", url=url) from e
+
+
+def _read_info(path: str, result: "GetResult") -> BlobInfo:
+    return _info(path, result.meta, result.attributes.get("Content-Type", _BINARY))
+
+
+def _info(path: str, meta: "ObjectMeta", content_type: str) -> BlobInfo:
+    return BlobInfo(path=path, size=meta["size"], version=meta["e_tag"] or "", content_type=content_type)
+
+
+@contextmanager
+def _translated(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as e:
+        if "NoSuchBucket" in str(e):
+            raise StoreUnavailable("the bucket is not there", path=path) from e
+        raise BlobNotFound(f"blob {path} is not there", path=path) from e
+    except (AlreadyExistsError, PreconditionError) as e:
+        raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
+    except BaseError as e:
+        raise StoreUnavailable(f"blob {path}: {_sentence(e)}", path=path) from e
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, without the dump of the request that follows it."""
+    return str(error).partition("\n")[0]
