@@ -1,10 +1,11 @@
 """One replica of one variant: a loaded engine, one job at a time on it."""
 
 import asyncio
+import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,15 +13,16 @@ from ray import serve
 
 from serve_app.engine import Engine, families, weights
 from serve_app.engine.canvas import Seat, painting
+from serve_app.errors import GpuLost
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
 from serve_app.settings import Settings
-from serve_app.telemetry import configure_logging
+from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_id
 
 from .loading import Loading, sources
+from .metrics import RayMetrics
 
-#: How long an engine may go on after it was told to stop: one step of the largest window takes seconds on an L4.
-STUCK_S = 60.0
+log = logging.getLogger(__name__)
 
 
 def open_engine(name: str, settings: Settings) -> Engine:
@@ -54,35 +56,67 @@ class Usage:
 class Inpainter:
     """Answers `paint` with progress and then the result. A variant that does not load says why."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, metrics: Metrics | None = None) -> None:
         configure_logging()
-        self._name = name
-        self._loading = Loading(f"variant {name}", lambda: open_engine(name, settings))
+        self._name, self._work = name, settings.work
+        self._counts_steps = settings.variant(name).counts_steps
+        self._metrics = metrics or RayMetrics()
+        self._loading: Loading[Engine] = Loading(
+            f"variant {name}", lambda: open_engine(name, settings), lambda engine: engine.close(), self._metrics
+        )
         # A pipeline keeps state between steps: two jobs must never be on it at once.
         self._seat = Seat()
         self._usage = Usage()
 
-    async def paint(self, request: PaintRequest) -> AsyncIterator[Progress | Painted]:
+    async def paint(self, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
         """Progress as it comes, then the one Painted. Closing the stream stops the engine within one step.
 
-        Raises VariantLoadFailed with the reason; what the engine raises.
+        Raises VariantLoadFailed with the reason; GpuLost at once where the GPU failed before; what the engine raises.
         """
         engine = self._loading.value
-        async with aclosing(painting(engine, request, self._seat)) as events:
-            async for event in events:
-                if isinstance(event, Painted):
-                    self._usage.add(event.busy_s)
-                yield event
+        try:
+            async with aclosing(painting(engine, request, self._seat, self._out_of_memory)) as events:
+                async for event in events:
+                    if isinstance(event, Painted):
+                        self._note(request, event)
+                    yield event
+        except GpuLost as e:
+            self._lose(request, e)
+            raise
+
+    def _out_of_memory(self) -> None:
+        self._metrics.add("fluxfill_out_of_memory_total", variant=self._name)
+
+    def _note(self, request: PaintRequest, painted: Painted) -> None:
+        self._usage.add(painted.busy_s)
+        used_bytes = painted.where.get("memory_used_bytes")
+        if used_bytes is not None:
+            self._metrics.put("fluxfill_gpu_memory_bytes", used_bytes, variant=self._name)
+        if self._counts_steps:
+            per_s = request.steps * len(request.windows) / painted.busy_s
+            self._metrics.observe("fluxfill_steps_per_second", per_s, variant=self._name)
+
+    def _lose(self, request: PaintRequest, error: GpuLost) -> None:
+        # A second job, which waited for the first one to end, meets the same GPU.
+        if self._loading.lose(error):
+            self._metrics.add("fluxfill_gpu_lost_total", variant=self._name)
+            with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
+                log.error("The GPU of %s failed for good: %s", self._name, error, extra={"action": "gpu_lost"})
 
     def check_health(self) -> None:
-        """Raises RuntimeError when an engine that was told to stop has not: Serve then replaces the replica, and the
-        jobs that wait for its engine go elsewhere."""
-        since = self._seat.stopping_since
-        if since is not None and time.monotonic() - since > STUCK_S:
-            raise RuntimeError(f"the engine of {self._name} was told to stop more than {STUCK_S:g} s ago")
+        """Raises when Serve is to replace the replica, so that jobs go elsewhere: GpuLost when its GPU failed for good;
+        RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
+        self._loading.check_health()
+        self._check(self._seat.stopping_since, self._work.stuck_s, "was told to stop")
+        # A worker that died tells nobody to stop.
+        self._check(self._seat.taken_since, self._work.inference_timeout_s + self._work.stuck_s, "began to paint")
+
+    def _check(self, since: float | None, limit_s: float, what: str) -> None:
+        if since is not None and time.monotonic() - since > limit_s:
+            raise RuntimeError(f"the engine of {self._name} {what} more than {limit_s:g} s ago and goes on")
 
     async def status(self) -> str:
-        """Why the variant did not load; empty when it did."""
+        """Why the variant cannot paint here; empty when it can."""
         return self._loading.error
 
     async def describe(self) -> dict[str, Any]:
@@ -94,4 +128,4 @@ class Inpainter:
         return {**device, **where, "usage": self._usage.as_dict()}
 
     async def __del__(self) -> None:
-        await self._loading.close(lambda engine: engine.close())
+        await self._loading.close()

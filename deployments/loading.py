@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Generic, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
@@ -11,8 +12,9 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 from serve_app import adapters
 from serve_app.engine.origins import Mirror
 from serve_app.engine.weights import Sources
-from serve_app.errors import VariantLoadFailed
+from serve_app.errors import FluxFillError, GpuLost, VariantLoadFailed
 from serve_app.settings import Secrets, Settings
+from serve_app.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +38,17 @@ def mirror_at(url: str) -> Mirror:
 
 class Loading(Generic[T]):
     """Runs `load` once at construction, and again in the background for as long as it fails: weights that are missing
-    now may be there in a minute. Wants a running event loop."""
+    now may be there in a minute. `free` ends what was loaded. Wants a running event loop."""
 
-    def __init__(self, what: str, load: Callable[[], T]) -> None:
-        self._what, self._load = what, load
+    def __init__(self, what: str, load: Callable[[], T], free: Callable[[T], None], metrics: Metrics) -> None:
+        self._what, self._load, self._free, self._metrics = what, load, free, metrics
         self._value: T | None = None
-        #: Why the last try failed; empty once one has worked.
+        #: Why it cannot be used; empty where it can.
         self.error = ""
+        self._lost_gpu = ""
+        self._closed = False
+        #: Of `_value` and `_closed`: a load may end while `close` runs.
+        self._lock = Lock()
         # Waited for here, so that Serve counts the replica as running only afterwards. In a thread of its own, because
         # `load` may run an event loop, and this one is running already.
         with ThreadPoolExecutor(max_workers=1) as thread:
@@ -51,27 +57,59 @@ class Loading(Generic[T]):
 
     @property
     def value(self) -> T:
-        """What `load` returned. Raises VariantLoadFailed with the reason where it has not."""
+        """What `load` returned. Raises VariantLoadFailed with the reason where it has not; GpuLost."""
+        self.check_health()
         if self._value is None:
             raise VariantLoadFailed(f"{self._what} did not load: {self.error}")
         return self._value
 
-    async def close(self, close: Callable[[T], None]) -> None:
-        """Stop trying; hand what was loaded to `close`."""
+    def check_health(self) -> None:
+        """Raises GpuLost where nothing that this process loads can work any more."""
+        if self._lost_gpu:
+            raise GpuLost(self._lost_gpu)
+
+    def lose(self, error: GpuLost) -> bool:
+        """What was loaded works no more. Whether that is news."""
+        is_news = not self._lost_gpu
+        self._value = None
+        self._fail(error)
+        return is_news
+
+    async def close(self) -> None:
+        """Stop trying; free what was loaded, or still will be."""
         self._again.cancel()
-        if self._value is not None:
-            await asyncio.to_thread(close, self._value)
+        with self._lock:
+            self._closed, value = True, self._value
+        if value is not None:
+            await asyncio.to_thread(self._free, value)
 
     def _try(self) -> bool:
         try:
-            self._value, self.error = self._load(), ""
+            value = self._load()
         except Exception as e:
             # Whatever it was, its reason must be readable in /ready, and the other variants must go on.
-            self.error = f"{type(e).__name__}: {e}"
-            log.exception("%s did not load: %s", self._what, self.error, extra={"action": "load_failed"})
+            self._fail(e)
+            code = e.code if isinstance(e, FluxFillError) else type(e).__name__
+            self._metrics.add("fluxfill_load_failures_total", what=self._what, code=code)
+            extra = {"action": "load_failed", "what": self._what, "code": code}
+            log.exception("%s did not load: %s", self._what, self.error, extra=extra)
             return False
         log.info("Loaded %s", self._what, extra={"action": "loaded"})
+        self._keep(value)
         return True
+
+    def _fail(self, error: Exception) -> None:
+        # In words: the error itself would keep alive what was loaded when it was raised.
+        self.error = f"{type(error).__name__}: {error}"
+        if isinstance(error, GpuLost):
+            self._lost_gpu = error.message
+
+    def _keep(self, value: T) -> None:
+        with self._lock:
+            self._value, self.error = value, ""
+            is_late = self._closed
+        if is_late:
+            self._free(value)
 
     async def _until_loaded(self) -> None:
         waits = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)

@@ -11,6 +11,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 
 from serve_app.api import VariantReadiness
+from serve_app.telemetry import Metrics
+
+from .metrics import RayMetrics
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +25,19 @@ ANSWER_S = 5.0
 class VariantWatch:
     """Keeps each variant's state. A variant that is ready is not asked again, so that asking never keeps it awake."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle], deployments: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        handles: Mapping[str, DeploymentHandle],
+        deployments: Mapping[str, str],
+        metrics: Metrics | None = None,
+    ) -> None:
         self._ask = {name: h.options(method_name="status") for name, h in handles.items()}
         self._deployments = deployments
+        self._metrics = metrics or RayMetrics()
         self.states = {name: VariantReadiness(state="starting") for name in handles}
 
     def doubt(self, name: str) -> None:
-        """A replica said that it had not loaded: ask again."""
+        """A replica said that it cannot paint: ask again."""
         self.states[name] = VariantReadiness(state="starting")
 
     async def run(self) -> None:
@@ -49,6 +58,7 @@ class VariantWatch:
             extra = {"action": "variant_state", "variant": name, "state": state.state}
             log.info("Variant %s is %s %s", name, state.state, state.error, extra=extra)
         self.states[name] = state
+        self._metrics.put("fluxfill_variant_ready", float(state.can_serve), variant=name)
 
     async def _state(self, name: str, overview: DeploymentStatusOverview | None) -> VariantReadiness:
         if overview is None:

@@ -4,11 +4,13 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from serve_app.engine import weights
+from serve_app.errors import GpuLost
 from serve_app.settings import Settings
-from serve_app.telemetry import configure_logging
+from serve_app.telemetry import Metrics, configure_logging
 from serve_app.variants import Variant
 
 from .loading import Loading, sources
+from .metrics import RayMetrics
 
 if TYPE_CHECKING:
     from serve_app.engine.text_encoder import TextEncoder as Encoder
@@ -29,22 +31,33 @@ def open_encoder(variant: Variant, settings: Settings) -> "Encoder":
 class TextEncoder:
     """Encodes prompts, one at a time. Sleeps most of the day: the ingress asks its cache first."""
 
-    def __init__(self, variant: Variant, settings: Settings) -> None:
+    def __init__(self, variant: Variant, settings: Settings, metrics: Metrics | None = None) -> None:
         configure_logging()
-        self._loading = Loading(f"the text encoder of {variant.base}", lambda: open_encoder(variant, settings))
+        what = f"the text encoder of {variant.base}"
+        self._loading: Loading[Encoder] = Loading(
+            what, lambda: open_encoder(variant, settings), lambda encoder: encoder.close(), metrics or RayMetrics()
+        )
         self._lock = asyncio.Lock()
 
     async def encode(self, prompt: str, max_tokens: int) -> bytes:
         """safetensors bytes as `ports.PaintRequest.embeddings` wants them.
 
-        Raises VariantLoadFailed with the reason.
+        Raises VariantLoadFailed with the reason; OutOfMemory, GpuLost, PaintError.
         """
         encoder = self._loading.value
         await self._lock.acquire()
         work = asyncio.ensure_future(asyncio.to_thread(encoder.encode, prompt, max_tokens))
         # By the thread's end, not by this coroutine's: a canceled request leaves its thread running.
         work.add_done_callback(lambda _: self._lock.release())
-        return await asyncio.shield(work)
+        try:
+            return await asyncio.shield(work)
+        except GpuLost as e:
+            self._loading.lose(e)
+            raise
+
+    def check_health(self) -> None:
+        """Raises GpuLost when its GPU failed for good: Serve then replaces the replica."""
+        self._loading.check_health()
 
     async def __del__(self) -> None:
-        await self._loading.close(lambda encoder: encoder.close())
+        await self._loading.close()

@@ -31,10 +31,17 @@ class Variant(BaseModel):
     memory_gib: float | None = None
     #: Seconds the `pause` family sleeps per window in place of painting.
     pause_s: float = Field(1.0, ge=0, le=600)
+    #: For load tests: the `pause` family reports no step and goes on after it was told to stop, as a hung GPU does.
+    deaf: bool = False
 
     @property
     def takes_prompt(self) -> bool:
         return self.family == "flux-fill"
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it paints in as many steps as it is asked for."""
+        return self.family != "telea"
 
 
 #: A `base` or `file` under this prefix is written by `serve_app.engine.tiny` on first use.

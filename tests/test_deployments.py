@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deployments.remote import RemotePainter, _typed_errors
 from serve_app.api import VariantReadiness
 from serve_app.errors import (
     FluxFillError,
+    GpuLost,
     OutOfMemory,
     PaintError,
     ReplicaLost,
@@ -38,6 +40,7 @@ from serve_app.settings import Settings
 
 from .backends import until
 from .engine_fixtures import request
+from .rig import Counters
 
 CONFIG = Path("serve_config.yaml")
 
@@ -52,6 +55,11 @@ class Weights:
         self._works_at = works_at
         self.tries = 0
         self.is_closed = False
+        self.metrics = Counters()
+
+    @property
+    def loading(self) -> "Loading[Weights]":
+        return Loading("variant v", self.load, Weights.close, self.metrics)
 
     def load(self) -> "Weights":
         self.tries += 1
@@ -71,47 +79,95 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_what_loads_at_once_is_there_at_once_and_freed_at_the_end() -> None:
     weights = Weights(works_at=1)
-    loading = Loading("variant v", weights.load)
+    loading = weights.loading
     assert (loading.value, loading.error, weights.tries) == (weights, "", 1)
-    await loading.close(Weights.close)
+    await loading.close()
     assert weights.is_closed
 
 
 async def test_what_does_not_load_says_why() -> None:
-    loading = Loading("variant v", Weights(works_at=2).load)
+    weights = Weights(works_at=2)
+    loading = weights.loading
     assert loading.error == "OSError: no file, try 1"
     with pytest.raises(VariantLoadFailed, match=r"^variant v did not load: OSError: no file, try 1$"):
         _ = loading.value
-    await loading.close(lambda _: pytest.fail("there is nothing to close"))
+    assert weights.metrics.total("fluxfill_load_failures_total", "variant v", "OSError") == 1
+    loading.check_health()
+    await loading.close()
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_loading_is_tried_until_it_works_and_then_no_more() -> None:
     weights = Weights(works_at=4)
-    loading = Loading("variant v", weights.load)
+    loading = weights.loading
     await until(lambda: loading.error == "")
     assert (loading.value, weights.tries) == (weights, 4)
     await until(loading._again.done)
-    await loading.close(Weights.close)
+    assert weights.metrics.total("fluxfill_load_failures_total", "variant v", "OSError") == 3
+    await loading.close()
     assert (weights.tries, weights.is_closed) == (4, True)
 
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_closed_loading_is_not_tried_again() -> None:
     weights = Weights(works_at=1000)
-    loading = Loading("variant v", weights.load)
+    loading = weights.loading
     await until(lambda: weights.tries > 2)
-    await loading.close(Weights.close)
+    await loading.close()
     await until(loading._again.done)
     assert loading._again.cancelled()
     assert not weights.is_closed
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_load_that_ends_after_the_closing_is_freed() -> None:
+    weights = Weights(works_at=2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def load() -> Weights:
+        if weights.tries == 1:
+            begun.set()
+            assert go_on.wait(30)
+        return weights.load()
+
+    loading = Loading("variant v", load, Weights.close, weights.metrics)
+    await until(begun.is_set)
+    await loading.close()
+    assert not weights.is_closed
+    go_on.set()
+    await until(lambda: weights.is_closed)
+
+
+async def test_a_gpu_that_was_lost_while_loading_makes_its_replica_unhealthy() -> None:
+    def load() -> None:
+        raise GpuLost("an uncorrectable ECC error")
+
+    metrics = Counters()
+    loading = Loading("variant v", load, lambda _: None, metrics)
+    for use in (loading.check_health, lambda: loading.value):
+        with pytest.raises(GpuLost, match=r"^an uncorrectable ECC error$"):
+            use()
+    assert metrics.total("fluxfill_load_failures_total", "variant v", "gpu_lost") == 1
+    await loading.close()
+
+
+async def test_what_was_lost_after_loading_is_refused_from_then_on() -> None:
+    weights = Weights(works_at=1)
+    loading = weights.loading
+    assert loading.lose(GpuLost("it fell off the bus"))
+    assert not loading.lose(GpuLost("it fell off the bus"))
+    with pytest.raises(GpuLost, match="off the bus"):
+        _ = loading.value
+    assert loading.error == "GpuLost: it fell off the bus"
+    await loading.close()
+    assert not weights.is_closed, "a lost GPU's memory cannot be freed"
 
 
 async def test_loading_may_run_an_event_loop_of_its_own() -> None:
     async def fetch() -> str:
         return "weights"
 
-    loading = Loading("variant v", lambda: asyncio.run(fetch()))
+    loading = Loading("variant v", lambda: asyncio.run(fetch()), lambda _: None, Counters())
     assert loading.value == "weights"
 
 
@@ -147,7 +203,8 @@ def test_a_text_encoder_is_called_as_its_base(base: str, name: str) -> None:
 
 
 def test_variants_of_one_base_share_a_text_encoder() -> None:
-    settings = Settings(variants={"telea": {}, "Q4_0": {}, "Q8_0": {}, "tiny-Q8_0": {}}, messages={"url": "pubsub:"})
+    variants: dict[str, Any] = {"telea": {}, "Q4_0": {}, "Q8_0": {}, "tiny-Q8_0": {}}
+    settings = Settings(variants=variants, messages={"url": "pubsub:"}, push={"enabled": False})
     assert deployment_names(settings) == [
         *("Ingress", "Inpainter-telea", "Inpainter-Q4_0", "Inpainter-Q8_0", "Inpainter-tiny-Q8_0"),
         *("TextEncoder-FLUX.1-Fill-dev", "TextEncoder-tiny-base"),
@@ -220,7 +277,9 @@ def task_error(cause: Exception) -> RayTaskError:
     return error
 
 
-@pytest.mark.parametrize("cause", [OutOfMemory("no memory", device="cuda:0"), VariantLoadFailed("no file")])
+@pytest.mark.parametrize(
+    "cause", [OutOfMemory("no memory", device="cuda:0"), GpuLost("an ECC error"), VariantLoadFailed("no file")]
+)
 def test_the_applications_own_error_comes_out_of_rays_wrapper(cause: FluxFillError) -> None:
     with pytest.raises(FluxFillError) as caught, _typed_errors("the replica"):
         raise task_error(cause)
@@ -303,13 +362,14 @@ async def test_a_stream_without_a_picture_is_an_error() -> None:
         await paint(handle_of(Progress()))
 
 
-async def test_a_variant_that_had_not_loaded_is_asked_again() -> None:
-    handle = handle_of(VariantLoadFailed("variant v did not load"))
+@pytest.mark.parametrize("error", [VariantLoadFailed("variant v did not load"), GpuLost("an ECC error")])
+async def test_a_variant_whose_replica_cannot_paint_is_asked_again(error: FluxFillError) -> None:
+    handle = handle_of(error)
     watch = VariantWatch({"v": handle}, {"v": "Inpainter-v"})
     watch.states["v"] = VariantReadiness(state="ready")
     painter = RemotePainter({"v": handle}, watch)
     assert painter.is_ready("v")
-    with pytest.raises(VariantLoadFailed):
+    with pytest.raises(type(error)):
         await painter.paint("v", request(), _ignore)
     assert not painter.is_ready("v")
     assert not painter.is_ready("w")
@@ -370,10 +430,12 @@ RUNNING, STARTING, STOPPING = ReplicaState.RUNNING, ReplicaState.STARTING, Repli
     ],
 )
 async def test_a_variants_state(seen: DeploymentStatusOverview | None, answer: str, state: str, error: str) -> None:
-    watch = VariantWatch({"v": Answers(answer)}, {"v": "Inpainter-v"})
+    metrics = Counters()
+    watch = VariantWatch({"v": Answers(answer)}, {"v": "Inpainter-v"}, metrics)
     assert watch.states["v"].state == "starting"
     await watch._look("v", seen)
     assert watch.states["v"] == VariantReadiness(state=state, error=error)
+    assert metrics.values["fluxfill_variant_ready", "v"] == [state in ("ready", "scaled_to_zero")]
 
 
 async def test_a_ready_variant_is_not_asked_again_so_that_it_may_sleep() -> None:

@@ -1,5 +1,9 @@
 import asyncio
+import itertools
+import json
+import logging
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +14,11 @@ from serve_app.engine.canvas import LocalPainter, load, paint_canvas
 from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
 from serve_app.engine.tiny import TinyWeights
-from serve_app.errors import Canceled, CorruptWeights, ShuttingDown, UnknownVariant, VariantLoadFailed
+from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ShuttingDown, UnknownVariant, VariantLoadFailed
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
 from serve_app.ports import Painted
+from serve_app.telemetry import JsonFormatter
 from serve_app.variants import Variant
 from serve_app.windows import Box
 
@@ -34,12 +39,16 @@ class Recorder(Pause):
         super().__init__(Variant(family="pause", pause_s=0), None, 1)
         self.seen: list[tuple[Pixels, Pixels, int]] = []
         self.steps_begun = 0
+        self.times_freed = 0
         self.load_errors: list[Exception] = []
         self._on_paint = on_paint
 
     def load(self) -> None:
         if self.load_errors:
             raise self.load_errors.pop()
+
+    def free_memory(self) -> None:
+        self.times_freed += 1
 
     def paint(self, window_pixels: Pixels, window_mask: Pixels, **given: Any) -> Pixels:
         self.seen.append((window_pixels.copy(), window_mask.copy(), given["seed"]))
@@ -83,6 +92,107 @@ def test_progress_counts_over_all_windows() -> None:
     assert painted.busy_s > 0
     assert painted.gpu_ms is None
     assert painted.where["compute_capability"] == "N/A"
+
+
+def out_of_memory_at(*steps: int) -> Recorder:
+    """Runs out of memory at these of the steps that it begins."""
+
+    def fail() -> None:
+        if engine.steps_begun in steps:
+            raise OutOfMemory("cuda failed: out of memory")
+
+    engine = Recorder(fail)
+    return engine
+
+
+def test_a_window_that_runs_out_of_memory_is_begun_again_once() -> None:
+    engine, told, counted = out_of_memory_at(4), list[int](), list[str]()
+    given = request(windows=[LEFT, RIGHT], steps=2)
+    painted = paint_canvas(engine, given, lambda p: told.append(p.step), lambda: counted.append("once"))
+    assert told == [0, 1, 2, 3, 3, 4]
+    assert (engine.times_freed, counted) == (1, ["once"])
+    _, second, again = engine.seen
+    assert all(np.array_equal(before, after) for before, after in ((second[0], again[0]), (second[1], again[1])))
+    assert second[2] == again[2]
+    assert np.array_equal(painted.canvas, paint_canvas(Recorder(), given, lambda p: None).canvas)
+
+
+def test_a_window_that_runs_out_of_memory_twice_is_given_up() -> None:
+    engine, counted = out_of_memory_at(2, 4), list[str]()
+    with pytest.raises(OutOfMemory, match=r"^cuda failed: out of memory$"):
+        paint_canvas(engine, request(steps=2), lambda p: None, lambda: counted.append("once"))
+    assert (engine.times_freed, len(engine.seen), counted) == (1, 2, ["once"])
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_the_real_pipeline_out_of_memory(
+    tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Its transformer fails in the middle of the first run, or of both."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    engine, forward, calls = flux_fill(tiny), FluxTransformer2DModel.forward, itertools.count(1)
+    engine.load()
+    given = request(embeddings=embeddings, steps=3)
+    expected = paint_canvas(engine, given, lambda p: None).canvas
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) in (2, 4)[:failures]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", fail)
+    if failures == 1:
+        assert np.array_equal(paint_canvas(engine, given, lambda p: None).canvas, expected)
+    else:
+        with pytest.raises(OutOfMemory, match="Tried to allocate"):
+            paint_canvas(engine, given, lambda p: None)
+    engine.close()
+
+
+def test_what_filled_the_memory_is_let_go_before_it_is_freed() -> None:
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+    held_when_freed: list[Large | None] = []
+
+    class Full(Recorder):
+        def paint(self, *given: Any, **named: Any) -> Pixels:
+            large = Large()
+            held.append(weakref.ref(large))
+            if len(held) == 1:
+                raise OutOfMemory("no memory left")
+            return super().paint(*given, **named)
+
+        def free_memory(self) -> None:
+            held_when_freed.append(held[0]())
+
+    paint_canvas(Full(), request(), lambda p: None)
+    assert held_when_freed == [None]
+
+
+async def test_what_the_painting_thread_logs_carries_the_job_and_its_trace(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="serve_app")
+    lines: list[dict[str, Any]] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(JsonFormatter().format(record)))
+
+    kept = Kept()
+    logging.getLogger("serve_app").addHandler(kept)
+    trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    await LocalPainter({"v": out_of_memory_at(1)}).paint("v", request(job_id="job-7", traceparent=trace), nothing)
+    await LocalPainter({"v": pause()}).paint("v", request(job_id="job-8"), nothing)
+    logging.getLogger("serve_app").removeHandler(kept)
+    told = [(line["action"], line["job_id"], line.get("trace_id")) for line in lines]
+    assert told == [
+        ("out_of_memory", "job-7", "ab" * 16),
+        ("painted", "job-7", "ab" * 16),
+        ("painted", "job-8", None),
+    ]
 
 
 async def test_the_real_pipeline_through_the_painter(tiny: TinyWeights, embeddings: bytes) -> None:
@@ -170,7 +280,7 @@ async def test_progress_is_told_in_the_event_loop() -> None:
         loops.append(asyncio.get_running_loop())
 
     await LocalPainter({"v": pause()}).paint("v", request(), tell)
-    assert loops == [asyncio.get_running_loop()] * 3
+    assert set(loops) == {asyncio.get_running_loop()}
 
 
 async def test_what_the_engine_raises_passes_through() -> None:

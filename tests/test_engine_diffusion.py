@@ -15,7 +15,7 @@ from serve_app.engine.device import Device
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Weights
-from serve_app.errors import Canceled, CorruptWeights, InputError, OutOfMemory, PaintError, VariantLoadFailed
+from serve_app.errors import Canceled, CorruptWeights, GpuLost, InputError, OutOfMemory, PaintError, VariantLoadFailed
 from serve_app.images import Pixels
 from serve_app.variants import BUILT_IN
 
@@ -112,6 +112,7 @@ def test_what_the_step_hook_raises_stops_the_run_and_passes_through(
 
 
 def test_an_interrupted_run_leaves_no_trace_in_the_next(engine: FluxFill, embeddings: bytes) -> None:
+    """The scheduler counts its steps: the next run, of another length, sets it back."""
     first = paint(engine, embeddings)
 
     def stop(step: int) -> None:
@@ -126,8 +127,8 @@ def test_an_interrupted_run_leaves_no_trace_in_the_next(engine: FluxFill, embedd
     ("raised", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore"), OutOfMemory),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), PaintError),
-        (torch.AcceleratorError("unspecified launch failure"), PaintError),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), GpuLost),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"), PaintError),
         (RuntimeError("shapes do not match"), RuntimeError),
     ],
 )
@@ -150,7 +151,18 @@ def test_device_failures_get_our_names(
         with pytest.raises(expected, match=str(raised).partition("\n")[0]) as caught:
             paint(engine, embeddings)
     assert type(caught.value) is expected
+    engine.free_memory()
     assert paint(engine, embeddings).shape == (SIDE, SIDE, 3)
+
+
+def test_an_allocation_that_fails_in_the_pipeline_is_out_of_memory(
+    engine: FluxFill, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(OutOfMemory, match=r"cpu failed: .*can't allocate memory"):
+        paint(engine, embeddings)
 
 
 def test_what_filled_the_memory_is_let_go() -> None:

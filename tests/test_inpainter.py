@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,21 @@ import pytest
 
 from deployments import inpainter
 from deployments.inpainter import Inpainter, Usage
+from serve_app.engine import Engine
 from serve_app.engine.pause import Pause
-from serve_app.errors import VariantLoadFailed
+from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
 from serve_app.settings import Settings
 from serve_app.windows import Box
 
+from .backends import until
+from .rig import Counters
 
-def settings(**definition: Any) -> Settings:
-    return Settings(variants={"v": {"definition": {"family": "pause", "pause_s": 0.05, **definition}}})
+
+def settings(work: Mapping[str, float] | None = None, **definition: Any) -> Settings:
+    variants = {"v": {"definition": {"family": "pause", "pause_s": 0.05, **definition}}}
+    return Settings(variants=variants, work=work or {})
 
 
 def request(job_id: str = "j") -> PaintRequest:
@@ -30,24 +37,48 @@ def request(job_id: str = "j") -> PaintRequest:
 class Replica(Inpainter):
     """Serve awaits `__del__` when it stops a replica; Python's own garbage collection would not."""
 
+    def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
+        self.counters = Counters()
+        super().__init__("v", settings, self.counters)
+        if engine is not None:
+            self._loading._value = engine
+
     def __del__(self) -> None:
         self._loading._again.cancel()
 
+    async def events(self, request: PaintRequest) -> list[Progress | Painted]:
+        return [event async for event in self.paint(request)]
 
-class Stubborn(Pause):
-    """Goes on painting, whatever it is told, until the test lets it go."""
 
-    let_go = threading.Event()
-    entered = threading.Event()
+class Scripted(Pause):
+    """Does `script` in place of painting, and says that it runs on a GPU."""
+
+    def __init__(self, script: Callable[[], None]) -> None:
+        super().__init__(settings().variant("v"), None, 1)
+        self._script = script
 
     def paint(self, window_pixels: Any, *_: Any, **__: Any) -> Any:
+        self._script()
+        return window_pixels
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**super().describe(), "memory_used_bytes": 11_000_000_000}
+
+
+class Stubborn(Scripted):
+    """Goes on painting, whatever it is told, until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        super().__init__(self._hang)
+
+    def _hang(self) -> None:
         self.entered.set()
         assert self.let_go.wait(30)
-        return window_pixels
 
 
 async def test_it_streams_progress_and_then_the_picture() -> None:
-    events = [event async for event in Replica("v", settings()).paint(request())]
+    events = await Replica(settings()).events(request())
     assert isinstance(events[-1], Painted)
     assert events[-1].canvas.mean() == 127
     progress = [event for event in events if isinstance(event, Progress)]
@@ -56,51 +87,139 @@ async def test_it_streams_progress_and_then_the_picture() -> None:
 
 
 async def test_two_jobs_are_painted_one_after_the_other() -> None:
-    replica = Replica("v", settings())
-
-    async def paint(job_id: str) -> list[Progress | Painted]:
-        return [event async for event in replica.paint(request(job_id))]
-
-    both = await asyncio.gather(paint("a"), paint("b"))
+    replica = Replica(settings())
+    both = await asyncio.gather(replica.events(request("a")), replica.events(request("b")))
     assert all(isinstance(events[-1], Painted) for events in both)
     assert replica._usage.as_dict()["wall_s"] >= 0.1
 
 
 async def test_a_variant_that_did_not_load_says_why() -> None:
-    replica = Replica("v", settings(family="flux-fill", file="nowhere.gguf", base="tiny:base"))
+    replica = Replica(settings(family="flux-fill", file="nowhere.gguf", base="tiny:base"))
     assert "nowhere.gguf" in await replica.status()
+    assert replica.counters.total("fluxfill_load_failures_total", "variant v", "unknown_weights") == 1
     with pytest.raises(VariantLoadFailed, match=r"nowhere\.gguf"):
         await anext(replica.paint(request()))
     replica.check_health()
 
 
-async def test_an_engine_that_does_not_stop_makes_the_replica_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inpainter, "STUCK_S", 0.0)
-    replica = Replica("v", settings())
-    replica._loading._value = Stubborn(settings().variant("v"), None, 1)
+# -- engines that do not stop
+
+
+async def test_an_engine_that_does_not_stop_makes_the_replica_unhealthy() -> None:
+    engine = Stubborn()
+    replica = Replica(settings({"stuck_s": 1e-6}), engine)
     painting = asyncio.create_task(anext(_second(replica)))
-    while not Stubborn.entered.is_set():
-        await asyncio.sleep(0.01)
+    await until(engine.entered.is_set)
     replica.check_health()
     painting.cancel()
-    while replica._seat.stopping_since is None:
-        await asyncio.sleep(0.01)
-    with pytest.raises(RuntimeError, match="was told to stop"):
+    await until(lambda: replica._seat.stopping_since is not None)
+    with pytest.raises(RuntimeError, match="was told to stop more than 1e-06 s ago"):
         replica.check_health()
-    Stubborn.let_go.set()
+    engine.let_go.set()
     with pytest.raises(asyncio.CancelledError):
         await painting
     replica.check_health()
 
 
+async def test_an_engine_that_paints_for_longer_than_any_worker_waits_makes_the_replica_unhealthy() -> None:
+    """The worker that would have told it to stop may be dead."""
+    engine = Stubborn()
+    replica = Replica(settings({"stuck_s": 1e-6, "inference_timeout_s": 1e-6}), engine)
+    replica.check_health()
+    painting = asyncio.create_task(replica.events(request()))
+    await until(engine.entered.is_set)
+    with pytest.raises(RuntimeError, match="began to paint more than"):
+        replica.check_health()
+    engine.let_go.set()
+    assert isinstance((await painting)[-1], Painted)
+    replica.check_health()
+
+
+async def test_a_deaf_pause_neither_reports_a_step_nor_stops() -> None:
+    replica = Replica(settings({"stuck_s": 1e-6}, deaf=True, pause_s=0.5))
+    painting = asyncio.create_task(anext(_second(replica)))
+    await until(lambda: replica._seat.taken_since is not None)
+    painting.cancel()
+    await until(lambda: replica._seat.stopping_since is not None)
+    with pytest.raises(RuntimeError, match="was told to stop"):
+        replica.check_health()
+    with pytest.raises(asyncio.CancelledError):
+        await painting
+    events = await replica.events(request())
+    assert {event.step for event in events if isinstance(event, Progress)} <= {0, 4}
+
+
 async def _second(replica: Inpainter) -> Any:
     """The second event, which the stubborn engine never reports."""
-    events = replica.paint(request())
-    try:
+    async with aclosing(replica.paint(request())) as events:
         await anext(events)
         yield await anext(events)
-    finally:
-        await events.aclose()
+
+
+# -- GPUs that fail
+
+
+def fail_with(*errors: Exception | None) -> Callable[[], None]:
+    """Raises one after the other; None raises nothing."""
+    left = list(errors)
+
+    def script() -> None:
+        if left and (error := left.pop(0)) is not None:
+            raise error
+
+    return script
+
+
+async def test_a_lost_gpu_is_refused_from_then_on_and_counted_once(caplog: pytest.LogCaptureFixture) -> None:
+    lost = GpuLost("cuda failed: CUDA error: an illegal memory access was encountered")
+    replica = Replica(settings(), Scripted(fail_with(lost, lost)))
+    replica.check_health()
+    waiting = [asyncio.create_task(replica.events(request(job_id))) for job_id in ("a", "b")]
+    for task in waiting:
+        with pytest.raises(GpuLost, match="illegal memory access"):
+            await task
+    with pytest.raises(GpuLost, match="illegal memory access"):
+        await replica.events(request("c"))
+    with pytest.raises(GpuLost, match="illegal memory access"):
+        replica.check_health()
+    assert "illegal memory access" in await replica.status()
+    assert replica.counters.total("fluxfill_gpu_lost_total", "v") == 1
+    assert [vars(record)["action"] for record in caplog.records if record.levelname == "ERROR"] == ["gpu_lost"]
+
+
+async def test_a_failure_that_may_pass_leaves_the_replica_in_service() -> None:
+    replica = Replica(settings(), Scripted(fail_with(PaintError("the GPU failed"))))
+    with pytest.raises(PaintError, match="the GPU failed"):
+        await replica.events(request())
+    replica.check_health()
+    assert isinstance((await replica.events(request()))[-1], Painted)
+
+
+async def test_a_painting_without_memory_is_tried_once_more_and_counted() -> None:
+    full = OutOfMemory("no memory left")
+    replica = Replica(settings(), Scripted(fail_with(full, None, full, full)))
+    assert isinstance((await replica.events(request()))[-1], Painted)
+    assert replica.counters.total("fluxfill_out_of_memory_total", "v") == 1
+    with pytest.raises(OutOfMemory, match="no memory left"):
+        await replica.events(request())
+    assert replica.counters.total("fluxfill_out_of_memory_total", "v") == 2
+    replica.check_health()
+
+
+async def test_a_painting_leaves_its_figures() -> None:
+    replica = Replica(settings(), Scripted(fail_with()))
+    painted = (await replica.events(request()))[-1]
+    assert isinstance(painted, Painted)
+    assert replica.counters.values == {
+        ("fluxfill_gpu_memory_bytes", "v"): [11_000_000_000],
+        ("fluxfill_steps_per_second", "v"): [4 / painted.busy_s],
+    }
+
+
+async def test_what_has_no_gpu_and_no_steps_leaves_no_figures_of_them() -> None:
+    replica = Replica(settings(family="telea"))
+    await replica.events(request())
+    assert replica.counters.values == {}
 
 
 def test_usage_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

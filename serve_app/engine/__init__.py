@@ -13,7 +13,7 @@ class Engine(Protocol):
     """One loaded variant. Not for two callers at once: pipelines keep state between steps, so its holder locks it."""
 
     def load(self) -> None:
-        """Take memory and get ready; slow. Raises WeightsError, VariantLoadFailed, OutOfMemory."""
+        """Take memory and get ready; slow. Raises WeightsError, VariantLoadFailed, OutOfMemory, GpuLost."""
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
         """Run once, briefly, at the sizes `(width, height)`, so that the first job pays for no compilation."""
@@ -33,15 +33,18 @@ class Engine(Protocol):
 
         `on_step` gets the number of steps done, from 1 up to `steps` (fewer where the family knows no steps). What it
         raises ends the painting within that step and passes through unchanged.
-        Raises OutOfMemory; PaintError.
+        Raises OutOfMemory; GpuLost, after which the process is of no use; PaintError.
         """
+
+    def free_memory(self) -> None:
+        """Give the device's memory back that no painting uses any more. Raises GpuLost."""
 
     def device_ms(self) -> float | None:
         """Device milliseconds painted since `load`, a count that only grows; None where there is no GPU."""
 
     def describe(self) -> Mapping[str, Any]:
         """Where it runs: `device`, `compute_capability` ("8.9", or "N/A" on a CPU), `memory_used_bytes` and
-        `memory_total_bytes` of the device (None on a CPU), `versions` of what computes."""
+        `memory_total_bytes` of the device (None on a CPU), `versions` of what computes. Raises GpuLost."""
 
     def close(self) -> None:
         """Free what `load` took."""

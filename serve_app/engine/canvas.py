@@ -5,26 +5,41 @@ Ray. An engine is held by one request at a time.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 
-from ..errors import Canceled, FluxFillError, UnknownVariant, VariantLoadFailed
+from ..errors import Canceled, FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
 from ..images import Pixels
 from ..jobs import Progress
 from ..paste import paste_window
 from ..ports import OnProgress, Painted, PaintRequest
+from ..telemetry import logged_with, trace_id
 from . import Engine
+
+log = logging.getLogger(__name__)
 
 #: Seeds are below this.
 _SEEDS = 2**63
 
 
-def paint_canvas(engine: Engine, request: PaintRequest, on_step: Callable[[Progress], None]) -> Painted:
+def _nobody_counts() -> None:
+    """An `on_out_of_memory` for those who do not."""
+
+
+def paint_canvas(
+    engine: Engine,
+    request: PaintRequest,
+    on_step: Callable[[Progress], None],
+    on_out_of_memory: Callable[[], None] = _nobody_counts,
+) -> Painted:
     """Paint the windows in order on a copy of the canvas; each sees what the ones before it left.
 
     `on_step` gets the progress over all windows: once before the first step, then after each. What it raises ends the
-    painting and passes through. Raises as `Engine.paint` does.
+    painting and passes through. A window that runs out of memory is begun again, once, after `on_out_of_memory` was
+    called and the engine has freed what it can. Raises as `Engine.paint` does.
     """
     canvas, unpainted = request.canvas.copy(), request.mask.copy()
     started_s, started_ms = time.perf_counter(), engine.device_ms()
@@ -38,16 +53,19 @@ def paint_canvas(engine: Engine, request: PaintRequest, on_step: Callable[[Progr
             done = step
             on_step(Progress(step=before + step, steps=total))
 
-        painted = _paint_window(engine, request, number, canvas[box.slices], unpainted[box.slices], advance)
+        paint = partial(_paint_window, engine, request, number, canvas[box.slices], unpainted[box.slices], advance)
+        painted = _twice_at_most(paint, engine, on_out_of_memory)
         if done < request.steps:
             # A family that knows fewer steps than were asked for has done all of them.
             advance(request.steps)
         paste_window(canvas, painted, box, unpainted)
         unpainted[box.slices] = 0
-    ended_ms = engine.device_ms()
+    ended_ms, busy_s = engine.device_ms(), time.perf_counter() - started_s
+    extra = {"action": "painted", "windows": len(request.windows), "busy_s": round(busy_s, 3)}
+    log.info("Painted %d windows in %.2f s", len(request.windows), busy_s, extra=extra)
     return Painted(
         canvas=canvas,
-        busy_s=time.perf_counter() - started_s,
+        busy_s=busy_s,
         gpu_ms=None if started_ms is None or ended_ms is None else ended_ms - started_ms,
         where=engine.describe(),
     )
@@ -68,26 +86,51 @@ def _paint_window(
     )
 
 
+def _twice_at_most(paint: Callable[[], Pixels], engine: Engine, on_out_of_memory: Callable[[], None]) -> Pixels:
+    try:
+        return paint()
+    except OutOfMemory as e:
+        log.warning("Painting once more with memory freed: %s", e.message, extra={"action": "out_of_memory"})
+    # Outside the handler: the error held what was painted so far.
+    on_out_of_memory()
+    engine.free_memory()
+    return paint()
+
+
 class Seat:
-    """The one place at an engine."""
+    """The one place at an engine. Times are on the monotonic clock."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
-        #: Since when, on the monotonic clock, a painting that was told to stop goes on; None while none does.
+        #: Since when there has been a painting; None while there is none.
+        self.taken_since: float | None = None
+        #: Since when a painting that was told to stop goes on; None while none does.
         self.stopping_since: float | None = None
 
+    async def take(self) -> None:
+        await self.lock.acquire()
+        self.taken_since = time.monotonic()
 
-async def painting(engine: Engine, request: PaintRequest, seat: Seat) -> AsyncGenerator[Progress | Painted, None]:
+    def leave(self) -> None:
+        self.taken_since = self.stopping_since = None
+        self.lock.release()
+
+
+async def painting(
+    engine: Engine, request: PaintRequest, seat: Seat, on_out_of_memory: Callable[[], None] = _nobody_counts
+) -> AsyncGenerator[Progress | Painted, None]:
     """Run `paint_canvas` in a thread at the engine's seat: yields the latest progress, and at last what it painted.
 
     The seat is free the moment the thread ends, however slowly the caller takes what is yielded.
     Closing the generator, or cancelling the task that iterates it, stops the engine within one step, and returns only
-    when the thread has stopped. Raises as `paint_canvas` does.
+    when the thread has stopped. The thread's log lines carry the job's id and its trace. Raises as `paint_canvas` does.
     """
     steps = _Latest()
-    await seat.lock.acquire()
-    work = asyncio.create_task(asyncio.to_thread(paint_canvas, engine, request, steps.report))
-    work.add_done_callback(lambda _: seat.lock.release())
+    await seat.take()
+    with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
+        # The task, and with it the thread, keeps the context it is made in.
+        work = asyncio.create_task(asyncio.to_thread(paint_canvas, engine, request, steps.report, on_out_of_memory))
+    work.add_done_callback(lambda _: seat.leave())
     work.add_done_callback(lambda _: steps.wake())
     try:
         ended = False
@@ -136,13 +179,13 @@ class _Latest:
 async def _ended(work: asyncio.Task[Painted], seat: Seat) -> None:
     """Wait for the thread through any number of cancellations: its engine is not free before."""
     canceled = False
-    seat.stopping_since = None if work.done() else time.monotonic()
+    if not work.done():
+        seat.stopping_since = time.monotonic()
     while not work.done():
         try:
             await asyncio.wait({work})
         except asyncio.CancelledError:
             canceled = True
-    seat.stopping_since = None
     # Asked for here, so that asyncio does not report it as never looked at.
     work.exception()
     if canceled:

@@ -57,6 +57,8 @@ class Telea:
             "versions": {"opencv": cv2.__version__},
         }
 
+    def free_memory(self) -> None: ...
+
     def close(self) -> None: ...
 
 

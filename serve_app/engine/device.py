@@ -1,5 +1,6 @@
 """The device that torch computes on: which, how well, how long, and what its failures mean."""
 
+import gc
 import platform
 import threading
 import traceback
@@ -9,11 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import OutOfMemory, PaintError, VariantLoadFailed
-from . import quant
-
-#: Words in the RuntimeErrors that torch raises for a GPU's own failures.
-_GPU_WORDS = ("CUDA", "CUBLAS", "CUDNN", "cuDNN", "NVRTC")
+from ..errors import VariantLoadFailed
+from . import gpu_faults, quant
 
 #: Held while models are built: accelerate replaces `torch.nn.Module`'s methods meanwhile, for the whole process.
 BUILDING = threading.Lock()
@@ -33,10 +31,11 @@ class Device:
         self.ms = 0.0
 
     def describe(self) -> Mapping[str, Any]:
-        """The device's part of `Engine.describe`."""
+        """The device's part of `Engine.describe`. Raises as `translated` does."""
         if self.capability is None:
             return _describe_cpu()
-        free, total = torch.cuda.mem_get_info()
+        with self.translated():
+            free, total = torch.cuda.mem_get_info()
         return {
             "device": torch.cuda.get_device_name(),
             "compute_capability": ".".join(map(str, self.capability)),
@@ -49,9 +48,12 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def empty_cache(self) -> None:
+    def free_memory(self) -> None:
+        """Give back what nothing uses any more. Raises as `translated` does."""
+        gc.collect()
         if self.is_gpu:
-            torch.cuda.empty_cache()
+            with self.translated():
+                torch.cuda.empty_cache()
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -70,18 +72,16 @@ class Device:
 
     @contextmanager
     def translated(self) -> Iterator[None]:
-        """Raise OutOfMemory or PaintError for the device's own failures; other errors pass through."""
+        """Raise OutOfMemory, GpuLost or PaintError for the device's own failures; other errors pass through."""
         try:
             yield
-        except torch.OutOfMemoryError as e:
+        except RuntimeError as e:
+            kind = gpu_faults.kind_of(e)
+            if kind is None:
+                raise
             # The frames that failed still hold what filled the memory.
             traceback.clear_frames(e.__traceback__)
-            self.empty_cache()
-            raise OutOfMemory(f"{self.torch} is out of memory: {_first_line(e)}") from e
-        except RuntimeError as e:
-            if not isinstance(e, torch.AcceleratorError) and not any(word in str(e) for word in _GPU_WORDS):
-                raise
-            raise PaintError(f"the GPU failed: {_first_line(e)}") from e
+            raise kind(f"{self.torch} failed: {_first_line(e)}") from e
 
 
 def _describe_cpu() -> Mapping[str, Any]:

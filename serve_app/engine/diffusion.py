@@ -1,6 +1,5 @@
 """FLUX.1-Fill as an Engine: holds the pipeline on a device and runs it."""
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -98,11 +97,13 @@ class FluxFill:
         height, width = window_mask.shape
         if height % _MULTIPLE_PX or width % _MULTIPLE_PX:
             raise InputError(f"a window of {width}x{height} px: both must be multiples of {_MULTIPLE_PX}")
+        with self._device.translated():
+            prompt = self._prompt(embeddings)
         return self._run(
             _Run(
                 pixels=window_pixels,
                 mask=window_mask,
-                prompt=self._prompt(embeddings),
+                prompt=prompt,
                 steps=steps,
                 guidance_scale=guidance_scale,
                 seed=seed,
@@ -116,16 +117,16 @@ class FluxFill:
     def describe(self) -> Mapping[str, Any]:
         return {**self._device.describe(), "versions": _versions()}
 
+    def free_memory(self) -> None:
+        self._device.free_memory()
+
     def close(self) -> None:
         self._pipeline = None
-        gc.collect()
-        self._device.empty_cache()
+        self.free_memory()
 
     def _run(self, run: _Run) -> Pixels:
         if self._pipeline is None:
             raise PaintError("the engine is not loaded")
-        # A scheduler counts its steps: one that an interrupted run left half-way would serve the next run wrongly.
-        self._pipeline.scheduler = type(self._pipeline.scheduler).from_config(self._pipeline.scheduler.config)
         with self._device.translated(), self._device.timed(), torch.inference_mode():
             painted = self._pipeline(
                 image=run.pixels.astype(np.float32) / 255,

@@ -12,10 +12,11 @@ _GREY = 127
 
 
 class Pause:
-    """An Engine that takes `variant.pause_s` seconds for each window and paints it grey."""
+    """An Engine that takes `variant.pause_s` seconds for each window and paints it grey. A deaf one reports no step, so
+    that it cannot be stopped either."""
 
     def __init__(self, variant: Variant, _weights: Weights | None, _threads: int) -> None:
-        self._pause_s = variant.pause_s
+        self._pause_s, self._deaf = variant.pause_s, variant.deaf
 
     def load(self) -> None: ...
 
@@ -36,7 +37,8 @@ class Pause:
         for step in range(1, steps + 1):
             # To the step's due time, not for a step's length: every sleep lasts a little too long.
             time.sleep(max(0.0, started_s + self._pause_s * step / steps - time.monotonic()))
-            on_step(step)
+            if not self._deaf:
+                on_step(step)
         painted = window_pixels.copy()
         painted[window_mask >= 128] = _GREY
         return painted
@@ -52,5 +54,7 @@ class Pause:
             "memory_total_bytes": None,
             "versions": {},
         }
+
+    def free_memory(self) -> None: ...
 
     def close(self) -> None: ...

@@ -1,6 +1,5 @@
 """T5 and CLIP: the only place that loads them."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,7 @@ class TextEncoder:
 
     def close(self) -> None:
         self._pipeline = None
-        gc.collect()
-        self._device.empty_cache()
+        self._device.free_memory()
 
     def _build(self) -> Any:
         models = {"dtype": torch.bfloat16, "local_files_only": True}
