@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -62,14 +62,11 @@ def decode_photo(data: bytes, limits: Limits) -> Photo:
     to sRGB through their profile where there is a usable one. Raises InvalidImage, ImageTooLarge; OutOfMemory where
     this process has no memory left for it.
     """
-    source, flat = _load(data, "photo", limits, background="white")
-    rgb, icc = _to_rgb(flat, source.info.get("icc_profile"))
-    return Photo(
-        pixels=_turn(np.asarray(rgb), _orientation(source)),
-        icc=icc,
-        exif=_kept_exif(source),
-        content_type=_CONTENT_TYPES[str(source.format)],
-    )
+    flat, file = _load(data, "photo", limits, background="white")
+    rgb, icc = _to_rgb(flat, file.icc)
+    del flat
+    pixels = _turn(np.asarray(rgb), file.orientation)
+    return Photo(pixels=pixels, icc=icc, exif=file.exif, content_type=file.content_type)
 
 
 def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pixels:
@@ -79,8 +76,8 @@ def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pix
     kept. A mask of another size whose aspect ratio agrees within 1% is scaled with nearest neighbour. `photo_size` is
     (width, height) after turning. Raises MaskMismatch, and what `decode_photo` raises.
     """
-    source, flat = _load(data, "mask", limits, background="black")
-    grey = _turn(np.asarray(_in_mode(flat, "L")), _orientation(source))
+    flat, file = _load(data, "mask", limits, background="black")
+    grey = _turn(np.asarray(_in_mode(flat, "L")), file.orientation)
     _check_aspect((grey.shape[1], grey.shape[0]), photo_size)
     if (grey.shape[1], grey.shape[0]) != photo_size:
         grey = cv2.resize(grey, photo_size, interpolation=cv2.INTER_NEAREST_EXACT)
@@ -175,11 +172,24 @@ _JPEG_START = b"\xff\xd8"
 _JPEG_SCAN = b"\xff\xda"
 _MAX_JPEG_SCANS = 100
 
+#: Rows of a transparent picture that are flattened at a time.
+_STRIP_PX = 256
+
 _What = Literal["photo", "mask"]
 
 
-def _load(data: bytes, what: _What, limits: Limits, *, background: str) -> tuple[Image.Image, Image.Image]:
-    """The picture as its file has it, and flattened; see `_flatten`."""
+class _File(NamedTuple):
+    """What a file says beside its pixels. The opened file itself is not kept: a WebP decoder alone holds 8 bytes a
+    pixel until it goes."""
+
+    icc: bytes | None
+    orientation: int
+    exif: bytes | None
+    content_type: str
+
+
+def _load(data: bytes, what: _What, limits: Limits, *, background: str) -> tuple[Image.Image, _File]:
+    """The picture flattened, see `_flatten`, and what its file says."""
     if not data:
         raise InvalidImage(f"the {what} is empty")
     if len(data) > limits.image_bytes:
@@ -192,7 +202,13 @@ def _load(data: bytes, what: _What, limits: Limits, *, background: str) -> tuple
         image.load()
         # HEIC: what was decoded may differ from what the header announced.
         _check_size(image, what, limits)
-        return image, _flatten(image, background)
+        file = _File(
+            image.info.get("icc_profile"),
+            _orientation(image),
+            _kept_exif(image),
+            _CONTENT_TYPES[str(image.format)],
+        )
+        return _flatten(image, background), file
 
 
 @contextmanager
@@ -243,9 +259,12 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     mode = "L" if image.mode in ("1", "L", "LA") else "CMYK" if image.mode == "CMYK" else "RGB"
     if not image.has_transparency_data:
         return _in_mode(image, mode)
-    layer = image.convert("LA" if mode == "L" else "RGBA")
     flat = Image.new(mode, image.size, background)
-    flat.paste(layer.convert(mode), mask=layer.getchannel("A"))
+    # In strips: each step of the whole picture would take 4 bytes a pixel more.
+    for top in range(0, image.height, _STRIP_PX):
+        box = (0, top, image.width, min(top + _STRIP_PX, image.height))
+        layer = image.crop(box).convert("LA" if mode == "L" else "RGBA")
+        flat.paste(layer.convert(mode), box, mask=layer.getchannel("A"))
     return flat
 
 
