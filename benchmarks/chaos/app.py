@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # its types are a package of their own
+import yaml
 
-from deployments.own_ray import free_port, ray_environment
+from deployments.own_ray import free_port, serving
 from serve_app.settings import MessagesSettings, Settings
 
 NAME = "chaos"
@@ -44,31 +47,30 @@ def settings(messages: MessagesSettings, *, postgres: int, s3: int) -> Settings:
 
 
 @contextmanager
-def own_ray(logs: Path) -> Iterator[None]:
-    """Ray and Serve on this machine, gone at the end, when their logs are copied to `logs/ray`."""
-    # moto takes any key. Ray's processes get what is set here.
-    os.environ.update(ray_environment(), AWS_ACCESS_KEY_ID="chaos", AWS_SECRET_ACCESS_KEY="chaos")
-    import ray
-    from ray import serve
-
-    context = ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
-        yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        session = Path(context.address_info["session_dir"])
-        shutil.copytree(session / "logs", logs / "ray", dirs_exist_ok=True)
+def running(config: Settings, logs: Path) -> Iterator[None]:
+    """`serve run`, with every log in `logs`. Raises SettingsError where the app does not become ready."""
+    port = free_port()
+    path = logs / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(_serve_config(config, port)))
+    # A short path: Ray keeps its sockets there.
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        try:
+            with serving(path, f"http://127.0.0.1:{port}", logs / "serve.log"):
+                yield
+        finally:
+            for session_logs in Path(folder).glob("ray/session_2*/logs"):
+                shutil.copytree(session_logs, logs / "ray", dirs_exist_ok=True)
 
 
-def deploy(config: Settings) -> None:
-    """Returns when every replica runs."""
-    from ray import serve
-
-    from deployments.app import build
-
-    serve.run(build(config), name=NAME)
+def _serve_config(config: Settings, port: int) -> dict[str, Any]:
+    application = {
+        "name": NAME,
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": config.model_dump(mode="json"),
+    }
+    return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
 
 
 def pids(deployment: str) -> list[int]:

@@ -25,9 +25,7 @@ def schedule(sessions: Sequence[Session], twice: int, over_s: float) -> list[tup
     return sorted(times + again, key=lambda sending: sending[0])
 
 
-async def publish(
-    sendings: Sequence[tuple[float, Session]], settings: Settings, on_sent: Callable[[Session], None]
-) -> None:
+async def publish(sendings: Sequence[tuple[float, Session]], settings: Settings, on_sent: Callable[[], None]) -> None:
     """Carry out a schedule. What a session needs is uploaded before its first message."""
     publisher, loop = adapters.publisher(settings.messages), asyncio.get_running_loop()
     started, uploaded = loop.time(), set[str]()
@@ -37,7 +35,7 @@ async def publish(
             await _upload(session, settings)
             uploaded.add(session.id)
         await publisher.publish("sessions", session.data, {})
-        on_sent(session)
+        on_sent()
 
 
 async def _upload(session: Session, settings: Settings) -> None:

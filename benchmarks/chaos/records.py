@@ -33,29 +33,30 @@ class Records:
         self._letters: dict[bytes, list[Mapping[str, str]]] = defaultdict(list)
         self._documents: dict[str, str] = {}
 
-    async def close(self) -> None:
-        await self._dead_letters.close()
+    async def collect_dead_letters(self) -> None:
+        """Take them out of the topic as they come, for ever."""
+        try:
+            while True:
+                letters = await self._dead_letters.pull(_AT_A_TIME)
+                for letter in letters:
+                    self._letters[letter.delivery.data].append(letter.delivery.attributes)
+                await self._dead_letters.acknowledge(letters)
+        finally:
+            await self._dead_letters.close()
 
     async def look(self) -> dict[str, Evidence]:
         """By session id, without the pictures."""
-        await self._take_letters()
         jobs = defaultdict(list)
         for job in await self._jobs.list(limit=_ALL):
             jobs[job.session_id].append(job)
         return {
             session.id: Evidence(
                 jobs=jobs[session.id],
-                letters=self._letters[session.data],
+                letters=tuple(self._letters[session.data]),
                 document=await self._document(session) if jobs[session.id] else "",
             )
             for session in self._sessions
         }
-
-    async def _take_letters(self) -> None:
-        while letters := await self._dead_letters.pull(_AT_A_TIME):
-            for letter in letters:
-                self._letters[letter.delivery.data].append(letter.delivery.attributes)
-            await self._dead_letters.acknowledge(letters)
 
     async def _document(self, session: Session) -> str:
         """Its status. One that says how the session ended is not read again."""

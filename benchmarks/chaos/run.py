@@ -1,0 +1,107 @@
+"""One run: publish under havoc, wait until everything is over, judge."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from serve_app.settings import Settings
+
+from . import app
+from .havoc import Toll, havoc
+from .proxy import Proxy
+from .publishing import publish, schedule
+from .records import Records, stored_results
+from .sessions import Session
+from .verdict import Evidence, Outcome, is_over, outcome
+
+out = Console()
+
+TWICE_SHARE = 0.2
+#: What two cores can do beside starting a killed replica again every few seconds.
+SESSIONS_PER_S = 2.5
+LOOK_S = 5.0
+#: After all is over: time for a stale worker's last write.
+QUIET_S = app.LEASE_S + 2
+
+
+class Run:
+    def __init__(self, sessions: Sequence[Session], settings: Settings, *, s3_port: int) -> None:
+        """`settings` name the servers themselves, not the proxies."""
+        self._sessions, self._settings, self._s3_port = sessions, settings, s3_port
+        self._messages = 0
+        self._started = time.monotonic()
+
+    async def through(self, kill: Sequence[str], stores: Sequence[Proxy], limit_s: float) -> dict[str, Any]:
+        """The figures, after everything is over or `limit_s` has passed."""
+        records, self._started = Records(self._settings, self._sessions), time.monotonic()
+        collecting = asyncio.create_task(records.collect_dead_letters())
+        async with havoc(kill, stores) as toll:
+            await self._publish_and_wait(records, toll, limit_s)
+        duration_s = time.monotonic() - self._started
+        out.print(f"No more kills. Looking again in {QUIET_S:g} s, after a stale worker's last write")
+        await asyncio.sleep(QUIET_S)
+        if collecting.done():
+            collecting.result()
+        collecting.cancel()
+        figures = await self._judge(records)
+        havoc_figures = {"kills": dict(toll.kills), "cuts": toll.cuts, "duration_s": round(duration_s, 1)}
+        return {**figures, "messages": self._messages, **havoc_figures}
+
+    async def _publish_and_wait(self, records: Records, toll: Toll, limit_s: float) -> None:
+        count = len(self._sessions)
+        sendings = schedule(self._sessions, round(TWICE_SHARE * count), count / SESSIONS_PER_S)
+        try:
+            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(publish(sendings, self._settings, self._count))
+                while not (self._say(await records.look(), toll) and publishing.done()):
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            out.print(f"Not over after {limit_s:g} s")
+
+    def _count(self) -> None:
+        self._messages += 1
+
+    def _say(self, found: Mapping[str, Evidence], toll: Toll) -> bool:
+        """Print how far it is, and say whether it is over."""
+        states = Counter(str(job.status) for evidence in found.values() for job in evidence.jobs)
+        letters = sum(bool(evidence.letters) for evidence in found.values())
+        out.print(
+            f"{time.monotonic() - self._started:5.0f} s  {self._messages} messages, {dict(states)}, "
+            f"{letters} dead-lettered, {toll.kills.total()} kills, {toll.cuts} cuts",
+            soft_wrap=True,
+        )
+        return all(is_over(session, found[session.id]) for session in self._sessions)
+
+    async def _judge(self, records: Records) -> dict[str, Any]:
+        """The figures; what is not as it should be is printed, session by session."""
+        evidence = await records.look()
+        counts: Counter[Outcome] = Counter()
+        for session in self._sessions:
+            is_right = await records.has_right_picture(session)
+            ended, why = outcome(session, evidence[session.id], has_right_picture=is_right)
+            counts[ended] += 1
+            if why:
+                out.print(f"{ended} {session.id}: {why}", style="red")
+        results = await asyncio.to_thread(stored_results, self._s3_port)
+        attempts = [job.attempt for found in evidence.values() for job in found.jobs]
+        return {
+            "sent": len(self._sessions),
+            "poisoned": sum(session.poison is not None for session in self._sessions),
+            **{str(ended): counts[ended] for ended in Outcome},
+            "conflicting": _conflicting(results),
+            "attempts": sum(attempts),
+            "most_attempts": max(attempts, default=0),
+            "results_stored": sum(map(len, results.values())),
+        }
+
+
+def _conflicting(results: Mapping[str, Sequence[str]]) -> int:
+    """How many results were stored with different bytes."""
+    conflicting = [path for path, etags in results.items() if len(set(etags)) > 1]
+    for path in conflicting:
+        out.print(f"conflicting {path}: stored as {', '.join(results[path])}", style="red")
+    return len(conflicting)
