@@ -83,11 +83,6 @@ def processes() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-@pytest.fixture(params=["files", "memory"])
-def blobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return {"files": f"files:{tmp_path}/blobs", "memory": f"memory:{uuid.uuid4().hex}"}[request.param]
-
-
 @dataclass
 class Broker:
     """A running message broker with the settings' topics and subscriptions."""
@@ -135,6 +130,9 @@ class Recorder:
         self.times.append(asyncio.get_running_loop().time())
         return await self._decide(delivery) if self._decide else Verdict(action="ack")
 
+    def has(self, body: bytes) -> bool:
+        return body in self.bodies
+
     @property
     def bodies(self) -> list[bytes]:
         return [delivery.data for delivery in self.deliveries]
@@ -168,6 +166,17 @@ def embedded_priorities() -> Iterator[Broker]:
 @pytest.fixture
 def memory() -> Broker:
     return Broker("memory", MessagesSettings(url=f"memory:{uuid.uuid4().hex}"))
+
+
+@pytest.fixture(params=["embedded", "memory"])
+def completing(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """A broker with a completion topic, and a subscription that the settings do not name to read it by."""
+    messages = {"completion_topic": "session-completed"}
+    if request.param == "memory":
+        yield Broker("memory", MessagesSettings(url=f"memory:{uuid.uuid4().hex}", **messages))
+        return
+    with embedded_broker(**messages) as broker:
+        yield broker
 
 
 @pytest.fixture
@@ -244,7 +253,9 @@ def administer(settings: MessagesSettings, topics: Mapping[str, str] | None = No
         for topic in {settings.topic, *topic_of.values()}:
             publisher.create_topic(name=topic_path(settings, topic))
         for name, topic in topic_of.items():
-            subscriber.create_subscription(name=subscription_path(settings, name), topic=topic_path(settings, topic))
+            filter = settings.subscriptions[name].filter if name in settings.subscriptions else ""
+            names = {"name": subscription_path(settings, name), "topic": topic_path(settings, topic)}
+            subscriber.create_subscription(request={**names, "filter": filter})
 
 
 def free_port() -> int:

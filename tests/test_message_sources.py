@@ -2,21 +2,28 @@
 
 import asyncio
 import subprocess
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
 
+import grpc.aio
 import pytest
+from google.pubsub_v1 import types
 
 from serve_app import adapters
 from serve_app.adapters import memory_messages, pubsub, pubsub_connection
+from serve_app.adapters import pubsub_broker as broker_queues
+from serve_app.adapters.pubsub_calls import Calls
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.adapters.pubsub_publisher import PubSubPublisher
 from serve_app.errors import BrokerUnavailable, SettingsError
 from serve_app.ports import Delivery, MessageSource, SourceStatus, Verdict
 from serve_app.settings import MessagesSettings, SubscriptionSettings
 
-from .backends import Broker, Recorder, administer, free_port, until
+from .backends import PRIORITIES, Broker, Recorder, administer, free_port, until
 
 ACK = Verdict(action="ack")
 
@@ -51,7 +58,7 @@ class Held:
         return ACK
 
 
-def once(first: Verdict) -> Callable[[Delivery], object]:
+def once(first: Verdict) -> Callable[[Delivery], Awaitable[Verdict]]:
     """Answer each message's first delivery with `first`, and acknowledge the next."""
     seen: set[bytes] = set()
 
@@ -234,21 +241,111 @@ async def test_dead_letters_go_to_a_topic_of_their_own(broker: Broker) -> None:
     assert handle.bodies == []
 
 
+async def test_a_topic_that_the_settings_do_not_name_is_refused(broker: Broker) -> None:
+    with pytest.raises(ValueError, match="completed"):
+        await broker.publisher.publish("completed", b"x", {})
+
+
+async def test_completion_messages_go_to_a_topic_of_their_own(completing: Broker) -> None:
+    handle, told = Recorder(), Recorder()
+    reader = completing.settings.model_copy(update={"subscriptions": {"session-completed": SubscriptionSettings()}})
+    async with completing.source(handle), Broker(completing.kind, reader).source(told):
+        await completing.publisher.publish("completed", b"done", {"status": "succeeded"})
+        await until(lambda: told.bodies)
+    assert (told.bodies, dict(told.deliveries[0].attributes)) == ([b"done"], {"status": "succeeded"})
+    assert handle.bodies == []
+
+
+# Priorities
+
+
+async def test_a_higher_priority_is_drained_first(priorities: Broker) -> None:
+    """Low ones were there before, and would all come first."""
+    blocked = asyncio.Event()
+
+    async def decide(delivery: Delivery) -> Verdict:
+        if delivery.data == b"first":
+            await blocked.wait()
+        await asyncio.sleep(0.02)
+        return ACK
+
+    handle = Recorder(decide)
+    async with priorities.source(handle, in_flight=1) as source:
+        await priorities.publish(b"first", priority="normal")
+        await until(lambda: handle.bodies)
+        await priorities.publish(*(b"low" for _ in range(12)), priority="low")
+        await priorities.publish(*(b"high" for _ in range(12)), priority="high")
+        if priorities.kind != "memory":
+            await until(lambda: status_of(source, "high").held and status_of(source, "low").held)
+        blocked.set()
+        await until(lambda: len(handle.bodies) == 25)
+    assert handle.bodies[1:13].count(b"low") <= 4
+
+
+async def test_a_lower_priority_does_not_starve(priorities: Broker) -> None:
+    async def another(delivery: Delivery) -> Verdict:
+        if delivery.data == b"high":
+            await priorities.publish(b"high", priority="high")
+        return ACK
+
+    handle = Recorder(another)
+    async with priorities.source(handle, in_flight=2):
+        await priorities.publish(*(b"high" for _ in range(8)), priority="high")
+        await until(lambda: len(handle.bodies) > 8)
+        await priorities.publish(b"low", priority="low")
+        await priorities.publish(b"normal", priority="normal")
+        await until(lambda: {b"low", b"normal"} <= set(handle.bodies))
+
+
+async def test_one_priority_alone_has_every_place(priorities: Broker) -> None:
+    handle = Held()
+    async with priorities.source(handle, in_flight=5) as source:
+        await priorities.publish(*(b"%d" % i for i in range(7)), priority="low")
+        await until(lambda: handle.at_work == 5)
+        assert status_of(source, "low").held >= 5 and status_of(source, "high").held == 0
+        handle.go_on.set()
+        await until(lambda: status_of(source, "low").held == 0)
+    assert handle.most_at_work == 5
+
+
+async def test_what_must_wait_for_a_higher_priority_is_left_to_others(embedded_priorities: Broker) -> None:
+    busy, free = Held(), Recorder()
+    low = [b"low%d" % i for i in range(8)]
+    async with embedded_priorities.source(busy, in_flight=8) as source:
+        await embedded_priorities.publish(*(b"high%d" % i for i in range(10)), priority="high")
+        await until(lambda: status_of(source, "high").held == 10)
+        await embedded_priorities.publish(*low, priority="low")
+        await until(lambda: status_of(source, "low").held == 2)
+        async with embedded_priorities.source(free):
+            await until(lambda: len(set(free.bodies)) == 6)
+        busy.go_on.set()
+        await until(lambda: status_of(source, "low").held == 0)
+        busy.go_on.clear()
+        # Nobody wants the places any more.
+        await embedded_priorities.publish(*low, priority="low")
+        await until(lambda: busy.at_work == 8)
+
+
 # Over Pub/Sub
 
 
 @pytest.mark.emulator
-async def test_the_lease_is_kept_while_a_message_is_handled(emulator: Broker) -> None:
+@pytest.mark.parametrize("kind", ["embedded", "emulator"])
+async def test_leases_are_kept_while_a_message_is_handled_and_another_waits(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     async def longer_than_the_deadline(_delivery: Delivery) -> Verdict:
         await asyncio.sleep(13)
         return ACK
 
     handle = Recorder(longer_than_the_deadline)
-    async with emulator.source(handle) as source:
-        await publish(emulator, b"x")
+    broker: Broker = request.getfixturevalue(f"{kind}_priorities")
+    async with broker.source(handle, in_flight=1) as source:
+        await broker.publish(b"high", priority="high")
         await until(lambda: handle.deliveries)
-        await until(lambda: status_of(source).held == 0)
-    assert len(handle.deliveries) == 1
+        await broker.publish(b"low", priority="low")
+        await until(lambda: len(handle.deliveries) == 2 and not any(status.held for status in source.status().values()))
+    assert handle.bodies == [b"high", b"low"]
 
 
 async def test_the_lease_is_kept_through_the_grace_of_closing(
@@ -319,7 +416,7 @@ async def test_the_stream_is_opened_again_after_the_server_was_away(monkeypatch:
             with EmbeddedPubSub.of(settings):
                 await until(lambda: status_of(source).connected)
                 await publish(broker, body)
-                await until(lambda body=body: body in handle.bodies)
+                await until(partial(handle.has, body))
             await until(lambda: not status_of(source).connected)
         assert status_of(source).error
 
@@ -334,6 +431,89 @@ async def test_a_subscription_that_is_missing_is_waited_for() -> None:
             administer(settings)
             await publish(Broker("embedded", settings), b"x")
             await until(lambda: handle.bodies == [b"x"] and status_of(source).connected)
+
+
+async def test_a_missing_subscription_holds_up_no_other() -> None:
+    with EmbeddedPubSub("127.0.0.1", 0) as server:
+        settings = MessagesSettings(url=f"embedded://{server.address}", subscriptions=PRIORITIES)
+        present = settings.model_copy(update={"subscriptions": {"high": PRIORITIES["high"]}})
+        administer(present)
+        handle = Recorder()
+        async with Broker("embedded", settings).source(handle) as source:
+            await until(lambda: "subscriptions/low does not exist" in status_of(source, "low").error)
+            await publish_all_priorities(settings)
+            await until(lambda: handle.bodies == [b"high"])
+            assert status_of(source, "high").connected and not status_of(source, "high").error
+            assert not status_of(source, "low").connected
+
+
+class Guarded(Calls):
+    """Lets nobody pull from one subscription for a while."""
+
+    refused = ""
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+    async def streaming_pull(
+        self, requests: AsyncIterator[types.StreamingPullRequest], context: Any
+    ) -> AsyncIterator[types.StreamingPullResponse]:
+        first = await anext(requests, None)
+        if first is None:
+            return
+        if self.refused and first.subscription.endswith(self.refused):
+            await context.abort(self.code, "User not authorized to perform this action.")
+
+        async def all_requests() -> AsyncIterator[types.StreamingPullRequest]:
+            yield first
+            async for request in requests:
+                yield request
+
+        async for response in super().streaming_pull(all_requests(), context):
+            yield response
+
+
+@pytest.fixture
+async def guarded() -> AsyncIterator[tuple[Guarded, MessagesSettings]]:
+    queues = broker_queues.Broker(broker_queues.Bounds(), time.monotonic, time.time)
+    calls, server = Guarded(queues), grpc.aio.server()
+    server.add_generic_rpc_handlers(calls.handlers())
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    settings = MessagesSettings(url=f"pubsub://127.0.0.1:{port}", subscriptions=PRIORITIES)
+    await asyncio.to_thread(administer, settings)
+    yield calls, settings
+    await server.stop(grace=None)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (grpc.StatusCode.PERMISSION_DENIED, "may not pull from projects/local/subscriptions/low"),
+        (grpc.StatusCode.UNAUTHENTICATED, "does not take this service's credentials"),
+        # The library would open the stream again in silence.
+        (grpc.StatusCode.UNAVAILABLE, "subscriptions/low broke"),
+    ],
+)
+async def test_a_refused_subscription_says_so_and_recovers(
+    guarded: tuple[Guarded, MessagesSettings], code: grpc.StatusCode, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pubsub, "REOPEN_MAX_S", 1.0)
+    calls, settings = guarded
+    calls.refused, calls.code = "low", code
+    handle = Recorder()
+    async with Broker("guarded", settings).source(handle) as source:
+        await until(lambda: said in status_of(source, "low").error)
+        await publish_all_priorities(settings)
+        await until(lambda: set(handle.bodies) == {b"high", b"normal"})
+        assert not status_of(source, "low").connected
+        assert status_of(source, "high").connected and status_of(source, "normal").connected
+        calls.refused = ""
+        await until(lambda: b"low" in handle.bodies and status_of(source, "low").connected)
+        assert not status_of(source, "low").error
+
+
+async def publish_all_priorities(settings: MessagesSettings) -> None:
+    for priority in PRIORITIES:
+        await Broker("", settings).publish(priority.encode(), priority=priority)
 
 
 async def test_publishing_fails_clearly(embedded: Broker) -> None:

@@ -6,7 +6,7 @@ place goes to the longest-waiting of the others instead, so that none starves.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -55,6 +55,13 @@ class Places:
     def share(self) -> int:
         """What a lower priority may have in hand while a higher one wants places: its turns, and one more to wait."""
         return min(self.count, -(-self.count // TURN) + 1)
+
+    def width(self, rank: int, ranks: Iterable[int]) -> int:
+        """What a subscription of `rank`, among others of `ranks`, may have in hand while no higher one wants places.
+
+        Where there are lower ones, a share more than all places, so that a place that is free again finds the next.
+        """
+        return self.count + (self.share if any(other > rank for other in ranks) else 0)
 
     def is_contended(self, rank: int) -> bool:
         """Whether a higher priority than `rank` waits for places, or did just now."""

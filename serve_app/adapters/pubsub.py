@@ -81,13 +81,15 @@ class PubSubSource:
         self._settings = settings
         self._subscription = subscription
         self._path = subscription_path(settings, subscription)
-        self._rank = RANKS[settings.subscriptions[subscription].priority]
+        ranks = {name: RANKS[other.priority] for name, other in settings.subscriptions.items()}
+        self._rank = ranks[subscription]
         self._places = places
+        self._widest = places.width(self._rank, ranks.values())
         self._client = client
         self._caller = caller
         self._max_lease_s = max_lease_s
         #: Of the next stream.
-        self._width = places.count
+        self._width = self._widest
         self._in_hand: dict[str, _InHand] = {}
         self._stream: Stream | None = None
         self._error = ""
@@ -116,7 +118,7 @@ class PubSubSource:
     async def close(self, *, grace_s: float) -> None:
         self._closing.set()
         await self._retire()
-        self._give_back_waiting(keep=0)
+        self._give_back_waiting()
         if self._in_hand:
             await asyncio.wait([held.task for held in self._in_hand.values()], timeout=grace_s)
         await self._give_back_all()
@@ -244,17 +246,17 @@ class PubSubSource:
             if stream.width > share and len(self._waiting()) > share:
                 self._width = share
                 await self._retire()
-                self._give_back_waiting(keep=share)
-        elif stream.width < self._places.count and self._places.free:
-            self._width = self._places.count
+                self._give_back_waiting()
+        elif stream.width < self._widest and self._places.free:
+            self._width = self._widest
             await self._retire()
 
     def _waiting(self) -> list[_InHand]:
-        """What is in hand and has no place yet, the longest-waiting first."""
+        """What is in hand and has no place yet."""
         return [held for held in self._in_hand.values() if not held.is_placed and not held.is_settling]
 
-    def _give_back_waiting(self, *, keep: int) -> None:
-        for held in self._waiting()[keep:]:
+    def _give_back_waiting(self) -> None:
+        for held in self._waiting():
             held.task.cancel()
 
     async def _extend_orphans(self) -> None:

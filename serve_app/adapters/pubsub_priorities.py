@@ -1,8 +1,8 @@
 """Messages from several Pub/Sub subscriptions, by priority, in one pool of places.
 
-Each subscription has a stream of its own that may fill every place while nobody of a higher priority wants them: what
-waits stays with Pub/Sub, but for at most a pool's worth that a stream of the same or a higher priority has in hand.
-`places` says who goes next, `pubsub` what a lower priority may have in hand meanwhile.
+Each subscription has a stream of its own, which may have as many messages in hand as there are places, and a few more
+where it has lower priorities to go before. With one subscription that is all there is to it. While a higher priority
+wants places, a lower one may have only its share in hand; the rest waits with Pub/Sub, for whoever has places.
 """
 
 import asyncio
