@@ -50,6 +50,7 @@ def settings(messages: MessagesSettings, *, postgres: int, s3: int) -> Settings:
 def running(config: Settings, logs: Path) -> Iterator[None]:
     """`serve run`, with every log in `logs`. Raises SettingsError where the app does not become ready."""
     port = free_port()
+    shutil.rmtree(logs / "ray", ignore_errors=True)
     path = logs / "serve_config.yaml"
     path.write_text(yaml.safe_dump(_serve_config(config, port)))
     # A short path: Ray keeps its sockets there.

@@ -1,6 +1,6 @@
 """What is published: sessions whose right picture is known, and poisoned ones whose right error is.
 
-Every good photo has a colour of its own with a black leash across it, and the mask covers the leash: the right result
+Every good photo has a colour of its own with two black leashes across it, and the mask covers them: the right result
 has the photo's colour everywhere. Another session's colour shows whose canvas or photo was mixed in, inside the mask or
 outside, and a black pixel that nobody painted.
 """
@@ -18,14 +18,14 @@ import numpy as np
 from serve_app.images import Pixels
 
 USER = "chaos"
-#: At this size telea paints for some 100 ms.
+#: At this size telea paints for some 250 ms.
 WIDTH, HEIGHT = 1024, 768
 #: As many colours as three digits make.
 MOST_SESSIONS = 1000
 #: Levels between two digits' colours. JPEG and telea change a flat colour by up to 8.
 _STEP = 24
 _TOLERANCE = 10
-_LEASH = (WIDTH // 8, HEIGHT // 8), (WIDTH * 7 // 8, HEIGHT * 7 // 8)
+_LEASHES = [np.array(ends, np.int32) for ends in ([(128, 96), (896, 672)], [(896, 96), (128, 672)])]
 
 
 def message(**fields: Any) -> bytes:
@@ -33,8 +33,12 @@ def message(**fields: Any) -> bytes:
 
 
 def photo(color: tuple[int, int, int]) -> Pixels:
-    """uint8 RGB, `[HEIGHT, WIDTH, 3]`: one colour, and a black leash."""
-    return np.asarray(cv2.line(np.full((HEIGHT, WIDTH, 3), color, np.uint8), *_LEASH, (0, 0, 0), 20), np.uint8)
+    """uint8 RGB, `[HEIGHT, WIDTH, 3]`: one colour, and two black leashes."""
+    return _lines(np.full((HEIGHT, WIDTH, 3), color, np.uint8), 0, thickness=20)
+
+
+def _lines(pixels: Pixels, level: int, *, thickness: int) -> Pixels:
+    return np.asarray(cv2.polylines(pixels, _LEASHES, False, (level,) * 3, thickness), np.uint8)
 
 
 def jpeg(pixels: Pixels) -> bytes:
@@ -43,8 +47,8 @@ def jpeg(pixels: Pixels) -> bytes:
 
 @cache
 def mask(width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A PNG, white over the leash and a little more, so that nothing of the leash's rim is left."""
-    return cv2.imencode(".png", cv2.line(np.zeros((height, width), np.uint8), *_LEASH, 255, 36))[1].tobytes()
+    """A PNG, white over the leashes and a little more, so that nothing of their rims is left."""
+    return cv2.imencode(".png", _lines(np.zeros((height, width), np.uint8), 255, thickness=36))[1].tobytes()
 
 
 @cache
