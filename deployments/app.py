@@ -31,7 +31,7 @@ def build(args: Settings) -> serve.Application:
         # Work in the background counts as no load, so only pushes would be limited by this.
         max_ongoing_requests=max(100, settings.in_flight()),
         ray_actor_options={"num_cpus": 0.2},
-        graceful_shutdown_timeout_s=settings.work.grace_s + 10,
+        graceful_shutdown_timeout_s=settings.work.grace_s + 15,
         user_config=Inference(variant=next(iter(settings.variants))).model_dump(mode="json"),
     )
     broker = serve.deployment(PubSub).options(ray_actor_options={"num_cpus": 0.1}).bind(settings.messages)

@@ -1,4 +1,4 @@
-"""The command line: `fluxfill demo | submit | jobs | check | weights`."""
+"""The command line: `fluxfill demo | submit | jobs | deadletters | check | weights`."""
 
 import asyncio
 import uuid
@@ -19,6 +19,8 @@ from serve_app.messages import CropStrategy, EditMessage
 from serve_app.settings import Settings
 from serve_app.variants import BUILT_IN, Variant
 
+from .deadletters import deadletters_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -29,6 +31,7 @@ jobs_app = typer.Typer(help="Jobs: list them, look at one, cancel one.")
 weights_app = typer.Typer(no_args_is_help=True, help="Model weights.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(weights_app, name="weights")
+app.add_typer(deadletters_app, name="deadletters")
 
 out = Console()
 err = Console(stderr=True)
@@ -71,6 +74,7 @@ def submit(
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 100.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; derived from the job when left out.")] = None,
     crop: Annotated[CropStrategy | None, typer.Option(help="How much of the photo the model sees.")] = None,
+    priority: Annotated[str | None, typer.Option(help="For the subscriptions' filters: high, low.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the result is written.", file_okay=False)] = Path("out"),
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the result.")] = 900,
     config: ConfigOption = CONFIG,
@@ -86,7 +90,8 @@ def submit(
         "seed": seed,
         "cropStrategy": crop,
     }
-    job, files = _run(_submit(_message(given), original, mask, folder, timeout, config))
+    attributes = {"priority": priority} if priority else {}
+    job, files = _run(_submit(_message(given), original, mask, folder, timeout, config, attributes))
     _show(job)
     if job.status != State.SUCCEEDED:
         raise typer.Exit(1)
@@ -103,12 +108,18 @@ def _message(given: dict[str, Any]) -> EditMessage:
 
 
 async def _submit(
-    message: EditMessage, original: Path, mask: Path, folder: Path, timeout_s: float, config: Path
+    message: EditMessage,
+    original: Path,
+    mask: Path,
+    folder: Path,
+    timeout_s: float,
+    config: Path,
+    attributes: Mapping[str, str] | None = None,
 ) -> tuple[Job, list[Path]]:
     from .client import Client
 
     client = Client(_settings(config))
-    job_id = await client.submit(message, original, mask)
+    job_id = await client.submit(message, original, mask, attributes=attributes)
     out.print(f"session {message.user_id}/{message.session_id}, job {job_id}", highlight=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}"))
     with Progress(*columns, TimeElapsedColumn(), console=out) as bar:
@@ -180,14 +191,41 @@ def jobs_show(job_id: str, config: ConfigOption = CONFIG) -> None:
 
 
 @jobs_app.command("cancel")
-def jobs_cancel(job_id: str, config: ConfigOption = CONFIG) -> None:
-    """Stop a job: one that waits never starts, one that runs stops within a step."""
+def jobs_cancel(
+    job_id: Annotated[str | None, typer.Argument(help="One job.")] = None,
+    session: Annotated[str | None, typer.Option(help="USER/SESSION: its jobs and the messages that wait.")] = None,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Stop a job, or all that a session has: what waits never starts, what runs stops within a step."""
     from .client import Client
 
-    async def cancel() -> Job:
-        return await Client(_settings(config)).cancel(await _job(job_id, config))
+    if (job_id is None) == (session is None):
+        raise typer.BadParameter("name a job, or --session USER/SESSION")
+    if job_id is not None:
+        canceled = [_run(Client(_settings(config)).cancel(job_id))]
+    else:
+        user_id, _, session_id = str(session).partition("/")
+        message = _message({"userId": user_id, "sessionId": session_id})
+        canceled = list(_run(Client(_settings(config)).cancel_session(message.user_id, message.session_id)))
+    for job in canceled:
+        out.print(f"{job.id} {job.status}", highlight=False)
+    if not canceled:
+        out.print("no job had begun; what waits will not start", highlight=False)
 
-    out.print(f"{_run(cancel()).status}")
+
+@jobs_app.command("links")
+def jobs_links(
+    job_id: str,
+    hours: Annotated[float, typer.Option(help="How long they hold, up to 168.", min=0.01, max=168)] = 1,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Signed links to a job's pictures, for people without credentials."""
+    from .client import Client
+
+    job = _run(_job(job_id, config))
+    for role, url in _run(Client(_settings(config)).links(job, expires_s=round(hours * 3600))).items():
+        # A link that is broken over lines cannot be clicked.
+        out.print(f"{role}: {url}", highlight=False, soft_wrap=True)
 
 
 async def _job(job_id: str, config: Path) -> Job:

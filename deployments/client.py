@@ -1,13 +1,14 @@
 """A publisher's side of the service: put a session's photo there, ask for the edit, follow it, fetch the result."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from serve_app import adapters, jobs
 from serve_app.adapters.pubsub_names import address_of
+from serve_app.cancel import Canceler
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable
 from serve_app.jobs import Job
@@ -27,9 +28,14 @@ class Client:
         self._blobs = adapters.blob_store(settings.blobs)
         self._jobs = adapters.job_store(settings.jobs)
         self._publisher = adapters.publisher(settings.messages)
+        self._canceler = Canceler(
+            job_store=self._jobs, cancellations=adapters.cancellations(settings.jobs), clock=utc_now
+        )
 
-    async def submit(self, message: EditMessage, original: Path, mask: Path) -> str:
-        """Upload both files and publish; the id of the job that the message becomes.
+    async def submit(
+        self, message: EditMessage, original: Path, mask: Path, *, attributes: Mapping[str, str] | None = None
+    ) -> str:
+        """Upload both files and publish, with Pub/Sub `attributes`; the id of the job that the message becomes.
 
         Raises OSError for a file that cannot be read; StoreUnavailable; BrokerUnavailable, before anything is
         uploaded where nobody listens at the embedded server's address.
@@ -42,8 +48,9 @@ class Client:
             content_type = "image/png" if role == "mask" else "image/jpeg"
             versions.append(await self._put(path, source.read_bytes(), content_type))
         data = message.model_dump_json(by_alias=True, exclude_none=True).encode()
-        await self._publisher.publish("sessions", data, {})
-        return jobs.edit_job_id(message, versions=versions, idempotency_key=None)
+        await self._publisher.publish("sessions", data, attributes or {})
+        key = (attributes or {}).get("idempotencyKey")
+        return jobs.edit_job_id(message, versions=versions, idempotency_key=key)
 
     async def _put(self, path: str, data: bytes, content_type: str) -> str:
         """The version under which `data` is stored. Bytes that are there already are left alone, because writing them
@@ -70,8 +77,7 @@ class Client:
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         written = []
         for path in job.artifacts.values():
-            # An edit of the largest photo, stored at quality 95, can be larger than the photo was.
-            data, _ = await self._blobs.get(path, max_bytes=8 * self._settings.limits.image_bytes)
+            data, _ = await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
             to = folder / Path(path).name
             await asyncio.to_thread(to.write_bytes, data)
             written.append(to)
@@ -83,12 +89,18 @@ class Client:
     async def list(self, **query: Any) -> list[Job]:
         return list(await self._jobs.list(**query))
 
-    async def cancel(self, job: Job) -> Job:
-        """Raises IllegalTransition for a job that is over."""
-        canceled = await self._jobs.update(job.id, job.session_key, jobs.cancel(now=utc_now()))
-        # A waiting job's message may be away for minutes, and a worker tells the session only then.
-        await adapters.session_mirror(self._settings.sessions_url).write(canceled, jobs.session_document(canceled))
-        return canceled
+    async def cancel(self, job_id: str) -> Job:
+        """Raises UnknownJob; IllegalTransition for a job that is over."""
+        return await self._canceler.job(job_id)
+
+    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
+        """Also the session's messages that wait. The jobs that were stopped."""
+        return await self._canceler.session(user_id, session_id)
+
+    async def links(self, job: Job, *, expires_s: int) -> dict[str, str]:
+        """Signed links to the job's artifacts, by role."""
+        signed = adapters.blob_links(self._settings)
+        return {role: await signed.link(path, expires_s=expires_s) for role, path in job.artifacts.items()}
 
 
 async def _check_listens(url: str) -> None:

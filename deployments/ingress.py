@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextvars import Context
 from dataclasses import asdict
 from typing import Any
@@ -13,18 +13,29 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import adapters
+from serve_app.adapters.webhooks import Webhooks
 from serve_app.api import Readiness, create_app
+from serve_app.auth import Access
+from serve_app.cancel import Canceler
 from serve_app.engine.prompts import PromptCache
-from serve_app.errors import Unavailable
-from serve_app.ports import Delivery, Verdict
-from serve_app.settings import Inference, Settings
-from serve_app.telemetry import configure_logging
-from serve_app.worker import Worker
+from serve_app.errors import InvalidLink, Unavailable
+from serve_app.jobs import Job
+from serve_app.outbox import Courier
+from serve_app.ports import BlobInfo, Delivery, Verdict
+from serve_app.settings import Inference, Secrets, Settings
+from serve_app.telemetry import Metrics, configure_logging
+from serve_app.worker import Worker, utc_now
 
+from .metrics import RayMetrics
 from .readiness import VariantWatch
 from .remote import RemotePainter, RemotePrompts
 
 log = logging.getLogger(__name__)
+
+#: How often the subscriptions' state goes into the metrics, in seconds.
+SHOW_S = 5.0
+#: On shutdown: how long what is being told may take, in seconds. What is not told stays owed.
+TELL_GRACE_S = 3.0
 
 
 def http() -> FastAPI:
@@ -73,24 +84,46 @@ class Ingress:
         _broker: DeploymentHandle | None,
     ) -> None:
         configure_logging()
+        secrets = Secrets.from_environment()
+        self.metrics: Metrics = RayMetrics()
+        self.access = Access(settings, secrets)
         self._settings = settings
         self._inference: Inference | None = None
         self._defaults_error = ""
-        self._watch = VariantWatch(painters, deployments)
-        blobs = adapters.blob_store(settings.blobs)
-        prompts = RemotePrompts(encoders, PromptCache(blobs), settings)
+        self._watch = VariantWatch(painters, deployments, self.metrics)
+        self._blobs = adapters.blob_store(settings.blobs)
+        self._links = adapters.local_links(settings)
+        job_store, cancellations = adapters.job_store(settings.jobs), adapters.cancellations(settings.jobs)
+        self._canceler = Canceler(job_store=job_store, cancellations=cancellations, clock=utc_now)
+        mirror = adapters.session_mirror(settings.sessions_url)
+        publisher = adapters.publisher(settings.messages)
+        self._webhooks = Webhooks(settings.webhooks, secrets)
+        self._courier = Courier(
+            job_store=job_store,
+            mirror=mirror,
+            publisher=publisher,
+            webhooks=self._webhooks,
+            settings=settings,
+            clock=utc_now,
+            metrics=self.metrics,
+        )
         self._source = adapters.message_source(settings.messages, settings.in_flight())
         self._worker = Worker(
-            blobs=blobs,
-            job_store=adapters.job_store(settings.jobs),
-            mirror=adapters.session_mirror(settings.sessions_url),
-            publisher=adapters.publisher(settings.messages),
+            blobs=self._blobs,
+            job_store=job_store,
+            cancellations=cancellations,
+            mirror=mirror,
+            publisher=publisher,
+            courier=self._courier,
+            webhooks=self._webhooks,
             painter=RemotePainter(painters, self._watch),
-            prompts=prompts,
+            prompts=RemotePrompts(encoders, PromptCache(self._blobs), settings),
             settings=settings,
             defaults=self._defaults,
+            metrics=self.metrics,
         )
-        self._tasks = [asyncio.create_task(self._watch.run())]
+        background = (self._watch.run(), self._courier.run(), self._show_subscriptions())
+        self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -136,7 +169,31 @@ class Ingress:
             defaults_error=self._defaults_error,
         )
 
+    async def cancel_job(self, job_id: str) -> Job:
+        job = await self._canceler.job(job_id)
+        self._courier.tell(job)
+        return job
+
+    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
+        canceled = await self._canceler.session(user_id, session_id)
+        for job in canceled:
+            self._courier.tell(job)
+        return canceled
+
+    async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
+        if self._links is None:
+            raise InvalidLink("this app's blobs are not served by it: its links lead to the store itself")
+        path = self._links.path_of(token)
+        return await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
+
     # -- life and death
+
+    async def _show_subscriptions(self) -> None:
+        while True:
+            for name, status in self._source.status().items():
+                self.metrics.put("fluxfill_subscription_connected", float(status.connected), subscription=name)
+                self.metrics.put("fluxfill_messages_in_hand", status.held, subscription=name)
+            await asyncio.sleep(SHOW_S)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose background work has ended."""
@@ -151,6 +208,8 @@ class Ingress:
         for task in self._tasks:
             task.cancel()
         self._worker.close()
+        await self._courier.close(grace_s=TELL_GRACE_S)
+        await self._webhooks.close()
 
 
 def _first_line(e: ValueError) -> str:

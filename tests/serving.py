@@ -1,11 +1,12 @@
 """The real app on a Ray of the test session's own, deployed as an operator deploys it: `serve deploy CONFIG`."""
 
+import base64
 import os
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,19 @@ from .rig import jpeg, line_mask, photo, png
 APP = "fluxfill"
 
 
-def args(folder: Path, port: int) -> dict[str, Any]:
+#: Of the test session's app.
+WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a key of the tests' own, 32 byte").decode()
+
+
+def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
     """Settings with short leases and waits, a slow variant, and one whose weights are not there."""
     quick = {"upscale_delay_s": 0.1, "num_cpus": 0.1}
     return {
         "blobs": f"files:{folder}/blobs",
         "jobs": f"sqlite:{folder}/jobs.db",
-        "messages": {"url": f"embedded://127.0.0.1:{port}"},
+        "messages": {"url": f"embedded://127.0.0.1:{port}", "completion_topic": "session-completed"},
+        "webhooks": {"hosts": [f"127.0.0.1:{receiver}"], "allow_http": True},
+        "public_url": f"http://127.0.0.1:{http}",
         "variants": {
             "telea": {"min_replicas": 2, "max_replicas": 2, **quick},
             "slow": {"definition": {"family": "pause", "pause_s": 3}, "min_replicas": 1, **quick},
@@ -62,6 +69,8 @@ class App:
     dashboard: str
     http: str
     raw: dict[str, Any]
+    #: Where the app may call a receiver of webhooks.
+    receiver_port: int
 
     @property
     def settings(self) -> Settings:
@@ -107,11 +116,13 @@ class App:
         mask.write_bytes(png(line_mask()))
         return original, mask
 
-    async def submit(self, session: str | None = None, **fields: Any) -> str:
+    async def submit(
+        self, session: str | None = None, *, attributes: Mapping[str, str] | None = None, **fields: Any
+    ) -> str:
         message = EditMessage.model_validate(
             {"userId": "u", "sessionId": session or uuid.uuid4().hex, **fields}, by_name=False
         )
-        return await self.client.submit(message, *self.photo_files())
+        return await self.client.submit(message, *self.photo_files(), attributes=attributes)
 
     async def finished(self, job_id: str, timeout_s: float = 90) -> Job:
         return await self.client.follow(job_id, lambda job: None, timeout_s=timeout_s)
@@ -129,7 +140,9 @@ def running(folder: Path) -> Iterator[App]:
     import ray
     from ray import serve
 
-    dashboard, http = free_port(), free_port()
+    dashboard, http, receiver = free_port(), free_port(), free_port()
+    # Ray's processes inherit it.
+    os.environ["WEBHOOK_SECRET"] = WEBHOOK_SECRET
     ray.init(num_cpus=8, include_dashboard=True, dashboard_port=dashboard, log_to_driver=False)
     raw = {
         "proxy_location": "HeadOnly",
@@ -139,11 +152,17 @@ def running(folder: Path) -> Iterator[App]:
                 "name": APP,
                 "route_prefix": "/",
                 "import_path": "deployments.app:build",
-                "args": args(folder, free_port()),
+                "args": args(folder, free_port(), http, receiver),
             }
         ],
     }
-    app = App(folder=folder, dashboard=f"http://127.0.0.1:{dashboard}", http=f"http://127.0.0.1:{http}", raw=raw)
+    app = App(
+        folder=folder,
+        dashboard=f"http://127.0.0.1:{dashboard}",
+        http=f"http://127.0.0.1:{http}",
+        raw=raw,
+        receiver_port=receiver,
+    )
     try:
         app.deploy(variant="telea", steps=12)
         app.wait_ready()
@@ -151,3 +170,4 @@ def running(folder: Path) -> Iterator[App]:
     finally:
         serve.shutdown()
         ray.shutdown()
+        del os.environ["WEBHOOK_SECRET"]

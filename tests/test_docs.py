@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,12 @@ def test_the_changelog_knows_this_version() -> None:
     version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M)
     assert version is not None
     assert f"## {version[1]} " in Path("CHANGELOG.md").read_text()
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    names = {re.split(r"[\[<>=~!]", one)[0].lower().replace("_", "-") for one in wanted} - {"flux-fill-serve"}
+    assert all("<" in one and ">=" in one for one in wanted if not one.startswith("flux-fill-serve"))
+    pins = re.findall(r"^([A-Za-z0-9_.-]+)==", Path("constraints.txt").read_text(), re.M)
+    assert names - {pin.lower().replace("_", "-") for pin in pins} == set()

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import sqlite3
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+from standardwebhooks import Webhook
 
 from serve_app import adapters
 from serve_app.adapters import sql
@@ -21,10 +23,10 @@ from serve_app.edit import session_path
 from serve_app.images import Pixels
 from serve_app.jobs import Job, State, edit_job_id
 from serve_app.messages import EditMessage
-from serve_app.ports import Verdict
 
+from . import webhook_receiver
 from .rig import jpeg, line_mask, photo, png
-from .serving import App, running
+from .serving import WEBHOOK_SECRET, App, running
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 
@@ -59,24 +61,16 @@ async def variant_state(app: App, variant: str, state: str) -> dict[str, Any]:
 
 
 async def dead_letters(app: App) -> list[dict[str, str]]:
-    """What is in the dead-letter topic, read as an operator would, and acknowledged."""
-    found: list[dict[str, str]] = []
-    settings = app.settings.messages.model_copy(update={"subscription": app.settings.messages.dead_letter_topic})
-    source = adapters.message_source(settings, 10)
+    """What is in the dead-letter topic, and acknowledged."""
+    kept = adapters.dead_letters(app.settings.messages)
 
-    async def take(delivery: Any) -> Any:
-        found.append(dict(delivery.attributes))
-        return Verdict(action="ack")
+    async def some() -> Any:
+        return await kept.pull(100)
 
-    pulling = asyncio.create_task(source.run(take))
-
-    async def some() -> bool:
-        return bool(found)
-
-    await until(some)
-    await source.close(grace_s=5)
-    await pulling
-    return found
+    letters = await until(some)
+    await kept.acknowledge(letters)
+    await kept.close()
+    return [dict(letter.delivery.attributes) for letter in letters]
 
 
 # -- what users see
@@ -89,8 +83,65 @@ async def test_a_message_goes_in_and_the_edited_photo_comes_out(app: App, tmp_pa
     assert cv2.imread(str(edited)).shape == photo().shape
     assert cv2.imread(str(preview)).shape == photo().shape
     mirror = adapters.session_mirror(app.settings.jobs)
-    document = await mirror.read(job.user_id, job.session_id)
-    assert document and document["processingStatus"] == "completed"
+
+    async def told() -> bool:
+        document = await mirror.read(job.user_id, job.session_id)
+        return document is not None and document["processingStatus"] == "completed"
+
+    await until(told)
+
+
+async def test_the_end_is_told_on_the_topic_and_at_the_url_with_the_trace(app: App) -> None:
+    trace = f"00-{uuid.uuid4().hex}-{uuid.uuid4().hex[:16]}-01"
+    async with webhook_receiver.serve(webhook_receiver.status(204), port=app.receiver_port) as receiver:
+        url = f"http://{receiver.authority}/hook"
+        job_id = await app.submit(callbackUrl=url, attributes={"traceparent": trace})
+        assert (await app.finished(job_id)).status == State.SUCCEEDED
+
+        async def called() -> Any:
+            return receiver.requests
+
+        [hook] = await until(called)
+    assert Webhook(WEBHOOK_SECRET).verify(hook.body.decode(), hook.headers)["data"]["jobId"] == job_id
+    assert hook.headers["traceparent"] == trace
+    [completed] = [one for one in await completions(app) if one["jobId"] == job_id]
+    assert (completed["status"], completed["traceparent"]) == ("succeeded", trace)
+
+
+async def completions(app: App) -> list[dict[str, str]]:
+    """The attributes of what the completion topic has, acknowledged."""
+    kept = app.settings.messages.model_copy(update={"dead_letter_subscription": "session-completed"})
+    letters = adapters.dead_letters(kept)
+    found = await letters.pull(1000)
+    await letters.acknowledge(found)
+    await letters.close()
+    return [dict(letter.delivery.attributes) for letter in found]
+
+
+async def test_a_picture_is_seen_by_a_signed_link(app: App) -> None:
+    job = await app.finished(await app.submit())
+    links = await app.client.links(job, expires_s=60)
+    async with httpx.AsyncClient() as http:
+        answer = await http.get(links["edited"])
+        altered = await http.get(links["edited"][:-4] + "AAAA")
+    stored, _ = await adapters.blob_store(app.settings.blobs).get(job.artifacts["edited"], max_bytes=10**7)
+    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "image/jpeg", stored)
+    assert (altered.status_code, altered.json()["code"]) == (403, "invalid_link")
+
+
+async def test_a_session_is_canceled_over_http_and_its_waiting_message_never_starts(app: App) -> None:
+    running_job = await app.submit("unwanted", variant="slow", steps=30)
+    await state_of(app, running_job, State.RUNNING)
+    waiting = await app.submit("unwanted", variant="telea", steps=3)
+    async with httpx.AsyncClient() as http:
+        answer = await http.post(f"{app.http}/v1/sessions/u/unwanted/cancel")
+        again = await http.post(f"{app.http}/v1/jobs/{running_job}/cancel")
+        unknown = await http.post(f"{app.http}/v1/jobs/edit-nobody-knows/cancel")
+    assert {"id": running_job, "status": "canceled"} in answer.json()["jobs"]
+    assert (again.status_code, unknown.status_code) == (409, 404)
+    for job_id in (running_job, waiting):
+        job = await app.finished(job_id)
+        assert (job.status, job.artifacts) == (State.CANCELED, {})
 
 
 async def test_the_real_pipeline_wakes_from_zero_and_encodes_a_prompt_once(app: App) -> None:
@@ -147,13 +198,13 @@ async def test_a_variant_that_is_not_served_is_a_clear_error(app: App) -> None:
 async def test_a_running_job_is_canceled_and_its_replica_goes_on(app: App) -> None:
     job_id = await app.submit(variant="endless", steps=100)
     await painted_a_step(app, job_id)
-    await app.client.cancel(await state_of(app, job_id, State.RUNNING))
+    await app.client.cancel((await state_of(app, job_id, State.RUNNING)).id)
     # The engine sleeps for a minute when nobody stops it: the next job's first step shows that it was stopped.
     following = await app.submit(variant="endless", steps=100)
     await painted_a_step(app, following)
     canceled = await app.client.get(job_id)
     assert canceled is not None and (canceled.status, canceled.artifacts) == (State.CANCELED, {})
-    await app.client.cancel(await state_of(app, following, State.RUNNING))
+    await app.client.cancel((await state_of(app, following, State.RUNNING)).id)
     assert (await app.finished(following)).status == State.CANCELED
 
 
