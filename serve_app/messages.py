@@ -4,10 +4,12 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AnyHttpUrl,
     AwareDatetime,
     BaseModel,
@@ -26,6 +28,9 @@ M = TypeVar("M", bound=BaseModel)
 #: What may stand in a user or session id; nothing that matches can escape a path.
 ID_PATTERN = r"\A[A-Za-z0-9_-]{1,128}\z"
 
+#: Of a field's name that a sender made up, in errors and logs.
+_NAME_CHARS = 100
+
 #: version-traceid-parentid-flags of https://www.w3.org/TR/trace-context/, version 00; all zeros are no id.
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -35,6 +40,16 @@ Steps = Annotated[int, Field(strict=True, ge=1, le=100)]
 GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
 Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("not between the years 1 and 9999 in UTC") from None
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class CropStrategy(StrEnum):
@@ -61,7 +76,7 @@ class EditMessage(BaseModel):
     seed: Annotated[int, Field(strict=True, ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
     #: With a time zone; painting that has not ended by then is given up.
-    deadline: AwareDatetime | None = None
+    deadline: Moment | None = None
     #: Called when the job is over.
     callback_url: AnyHttpUrl | None = None
 
@@ -97,7 +112,7 @@ class _PushMessage(BaseModel):
     data: str = ""
     attributes: dict[str, str] = {}
     message_id: Annotated[str, StringConstraints(min_length=1, max_length=256)]
-    publish_time: AwareDatetime | None = None
+    publish_time: Moment | None = None
 
 
 class PushEnvelope(BaseModel):
@@ -121,7 +136,7 @@ class PushEnvelope(BaseModel):
 
 
 def parse_edit(data: bytes, *, max_bytes: int) -> tuple[EditMessage, list[str]]:
-    """The message in `data`, and the names of fields nobody here knows.
+    """The message in `data`, and the first few names of fields nobody here knows.
 
     Raises MalformedMessage, which names the first field at fault.
     """
@@ -130,7 +145,7 @@ def parse_edit(data: bytes, *, max_bytes: int) -> tuple[EditMessage, list[str]]:
     message = _validate(EditMessage, data)
     known = {to_camel(name) for name in EditMessage.model_fields}
     raw = _RawObject.model_validate_json(data)
-    return message, sorted(set(raw.model_extra or {}) - known)
+    return message, [name[:_NAME_CHARS] for name in sorted(set(raw.model_extra or {}) - known)[:20]]
 
 
 def parse_attributes(attributes: Mapping[str, str]) -> Attributes:
@@ -164,7 +179,7 @@ def _malformed(e: ValidationError, prefix: str) -> MalformedMessage:
     # include_input would copy the sender's words, a prompt or worse, into logs.
     problems = e.errors(include_url=False, include_input=False, include_context=False)
     first = problems[0]
-    field = prefix + ".".join(str(part) for part in first["loc"])
+    field = (prefix + ".".join(str(part) for part in first["loc"]))[:_NAME_CHARS]
     where = field or "the message"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return MalformedMessage(f"{where}: {first['msg']}{more}", field=field)
