@@ -18,7 +18,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from serve_app import adapters
-from serve_app.adapters import sql
+from serve_app.adapters import sql_database
 from serve_app.edit import session_path
 from serve_app.images import Pixels
 from serve_app.jobs import Job, State, edit_job_id
@@ -264,7 +264,7 @@ async def test_a_job_store_that_is_locked_for_a_while_uses_no_attempt(app: App) 
         other.execute("begin immediate")
         job_id = await app.submit()
         # Longer than a writer waits for the lock.
-        await asyncio.sleep(sql.BUSY_TIMEOUT_S + 3)
+        await asyncio.sleep(sql_database.BUSY_TIMEOUT_S + 3)
     job = await app.finished(job_id)
     assert (job.status, job.attempt) == (State.SUCCEEDED, 1)
 
