@@ -16,7 +16,7 @@ from serve_app.adapters.pubsub_broker import Bounds, Broker, BrokerFull, Lease, 
 from serve_app.adapters.pubsub_connection import publisher_client
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.errors import BrokerUnavailable, SettingsError
-from serve_app.settings import MessagesSettings
+from serve_app.settings import MessagesSettings, SubscriptionSettings
 
 TOPIC, DEAD, NAME = "projects/p/topics/t", "projects/p/topics/dead", "projects/p/subscriptions/s"
 
@@ -283,7 +283,7 @@ def test_a_stream_ends_when_its_subscription_is_deleted(subscriber: SubscriberCl
         yield types.StreamingPullRequest(subscription=NAME)
         ended.wait()
 
-    stream = subscriber.streaming_pull(requests())
+    stream = iter(subscriber.streaming_pull(requests()))
     assert not next(stream).received_messages
     subscriber.delete_subscription(subscription=NAME)
     with pytest.raises(exceptions.NotFound, match="deleted"):
@@ -323,6 +323,44 @@ def test_a_port_that_is_taken_is_said_to_be(server: EmbeddedPubSub) -> None:
     port = int(server.address.rpartition(":")[2])
     with pytest.raises(BrokerUnavailable, match=str(port)), EmbeddedPubSub("127.0.0.1", port):
         pass
+
+
+def test_it_has_every_topic_and_subscription_that_the_settings_name() -> None:
+    settings = MessagesSettings(
+        url="embedded://127.0.0.1:0",
+        topic="jobs",
+        subscriptions={
+            "urgent": SubscriptionSettings(priority="high", filter='attributes.priority = "high"'),
+            "others": SubscriptionSettings(filter='attributes.priority != "high"'),
+        },
+        dead_letter_topic="jobs-dead",
+        dead_letter_subscription="graveyard",
+        completion_topic="jobs-done",
+    )
+    with (
+        EmbeddedPubSub.of(settings) as server,
+        publisher_client(settings.model_copy(update={"url": f"embedded://{server.address}"})) as publisher,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        subscriber = SubscriberClient(transport=SubscriberGrpcTransport(channel=channel))
+        for topic, attributes in (("jobs", {"priority": "high"}), ("jobs", {}), ("jobs-dead", {}), ("jobs-done", {})):
+            publish(publisher, str(attributes).encode(), topic=f"projects/local/topics/{topic}", **attributes)
+        for subscription in ("urgent", "others", "graveyard", "jobs-done"):
+            [received] = pull(subscriber, subscription=f"projects/local/subscriptions/{subscription}")
+            assert (received.message.data == b"{}") == (subscription != "urgent")
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ({"subscriptions": {"urgent": {"filter": "priority = high"}}}, "subscriptions.urgent: filter"),
+        ({"dead_letter_subscription": "session-processing"}, "two subscriptions are named session-processing"),
+        ({"completion_topic": "session-processing"}, "two subscriptions are named session-processing"),
+    ],
+)
+def test_settings_it_cannot_follow_are_refused(messages: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        EmbeddedPubSub.of(MessagesSettings(**messages))
 
 
 async def test_it_runs_on_a_given_loop_and_its_settings_name_what_it_has() -> None:

@@ -69,7 +69,10 @@ def _channel(settings: MessagesSettings) -> grpc.Channel:
 
 
 async def connect(channel: grpc.Channel) -> None:
-    """Wait for a connection. Raises BrokerUnavailable where there is none after `CONNECT_S`."""
+    """Wait for a channel's first connection; once only, or a thread of gRPC's fails when the channel is closed.
+
+    Raises BrokerUnavailable where there is none after `CONNECT_S`.
+    """
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
     def note(state: grpc.ChannelConnectivity) -> None:

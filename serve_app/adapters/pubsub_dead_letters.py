@@ -12,7 +12,8 @@ from .pubsub_connection import FAILURES, Caller, connect, subscriber_client
 from .pubsub_names import subscription_path
 from .pubsub_stream import delivery_of
 
-#: How long Pub/Sub may look for letters, in seconds: asked to answer at once, it may say "none" although there are.
+#: How long Google's Pub/Sub may look for letters, in seconds: asked to answer at once, it may say that there are none
+#: although there are. Other servers know.
 PATIENCE_S = 3.0
 #: How long letters are in hand, in seconds.
 IN_HAND_S = 60
@@ -25,16 +26,25 @@ class PubSubDeadLetters:
         self._client = subscriber_client(settings)
         self._subscription = subscription_path(settings, settings.dead_letter_subscription)
         self._caller = Caller()
+        self._is_google = settings.is_google
+        self._is_connected = False
 
     async def pull(self, limit: int) -> Sequence[DeadLetter]:
-        # Without a connection a pull ends as one that finds no letters does: its time is over.
-        await connect(self._client.transport.grpc_channel)
+        if not self._is_connected:
+            # Without a connection a pull ends as one that finds no letters does: its time is over.
+            await connect(self._client.transport.grpc_channel)
+            self._is_connected = True
         most = min(limit, MOST_AT_ONCE)
         try:
-            response = await self._call(self._client.pull, timeout_s=PATIENCE_S, max_messages=most)
+            response = await self._call(
+                self._client.pull,
+                timeout_s=PATIENCE_S,
+                max_messages=most,
+                return_immediately=not self._is_google,
+            )
         except BrokerUnavailable as e:
             if isinstance(e.__cause__, DeadlineExceeded):
-                return ()
+                return []
             raise
         letters = [
             DeadLetter(delivery=delivery_of(received.message), ack_id=received.ack_id)
