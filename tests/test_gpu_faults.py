@@ -1,0 +1,125 @@
+"""Replicas on a Ray of their own whose engine hangs or loses its GPU: Serve replaces them, Prometheus hears of it."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.inpainter import Inpainter
+from deployments.readiness import VariantWatch
+from deployments.remote import RemotePainter
+from serve_app.engine.pause import Pause
+from serve_app.errors import GpuLost, OutOfMemory
+from serve_app.images import Pixels
+from serve_app.jobs import Progress
+from serve_app.ports import Painted
+from serve_app.settings import Settings
+
+from .backends import until
+from .engine_fixtures import request
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(180)]
+
+SETTINGS = Settings(
+    variants={
+        "deaf": {"definition": {"family": "pause", "pause_s": 600, "deaf": True}},
+        "faulty": {"definition": {"family": "pause", "pause_s": 0}},
+    },
+    work={"stuck_s": 0.5},
+)
+
+
+class Faulty(Pause):
+    """Runs out of memory for guidance scale 1, and loses its GPU for 2."""
+
+    def paint(self, window_pixels: Pixels, window_mask: Pixels, **given: Any) -> Pixels:
+        if given["guidance_scale"] == 1.0:
+            raise OutOfMemory("no memory left", device="cuda:0")
+        if given["guidance_scale"] == 2.0:
+            raise GpuLost("an illegal memory access", device="cuda:0")
+        return super().paint(window_pixels, window_mask, **given)
+
+
+class FaultyInpainter(Inpainter):
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name, settings)
+        self._loading._value = Faulty(settings.variant(name), None, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    serve.start(proxy_location="Disabled")
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+def deployed(variant: str, kind: type[Inpainter]) -> DeploymentHandle:
+    """One replica, which Serve looks at often."""
+    options = {"health_check_period_s": 0.5, "graceful_shutdown_timeout_s": 1, "ray_actor_options": {"num_cpus": 0.1}}
+    replica = serve.deployment(kind).options(name=f"Inpainter-{variant}", max_ongoing_requests=2, **options)
+    return serve.run(replica.bind(variant, SETTINGS), name=variant, route_prefix=None)
+
+
+async def paint(handle: DeploymentHandle, guidance_scale: float, begun: asyncio.Event | None = None) -> Painted:
+    async def note(_: Progress) -> None:
+        if begun is not None:
+            begun.set()
+
+    painter = RemotePainter({"v": handle}, VariantWatch({"v": handle}, {"v": "Inpainter-v"}))
+    return await painter.paint("v", request(guidance_scale=guidance_scale), note)
+
+
+async def pid_of(handle: DeploymentHandle) -> int:
+    described: dict[str, Any] = await handle.options(method_name="describe").remote()
+    return int(described["pid"])
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def exported(name: str, variant: str) -> float:
+    """The sum of a metric's series for the variant, as Prometheus would get them from this node."""
+    node = ray.nodes()[0]
+    page = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    series = re.findall(rf"^ray_{name}{{([^}}]*)}} (\S+)$", page, re.M)
+    return sum(float(value) for labels, value in series if f'variant="{variant}"' in labels)
+
+
+async def test_a_replica_that_lost_its_gpu_is_replaced_after_it_said_so() -> None:
+    faulty = deployed("faulty", FaultyInpainter)
+    lost = await pid_of(faulty)
+    await paint(faulty, 30.0)
+    for guidance_scale, expected in ((1.0, OutOfMemory), (2.0, GpuLost)):
+        with pytest.raises(expected) as caught:
+            await paint(faulty, guidance_scale)
+        assert type(caught.value) is expected
+        assert caught.value.details == {"device": "cuda:0"}
+    await until(lambda: is_gone(lost), 60)
+    names = ("fluxfill_steps_per_second_count", "fluxfill_out_of_memory_total", "fluxfill_gpu_lost_total")
+    await until(lambda: [exported(name, "faulty") for name in names] == [1, 1, 1], 60)
+    assert isinstance(await paint(faulty, 30.0), Painted)
+
+
+async def test_an_engine_that_hangs_is_killed_with_its_replica() -> None:
+    deaf = deployed("deaf", Inpainter)
+    hung, begun = await pid_of(deaf), asyncio.Event()
+    painting = asyncio.create_task(paint(deaf, 30.0, begun))
+    await begun.wait()
+    painting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await painting
+    await until(lambda: is_gone(hung), 60)
+    assert await pid_of(deaf) != hung
