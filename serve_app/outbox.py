@@ -151,10 +151,8 @@ class Courier:
                 log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
                 return "given_up"
             log.warning("Could not tell the %s: %s", debt, e, extra={"action": "told_later", "debt": debt})
-        except (FluxFillError, TimeoutError) as e:
-            log.warning(
-                "Could not tell the %s: %s", debt, e or "timed out", extra={"action": "told_later", "debt": debt}
-            )
+        except FluxFillError as e:
+            log.warning("Could not tell the %s: %s", debt, e, extra={"action": "told_later", "debt": debt})
         except Exception:
             # A fault of ours, but of this debt's only: it is seen, and the debt stays.
             log.exception("Could not tell the %s", debt, extra={"action": "told_later", "debt": debt})
