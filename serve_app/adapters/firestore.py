@@ -1,0 +1,197 @@
+"""Jobs, cancellations and session documents in Firestore; see `firestore_database`.
+
+    jobs/{jobId}                            the record as JSON, and the fields that queries need
+    jobProgress/{jobId}                     apart from the record, which progress never touches
+    cancellations/{sessionKey}
+    users/{userId}/sessions/{sessionId}     the app's own document, of which only our fields are written
+
+Queries need the indexes in k8s/firestore.indexes.json: `firebase deploy --only firestore:indexes`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from google.cloud.firestore import FieldFilter, Query
+
+from ..errors import UnknownJob
+from ..jobs import Change, Claim, Job, Progress, State
+from .firestore_database import ONCE, Firestore, Transaction, document_name
+from .session_documents import SessionDocument, written
+
+#: The map in a session document that says whose it is.
+CLAIM = "processingClaim"
+
+
+class FirestoreJobStore:
+    def __init__(self, url: str) -> None:
+        """See `Firestore`."""
+        self._database = Firestore(url)
+
+    async def get(self, job_id: str) -> Job | None:
+        return await self._database.run(lambda: self._get(job_id))
+
+    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
+        return await self._database.transact(lambda t: self._update(t, job_id, session_key, change))
+
+    async def report(self, claim: Claim, progress: Progress) -> None:
+        await self._database.transact(lambda t: self._report(t, claim, progress))
+
+    async def list(
+        self,
+        *,
+        status: State | None = None,
+        session_key: str | None = None,
+        owes_by: datetime | None = None,
+        limit: int = 50,
+    ) -> Sequence[Job]:
+        def query() -> Sequence[Job]:
+            if owes_by is not None:
+                return self._owing(owes_by, limit)
+            return self._newest({"status": status, "sessionKey": session_key}, limit)
+
+        return await self._database.run(query)
+
+    async def delete(self, job_id: str) -> None:
+        def both(transaction: Transaction) -> None:
+            for collection in ("jobs", "jobProgress"):
+                transaction.delete(self._document(collection, job_id))
+
+        await self._database.transact(both)
+
+    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+        def later(transaction: Transaction) -> None:
+            document = self._document("cancellations", session_key)
+            stored = document.get(transaction=transaction)
+            if not stored.exists or stored.get("until") < moment:
+                transaction.set(document, {"until": moment})
+
+        await self._database.transact(later)
+
+    async def canceled_until(self, session_key: str) -> datetime | None:
+        def until() -> datetime | None:
+            stored: Mapping[str, datetime] = self._document("cancellations", session_key).get().to_dict() or {}
+            return stored.get("until")
+
+        return await self._database.run(until)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _document(self, collection: str, key: str) -> Any:
+        return self._database.client.collection(collection).document(document_name(key))
+
+    def _get(self, job_id: str) -> Job | None:
+        stored = self._document("jobs", job_id).get()
+        return next(self._with_progress([_record(stored)])) if stored.exists else None
+
+    def _update(self, transaction: Transaction, job_id: str, session_key: str, change: Change) -> Job:
+        stored = self._document("jobs", job_id).get(transaction=transaction)
+        job = _record(stored) if stored.exists else None
+        changed = {after.id: after for after in change(job, self._rivals(transaction, job_id, session_key))}
+        for after in changed.values():
+            transaction.set(self._document("jobs", after.id), _columns(after))
+        job = changed.get(job_id, job)
+        if job is None:
+            raise UnknownJob(f"there is no job {job_id}")
+        return job
+
+    def _rivals(self, transaction: Transaction, job_id: str, session_key: str) -> Sequence[Job]:
+        if not session_key:
+            return ()
+        unfinished = [state for state in State if not state.is_final]
+        session = self._where("sessionKey", "==", session_key).where(filter=FieldFilter("status", "in", unfinished))
+        found = map(_record, session.get(transaction=transaction, **ONCE))
+        return tuple(job for job in found if job.id != job_id)
+
+    def _report(self, transaction: Transaction, claim: Claim, progress: Progress) -> None:
+        # The job is read outside of the transaction, which would lock it.
+        known = self._document("jobs", claim.job_id).get(["status"]).exists
+        document = self._document("jobProgress", claim.job_id)
+        reported = document.get(transaction=transaction).to_dict() or {"fence": 0}
+        if known and claim.fence >= reported["fence"]:
+            transaction.set(document, {"fence": claim.fence, **progress.model_dump()})
+
+    def _newest(self, wanted: Mapping[str, str | None], limit: int) -> Sequence[Job]:
+        query = self._database.client.collection("jobs")
+        for field, value in wanted.items():
+            if value is not None:
+                query = query.where(filter=FieldFilter(field, "==", value))
+        return self._listed(query.order_by("createdAt", direction=Query.DESCENDING), limit)
+
+    def _owing(self, by: datetime, limit: int) -> Sequence[Job]:
+        return self._listed(self._where("owesAt", "<=", by).order_by("owesAt"), limit)
+
+    def _where(self, field: str, comparison: str, value: object) -> Any:
+        return self._database.client.collection("jobs").where(filter=FieldFilter(field, comparison, value))
+
+    def _listed(self, query: Any, limit: int) -> Sequence[Job]:
+        return tuple(self._with_progress([_record(found) for found in query.limit(limit).get(**ONCE)]))
+
+    def _with_progress(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """The jobs with what was reported under their present fencing number."""
+        documents = {job.id: self._document("jobProgress", job.id) for job in jobs}
+        reports = {found.id: found.to_dict() for found in self._database.client.get_all(documents.values())}
+        for job in jobs:
+            reported = reports.get(documents[job.id].id) or {}
+            is_current = reported.pop("fence", None) == job.fence
+            yield job.evolve(progress=Progress(**reported)) if is_current else job
+
+
+class FirestoreSessionMirror:
+    def __init__(self, url: str) -> None:
+        """See `Firestore`."""
+        self._database = Firestore(url)
+
+    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
+        await self._database.transact(lambda t: self._write(t, job, document))
+
+    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
+        """The whole document, fields that are not ours included."""
+        fields = await self._database.run(lambda: self._session(user_id, session_id).get().to_dict())
+        return None if fields is None else {name: value for name, value in fields.items() if name != CLAIM}
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _session(self, user_id: str, session_id: str) -> Any:
+        user = self._database.client.collection("users").document(document_name(user_id))
+        return user.collection("sessions").document(document_name(session_id))
+
+    def _write(self, transaction: Transaction, job: Job, document: Mapping[str, Any]) -> None:
+        session = self._session(job.user_id, job.session_id)
+        claim = (session.get([CLAIM], transaction=transaction).to_dict() or {}).get(CLAIM)
+        after = written(_claimed(claim) if claim else None, job, document)
+        if after is not None:
+            fields = {**document, CLAIM: _claim(after)}
+            # A field named here is replaced whole, and no other is touched.
+            transaction.set(session, fields, merge=[self._database.client.field_path(name) for name in fields])
+
+
+def _columns(job: Job) -> Mapping[str, Any]:
+    return {
+        "status": job.status,
+        "sessionKey": job.session_key,
+        "createdAt": job.created_at,
+        "owesAt": job.owes_at,
+        "record": job.model_dump_json(),
+    }
+
+
+def _record(stored: Any) -> Job:
+    return Job.model_validate_json(stored.get("record"))
+
+
+def _claim(document: SessionDocument) -> Mapping[str, Any]:
+    return {
+        "jobId": document.job_id,
+        "fence": document.fence,
+        "claimedAt": document.claimed_at,
+        "isFinal": document.is_final,
+    }
+
+
+def _claimed(claim: Mapping[str, Any]) -> SessionDocument:
+    """The part of a stored document that says whose it is."""
+    job_id, fence, claimed_at, is_final = (claim[name] for name in ("jobId", "fence", "claimedAt", "isFinal"))
+    return SessionDocument(job_id=job_id, fence=fence, claimed_at=claimed_at, is_final=is_final, fields={})
