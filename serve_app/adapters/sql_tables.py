@@ -1,0 +1,95 @@
+"""The tables of a job database, and how an older version's become the present ones.
+
+A record is kept as JSON beside the columns that queries need.
+"""
+
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from ..errors import SettingsError
+from ..jobs import Job
+
+#: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations.
+SCHEMA = 2
+
+_METADATA = sa.MetaData()
+_VERSION = sa.Table("schema_version", _METADATA, sa.Column("version", sa.Integer, primary_key=True))
+#: Moments are seconds since 1970: a double holds them to the microsecond.
+JOBS = sa.Table(
+    "jobs",
+    _METADATA,
+    sa.Column("id", sa.String(256), primary_key=True),
+    sa.Column("type", sa.String(16), nullable=False, index=True),
+    sa.Column("status", sa.String(16), nullable=False, index=True),
+    sa.Column("session_key", sa.String(512), nullable=False, index=True),
+    sa.Column("created_at", sa.Double, nullable=False, index=True),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("record", sa.Text, nullable=False),
+    sa.Column("owes_at", sa.Double),
+)
+_OWES_AT = sa.Index("ix_jobs_owes_at", JOBS.c.owes_at)
+PROGRESS = sa.Table(
+    "progress",
+    _METADATA,
+    sa.Column("job_id", sa.String(256), primary_key=True),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("updated_at", sa.DateTime, server_default=sa.func.now(), onupdate=sa.func.now()),
+)
+CANCELLATIONS = sa.Table(
+    "cancellations",
+    _METADATA,
+    sa.Column("session_key", sa.String(512), primary_key=True),
+    sa.Column("until", sa.Double, nullable=False),
+)
+SESSIONS = sa.Table(
+    "sessions",
+    _METADATA,
+    sa.Column("user_id", sa.String(128), primary_key=True),
+    sa.Column("session_id", sa.String(128), primary_key=True),
+    sa.Column("job_id", sa.String(256), nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+
+def are_current(connection: sa.Connection) -> bool:
+    if not sa.inspect(connection).has_table(_VERSION.name):
+        return False
+    return connection.scalar(sa.select(_VERSION.c.version)) == SCHEMA
+
+
+def bring_up_to_date(connection: sa.Connection) -> None:
+    """Make the tables that are absent and change those of an older version. Nobody else may do so meanwhile.
+
+    Raises SettingsError where a newer version of this service wrote the database.
+    """
+    _METADATA.create_all(connection)
+    version = connection.scalar(sa.select(_VERSION.c.version))
+    if version is None:
+        connection.execute(_VERSION.insert().values(version=SCHEMA))
+    elif version > SCHEMA:
+        raise SettingsError(
+            f"the job store has schema {version}, written by a newer version of this service; this one knows {SCHEMA}",
+            schema=version,
+        )
+    elif version < SCHEMA:
+        _from_1_to_2(connection)
+        connection.execute(_VERSION.update().values(version=SCHEMA))
+
+
+def seconds(moment: datetime | None) -> float | None:
+    """A moment as it is stored."""
+    return None if moment is None else moment.timestamp()
+
+
+def _from_1_to_2(connection: sa.Connection) -> None:
+    # Cancellations are there already: a table that is absent is made whatever the version.
+    connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN owes_at DOUBLE PRECISION")
+    _OWES_AT.create(connection)
+    owing = sa.select(JOBS.c.record).where(JOBS.c.record.contains('"due_at"'))
+    for record in connection.scalars(owing).all():
+        job = Job.model_validate_json(record)
+        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(owes_at=seconds(job.owes_at)))

@@ -1,0 +1,215 @@
+"""Servers that job stores need: PostgreSQL and Google's Firestore emulator, each started once for all tests."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn, Protocol, TypeVar
+
+import firebase_admin  # type: ignore[import-untyped] # publishes no types
+import grpc
+import psycopg
+import pytest
+from psycopg import sql
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from serve_app.adapters import firebase_app
+
+from .backends import free_port
+
+T = TypeVar("T")
+
+HOST = "127.0.0.1"
+
+SQL = ["sqlite", pytest.param("postgresql", marks=pytest.mark.emulator)]
+BACKENDS = ["memory", *SQL, pytest.param("firestore", marks=pytest.mark.emulator)]
+
+
+@pytest.fixture(params=BACKENDS)
+def jobs_url(request: pytest.FixtureRequest) -> str:
+    """An empty job store."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=SQL)
+def sql_url(request: pytest.FixtureRequest) -> str:
+    """An empty SQL database."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:{tmp_path}/jobs.db"
+
+
+@pytest.fixture
+def memory_url() -> str:
+    return f"memory:{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def postgresql_url(postgresql_address: str) -> str:
+    """A schema of its own: cheaper to make and to remove than a database."""
+    name = f"t{uuid.uuid4().hex}"
+    url = f"postgresql://postgres@{postgresql_address}/postgres"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(name)))
+    return f"{url}?options=-csearch_path%3D{name}"
+
+
+@pytest.fixture
+def firestore_url(firestore_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A project of its own, empty, in the emulator that FIRESTORE_EMULATOR_HOST names meanwhile."""
+    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", firestore_address)
+    yield f"firestore:p{uuid.uuid4().hex}"
+    forget_firebase_app()
+
+
+def forget_firebase_app() -> None:
+    """The next that wants Firebase finds the environment's credentials anew."""
+    with suppress(ValueError):
+        firebase_admin.delete_app(firebase_admin.get_app(firebase_app.NAME))
+
+
+class Opened(Protocol):
+    def __call__(self, store: T) -> T: ...
+
+
+@pytest.fixture
+def opened() -> Iterator[Opened]:
+    """Takes a store, which it closes after the test."""
+    with ExitStack() as stack:
+
+        def take(store: T) -> T:
+            if hasattr(store, "close"):
+                stack.callback(store.close)
+            return store
+
+        yield take
+
+
+@pytest.fixture(scope="session")
+def postgresql_address() -> Iterator[str]:
+    """A PostgreSQL server whose user `postgres` needs no password."""
+    programs = [_find(name) for name in ("initdb", "postgres")]
+    # It refuses to run as root.
+    user = "postgres" if os.getuid() == 0 else None
+    if None in programs:
+        _is_missing("PostgreSQL's initdb and postgres")
+    initdb, postgres = map(str, programs)
+    with tempfile.TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
+        new = [initdb, "--pgdata", folder, "--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8"]
+        subprocess.run(new, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL)
+        port = free_port()
+        options = ["-h", HOST, "-p", str(port), "-k", "", "-F", "-N", "300"]
+        with _running([postgres, "-D", folder, *options], stop=signal.SIGQUIT, user=user, cwd=folder):
+            _connect(f"postgresql://postgres@{HOST}:{port}/postgres")
+            yield f"{HOST}:{port}"
+
+
+@pytest.fixture(scope="session")
+def firestore_address() -> Iterator[str]:
+    gcloud = shutil.which("gcloud")
+    jar = (
+        gcloud and Path(gcloud).resolve().parents[1] / "platform/cloud-firestore-emulator/cloud-firestore-emulator.jar"
+    )
+    if not jar or not jar.exists() or shutil.which("java") is None:
+        _is_missing("java and the Cloud SDK's cloud-firestore-emulator component")
+    port = free_port()
+    emulator = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
+    command = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", str(jar), emulator, f"--host={HOST}", f"--port={port}"]
+    with _running(command, stop=signal.SIGKILL), grpc.insecure_channel(f"{HOST}:{port}") as channel:
+        grpc.channel_ready_future(channel).result(timeout=60)
+        yield f"{HOST}:{port}"
+
+
+@contextmanager
+def _running(
+    command: list[str], *, stop: signal.Signals, user: str | None = None, cwd: str | None = None
+) -> Iterator[None]:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, user=user, cwd=cwd) as process:
+        try:
+            yield
+        finally:
+            process.send_signal(stop)
+            process.wait(10)
+
+
+@retry(
+    retry=retry_if_exception_type(psycopg.OperationalError),
+    stop=stop_after_delay(60),
+    wait=wait_fixed(0.05),
+    reraise=True,
+)
+def _connect(url: str) -> None:
+    psycopg.connect(url).close()
+
+
+def _find(program: str) -> str | None:
+    # Debian keeps them off the PATH.
+    folders = [os.environ["PATH"], *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))]
+    return shutil.which(program, path=os.pathsep.join(folders))
+
+
+def _is_missing(what: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} are needed")
+    pytest.skip(f"{what} are needed")
+
+
+class Gate:
+    """A port before a server, which a test can close: connections break, and new ones are refused."""
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self.port = free_port()
+        self._listener: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+        #: Cleared while nothing gets through, though connections are taken.
+        self.flows = asyncio.Event()
+        self.flows.set()
+
+    async def open(self) -> None:
+        self._listener = await asyncio.start_server(self._forward, HOST, self.port)
+
+    async def close(self) -> None:
+        if self._listener:
+            self._listener.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(HOST, self._server_port)
+        self._writers += (writer, far_writer)
+        with suppress(ConnectionError):
+            await asyncio.gather(self._pipe(reader, far_writer), self._pipe(far_reader, writer))
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            await self.flows.wait()
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def gate(port: int) -> AsyncIterator[Gate]:
+    """An open one before the server at `port`."""
+    made = Gate(port)
+    await made.open()
+    try:
+        yield made
+    finally:
+        made.flows.set()
+        await made.close()

@@ -1,0 +1,194 @@
+"""What Firestore adds to what every job store and session mirror guarantees."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app import adapters, jobs
+from serve_app.adapters import firestore_database
+from serve_app.adapters.firestore import CLAIM
+from serve_app.adapters.firestore_database import MAX_NAME_BYTES, Firestore, document_name
+from serve_app.errors import SettingsError, StoreUnavailable
+from serve_app.jobs import Job, Progress, State
+from serve_app.ports import JobStore
+
+from .backends import at, free_port, make_job
+from .job_servers import HOST, Gate, Opened, forget_firebase_app, gate
+from .test_job_stores import KEY, claimed, ended, put, running
+
+INDEXES = Path(__file__).parents[1] / "k8s/firestore.indexes.json"
+
+
+@pytest.mark.parametrize("url", ["firestore:", "firestore:My Project", "firestore://p", "firestore:p?databse=x"])
+def test_a_url_of_another_form_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="form firestore:PROJECT"):
+        adapters.job_store(url)
+
+
+NAMES = {
+    "edit-0a_1": "edit-0a_1",
+    "user/session": "user%2Fsession",
+    ".": "%2E",
+    "..": "%2E%2E",
+    "__a__": "%5F%5Fa%5F%5F",
+    "__": "__",
+    "ü %": "%C3%BC%20%25",
+}
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES.items())
+def test_document_names_are_safe(key: str, name: str) -> None:
+    assert document_name(key) == name
+
+
+def test_document_names_are_short_enough_and_differ() -> None:
+    assert document_name("a" * MAX_NAME_BYTES) == "a" * MAX_NAME_BYTES
+    names = {document_name("/" * MAX_NAME_BYTES + end) for end in "ab"}
+    assert len(names) == 2 and all(len(name) <= MAX_NAME_BYTES for name in names)
+
+
+def test_every_filtered_and_ordered_query_has_its_index() -> None:
+    """The emulator needs none, so that only this notices one that is missing."""
+    indexes = json.loads(INDEXES.read_text())["indexes"]
+    found = [{field["fieldPath"]: field["order"] for field in index["fields"]} for index in indexes]
+    assert {index["collectionGroup"] for index in indexes} == {"jobs"}
+    for filtered in (["status"], ["sessionKey"], ["sessionKey", "status"]):
+        assert dict.fromkeys(filtered, "ASCENDING") | {"createdAt": "DESCENDING"} in found
+
+
+async def test_a_server_that_is_not_there_is_unavailable_and_no_reason_not_to_start(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", f"{HOST}:{free_port()}")
+    store = opened(adapters.job_store("firestore:away"))
+    with pytest.raises(StoreUnavailable, match="refused"):
+        await claimed(store, make_job())
+    forget_firebase_app()
+
+
+@pytest.fixture
+def database(firestore_url: str, opened: Opened) -> Firestore:
+    """Beside the store: what is really there."""
+    return opened(Firestore(firestore_url))
+
+
+@pytest.fixture
+def session(database: Firestore) -> Any:
+    return database.client.document("users/u/sessions/s")
+
+
+@pytest.mark.emulator
+async def test_a_session_document_keeps_the_apps_own_fields(firestore_url: str, opened: Opened, session: Any) -> None:
+    session.set({"title": "cat", "a.b": 1, "meta": {"tags": ["x"]}, "processingError": {"code": "old", "more": 1}})
+    mirror = opened(adapters.session_mirror(firestore_url))
+    await mirror.write(running("a", 1, 10), {"processingStatus": "processing", "processingError": {"code": "new"}})
+    await mirror.write(ended("a", 2, 20.000001), {"processingStatus": "completed", "odd.name": 2})
+    ours = {"processingStatus": "completed", "processingError": {"code": "new"}, "odd.name": 2}
+    theirs = {"title": "cat", "a.b": 1, "meta": {"tags": ["x"]}}
+    claim = {"jobId": "a", "fence": 2, "claimedAt": at(20.000001), "isFinal": True}
+    assert session.get().to_dict() == {**ours, **theirs, CLAIM: claim}
+    assert await mirror.read("u", "s") == {**ours, **theirs}
+
+
+@pytest.mark.emulator
+async def test_the_app_may_write_its_session_document_meanwhile(
+    firestore_url: str, opened: Opened, session: Any
+) -> None:
+    mirror = opened(adapters.session_mirror(firestore_url))
+    await mirror.write(running("a", 1, 10), {"processingStatus": "processing"})
+    session.set({"processingStatus": "uploading", "title": "dog"}, merge=True)
+    await mirror.write(running("a", 1, 10), {"processingProgress": 0.5})
+    assert await mirror.read("u", "s") == {
+        "processingStatus": "uploading",
+        "processingProgress": 0.5,
+        "title": "dog",
+    }
+
+
+@pytest.mark.emulator
+async def test_progress_does_not_touch_the_job(firestore_url: str, opened: Opened, database: Firestore) -> None:
+    store = opened(adapters.job_store(firestore_url))
+    claim = jobs.claim_of(await claimed(store, make_job()))
+    document = database.client.document("jobs/edit-1")
+    before = document.get().update_time
+    await store.report(claim, Progress(step=1, steps=2))
+    assert document.get().update_time == before
+
+
+@pytest.mark.emulator
+async def test_keys_that_firestore_does_not_take_are_stored(firestore_url: str, opened: Opened) -> None:
+    store, mirror = opened(adapters.job_store(firestore_url)), opened(adapters.session_mirror(firestore_url))
+    for id in ("__edit__", "a/b", "é" * 1000, ".."):
+        assert (await claimed(store, make_job(id, session_id=""))).id == id
+        job = await store.get(id)
+        assert job and job.id == id
+    await mirror.write(running("a", 1, 10).evolve(user_id="__u__", session_id="__s__"), {"jobId": "a"})
+    assert await mirror.read("__u__", "__s__") == {"jobId": "a"}
+
+
+@pytest.mark.emulator
+async def test_a_value_error_of_a_change_is_its_own(firestore_url: str, opened: Opened) -> None:
+    def fail(_job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        raise ValueError("its own")
+
+    with pytest.raises(ValueError, match="its own"):
+        await opened(adapters.job_store(firestore_url)).update("edit-1", KEY, fail)
+
+
+@pytest.mark.emulator
+async def test_databases_of_a_project_are_apart(firestore_url: str, opened: Opened) -> None:
+    store, other = (opened(adapters.job_store(url)) for url in (firestore_url, f"{firestore_url}?database=other"))
+    await claimed(other, make_job())
+    assert await store.get("edit-1") is None
+    assert [job.id for job in await other.list()] == ["edit-1"]
+
+
+@pytest.fixture
+async def gated(firestore_url: str, firestore_address: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
+    """Before the emulator, which the environment names by it."""
+    async with gate(int(firestore_address.rpartition(":")[2])) as made:
+        monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", f"{HOST}:{made.port}")
+        yield made
+
+
+async def refused(store: JobStore) -> list[type]:
+    """What each kind of call raises."""
+    claim = jobs.Claim(job_id="edit-1", session_key=KEY, fence=1)
+    outcomes = await asyncio.gather(
+        store.get("edit-1"),
+        store.list(status=State.RUNNING),
+        store.list(owes_by=at(0)),
+        store.update("edit-1", KEY, put()),
+        store.report(claim, Progress()),
+        return_exceptions=True,
+    )
+    return [type(outcome) for outcome in outcomes]
+
+
+@pytest.mark.emulator
+async def test_a_server_that_comes_back_is_used_again(firestore_url: str, gated: Gate, opened: Opened) -> None:
+    store = opened(adapters.job_store(firestore_url))
+    job = await claimed(store, make_job())
+    await gated.close()
+    assert await refused(store) == [StoreUnavailable] * 5
+    await gated.open()
+    assert await store.get(job.id) == job
+
+
+@pytest.mark.emulator
+async def test_a_server_that_says_nothing_is_unavailable(
+    firestore_url: str, gated: Gate, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(adapters.job_store(firestore_url))
+    job = await claimed(store, make_job())
+    gated.flows.clear()
+    with monkeypatch.context() as short:
+        short.setattr(firestore_database, "CALL_TIMEOUT_S", 0.5)
+        with pytest.raises(StoreUnavailable, match="did not answer"):
+            await store.update("edit-1", KEY, put())
+    gated.flows.set()
+    assert await store.get(job.id) == job

@@ -1,0 +1,323 @@
+"""What SQLite and PostgreSQL add to what every job store guarantees."""
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from serve_app import adapters
+from serve_app.adapters import sql_database, sql_tables
+from serve_app.errors import SettingsError, StoreUnavailable
+from serve_app.jobs import Job, Owed, State
+from serve_app.ports import JobStore
+
+from .backends import at, free_port, make_job
+from .job_servers import Gate, Opened, gate
+from .test_job_stores import KEY, claimed, put
+
+COUNT_UP = """
+    import asyncio, sys
+    from serve_app import adapters
+
+    async def main():
+        store = adapters.job_store(sys.argv[1])
+        for _ in range(50):
+            await store.update("edit-1", "u/s", lambda job, rivals: (job.evolve(seed=job.seed + 1),))
+
+    asyncio.run(main())
+"""
+
+
+async def test_updates_from_several_processes_lose_nothing(
+    sql_url: str, opened: Opened, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    store = opened(adapters.job_store(sql_url))
+    await store.update("edit-1", KEY, put(make_job(seed=0)))
+    for counter in [processes(COUNT_UP, sql_url) for _ in range(2)]:
+        assert await asyncio.to_thread(counter.wait) == 0
+    job = await store.get("edit-1")
+    assert job and job.seed == 100
+
+
+async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, opened: Opened) -> None:
+    """No change of ours writes what it did not lock; where one does, the database sees a deadlock."""
+    store = opened(adapters.job_store(sql_url))
+    await store.update("a", KEY, put(make_job("a", seed=0), make_job("b", seed=0)))
+    first, second = threading.Event(), threading.Event()
+
+    def both(mine: threading.Event, other: threading.Event, *ids: str) -> Callable[..., Sequence[Job]]:
+        def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+            assert job is not None
+            mine.set()
+            # SQLite lets them in one after the other.
+            other.wait(0.2)
+            return [make_job(id, seed=job.seed + 1) for id in ids]
+
+        return change
+
+    await asyncio.gather(
+        store.update("a", "", both(first, second, "a", "b")), store.update("b", "", both(second, first, "b", "a"))
+    )
+    assert {job.seed for job in await store.list()} == {2}
+
+
+async def test_many_may_create_the_tables_at_once(sql_url: str, opened: Opened) -> None:
+    start = threading.Barrier(8)
+
+    def create(_: int) -> JobStore:
+        start.wait()
+        return opened(adapters.job_store(sql_url))
+
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(await asyncio.to_thread(lambda: list(pool.map(create, range(8)))))
+    await asyncio.gather(*(store.get("edit-1") for store in stores))
+    assert await stores[0].update("edit-1", KEY, put(make_job())) == make_job()
+
+
+# The tables of schema 1
+
+
+SCHEMA_1 = """
+    CREATE TABLE schema_version (version INTEGER NOT NULL, PRIMARY KEY (version));
+    CREATE TABLE jobs (
+        id VARCHAR(256) NOT NULL, type VARCHAR(16) NOT NULL, status VARCHAR(16) NOT NULL,
+        session_key VARCHAR(512) NOT NULL, created_at FLOAT NOT NULL, fence INTEGER NOT NULL, record TEXT NOT NULL,
+        PRIMARY KEY (id)
+    );
+    CREATE INDEX ix_jobs_created_at ON jobs (created_at);
+    CREATE INDEX ix_jobs_session_key ON jobs (session_key);
+    CREATE INDEX ix_jobs_status ON jobs (status);
+    CREATE INDEX ix_jobs_type ON jobs (type);
+    CREATE TABLE progress (
+        job_id VARCHAR(256) NOT NULL, fence INTEGER NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL,
+        updated_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (job_id)
+    );
+    CREATE TABLE sessions (
+        user_id VARCHAR(128) NOT NULL, session_id VARCHAR(128) NOT NULL, job_id VARCHAR(256) NOT NULL,
+        fence INTEGER NOT NULL, document TEXT NOT NULL, PRIMARY KEY (user_id, session_id)
+    );
+    INSERT INTO schema_version VALUES (1);
+    INSERT INTO progress (job_id, fence, step, steps) VALUES ('edit-1', 1, 3, 28);
+    INSERT INTO sessions VALUES ('u', 's', 'edit-1', 1,
+        '{"job_id": "edit-1", "fence": 1, "claimed_at": null, "fields": {"jobId": "edit-1"}}');
+"""
+#: Fields that records of schema 1 do not have.
+NEW = {"owed", "callback_url", "traceparent"}
+
+
+@contextmanager
+def plain(url: str) -> Iterator[sa.Connection]:
+    """The database without our tables."""
+    engine = sa.create_engine(url.replace("sqlite:", "sqlite:///").replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+def of_schema_1(url: str, *records: str) -> None:
+    """Make the tables as the first version made them, with these records."""
+    with plain(url) as connection:
+        for statement in SCHEMA_1.split(";\n")[:-1]:
+            connection.exec_driver_sql(statement)
+        row = sa.text("INSERT INTO jobs VALUES (:id, 'inpaint', :status, 'u/s', :created_at, 1, :record)")
+        for record in records:
+            fields = json.loads(record)
+            created_at = Job.model_validate_json(record).created_at.timestamp()
+            connection.execute(row, {**fields, "created_at": created_at, "record": record})
+
+
+async def test_a_database_of_schema_1_keeps_its_jobs_and_learns_to_list_debts(sql_url: str, opened: Opened) -> None:
+    job = make_job(fence=1, status=State.RUNNING, started_at=at(1))
+    of_schema_1(sql_url, job.model_dump_json(exclude=NEW))
+    store, mirror = opened(adapters.job_store(sql_url)), opened(adapters.session_mirror(sql_url))
+    kept = await store.get(job.id)
+    assert kept and kept.progress.step == 3 and kept.evolve(progress=job.progress) == job
+    assert await mirror.read("u", "s") == {"jobId": "edit-1"}
+    assert list(await store.list(owes_by=at(99))) == []
+    await store.update(job.id, KEY, put(job.evolve(owed={"completion": Owed(due_at=at(50))})))
+    assert [owing.id for owing in await store.list(owes_by=at(50))] == ["edit-1"]
+    await opened(adapters.cancellations(sql_url)).cancel_until(KEY, at(1))
+
+
+async def test_debts_in_records_of_schema_1_are_found(sql_url: str, opened: Opened) -> None:
+    owing = make_job("a", status=State.FAILED, owed={"session": Owed(due_at=at(5))})
+    of_schema_1(sql_url, owing.model_dump_json(), make_job("b").model_dump_json(exclude=NEW))
+    store = opened(adapters.job_store(sql_url))
+    assert [job.id for job in await store.list(owes_by=at(5))] == ["a"]
+    assert len(await store.list()) == 2
+
+
+async def test_many_may_bring_the_tables_up_to_date_at_once(sql_url: str, opened: Opened) -> None:
+    of_schema_1(sql_url, make_job().model_dump_json(exclude=NEW))
+    await test_many_may_create_the_tables_at_once(sql_url, opened)
+    assert await opened(adapters.job_store(sql_url)).get("edit-1") == make_job()
+
+
+async def test_a_newer_schema_is_refused(sql_url: str, opened: Opened) -> None:
+    with plain(sql_url) as connection:
+        connection.exec_driver_sql("CREATE TABLE schema_version (version INTEGER)")
+        connection.exec_driver_sql("INSERT INTO schema_version VALUES (99)")
+    with pytest.raises(SettingsError, match=f"schema 99.*knows {sql_tables.SCHEMA}"):
+        await opened(adapters.job_store(sql_url)).get("edit-1")
+
+
+# SQLite
+
+
+def test_a_file_is_made_in_a_folder_that_is_absent_and_writes_ahead(tmp_path: Path) -> None:
+    sql_database.Database(f"sqlite:{tmp_path}/new/jobs.db").close()
+    with closing(sqlite3.connect(tmp_path / "new/jobs.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+async def test_a_file_that_somebody_writes_to_can_be_opened_and_read(sqlite_url: str, opened: Opened) -> None:
+    await opened(adapters.job_store(sqlite_url)).update("a", KEY, put(make_job("a")))
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:"), isolation_level=None)) as other:
+        other.execute("begin immediate")
+        assert await opened(adapters.job_store(sqlite_url)).get("a") == make_job("a")
+
+
+def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "jobs.db").write_bytes(b"not a database, but long enough to be taken for one" * 20)
+    with pytest.raises(StoreUnavailable, match="not a database"):
+        adapters.job_store(f"sqlite:{tmp_path}/jobs.db")
+
+
+def test_a_folder_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreUnavailable):
+        adapters.job_store(f"sqlite:{tmp_path}/file/jobs.db")
+
+
+async def test_a_locked_file_is_unavailable(sqlite_url: str, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_database, "BUSY_TIMEOUT_S", 0.1)
+    store = opened(adapters.job_store(sqlite_url))
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable, match="locked"):
+            await store.update("edit-1", KEY, put(make_job()))
+        assert await store.get("edit-1") is None, "reading needs no lock"
+    assert await store.update("edit-1", KEY, put(make_job())) == make_job()
+
+
+async def test_an_update_that_is_cancelled_leaves_no_transaction_open(sql_url: str, opened: Opened) -> None:
+    store = opened(adapters.job_store(sql_url))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        begun.set()
+        go_on.wait()
+        return (make_job(seed=7),)
+
+    update = asyncio.create_task(store.update("edit-1", KEY, slow))
+    await asyncio.to_thread(begun.wait)
+    update.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await update
+    go_on.set()
+    await opened(adapters.job_store(sql_url)).update("edit-2", KEY, put(make_job("edit-2")))
+    job = await store.get("edit-1")
+    assert job is None or job.seed == 7
+
+
+# PostgreSQL
+
+
+@asynccontextmanager
+async def before(url: str) -> AsyncIterator[tuple[Gate, str]]:
+    """A gate before the server, and the URL through it."""
+    there = sa.make_url(url)
+    assert there.port
+    async with gate(there.port) as made:
+        yield made, there.set(port=made.port).render_as_string()
+
+
+@pytest.mark.parametrize("url", ["postgresql:somewhere", "postgresql://host:port/db"])
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="not a URL of the form postgresql://"):
+        adapters.job_store(url)
+
+
+async def test_a_server_that_is_not_there_is_unavailable_and_no_reason_not_to_start(opened: Opened) -> None:
+    store = opened(adapters.job_store(f"postgresql://u@127.0.0.1:{free_port()}/db"))
+    with pytest.raises(StoreUnavailable, match="refused"):
+        await store.get("edit-1")
+
+
+@pytest.mark.emulator
+async def test_a_database_that_is_not_there_is_unavailable(postgresql_address: str, opened: Opened) -> None:
+    store = opened(adapters.job_store(f"postgresql://postgres@{postgresql_address}/nothing"))
+    with pytest.raises(StoreUnavailable, match='"nothing" does not exist'):
+        await store.get("edit-1")
+
+
+@pytest.mark.emulator
+async def test_a_server_that_comes_back_is_used_again(postgresql_url: str, opened: Opened) -> None:
+    async with before(postgresql_url) as (server, url):
+        store = opened(adapters.job_store(url))
+        job = await claimed(store, make_job())
+        await server.close()
+        for work in (store.get(job.id), claimed(store, make_job("edit-2", session_id="s2"))):
+            with pytest.raises(StoreUnavailable, match=r"refused|closed"):
+                await work
+        await server.open()
+        assert await store.get(job.id) == job
+
+
+@pytest.mark.emulator
+async def test_a_server_that_says_nothing_is_unavailable(
+    postgresql_url: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with before(postgresql_url) as (server, url):
+        store = opened(adapters.job_store(url))
+        assert await store.get("edit-1") is None
+        server.flows.clear()
+        monkeypatch.setattr(sql_database, "CALL_TIMEOUT_S", 0.5)
+        with pytest.raises(StoreUnavailable, match="did not answer"):
+            await store.update("edit-1", KEY, put(make_job()))
+        server.flows.set()
+        monkeypatch.undo()
+        assert (await claimed(store, make_job("edit-2"))).attempt == 1
+
+
+@pytest.mark.emulator
+async def test_a_lock_that_is_never_freed_is_unavailable(
+    postgresql_url: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_database, "LIMITS", "SET LOCAL statement_timeout = '100ms'")
+    store = opened(adapters.job_store(postgresql_url))
+    await claimed(store, make_job())
+    with psycopg.connect(postgresql_url) as other:
+        other.execute("SELECT 1 FROM jobs FOR UPDATE")
+        with pytest.raises(StoreUnavailable, match="statement timeout"):
+            await claimed(store, make_job(), 100)
+        job = await store.get("edit-1")
+        assert job and job.attempt == 1, "reading needs no lock"
+    assert (await claimed(store, make_job(), 100)).attempt == 2
+
+
+@pytest.mark.emulator
+async def test_several_write_at_once(postgresql_url: str, opened: Opened) -> None:
+    store = opened(adapters.job_store(postgresql_url))
+    both = threading.Barrier(2, timeout=30)
+
+    jobs = [make_job("a"), make_job("b", session_id="s2")]
+
+    def together(job: Job) -> Callable[..., Sequence[Job]]:
+        def change(_job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+            both.wait()
+            return (job,)
+
+        return change
+
+    await asyncio.gather(*(store.update(job.id, job.session_key, together(job)) for job in jobs))
+    assert len(await store.list()) == 2
