@@ -23,6 +23,7 @@ from deployments.ingress import Pushes
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
 from deployments.remote import RemotePainter, _typed_errors
+from deployments.text_encoder import TextEncoder
 from serve_app.api import VariantReadiness
 from serve_app.errors import (
     FluxFillError,
@@ -37,6 +38,7 @@ from serve_app.errors import (
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest, Verdict
 from serve_app.settings import Settings
+from serve_app.variants import Variant
 
 from .backends import until
 from .engine_fixtures import request
@@ -75,6 +77,24 @@ class Weights:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(loading, "LONGEST_WAIT_S", 0.01)
+
+
+class TextEncoderReplica(TextEncoder):
+    """Serve awaits `__del__` when it stops a replica; Python's own garbage collection would not."""
+
+    def __del__(self) -> None:
+        self._loading._again.cancel()
+
+
+class LostEncoder:
+    """Text encoders on a GPU that fails when it is first used."""
+
+    used = False
+
+    def encode(self, prompt: str, max_tokens: int) -> bytes:
+        assert not self.used, "it was asked again"
+        self.used = True
+        raise GpuLost("an ECC error")
 
 
 async def test_what_loads_at_once_is_there_at_once_and_freed_at_the_end() -> None:
@@ -169,6 +189,22 @@ async def test_loading_may_run_an_event_loop_of_its_own() -> None:
 
     loading = Loading("variant v", lambda: asyncio.run(fetch()), lambda _: None, Counters())
     assert loading.value == "weights"
+
+
+async def test_a_text_encoder_that_lost_its_gpu_makes_its_replica_unhealthy() -> None:
+    metrics, settings = Counters(), Settings(variants={"telea": {}})
+    encoder = TextEncoderReplica(Variant(family="flux-fill", base="nowhere"), settings, metrics)
+    what = "the text encoder of nowhere"
+    assert metrics.total("fluxfill_load_failures_total", what, "unknown_weights") == 1
+    with pytest.raises(VariantLoadFailed, match=what):
+        await encoder.encode("a cat", 8)
+    encoder._loading._value = LostEncoder()
+    encoder.check_health()
+    for _ in range(2):
+        with pytest.raises(GpuLost, match="an ECC error"):
+            await encoder.encode("a cat", 8)
+    with pytest.raises(GpuLost, match="an ECC error"):
+        encoder.check_health()
 
 
 # -- the composition root

@@ -155,6 +155,17 @@ def test_device_failures_get_our_names(
     assert paint(engine, embeddings).shape == (SIDE, SIDE, 3)
 
 
+def test_a_gpu_that_is_lost_before_the_run_is_noticed(
+    engine: FluxFill, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: bytes) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("safetensors.torch.load", fail)
+    with pytest.raises(GpuLost, match="unspecified launch failure"):
+        paint(engine, embeddings)
+
+
 def test_an_allocation_that_fails_in_the_pipeline_is_out_of_memory(
     engine: FluxFill, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
