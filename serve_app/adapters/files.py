@@ -23,6 +23,7 @@ from typing import BinaryIO, TypeVar
 from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, FluxFillError, StoreUnavailable, UnsafePath
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
+from .transfers import whole_file
 
 T = TypeVar("T")
 
@@ -149,8 +150,8 @@ def _get(path: str, target: Path, max_bytes: int) -> tuple[bytes, BlobInfo]:
 
 
 def _download(path: str, target: Path, to: Path) -> BlobInfo:
-    with _opened(path, target) as (source, info):
-        _write(str(to), to.absolute(), ANY_VERSION, lambda file: shutil.copyfileobj(source, file))
+    with _opened(path, target) as (source, info), whole_file(to) as file:
+        shutil.copyfileobj(source, file)
         return info
 
 

@@ -47,6 +47,8 @@ TIMEOUT_S = (3.0, 10.0)
 RETRY_S = 5.0
 #: Nor of a download that has begun.
 RETRY_FILE_S = 600.0
+#: What each request may take that a signature costs, in seconds.
+SIGN_S = 5.0
 
 _POOL = ThreadPoolExecutor(CONCURRENCY, "firebase-storage")
 _RETRY = DEFAULT_RETRY.with_delay(initial=0.1, maximum=2.0).with_timeout(RETRY_S)
@@ -199,11 +201,11 @@ def _signer() -> Any:
         return None
     if isinstance(who, Signing):
         return who
-    request: Any = partial(Request(), timeout=sum(TIMEOUT_S) / 2)
+    if not getattr(who, "service_account_email", None):
+        raise StoreUnavailable("these credentials cannot sign links: they are no service account's")
+    request: Any = partial(Request(), timeout=SIGN_S)
     if not who.valid:
         # Until then Workload Identity's e-mail is "default".
         who.refresh(request)
-    email = getattr(who, "service_account_email", None)
-    if not email:
-        raise StoreUnavailable("these credentials cannot sign links: they are no service account's")
+    email = who.service_account_email
     return service_account.Credentials(iam.Signer(request, who, email), email, token_uri="")  # type: ignore[no-untyped-call] # google-auth annotates in part

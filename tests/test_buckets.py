@@ -1,0 +1,220 @@
+"""What holds of the stores beyond this machine: links, outages, and servers that do not keep to what they said."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+
+from serve_app import adapters
+from serve_app.adapters.s3 import S3BlobStore
+from serve_app.errors import BlobNotFound, BlobTooLarge, FluxFillError, SettingsError, StoreUnavailable, UnsafePath
+from serve_app.ports import BlobInfo
+from serve_app.settings import Settings, VariantSettings
+
+from .blob_servers import Line, answering, bucket_url, new_bucket
+
+JPEG = "image/jpeg"
+PATH = "users/u/sessions/s/original.jpg"
+#: Much longer than any store may take to say that it is unavailable; seconds.
+FOREVER_S = 60
+
+
+def settings_of(url: str) -> Settings:
+    return Settings(blobs=url, variants={"telea": VariantSettings()})
+
+
+async def test_a_link_reads_the_blob(line: Line) -> None:
+    path = "ä/ö ü+1?.jpg"
+    await adapters.blob_store(line.url).put(path, b"photo", content_type=JPEG)
+    links = adapters.blob_links(settings_of(line.url))
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(await links.link(path, expires_s=60))
+    assert (answer.content, answer.headers["content-type"]) == (b"photo", JPEG)
+    await links.link("not/there", expires_s=604_800)
+    for expires_s in (0, -1, 604_801):
+        with pytest.raises(ValueError, match="604800"):
+            await links.link(path, expires_s=expires_s)
+    with pytest.raises(UnsafePath):
+        await links.link("../x", expires_s=60)
+
+
+async def test_a_link_to_s3_is_presigned_with_its_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket_url("s3", 1, "photos", monkeypatch)
+    link = urlsplit(await S3BlobStore(url).link("a/b.jpg", expires_s=77))
+    query = {name: values[0] for name, values in parse_qs(link.query).items()}
+    assert link.path == "/photos/some/prefix/a/b.jpg"
+    assert query["X-Amz-Algorithm"] == "AWS4-HMAC-SHA256"
+    assert query["X-Amz-Expires"] == "77"
+    assert query["X-Amz-Credential"].startswith("key/")
+
+
+def calls(url: str, folder: Path) -> list[Awaitable[object]]:
+    """Every method of the store, on a blob that is there."""
+    store, files = adapters.blob_store(url), adapters.blob_files(url)
+    (folder / "source").write_bytes(b"weights")
+
+    async def listed() -> list[BlobInfo]:
+        return [info async for info in store.list("users")]
+
+    return [
+        store.head(PATH),
+        store.get(PATH, max_bytes=100),
+        store.put("users/new", b"x", content_type=JPEG),
+        store.delete("users/nobody"),
+        listed(),
+        files.download(PATH, folder / "to"),
+        files.upload("users/w", folder / "source"),
+    ]
+
+
+async def test_a_store_that_is_down_is_unavailable_until_it_is_back(line: Line, tmp_path: Path) -> None:
+    await adapters.blob_store(line.url).put(PATH, b"photo", content_type=JPEG)
+    await asyncio.gather(*calls(line.url, tmp_path))
+    (tmp_path / "to").unlink()
+    await line.relay.close()
+    async with asyncio.timeout(FOREVER_S):
+        results = await asyncio.gather(*calls(line.url, tmp_path), return_exceptions=True)
+    assert [type(result) for result in results] == [StoreUnavailable] * 7
+    assert [path.name for path in tmp_path.iterdir()] == ["source"], "a failed download left something"
+    await line.relay.open()
+    await asyncio.gather(*calls(line.url, tmp_path))
+
+
+async def test_one_store_outlives_an_outage(line: Line) -> None:
+    store = adapters.blob_store(line.url)
+    before = await store.put(PATH, b"photo", content_type=JPEG)
+    await line.relay.close()
+    with pytest.raises(StoreUnavailable):
+        await store.head(PATH)
+    await line.relay.open()
+    assert await store.head(PATH) == before
+
+
+async def test_a_silent_server_is_unavailable(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def nothing(_line: str, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(FOREVER_S), answering(nothing) as port:
+        url = bucket_url(kind, port, "bucket", monkeypatch)
+        results = await asyncio.gather(*calls(url, tmp_path), return_exceptions=True)
+    assert [type(result) for result in results] == [StoreUnavailable] * 7
+
+
+@pytest.mark.parametrize("status", [403, 503])
+async def test_a_refusal_is_an_unavailable_store(
+    kind: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def refuse(_line: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 {status} No\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno".encode())
+
+    async with asyncio.timeout(FOREVER_S), answering(refuse) as port:
+        url = bucket_url(kind, port, "bucket", monkeypatch)
+        results = await asyncio.gather(*calls(url, tmp_path), return_exceptions=True)
+    assert [type(result) for result in results] == [StoreUnavailable] * 7
+
+
+NO_BUCKET = {
+    "s3": b"<Error><Code>NoSuchBucket</Code><Message>The specified bucket does not exist</Message></Error>",
+    "firebase": b'{"error": {"code": 404, "message": "The specified bucket does not exist."}}',
+}
+
+
+async def test_a_missing_bucket_is_not_a_missing_blob(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_bucket(_line: str, writer: asyncio.StreamWriter) -> None:
+        body = NO_BUCKET[kind]
+        writer.write(b"HTTP/1.1 404 No\r\nContent-Type: application/json\r\nConnection: close\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+    async with answering(no_bucket) as port:
+        store = adapters.blob_store(bucket_url(kind, port, "bucket", monkeypatch))
+        with pytest.raises(StoreUnavailable, match="bucket"):
+            await store.get(PATH, max_bytes=10)
+
+
+class Liar:
+    """Says that a blob has 5 bytes, and sends without end."""
+
+    def __init__(self, framing: str) -> None:
+        self._framing = framing
+        self.sent = 0
+        self.hung_up = asyncio.Event()
+
+    async def __call__(self, line: str, writer: asyncio.StreamWriter) -> None:
+        # Google's client asks for the metadata first.
+        if "/storage/v1/" in line and "/download/" not in line:
+            self._metadata(writer)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nX-Goog-Generation: 1\r\nLast-Modified: Fri, 20 Nov 2026 12:00:00 GMT\r\n")
+        writer.write(b'ETag: "1"\r\n' + self._framing.encode() + b"\r\n\r\n")
+        try:
+            async for chunk in self._chunks():
+                writer.write(chunk)
+                await writer.drain()
+                self.sent += len(chunk)
+        finally:
+            self.hung_up.set()
+
+    def _metadata(self, writer: asyncio.StreamWriter) -> None:
+        body = json.dumps({"name": PATH, "size": "5", "generation": "1"}).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        data = b"x" * 65_536
+        while True:
+            yield b"%x\r\n%s\r\n" % (len(data), data) if "chunked" in self._framing else data
+
+
+async def failure_of(call: Awaitable[object]) -> type[Exception]:
+    """Only the error's type: its traceback would keep the connection open."""
+    try:
+        await call
+    except FluxFillError as e:
+        return type(e)
+    raise AssertionError("nothing was raised")
+
+
+#: What the sockets' buffers take before the server notices that nobody reads.
+BUFFERS = 20_000_000
+
+
+@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", f"Content-Length: {10**12}", "Connection: close"])
+async def test_no_more_is_read_than_is_allowed(kind: str, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    liar = Liar(framing)
+    async with asyncio.timeout(FOREVER_S), answering(liar) as port:
+        store = adapters.blob_store(bucket_url(kind, port, "bucket", monkeypatch))
+        failure = await failure_of(store.get(PATH, max_bytes=1000))
+        await liar.hung_up.wait()
+    assert liar.sent < BUFFERS
+    # object_store takes no answer that does not say its length.
+    says_its_length = kind == "firebase" or framing.startswith("Content-Length")
+    assert failure is (BlobTooLarge if says_its_length else StoreUnavailable)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3:", "s3://", "s3://b?endpoint=ftp://h", "s3://b?endpoint=h:9000", "s3://b?key=x", "firebase:", "firebase:b/c"],
+)
+def test_a_url_that_names_no_bucket_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="should be"):
+        adapters.blob_store(url)
+
+
+@pytest.mark.emulator
+async def test_http_is_spoken_only_where_the_endpoint_says_so(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket_url("s3", s3_port, new_bucket("s3", s3_port), monkeypatch)
+    with pytest.raises(StoreUnavailable):
+        await adapters.blob_store(url.replace("endpoint=http://", "endpoint=https://")).head(PATH)
+    with pytest.raises(BlobNotFound):
+        await adapters.blob_store(url).head(PATH)
+
+
+async def test_more_calls_than_connections_are_all_answered(line: Line) -> None:
+    store = adapters.blob_store(line.url)
+    await asyncio.gather(*(store.put(f"many/{i}", b"%d" % i, content_type=JPEG) for i in range(100)))
+    got = await asyncio.gather(*(store.get(f"many/{i}", max_bytes=10) for i in range(100)))
+    assert [data for data, _ in got] == [b"%d" % i for i in range(100)]
