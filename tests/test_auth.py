@@ -184,7 +184,7 @@ async def test_a_good_token_of_another_account_is_forbidden(process: Process, cl
 
 #: Made when they are used, too.
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {
-    "as Google makes it": lambda: {},
+    "as Google makes it": dict,
     "the other issuer": lambda: {"iss": "accounts.google.com"},
     "expired on our clock alone": lambda: {"exp": since(-5), "iat": since(-3605)},
     "early on our clock alone": lambda: {"nbf": since(5)},
