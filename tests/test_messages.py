@@ -194,9 +194,30 @@ def test_any_json_is_a_message_or_refused_with_a_field(fields: dict[str, Any]) -
 
 
 def test_attributes() -> None:
-    attributes = parse_attributes({"idempotencyKey": "k", "traceparent": "00-1", "other": "x"})
-    assert (attributes.idempotency_key, attributes.traceparent, attributes.priority) == ("k", "00-1", None)
+    attributes = parse_attributes({"idempotencyKey": "k", "other": "x"})
+    assert (attributes.idempotency_key, attributes.traceparent, attributes.priority) == ("k", "", None)
     assert parse_attributes({}).idempotency_key is None
+
+
+TRACE = f"00-{'a1' * 16}-{'b2' * 8}-01"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "00-1",
+        TRACE.upper(),
+        f"01{TRACE[2:]}",
+        f"{TRACE}-x",
+        f"00-{'0' * 32}-{'b2' * 8}-01",
+        "x" * 10_000,
+        f"{TRACE}\n",
+    ],
+)
+def test_what_is_no_trace_context_is_ignored(value: str) -> None:
+    assert parse_attributes({"traceparent": value}).traceparent == ""
+    assert parse_attributes({"traceparent": TRACE}).traceparent == TRACE
 
 
 @pytest.mark.parametrize("value", ["", "k" * 257])
