@@ -1,4 +1,4 @@
-"""docs/operations.md lists every metric, log action and error code; docs/concerns.md names only tests that are there."""
+"""docs/operations.md lists every metric, log action and error code; docs/concerns.md names tests that are there."""
 
 import ast
 import re
