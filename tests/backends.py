@@ -130,6 +130,9 @@ class Recorder:
         self.times.append(asyncio.get_running_loop().time())
         return await self._decide(delivery) if self._decide else Verdict(action="ack")
 
+    def has_more_than(self, count: int) -> bool:
+        return len(self.deliveries) > count
+
     def has(self, body: bytes) -> bool:
         return body in self.bodies
 

@@ -177,6 +177,22 @@ async def test_close_waits_for_what_is_in_hand(forgetting_broker: Broker) -> Non
     assert after.bodies == [b"late"], "the other was acknowledged although the stream was closed"
 
 
+async def test_no_acknowledgment_is_lost_by_closing(forgetting_broker: Broker) -> None:
+    handle = Recorder()
+    await publish(forgetting_broker, *(b"%d" % i for i in range(100)))
+    while len(handle.deliveries) < 100:
+        before = len(handle.deliveries)
+        source = adapters.message_source(forgetting_broker.settings, 5)
+        running = asyncio.create_task(source.run(handle))
+        await until(partial(handle.has_more_than, before))
+        await source.close(grace_s=30)
+        await running
+    async with forgetting_broker.source(handle):
+        await publish(forgetting_broker, b"last")
+        await until(partial(handle.has, b"last"))
+    assert sorted(handle.bodies) == sorted([b"last", *(b"%d" % i for i in range(100))])
+
+
 async def test_close_gives_back_what_is_not_done_in_time(forgetting_broker: Broker) -> None:
     handle = Held()
     async with forgetting_broker.source(handle, in_flight=2):

@@ -59,10 +59,13 @@ class _InHand:
     is_placed: bool = False
     #: What becomes of it is decided and being told.
     is_settling: bool = False
+    #: What is being told is that it is done.
+    is_done: bool = False
 
     def is_due(self, now: float) -> bool:
         """Whether its lease is to be extended, if that is left to us."""
-        return not self.is_settling and now - self.extended_at >= ORPHAN_LEASE_S / 4
+        # Where a lease ends before the acknowledgment arrives, the message comes again.
+        return (self.is_done or not self.is_settling) and now - self.extended_at >= ORPHAN_LEASE_S / 4
 
 
 class PubSubSource:
@@ -181,7 +184,9 @@ class PubSubSource:
     def _take(self, handle: Handler, stream: Stream, message: Any) -> None:
         held = _InHand(message, stream)
         self._in_hand[message.ack_id] = held
-        held.task = asyncio.create_task(self._deliver(held, handle))
+        # The embedded server sends again what comes after a stream was retired: nobody extended its lease before.
+        is_late = stream is not self._stream
+        held.task = asyncio.create_task(self._settle(held, _INTERRUPTED) if is_late else self._deliver(held, handle))
 
     async def _deliver(self, held: _InHand, handle: Handler) -> None:
         message = held.message
@@ -198,7 +203,7 @@ class PubSubSource:
 
     async def _settle(self, held: _InHand, verdict: Verdict) -> None:
         ack_id = held.message.ack_id
-        held.is_settling = True
+        held.is_settling, held.is_done = True, verdict.action == "ack"
         # Ends the library's lease keeping and frees its place; sends nothing.
         held.message.drop()
         if verdict.action == "ack":
