@@ -107,6 +107,10 @@ def _scaled(scaling: Scaling, *, num_gpus: int) -> dict[str, Any]:
     """Deployment options for autoscaling by `scaling`."""
     return {
         "max_ongoing_requests": ONGOING_PER_REPLICA,
+        # Three failures in a row, and a replica whose GPU is lost or whose engine hangs is replaced.
+        "health_check_period_s": 2,
+        # Scaling down lets a painting end; a hung engine keeps its GPU for as long.
+        "graceful_shutdown_timeout_s": 60,
         # While every replica is full the router asks again after a wait that doubles; by default up to 0.5 s, for
         # which a replica can stand idle.
         "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.04),

@@ -71,7 +71,8 @@ class Inpainter:
     async def paint(self, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
         """Progress as it comes, then the one Painted. Closing the stream stops the engine within one step.
 
-        Raises VariantLoadFailed with the reason; GpuLost at once where the GPU failed before; what the engine raises.
+        Raises VariantLoadFailed with the reason; VariantNotReady at once where the GPU failed before; what the engine
+        raises.
         """
         engine = self._loading.value
         try:

@@ -12,7 +12,7 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 from serve_app import adapters
 from serve_app.engine.origins import Mirror
 from serve_app.engine.weights import Sources
-from serve_app.errors import FluxFillError, GpuLost, VariantLoadFailed
+from serve_app.errors import FluxFillError, GpuLost, VariantLoadFailed, VariantNotReady
 from serve_app.settings import Secrets, Settings
 from serve_app.telemetry import Metrics
 
@@ -57,8 +57,10 @@ class Loading(Generic[T]):
 
     @property
     def value(self) -> T:
-        """What `load` returned. Raises VariantLoadFailed with the reason where it has not; GpuLost."""
-        self.check_health()
+        """What `load` returned. Raises VariantLoadFailed with the reason where it has not; VariantNotReady where a lost
+        GPU has this replica replaced: a job that never met that GPU is not to lose an attempt by it."""
+        if self._lost_gpu:
+            raise VariantNotReady(f"{self._what} is being replaced: {self._lost_gpu}")
         if self._value is None:
             raise VariantLoadFailed(f"{self._what} did not load: {self.error}")
         return self._value

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.engine.prompts import PromptCache
 from serve_app.engine.weights import base_revision
-from serve_app.errors import GpuLost, PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed
+from serve_app.errors import GpuLost, PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed, VariantNotReady
 from serve_app.ports import OnProgress, Painted, PaintRequest
 from serve_app.settings import Settings
 
@@ -45,7 +45,7 @@ class RemotePainter:
         except asyncio.CancelledError:
             stream.cancel()
             raise
-        except (VariantLoadFailed, GpuLost):
+        except (VariantLoadFailed, VariantNotReady, GpuLost):
             self._watch.doubt(variant)
             raise
         if painted is None:

@@ -308,3 +308,4 @@ class SettingsError(FluxFillError):
 
 class InvalidCredentials(SettingsError):
     code = "invalid_credentials"
+    disposition = Disposition.WAIT

@@ -34,7 +34,7 @@ ANY_VERSION = "*"
 class BlobStore(Protocol):
     """Whole blobs under relative paths like `users/u/sessions/s/original.jpg`.
 
-    Every method raises UnsafePath for a path that is empty, absolute, longer than 1,024 characters, or has an empty,
+    Every method raises UnsafePath for a path that is empty, absolute, longer than 1,024 bytes, or has an empty,
     `.` or `..` part, a backslash or a control character; StoreUnavailable while the store cannot be reached.
     """
 
@@ -261,7 +261,7 @@ class Painter(Protocol):
     async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
         """Paint the windows in order. Cancelling the call stops the engine within one step.
 
-        Raises UnknownVariant, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
+        Raises UnknownVariant, VariantNotReady, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
         """
 
 

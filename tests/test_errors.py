@@ -23,7 +23,7 @@ DISPOSITIONS = {
     Disposition.NACK: ["ShuttingDown"],
     Disposition.WAIT: [
         "Unavailable", "StoreUnavailable", "BrokerUnavailable", "WebhookFailed", "VariantNotReady", "ClaimError",
-        "Busy", "UnknownJob", "StaleClaim", "IllegalTransition",
+        "Busy", "InvalidCredentials", "UnknownJob", "StaleClaim", "IllegalTransition",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
@@ -33,7 +33,7 @@ DISPOSITIONS = {
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",
         "BlobError", "BlobConflict", "WeightsError", "MissingToken", "GatedRepo", "UnknownWeights", "CorruptWeights",
-        "SettingsError", "InvalidCredentials",
+        "SettingsError",
     ],
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from deployments import inpainter
 from deployments.inpainter import Inpainter, Usage
 from serve_app.engine import Engine
 from serve_app.engine.pause import Pause
-from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed
+from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed, VariantNotReady
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
 from serve_app.settings import Settings
@@ -178,7 +178,7 @@ async def test_a_lost_gpu_is_refused_from_then_on_and_counted_once(caplog: pytes
     for task in waiting:
         with pytest.raises(GpuLost, match="illegal memory access"):
             await task
-    with pytest.raises(GpuLost, match="illegal memory access"):
+    with pytest.raises(VariantNotReady, match="illegal memory access"):
         await replica.events(request("c"))
     with pytest.raises(GpuLost, match="illegal memory access"):
         replica.check_health()

@@ -4,7 +4,7 @@ import unicodedata
 
 from ..errors import UnsafePath
 
-#: Characters in a path; Google Cloud Storage's and S3's limit is 1,024 bytes.
+#: Bytes of a path: Google Cloud Storage's and S3's limit.
 MAX_PATH = 1024
 #: Control characters, and surrogates, which have no UTF-8 form.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs"})
@@ -21,8 +21,9 @@ def check_path(path: str) -> str:
 def _problem(path: str) -> str:
     if not path:
         return "is empty"
-    if len(path) > MAX_PATH:
-        return f"has {len(path)} characters; {MAX_PATH} are allowed"
+    size = len(path.encode(errors="surrogatepass"))
+    if size > MAX_PATH:
+        return f"has {size} bytes; {MAX_PATH} are allowed"
     if path.startswith("/"):
         return "is absolute"
     if "\\" in path:
