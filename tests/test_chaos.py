@@ -3,9 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
+from benchmarks import servers
+from benchmarks.chaos import app, records
 from benchmarks.chaos.proxy import Proxy
 from benchmarks.chaos.publishing import LATER_S, schedule
 from benchmarks.chaos.sessions import (
@@ -21,7 +24,7 @@ from benchmarks.chaos.sessions import (
     photo,
     plan,
 )
-from benchmarks.chaos.verdict import Evidence, Outcome, is_over, outcome
+from benchmarks.chaos.verdict import Evidence, Outcome, conflicting, is_over, outcome
 from serve_app.jobs import Job, JobError, State
 from serve_app.ports import Delivery
 
@@ -121,6 +124,21 @@ def test_outcomes(session: Session, evidence: Evidence, has_right_picture: bool,
     ended, why = outcome(session, evidence, has_right_picture=has_right_picture)
     assert (ended, is_over(session, evidence)) == (expected, over)
     assert bool(why) == (expected not in (Outcome.COMPLETED, Outcome.DEAD_LETTERED))
+
+
+@pytest.mark.emulator
+def test_every_version_of_a_result_that_was_ever_stored_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    with servers.s3(tmp_path) as port:
+        records.make_bucket(port)
+        for path, body in (("a", b"1"), ("a", b"1"), ("b", b"1"), ("b", b"2"), ("b", b"1")):
+            records.bucket(port).put_object(Bucket=app.BUCKET, Key=f"{path}/edited.jpg", Body=body)
+        results = records.stored_results(port)
+    assert {path: len(hashes) for path, hashes in results.items()} == {"a/edited.jpg": 2, "b/edited.jpg": 3}
+    assert conflicting(results) == ["b/edited.jpg"]
 
 
 # -- the proxy

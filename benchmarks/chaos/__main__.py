@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -31,6 +32,9 @@ BROKERS = {
 
 
 def main() -> None:
+    # Both end everything in order; a shell that starts this in the background has it ignore the first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     args = _arguments()
     args.logs.mkdir(parents=True, exist_ok=True)
     figures = rehearse(args) | {"broker": args.broker, **context()}

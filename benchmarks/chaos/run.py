@@ -16,9 +16,9 @@ from .proxy import Proxy
 from .publishing import publish, schedule
 from .records import Records, stored_results
 from .sessions import Session
-from .verdict import Evidence, Outcome, is_over, outcome
+from .verdict import Evidence, Outcome, conflicting, is_over, outcome
 
-out = Console()
+out = Console(soft_wrap=True)
 
 TWICE_SHARE = 0.2
 #: What two cores can do beside starting a killed replica again every few seconds.
@@ -71,8 +71,7 @@ class Run:
         letters = sum(bool(evidence.letters) for evidence in found.values())
         out.print(
             f"{time.monotonic() - self._started:5.0f} s  {self._messages} messages, {dict(states)}, "
-            f"{letters} dead-lettered, {toll.kills.total()} kills, {toll.cuts} cuts",
-            soft_wrap=True,
+            f"{letters} dead-lettered, {toll.kills.total()} kills, {toll.cuts} cuts"
         )
         return all(is_over(session, found[session.id]) for session in self._sessions)
 
@@ -87,21 +86,16 @@ class Run:
             if why:
                 out.print(f"{ended} {session.id}: {why}", style="red")
         results = await asyncio.to_thread(stored_results, self._s3_port)
+        differing = conflicting(results)
+        for path in differing:
+            out.print(f"conflicting {path}: stored as {', '.join(results[path])}", style="red")
         attempts = [job.attempt for found in evidence.values() for job in found.jobs]
         return {
             "sent": len(self._sessions),
             "poisoned": sum(session.poison is not None for session in self._sessions),
             **{str(ended): counts[ended] for ended in Outcome},
-            "conflicting": _conflicting(results),
+            "conflicting": len(differing),
             "attempts": sum(attempts),
             "most_attempts": max(attempts, default=0),
             "results_stored": sum(map(len, results.values())),
         }
-
-
-def _conflicting(results: Mapping[str, Sequence[str]]) -> int:
-    """How many results were stored with different bytes."""
-    conflicting = [path for path, etags in results.items() if len(set(etags)) > 1]
-    for path in conflicting:
-        out.print(f"conflicting {path}: stored as {', '.join(results[path])}", style="red")
-    return len(conflicting)

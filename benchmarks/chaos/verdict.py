@@ -71,3 +71,8 @@ def _poisoned(poison: Poison, found: Evidence, job: Job | None) -> tuple[Outcome
     if reasons != {poison.reason}:
         return Outcome.WRONG, f"{poison.name}: it ended with {', '.join(sorted(reasons))}"
     return Outcome.DEAD_LETTERED, ""
+
+
+def conflicting(results: Mapping[str, Sequence[str]]) -> list[str]:
+    """The paths among `results`, by path the hash of every version that was ever stored, whose versions differ."""
+    return [path for path, hashes in results.items() if len(set(hashes)) > 1]
