@@ -29,7 +29,7 @@ from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.adapters.pubsub_names import subscription_path, topic_path
 from serve_app.jobs import Job, Parameters
 from serve_app.messages import CropStrategy
-from serve_app.ports import Delivery, Handler, MessageSource, Publisher, Verdict
+from serve_app.ports import Delivery, Handler, MessageSource, Publisher, SourceStatus, Verdict
 from serve_app.settings import MessagesSettings, SubscriptionSettings
 
 #: A condition that has not come true by then never will; seconds.
@@ -114,6 +114,10 @@ class Broker:
         finally:
             await source.close(grace_s=0)
             await running
+
+
+def status_of(source: MessageSource, subscription: str = "session-processing") -> SourceStatus:
+    return source.status()[subscription]
 
 
 class Recorder:
