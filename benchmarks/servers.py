@@ -1,6 +1,6 @@
 """Servers that a benchmark runs beside the app: each in a process of its own, on loopback, gone when its `with` ends.
 
-Each yields its port when it answers. A missing program is a FileNotFoundError, a server that does not start a
+Ready when entered; a store yields its port. A missing program is a FileNotFoundError, a server that does not start a
 RuntimeError that names its log.
 """
 

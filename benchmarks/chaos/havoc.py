@@ -5,8 +5,8 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import app
@@ -24,23 +24,16 @@ class Toll:
     cuts: int = 0
 
 
-@asynccontextmanager
-async def havoc(kill: Sequence[str], stores: Sequence[Proxy]) -> AsyncIterator[Toll]:
-    """Kills replicas of the deployments in `kill`, and cuts `stores` off, all at once, until it is left."""
-    toll = Toll()
-    tasks = [asyncio.create_task(_kill(deployment, toll)) for deployment in kill]
-    tasks.append(asyncio.create_task(_cut(stores, toll)))
+async def havoc(kill: Sequence[str], stores: Sequence[Proxy], toll: Toll) -> None:
+    """Kill replicas of the deployments in `kill`, and cut `stores` off, all at once, until cancelled."""
     try:
-        yield toll
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_cut(stores, toll))
+            for deployment in kill:
+                tasks.create_task(_kill(deployment, toll))
     finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
         for store in stores:
             await store.mend()
-    for error in ended:
-        if not isinstance(error, asyncio.CancelledError) and isinstance(error, BaseException):
-            raise error
 
 
 async def _kill(deployment: str, toll: Toll) -> None:

@@ -37,19 +37,18 @@ class Run:
 
     async def through(self, kill: Sequence[str], stores: Sequence[Proxy], limit_s: float) -> dict[str, Any]:
         """The figures, after everything is over or `limit_s` has passed."""
-        records, self._started = Records(self._settings, self._sessions), time.monotonic()
-        collecting = asyncio.create_task(records.collect_dead_letters())
-        async with havoc(kill, stores) as toll:
+        records, toll = Records(self._settings, self._sessions), Toll()
+        async with asyncio.TaskGroup() as tasks:
+            collecting = tasks.create_task(records.collect_dead_letters())
+            trouble = tasks.create_task(havoc(kill, stores, toll))
             await self._publish_and_wait(records, toll, limit_s)
-        duration_s = time.monotonic() - self._started
-        out.print(f"No more kills. Looking again in {QUIET_S:g} s, after a stale worker's last write")
-        await asyncio.sleep(QUIET_S)
-        if collecting.done():
-            collecting.result()
-        collecting.cancel()
-        figures = await self._judge(records)
+            trouble.cancel()
+            duration_s = self._passed_s()
+            out.print(f"No more kills. Looking again in {QUIET_S:g} s, after a stale worker's last write")
+            await asyncio.sleep(QUIET_S)
+            collecting.cancel()
         havoc_figures = {"kills": dict(toll.kills), "cuts": toll.cuts, "duration_s": round(duration_s, 1)}
-        return {**figures, "messages": self._messages, **havoc_figures}
+        return {**await self._judge(records), "messages": self._messages, **havoc_figures}
 
     async def _publish_and_wait(self, records: Records, toll: Toll, limit_s: float) -> None:
         count = len(self._sessions)
@@ -57,23 +56,30 @@ class Run:
         try:
             async with asyncio.timeout(limit_s), asyncio.TaskGroup() as tasks:
                 publishing = tasks.create_task(publish(sendings, self._settings, self._count))
-                while not (self._say(await records.look(), toll) and publishing.done()):
+                found = await records.look()
+                while not (publishing.done() and self._is_over(found)):
+                    self._say(found, toll)
                     await asyncio.sleep(LOOK_S)
+                    found = await records.look()
         except TimeoutError:
-            out.print(f"Not over after {limit_s:g} s")
+            out.print(f"Not over after {limit_s:g} s", style="red")
 
     def _count(self) -> None:
         self._messages += 1
 
-    def _say(self, found: Mapping[str, Evidence], toll: Toll) -> bool:
-        """Print how far it is, and say whether it is over."""
+    def _passed_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def _is_over(self, found: Mapping[str, Evidence]) -> bool:
+        return all(is_over(session, found[session.id]) for session in self._sessions)
+
+    def _say(self, found: Mapping[str, Evidence], toll: Toll) -> None:
         states = Counter(str(job.status) for evidence in found.values() for job in evidence.jobs)
         letters = sum(bool(evidence.letters) for evidence in found.values())
         out.print(
-            f"{time.monotonic() - self._started:5.0f} s  {self._messages} messages, {dict(states)}, "
+            f"{self._passed_s():5.0f} s  {self._messages} messages, {dict(states)}, "
             f"{letters} dead-lettered, {toll.kills.total()} kills, {toll.cuts} cuts"
         )
-        return all(is_over(session, found[session.id]) for session in self._sessions)
 
     async def _judge(self, records: Records) -> dict[str, Any]:
         """The figures; what is not as it should be is printed, session by session."""
