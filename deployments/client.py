@@ -10,7 +10,7 @@ from serve_app import adapters, jobs
 from serve_app.adapters.pubsub_names import address_of
 from serve_app.cancel import Canceler
 from serve_app.edit import INPUTS, session_path
-from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable
+from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, StoreUnavailable
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
 from serve_app.settings import Settings
@@ -91,11 +91,22 @@ class Client:
 
     async def cancel(self, job_id: str) -> Job:
         """Raises UnknownJob; IllegalTransition for a job that is over."""
-        return await self._canceler.job(job_id)
+        canceled = await self._canceler.job(job_id)
+        await self._show([canceled])
+        return canceled
 
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         """Also the session's messages that wait. The jobs that were stopped."""
-        return await self._canceler.session(user_id, session_id)
+        canceled = await self._canceler.session(user_id, session_id)
+        await self._show(canceled)
+        return canceled
+
+    async def _show(self, canceled: Sequence[Job]) -> None:
+        """Have the sessions say so at once: the app's couriers do, too, but it may be stopped."""
+        mirror = adapters.session_mirror(self._settings.sessions_url)
+        for job in canceled:
+            with suppress(StoreUnavailable):
+                await mirror.write(job, jobs.session_document(job))
 
     async def links(self, job: Job, *, expires_s: int) -> dict[str, str]:
         """Signed links to the job's artifacts, by role."""

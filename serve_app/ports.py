@@ -191,7 +191,8 @@ class Publisher(Protocol):
     async def publish(self, topic: Topic, data: bytes, attributes: Mapping[str, str]) -> str:
         """The message id. Stored by the broker when this returns.
 
-        Raises BrokerUnavailable; MessageRefused where the broker will never take it.
+        Raises ValueError for `completed` where the settings name no such topic; BrokerUnavailable; MessageRefused
+        where the broker will never take it.
         """
 
 

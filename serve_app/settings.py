@@ -107,6 +107,15 @@ class MessagesSettings(_Frozen):
     #: Messages in an ingress replica's hands. None: two for each replica of each variant, and two for each variant.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
 
+    @model_validator(mode="after")
+    def _apart(self) -> "MessagesSettings":
+        if self.dead_letter_subscription in self.subscriptions:
+            raise ValueError(f"dead_letter_subscription: {self.dead_letter_subscription} is among the subscriptions")
+        topics = [self.topic, self.dead_letter_topic, *([self.completion_topic] if self.completion_topic else [])]
+        if len(set(topics)) < len(topics):
+            raise ValueError("topic, dead_letter_topic and completion_topic must be different ones")
+        return self
+
     @property
     def is_embedded(self) -> bool:
         return self.url.startswith("embedded:")

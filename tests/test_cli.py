@@ -27,12 +27,13 @@ from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.tiny import TinyWeights
 from serve_app.jobs import Job, JobError, State, Timings
+from serve_app.outbox import Courier
 from serve_app.settings import Inference, Settings
-from serve_app.worker import Worker
+from serve_app.worker import Worker, utc_now
 
 from .backends import at, make_job
 from .hub_server import COMMIT, HubServer, Repo, serve
-from .rig import Held, Prompts, Scripted, jpeg, line_mask, photo, png, wait_for
+from .rig import Held, Prompts, Receivers, Scripted, jpeg, line_mask, photo, png, wait_for
 from .test_weights import PAINTING, TEXT
 
 SOUND = Path("serve_config.yaml")
@@ -95,11 +96,19 @@ def settings_in(config: Path) -> Settings:
 def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     """A worker and its message source, in an event loop of their own."""
     source = adapters.message_source(settings.messages, settings.in_flight())
+    job_store, mirror = adapters.job_store(settings.jobs), adapters.session_mirror(settings.sessions_url)
+    publisher, receivers = adapters.publisher(settings.messages), Receivers()
+    courier = Courier(
+        job_store=job_store, mirror=mirror, publisher=publisher, webhooks=receivers, settings=settings, clock=utc_now
+    )
     worker = Worker(
         blobs=adapters.blob_store(settings.blobs),
-        job_store=adapters.job_store(settings.jobs),
-        mirror=adapters.session_mirror(settings.jobs),
-        publisher=adapters.publisher(settings.messages),
+        job_store=job_store,
+        cancellations=adapters.cancellations(settings.jobs),
+        mirror=mirror,
+        publisher=publisher,
+        courier=courier,
+        webhooks=receivers,
         painter=LocalPainter(engines),
         prompts=Prompts(),
         settings=settings,
@@ -114,6 +123,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     finally:
         asyncio.run_coroutine_threadsafe(source.close(grace_s=10), loop).result()
         running.result()
+        asyncio.run_coroutine_threadsafe(courier.close(grace_s=10), loop).result()
         worker.close()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -136,7 +146,7 @@ class Service:
     async def cancel_running(self) -> None:
         client = Client(self.settings)
         (job,) = await client.list(status=State.RUNNING)
-        await client.cancel(job)
+        await client.cancel(job.id)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +316,9 @@ def jobs(tmp_path: Path) -> Path:
     put(config, make_job("edit-queued", session_id="q", created_at=at(1)))
     put(config, make_job("edit-failed", session_id="f", created_at=at(2), status=State.FAILED, error=error))
     timings = Timings(engine_s=1.25)
-    put(config, make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings))
+    artifacts = {"edited": "users/u/sessions/d/edited.jpg", "preview": "users/u/sessions/d/preview.jpg"}
+    done = make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings)
+    put(config, done.evolve(artifacts=artifacts))
     return config
 
 
@@ -351,10 +363,39 @@ def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
 
 def test_a_job_that_waits_is_canceled(fluxfill: Command, jobs: Path) -> None:
     ended = fluxfill("jobs", "cancel", "edit-queued", "-c", jobs)
-    assert (ended.status, ended.out) == (0, "canceled\n")
+    assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
     assert listed(fluxfill("jobs", "--status", "canceled", "-c", jobs)) == ["edit-queued"]
     document = asyncio.run(adapters.session_mirror(settings_in(jobs).jobs).read("u", "q"))
     assert document is not None and document["processingStatus"] == "canceled"
+
+
+def test_a_session_is_canceled_with_what_waits(fluxfill: Command, jobs: Path) -> None:
+    [queued] = [job for job in _stored(jobs) if job.id == "edit-queued"]
+    ended = fluxfill("jobs", "cancel", "--session", queued.session_key, "-c", jobs)
+    assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
+    again = fluxfill("jobs", "cancel", "--session", queued.session_key, "-c", jobs)
+    assert (again.status, again.out) == (0, "no job had begun; what waits will not start\n")
+    cancellations = adapters.cancellations(settings_in(jobs).jobs)
+    assert asyncio.run(cancellations.canceled_until(queued.session_key)) is not None
+
+
+def _stored(config: Path) -> list[Job]:
+    return list(asyncio.run(adapters.job_store(settings_in(config).jobs).list()))
+
+
+@pytest.mark.parametrize("named", [[], ["edit-queued", "--session", "u/s"], ["--session", "../s"], ["--session", "u"]])
+def test_what_is_to_be_canceled_must_be_said(fluxfill: Command, jobs: Path, named: list[str]) -> None:
+    assert fluxfill("jobs", "cancel", *named, "-c", jobs).status != 0
+    assert [job.status for job in _stored(jobs) if job.id == "edit-queued"] == [State.QUEUED]
+
+
+def test_links_to_a_jobs_pictures(fluxfill: Command, jobs: Path) -> None:
+    ended = fluxfill("jobs", "links", "edit-done", "--hours", "2", "-c", jobs)
+    [done] = [job for job in _stored(jobs) if job.id == "edit-done"]
+    local = adapters.local_links(settings_in(jobs))
+    assert local is not None and ended.status == 0
+    read = dict(line.split(": ", 1) for line in ended.out.splitlines())
+    assert {role: local.path_of(url.rpartition("/")[2]) for role, url in read.items()} == done.artifacts
 
 
 def test_a_job_that_is_over_is_not_canceled(fluxfill: Command, jobs: Path) -> None:
@@ -535,7 +576,10 @@ def test_a_mirror_that_is_none_is_refused_before_anything_is_fetched(
         ),
         ("jobs", "show cancel --status --limit --config"),
         ("jobs show", "JOB_ID --config"),
-        ("jobs cancel", "JOB_ID --config"),
+        ("jobs cancel", "JOB_ID --session --config"),
+        ("jobs links", "JOB_ID --hours --config"),
+        ("deadletters list", "--limit --config"),
+        ("deadletters replay", "--job --reason --all --config"),
         ("check", "FILE"),
         ("weights", "tiny pull"),
         ("weights tiny", "--to"),

@@ -197,3 +197,16 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(key: str) -> None:
     with pytest.raises(ValidationError, match=key) as refused:
         Settings(variants={"telea": {}}, **{key: "postgresql://user:hunter2@host/db"})
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ({"dead_letter_subscription": "session-processing"}, "dead_letter_subscription"),
+        ({"dead_letter_topic": "session-processing"}, "must be different"),
+        ({"completion_topic": "session-processing"}, "must be different"),
+    ],
+)
+def test_messages_never_go_in_a_circle(messages: dict[str, str], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        Settings(variants={"telea": {}}, messages=messages)
