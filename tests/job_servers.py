@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
@@ -16,6 +16,8 @@ import firebase_admin  # type: ignore[import-untyped] # publishes no types
 import grpc
 import psycopg
 import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import firestore
 from psycopg import sql
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -84,13 +86,14 @@ class Opened(Protocol):
 
 
 @pytest.fixture
-def opened() -> Iterator[Opened]:
+async def opened() -> AsyncIterator[Opened]:
     """Takes a store, which it closes after the test."""
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
 
         def take(store: T) -> T:
             if hasattr(store, "close"):
-                stack.callback(store.close)
+                # In a thread: what a store waits for may come through a gate of this loop.
+                stack.push_async_callback(asyncio.to_thread, store.close)
             return store
 
         yield take
@@ -130,7 +133,20 @@ def firestore_address() -> Iterator[str]:
     command = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", str(jar), emulator, f"--host={HOST}", f"--port={port}"]
     with _running(command, stop=signal.SIGKILL), grpc.insecure_channel(f"{HOST}:{port}") as channel:
         grpc.channel_ready_future(channel).result(timeout=60)
+        _warm_up(f"{HOST}:{port}")
         yield f"{HOST}:{port}"
+
+
+def _warm_up(address: str) -> None:
+    """The first calls to a new emulator take seconds, which the stores would not wait for."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FIRESTORE_EMULATOR_HOST", address)
+        nobody = AnonymousCredentials()  # type: ignore[no-untyped-call] # google-auth annotates in part
+        client = firestore.Client(project="warm-up", credentials=nobody)
+    document = client.document("jobs/first")
+    firestore.transactional(lambda transaction: transaction.set(document, {"a": 1}))(client.transaction())
+    assert len(client.collection("jobs").get()) == 1
+    client.close()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What every job store and session mirror guarantees."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -118,17 +119,19 @@ async def test_every_record_of_a_change_is_stored(store: JobStore) -> None:
         await store.update("a", KEY, jobs.renew(jobs.claim_of(first), now=at(101), lease_s=60))
 
 
+def add_one(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    assert job is not None
+    return (job.evolve(seed=job.seed + 1),)
+
+
 async def test_concurrent_updates_lose_nothing(jobs_url: str, opened: Opened, crowd: int) -> None:
     stores = [opened(adapters.job_store(jobs_url)) for _ in range(crowd)]
     await stores[0].update("edit-1", KEY, put(make_job(seed=0)))
 
-    def add_one(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
-        assert job is not None
-        return (job.evolve(seed=job.seed + 1),)
-
     def in_a_thread(store: JobStore) -> None:
         async def several() -> None:
-            await asyncio.gather(*(store.update("edit-1", KEY, add_one) for _ in range(crowd)))
+            for _ in range(crowd):
+                await store.update("edit-1", KEY, add_one)
 
         asyncio.run(several())
 
@@ -146,16 +149,54 @@ async def claim_at_once(stores: Sequence[JobStore], records: Sequence[Job]) -> l
     return won
 
 
-async def test_one_of_many_claims_of_a_job_wins(jobs_url: str, opened: Opened) -> None:
-    stores = [opened(adapters.job_store(jobs_url)) for _ in range(10)]
-    (won,) = await claim_at_once(stores, [make_job()] * 10)
+async def test_one_of_many_claims_of_a_job_wins(jobs_url: str, opened: Opened, crowd: int) -> None:
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(2 * crowd)]
+    (won,) = await claim_at_once(stores, [make_job()] * len(stores))
     assert (won.attempt, won.fence) == (1, 1) and [*await stores[0].list()] == [won]
 
 
-async def test_one_of_a_sessions_new_jobs_wins(jobs_url: str, opened: Opened) -> None:
-    stores = [opened(adapters.job_store(jobs_url)) for _ in range(10)]
-    (won,) = await claim_at_once(stores, [make_job(f"edit-{i}") for i in range(10)])
+async def test_one_of_a_sessions_new_jobs_wins(jobs_url: str, opened: Opened, crowd: int) -> None:
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(2 * crowd)]
+    (won,) = await claim_at_once(stores, [make_job(f"edit-{i}") for i in range(len(stores))])
     assert [*await stores[0].list()] == [won], "a claim that is refused stores nothing"
+
+
+def overlapping(*changes: Change) -> list[Change]:
+    """The two changes, each held until the other has been made, too, or the store has plainly kept them apart."""
+    made = [threading.Event() for _ in changes]
+
+    def held(change: Change, mine: threading.Event, other: threading.Event) -> Change:
+        def hold(job: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
+            records = change(job, rivals)
+            mine.set()
+            other.wait(0.3)
+            return records
+
+        return hold
+
+    return list(map(held, changes, made, reversed(made)))
+
+
+async def test_new_jobs_of_a_session_that_are_claimed_in_the_same_moment(jobs_url: str, opened: Opened) -> None:
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
+    records = [make_job("a"), make_job("b")]
+    claims = overlapping(*(jobs.claim(job, now=at(1), lease_s=60, max_attempts=5) for job in records))
+    outcomes = await asyncio.gather(
+        *(store.update(job.id, KEY, claim) for store, job, claim in zip(stores, records, claims, strict=True)),
+        return_exceptions=True,
+    )
+    assert {type(outcome) for outcome in outcomes} == {Job, Busy}
+    assert len(await stores[0].list()) == 1
+
+
+async def test_updates_in_the_same_moment_lose_nothing(jobs_url: str, opened: Opened) -> None:
+    """Not even where one names no session."""
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
+    await stores[0].update("edit-1", KEY, put(make_job(seed=0)))
+    first, second = overlapping(add_one, add_one)
+    await asyncio.gather(stores[0].update("edit-1", KEY, first), stores[1].update("edit-1", "", second))
+    job = await stores[0].get("edit-1")
+    assert job and job.seed == 2
 
 
 async def test_an_old_claim_can_do_nothing(jobs_url: str, opened: Opened) -> None:
@@ -309,10 +350,13 @@ async def test_documents_merge_field_by_field(mirror: SessionMirror) -> None:
     assert await mirror.read("u2", "s") is None
 
 
-async def test_of_many_first_writes_the_newest_claim_wins(jobs_url: str, opened: Opened, crowd: int) -> None:
+async def test_of_many_writes_the_newest_claims_counts(jobs_url: str, opened: Opened, crowd: int) -> None:
     mirrors = [opened(adapters.session_mirror(jobs_url)) for _ in range(crowd)]
-    await asyncio.gather(*(each.write(running("a", i, i), {"by": i}) for i, each in enumerate(mirrors)))
-    assert await mirrors[0].read("u", "s") == {"by": crowd - 1}
+    # There is no document at first, and then there is one.
+    for fences in (range(crowd), range(2 * crowd, crowd, -1)):
+        writes = (each.write(running("a", i, i), {"by": i}) for i, each in zip(fences, mirrors, strict=True))
+        await asyncio.gather(*writes)
+        assert await mirrors[0].read("u", "s") == {"by": max(fences)}
 
 
 WRITES: list[tuple[str, Job, Job, str]] = [

@@ -17,12 +17,12 @@ import sqlalchemy as sa
 from serve_app import adapters
 from serve_app.adapters import sql_database, sql_tables
 from serve_app.errors import SettingsError, StoreUnavailable
-from serve_app.jobs import Job, Owed, State
+from serve_app.jobs import Change, Job, Owed, State
 from serve_app.ports import JobStore
 
 from .backends import at, free_port, make_job
 from .job_servers import Gate, Opened, gate
-from .test_job_stores import KEY, claimed, put
+from .test_job_stores import KEY, claimed, overlapping, put
 
 COUNT_UP = """
     import asyncio, sys
@@ -52,21 +52,16 @@ async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, open
     """No change of ours writes what it did not lock; where one does, the database sees a deadlock."""
     store = opened(adapters.job_store(sql_url))
     await store.update("a", KEY, put(make_job("a", seed=0), make_job("b", seed=0)))
-    first, second = threading.Event(), threading.Event()
 
-    def both(mine: threading.Event, other: threading.Event, *ids: str) -> Callable[..., Sequence[Job]]:
+    def both(*ids: str) -> Change:
         def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
             assert job is not None
-            mine.set()
-            # SQLite lets them in one after the other.
-            other.wait(0.2)
             return [make_job(id, seed=job.seed + 1) for id in ids]
 
         return change
 
-    await asyncio.gather(
-        store.update("a", "", both(first, second, "a", "b")), store.update("b", "", both(second, first, "b", "a"))
-    )
+    first, second = overlapping(both("a", "b"), both("b", "a"))
+    await asyncio.gather(store.update("a", "", first), store.update("b", "", second))
     assert {job.seed for job in await store.list()} == {2}
 
 

@@ -131,7 +131,8 @@ class FirestoreJobStore:
     def _with_progress(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """The jobs with what was reported under their present fencing number."""
         documents = {job.id: self._document("jobProgress", job.id) for job in jobs}
-        reports = {found.id: found.to_dict() for found in self._database.client.get_all(documents.values())}
+        stored = self._database.client.get_all(documents.values()) if jobs else ()
+        reports = {found.id: found.to_dict() for found in stored}
         for job in jobs:
             reported = reports.get(documents[job.id].id) or {}
             is_current = reported.pop("fence", None) == job.fence

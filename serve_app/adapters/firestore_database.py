@@ -32,7 +32,7 @@ Transaction = Any
 #: How long a caller waits, in seconds.
 CALL_TIMEOUT_S = 10.0
 #: Limit on one call to Google, retries included, in seconds.
-RPC_TIMEOUT_S = 4.0
+RPC_TIMEOUT_S = 5.0
 #: Threads, and so pieces of work at a time: each waits for Google most of its time.
 THREADS = 16
 #: Document ids may be no longer, in bytes, nor look like these.

@@ -167,6 +167,7 @@ def _postgresql(url: str) -> sa.Engine:
         given = sa.make_url(url).set(drivername="postgresql+psycopg")
         engine = sa.create_engine(
             given.set(query={**_CONNECTION, **given.query}),
+            connect_args={"prepare_threshold": None},
             isolation_level="READ COMMITTED",
             pool_pre_ping=True,
             pool_size=READERS + _KINDS["postgresql"].writers,
@@ -176,7 +177,7 @@ def _postgresql(url: str) -> sa.Engine:
         raise SettingsError("job store: not a URL of the form postgresql://USER@HOST:PORT/DATABASE") from e
     except ImportError as e:
         raise SettingsError(f"job store: {e}: pip install 'flux-fill-serve[postgresql]'") from e
-    # In each transaction, and not once for a connection, because poolers hand connections on.
+    # In each transaction, and nothing prepared, because poolers hand connections on.
     sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(LIMITS))
     return engine
 
