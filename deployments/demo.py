@@ -62,10 +62,15 @@ def config_beside(config: Path, folder: Path) -> Path:
     """A copy of the sound file `config` in `folder`, with free ports and stores of its own: a running app is left
     alone."""
     raw: dict[str, Any] = yaml.safe_load(config.read_text())
-    raw["http_options"] = {**(raw.get("http_options") or {}), "port": free_port()}
+    port = free_port()
+    raw["http_options"] = {**(raw.get("http_options") or {}), "port": port}
     args = raw["applications"][position(raw)]["args"]
     store = folder.absolute() / "store"
-    args |= {"blobs": f"files:{store}/blobs", "jobs": f"sqlite:{store}/jobs.db"}
+    args |= {
+        "blobs": f"files:{store}/blobs",
+        "jobs": f"sqlite:{store}/jobs.db",
+        "public_url": f"http://127.0.0.1:{port}",
+    }
     args["messages"] = {**(args.get("messages") or {}), "url": f"embedded://127.0.0.1:{free_port()}"}
     copy = folder / "serve_config.yaml"
     copy.write_text(yaml.safe_dump(raw, sort_keys=False))

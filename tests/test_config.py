@@ -66,6 +66,13 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
         ("max_replicas: 2", "max_replicas: 2, max_replicas: 3", "max_replicas is here twice"),
         ("blobs: files:var/blobs", "blobs: 'files:'", "names no path"),
         ("jobs: sqlite:var/jobs.db", "jobs: memory:x", "every replica is a process of its own"),
+        (
+            "jobs: sqlite:var/jobs.db",
+            "jobs: sqlite:x\n      sessions: firebase:b",
+            "the scheme of 'firebase:b' is none",
+        ),
+        ("url: embedded://127.0.0.1:8085", "url: 'pubsub:'", "push.audience"),
+        ("topic: session-completed", "topic: session-processing", "must be different ones"),
         ("port: 8000", "port: 8085", "port 8085 is the HTTP port already"),
         ("tiny-Q8_0:", "'tiny Q8_0!':", "should match pattern"),
     ],
