@@ -17,6 +17,8 @@ from .text_encoder import TextEncoder
 
 #: A second request waits in the replica while the first one paints, so the GPU never waits for a photo.
 ONGOING_PER_REPLICA = 2
+#: What an ingress takes to stop, beside its grace, when the broker and the stores are down; seconds.
+STOP_S = 30
 
 
 def build(args: Settings) -> serve.Application:
@@ -31,7 +33,8 @@ def build(args: Settings) -> serve.Application:
         # Work in the background counts as no load, so only pushes would be limited by this.
         max_ongoing_requests=max(100, settings.in_flight()),
         ray_actor_options={"num_cpus": 0.2},
-        graceful_shutdown_timeout_s=settings.work.grace_s + 15,
+        # Serve first waits for the pushes it has sent here, and kills what is not stopped by then.
+        graceful_shutdown_timeout_s=settings.push.answer_s + settings.work.grace_s + STOP_S,
         user_config=Inference(variant=next(iter(settings.variants))).model_dump(mode="json"),
     )
     broker = serve.deployment(PubSub).options(ray_actor_options={"num_cpus": 0.1}).bind(settings.messages)
@@ -109,8 +112,9 @@ def _scaled(scaling: Scaling, *, num_gpus: int) -> dict[str, Any]:
         "max_ongoing_requests": ONGOING_PER_REPLICA,
         # Three failures in a row, and a replica whose GPU is lost or whose engine hangs is replaced.
         "health_check_period_s": 2,
-        # Scaling down lets a painting end; a hung engine keeps its GPU for as long.
-        "graceful_shutdown_timeout_s": 60,
+        # Scaling down lets the usual paintings end: two in hand, of 38 s each on an L4. A hung engine keeps its GPU for
+        # as long.
+        "graceful_shutdown_timeout_s": 120,
         # While every replica is full the router asks again after a wait that doubles; by default up to 0.5 s, for
         # which a replica can stand idle.
         "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.04),

@@ -45,10 +45,12 @@ def http() -> FastAPI:
 
 class Pushes:
     """Pushes in hand: each is worked on to its end even when its sender hangs up, as Pub/Sub does before it sends the
-    message again."""
+    message again, or is answered before that."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, *, answer_s: float) -> None:
+        """A push is answered after `answer_s` at the latest: Serve waits for requests before it tells a replica to
+        stop, and would kill it while it waits."""
+        self._limit, self._answer_s = limit, answer_s
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
     async def run(self, work: Coroutine[Any, Any, Verdict]) -> Verdict:
@@ -61,7 +63,9 @@ class Pushes:
         task = asyncio.create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        done, _ = await asyncio.wait({task}, timeout=self._answer_s)
+        # What is pushed again finds the job running, or done.
+        return task.result() if done else Verdict(action="hold", delay_s=self._answer_s, reason="running")
 
     async def end(self, *, grace_s: float) -> None:
         """Wait for those in hand, then cancel what is left, which gives its jobs back."""
@@ -87,6 +91,7 @@ class Ingress:
         secrets = Secrets.from_environment()
         self.metrics: Metrics = RayMetrics()
         self.access = Access(settings, secrets)
+        self.limits = settings.limits
         self._settings = settings
         self._inference: Inference | None = None
         self._defaults_error = ""
@@ -124,7 +129,7 @@ class Ingress:
         )
         background = (self._watch.run(), self._courier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
-        self._pushes = Pushes(settings.in_flight())
+        self._pushes = Pushes(settings.in_flight(), answer_s=settings.push.answer_s)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new inference defaults. Jobs already claimed keep the values they were claimed with.

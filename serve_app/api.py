@@ -16,6 +16,7 @@ from .errors import BodyTooLarge, FluxFillError, MalformedMessage, Unauthorized,
 from .jobs import Job, State
 from .messages import ID_PATTERN, Id, parse_edit, parse_envelope
 from .ports import BlobInfo, Delivery, Verdict
+from .settings import Limits
 from .telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ class Service(Protocol):
 
     @property
     def access(self) -> Access: ...
+
+    @property
+    def limits(self) -> Limits: ...
 
     @property
     def metrics(self) -> Metrics: ...
@@ -147,7 +151,7 @@ async def _work_on_push(request: Request, service: Service) -> Verdict:
         message_id=envelope.message.message_id,
         publish_time=envelope.message.publish_time,
     )
-    _refuse_early(delivery, service.readiness())
+    _refuse_early(delivery, service.readiness(), service.limits)
     return await service.work(delivery)
 
 
@@ -198,11 +202,11 @@ def _blob_routes(service: Services) -> APIRouter:
     return routes
 
 
-def _refuse_early(delivery: Delivery, readiness: Readiness) -> None:
+def _refuse_early(delivery: Delivery, readiness: Readiness, limits: Limits) -> None:
     """Raises VariantNotReady for a message whose variant cannot serve yet: pushed again, it finds it ready. What cannot
     be read, or names a variant nobody serves, is the worker's to dead-letter."""
     try:
-        message, _ = parse_edit(delivery.data, max_bytes=MAX_ENVELOPE_BYTES)
+        message, _ = parse_edit(delivery.data, max_bytes=limits.message_bytes)
     except MalformedMessage:
         return
     name = message.variant or readiness.default_variant

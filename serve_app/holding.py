@@ -10,8 +10,8 @@ from .settings import Settings
 
 
 class Shares:
-    """Keeps a variant that cannot paint now from holding every place of this process: it has what its own replicas
-    could use, and its other messages wait with the broker. A variant that paints may use every place there is."""
+    """Keeps one variant's messages from holding every place of this process: one that cannot paint now has what its own
+    replicas could use, one that paints leaves a place to each of the others. What is over waits with the broker."""
 
     def __init__(self, painter: Painter, settings: Settings) -> None:
         self._painter, self._settings = painter, settings
@@ -20,15 +20,25 @@ class Shares:
     @contextmanager
     def taken(self, variant: str) -> Iterator[None]:
         """Raises VariantNotReady where the share is used up."""
-        served = self._settings.variants.get(variant)
-        is_full = served is not None and self._in_hand[variant] >= served.share
-        if is_full and not self._painter.is_ready(variant):
-            raise VariantNotReady(f"variant {variant} cannot paint yet, and its share of messages is in hand")
+        if variant not in self._settings.variants:
+            # It fails at once, and names that anybody may make up are not kept.
+            yield
+            return
+        share = self._share(variant)
+        if share is not None and self._in_hand[variant] >= share:
+            raise VariantNotReady(f"variant {variant} has its share of messages in hand")
         self._in_hand[variant] += 1
         try:
             yield
         finally:
             self._in_hand[variant] -= 1
+
+    def _share(self, variant: str) -> int | None:
+        variants, places = self._settings.variants, self._settings.in_flight()
+        if self._painter.is_ready(variant):
+            return max(1, places - (len(variants) - 1)) if len(variants) > 1 else None
+        # No more than an equal part, where the settings allow fewer places than all variants could use.
+        return min(variants[variant].share, max(1, places // len(variants)))
 
 
 class Waits:

@@ -10,7 +10,7 @@ inside an atomic read-modify-write (`ports.JobStore.update`), so every backend k
          retried,         └──expired──► expired
          given_back
     queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
-    failed ──replayed──► queued
+    failed ──replayed──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
 
 A job that is over owes what others must be told (`Job.owed`), from the same write that ended it: `outbox.py` pays.
 """
@@ -66,6 +66,8 @@ class Cause(StrEnum):
     GIVEN_BACK = "given_back"
     #: An operator sent its dead letter again.
     REPLAYED = "replayed"
+    #: It was asked for once more, after it had been canceled or had expired.
+    ASKED_AGAIN = "asked_again"
 
 
 #: Every legal edge. What is not here raises IllegalTransition.
@@ -84,6 +86,8 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.RUNNING, Cause.RETRIED): State.QUEUED,
     (State.RUNNING, Cause.GIVEN_BACK): State.QUEUED,
     (State.FAILED, Cause.REPLAYED): State.QUEUED,
+    (State.CANCELED, Cause.ASKED_AGAIN): State.QUEUED,
+    (State.EXPIRED, Cause.ASKED_AGAIN): State.QUEUED,
 }
 
 JobType = Literal["inpaint", "generate", "audit"]
@@ -142,8 +146,12 @@ class Timings(_Value):
 #: Who is told that a job is over: the session document, the completion topic, the publisher's own URL.
 Debt = Literal["session", "completion", "webhook"]
 
-#: The process that ended a job tells the others at once; should it die first, anybody may after this, in seconds.
-HEAD_START_S = 5.0
+#: The process that ended a job tells the others at once; should it die first, anybody may after this. Longer than
+#: telling may take, in seconds.
+HEAD_START_S: Mapping[Debt, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
+
+#: A message published so long after a job ended asks for it again; before, clocks may disagree. Seconds.
+AGAIN_S = 2.0
 
 
 class Owed(_Value):
@@ -175,6 +183,8 @@ class Job(_Value):
     attempt: int = 0
     #: The fencing number: grows with every claim and every cancellation.
     fence: int = 0
+    #: Who claimed it last: a name used for one claim.
+    claimed_by: str = ""
     #: While running: until when its worker may be silent.
     lease_until: datetime | None = None
     progress: Progress = Progress()
@@ -237,8 +247,12 @@ def _debts(job: Job) -> dict[Debt, Owed]:
         "completion": True,
         "webhook": bool(job.callback_url),
     }
-    due_at = job.finished_at + timedelta(seconds=HEAD_START_S)
-    return {debt: Owed(due_at=due_at) for debt, is_wanted in wanted.items() if is_wanted}
+    ended = job.finished_at
+    return {
+        debt: Owed(due_at=ended + timedelta(seconds=HEAD_START_S[debt]))
+        for debt, is_wanted in wanted.items()
+        if is_wanted
+    }
 
 
 class Claim(_Value):
@@ -287,20 +301,24 @@ def seed_of(job_id: str) -> int:
 Change = Callable[[Job | None, Sequence[Job]], Sequence[Job]]
 
 
-def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Change:
-    """Take `new`, or the record already stored under its id, and run it.
+def claim(
+    new: Job, *, now: datetime, lease_s: float, max_attempts: int, claimer: str = "", asked_at: datetime | None = None
+) -> Change:
+    """Take `new`, or the record already stored under its id, and run it. `claimer` is a name used for this claim only;
+    `asked_at` is when the message was published.
 
     The stored record wins over `new`: parameters and seed are those of the first claim. A final record is left as
-    it is. A record past its deadline becomes expired, one whose attempts are used up failed. Another job of the
-    session that waits for the same request, on a photo or mask since replaced, is superseded.
+    it is, unless it was canceled or had expired before the message was published: then it runs again. A record past its
+    deadline becomes expired, one whose attempts are used up failed. Another job of the session that waits for the same
+    request, on a photo or mask since replaced, is superseded.
 
     Raises Busy (from the change) while a live lease holds the job or another job of its session.
     """
 
     def change(stored: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
-        job = stored or new
+        job = _asked_again(stored, new, asked_at) if stored else new
         if job.status.is_final:
-            return ()
+            return tuple(_superseded(rival, job, now) for rival in rivals if _is_replaced(rival, job))
         _refuse_live(job, now)
         if job.attempt >= max_attempts:
             return (_exhausted(job, now),)
@@ -315,10 +333,22 @@ def claim(new: Job, *, now: datetime, lease_s: float, max_attempts: int) -> Chan
             Cause.CLAIMED,
             attempt=job.attempt + 1,
             fence=job.fence + 1,
+            claimed_by=claimer,
             started_at=now,
             error=None,
         ).evolve(lease_until=now + timedelta(seconds=lease_s))
         return (job, *others)
+
+    return change
+
+
+def disown(claimer: str) -> Change:
+    """Give a claim back of which `claimer` never heard that it was stored, and the attempt with it."""
+
+    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        if job is None or job.status != State.RUNNING or job.claimed_by != claimer:
+            return ()
+        return (job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1),)
 
     return change
 
@@ -371,23 +401,22 @@ def replay(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
     return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
 
 
-def take_debts(taker: str, *, now: datetime, wait_s: Callable[[Debt, int], float]) -> Change:
-    """Take on telling what is due: it is due again `wait_s(debt, attempts)` later, so that nobody else tells meanwhile.
-    What is then `taken_by` the taker, a name used once, is the taker's to tell."""
+def take_debts(
+    taker: str, debts: Collection[Debt], *, now: datetime, wait_s: Callable[[Debt, int], float], later_s: float
+) -> Change:
+    """Take on telling those of `debts` that are due: each is due again `wait_s(debt, attempts)` later, so that nobody
+    else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell. What else is due
+    is put off by `later_s`, so that it does not stand in the way of others'."""
+
+    def after(debt: Debt, owed: Owed) -> Owed:
+        if debt not in debts:
+            return owed.model_copy(update={"due_at": now + timedelta(seconds=later_s)})
+        attempts = owed.attempts + 1
+        return Owed(attempts=attempts, due_at=now + timedelta(seconds=wait_s(debt, attempts)), taken_by=taker)
 
     def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
-        if job is None:
-            return ()
-        due = {
-            debt: Owed(
-                attempts=owed.attempts + 1,
-                due_at=now + timedelta(seconds=wait_s(debt, owed.attempts + 1)),
-                taken_by=taker,
-            )
-            for debt, owed in job.owed.items()
-            if owed.due_at <= now
-        }
-        return (job.evolve(owed=job.owed | due),) if due else ()
+        due = {debt: after(debt, owed) for debt, owed in job.owed.items() if owed.due_at <= now} if job else {}
+        return (job.evolve(owed=job.owed | due),) if job and due else ()
 
     return change
 
@@ -403,9 +432,16 @@ def pay(told: Job, debts: Collection[Debt]) -> Change:
     return change
 
 
-def mark_dead_lettered(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
-    """Note that the failed job's message is in the dead-letter topic."""
-    return (job.evolve(dead_lettered=True),) if job is not None else ()
+def mark_dead_lettered(told: Job) -> Change:
+    """Note that the message of the job, failed as in `told`, is in the dead-letter topic. One that was sent again since
+    may fail again, and then wants a letter of its own."""
+
+    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        if job is None or (job.fence, job.status) != (told.fence, told.status):
+            return ()
+        return (job.evolve(dead_lettered=True),)
+
+    return change
 
 
 def check_held(job: Job | None, claim: Claim) -> Job:
@@ -426,14 +462,32 @@ def _refuse_live(job: Job, now: datetime) -> None:
         raise Busy(f"job {job.id} is running until {job.lease_until.isoformat()}", retry_after_s=left_s)
 
 
+def _asked_again(stored: Job, new: Job, asked_at: datetime | None) -> Job:
+    """The stored record, queued again where the message came after somebody had canceled it, or with a later deadline
+    than the one it missed."""
+    if asked_at is None or stored.finished_at is None or asked_at <= stored.finished_at + timedelta(seconds=AGAIN_S):
+        return stored
+    if (stored.status, Cause.ASKED_AGAIN) not in TRANSITIONS:
+        return stored
+    wish = {"deadline": new.deadline, "callback_url": new.callback_url, "traceparent": new.traceparent}
+    return stored.after(Cause.ASKED_AGAIN, attempt=0, error=None, finished_at=None, **wish)
+
+
 def _beside(rival: Job, claimed: Job, now: datetime, max_attempts: int) -> Job | None:
     """What becomes of the session's other job; None where it stays as it is."""
-    if rival.status == State.RUNNING:
-        return _lost(rival, now, max_attempts)
-    if rival.request and rival.request == claimed.request:
-        error = JobError(code="superseded", message=f"its photo or mask was replaced; see job {claimed.id}")
-        return rival.after(Cause.SUPERSEDED, error=error, fence=rival.fence + 1, finished_at=now)
-    return None
+    after = _lost(rival, now, max_attempts) if rival.status == State.RUNNING else rival
+    if _is_replaced(after, claimed):
+        return _superseded(after, claimed, now)
+    return after if after is not rival else None
+
+
+def _is_replaced(rival: Job, by: Job) -> bool:
+    return rival.status == State.QUEUED and bool(rival.request) and rival.request == by.request
+
+
+def _superseded(rival: Job, by: Job, now: datetime) -> Job:
+    error = JobError(code="superseded", message=f"its photo or mask was replaced; see job {by.id}")
+    return rival.after(Cause.SUPERSEDED, error=error, fence=rival.fence + 1, finished_at=now)
 
 
 def _lost(rival: Job, now: datetime, max_attempts: int) -> Job:

@@ -2,7 +2,8 @@
 
 A job owes these from the write that ended it (`Job.owed`), so nothing is lost with a process. The process that ended
 the job tells at once; what is still owed when its head start is over, anybody's courier takes on and tells, again and
-again with backoff. None of it holds up a message, a worker or another debt: a receiver that is down only waits longer.
+again with backoff. What finds no free place waits in the store, not here. None of it holds up a message, a worker or
+another debt: a receiver that is down only waits longer.
 At least once: a courier that dies between telling and noting it leaves the debt.
 """
 
@@ -11,11 +12,14 @@ import json
 import logging
 import random
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from datetime import datetime
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from . import jobs
-from .errors import FluxFillError, InputError, MessageRefused, StoreUnavailable, Unavailable, WebhookFailed
+from .errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
 from .jobs import Debt, Job
 from .ports import Clock, JobStore, Publisher, SessionMirror
 from .settings import Settings
@@ -23,13 +27,17 @@ from .telemetry import Metrics, NoMetrics, logged_with, trace_id
 
 log = logging.getLogger(__name__)
 
-#: How long telling one thing may take, in seconds; nobody else tells it meanwhile.
-TELL_S = 30.0
+#: How long telling may take, in seconds; nobody else tells it meanwhile. Shorter than jobs.HEAD_START_S.
+TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0}
 #: The longest waits between two attempts, in seconds. The stores and the broker are ours, a receiver is a stranger's.
-LONGEST_WAIT_S = 60.0
-LONGEST_WEBHOOK_WAIT_S = 3 * 3600.0
-#: Jobs that are told of at a time, and URLs that are called at a time.
-AT_ONCE = 32
+LONGEST_WAIT_S: Mapping[Debt, float] = {"session": 60.0, "completion": 60.0, "webhook": 3 * 3600.0}
+#: What is told at a time, of each kind, and to each receiver's host: a dead one must not take every place.
+AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 32}
+PER_HOST = 4
+#: A debt that finds no free place is looked at again so much later, in seconds.
+LATER_S = 60.0
+#: Debts told within this are paid by one write; one that takes longer, by its own.
+TOGETHER_S = 0.5
 #: Jobs taken on at each look.
 BATCH = 100
 
@@ -57,12 +65,7 @@ class Courier:
         self._jobs, self._mirror, self._publisher, self._webhooks = job_store, mirror, publisher, webhooks
         self._settings, self._clock, self._metrics = settings, clock, metrics or NoMetrics()
         self._tasks: set[asyncio.Task[None]] = set()
-        # Of their own: callers of dead receivers must not keep session documents waiting.
-        self._places: Mapping[Debt, asyncio.Semaphore] = {
-            "session": asyncio.Semaphore(AT_ONCE),
-            "completion": asyncio.Semaphore(AT_ONCE),
-            "webhook": asyncio.Semaphore(AT_ONCE),
-        }
+        self._places = _Places()
         self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
             "session": self._write_session,
             "completion": self._publish_completion,
@@ -70,29 +73,46 @@ class Courier:
         }
 
     def tell(self, job: Job) -> None:
-        """Tell in the background what `job`, as it was just stored, owes. Wants a running event loop."""
-        if job.owed:
-            self._spawn(self._tell(job, job.owed.keys()))
+        """Tell in the background what `job`, as it was just stored, owes. What finds no free place stays owed. Wants a
+        running event loop."""
+        if begun := [debt for debt in job.owed if self._places.take(job, debt)]:
+            self._spawn(self._tell(job, begun))
 
     async def run(self) -> None:
         """Look for debts that are due, for ever."""
         while True:
             try:
                 await self.look()
-            except StoreUnavailable as e:
+            except Unavailable as e:
                 log.warning("Could not look for what is owed: %s", e, extra={"action": "outbox_unavailable"})
+            except Exception:
+                # A record that cannot be read must not end the telling of all others.
+                log.exception("Could not look for what is owed", extra={"action": "outbox_failed"})
             await asyncio.sleep(self._settings.work.outbox_poll_s * random.uniform(0.8, 1.2))
 
     async def look(self) -> None:
-        """Take on what is due now and begin to tell it. Raises StoreUnavailable."""
+        """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""
         now = self._clock()
         for job in await self._jobs.list(owes_by=now, limit=BATCH):
-            taker = uuid.uuid4().hex
-            taken = await self._jobs.update(
-                job.id, job.session_key, jobs.take_debts(taker, now=now, wait_s=self._wait_s)
-            )
-            if mine := [debt for debt, owed in taken.owed.items() if owed.taken_by == taker]:
+            due = [debt for debt, owed in job.owed.items() if owed.due_at <= now]
+            reserved = [debt for debt in due if self._places.take(job, debt)]
+            mine: list[Debt] = []
+            try:
+                taken = await self._take_on(job, reserved, now)
+                mine = [debt for debt in reserved if debt in taken.owed and taken.owed[debt].taken_by == self._taker]
+            except UnknownJob:
+                continue
+            finally:
+                for debt in set(reserved) - set(mine):
+                    self._places.leave(job, debt)
+            if mine:
                 self._spawn(self._tell(taken, mine))
+
+    async def _take_on(self, job: Job, debts: list[Debt], now: datetime) -> Job:
+        self._taker = uuid.uuid4().hex
+        later_s = LATER_S * random.uniform(0.8, 1.2)
+        change = jobs.take_debts(self._taker, debts, now=now, wait_s=self._wait_s, later_s=later_s)
+        return await self._jobs.update(job.id, job.session_key, change)
 
     async def settled(self) -> None:
         """Wait until everything begun has ended, told or not."""
@@ -107,40 +127,50 @@ class Courier:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _tell(self, job: Job, debts: Collection[Debt]) -> None:
+    async def _tell(self, job: Job, debts: list[Debt]) -> None:
         with logged_with(job_id=job.id, session_key=job.session_key, trace_id=trace_id(job.traceparent)):
-            # A slow receiver must not keep the others' debts unpaid.
-            await asyncio.gather(
-                self._settle(job, [debt for debt in debts if debt != "webhook"]),
-                self._settle(job, [debt for debt in debts if debt == "webhook"]),
-            )
+            telling = {asyncio.create_task(self._is_told(job, debt)): debt for debt in debts}
+        try:
+            await asyncio.wait(telling, timeout=TOGETHER_S)
+            while telling:
+                done, _ = await asyncio.wait(telling, return_when=asyncio.FIRST_COMPLETED)
+                ended = {telling.pop(task): task.result() for task in done}
+                await self._pay(job, [debt for debt, is_told in ended.items() if is_told])
+        finally:
+            for task in telling:
+                task.cancel()
+            await asyncio.gather(*telling, return_exceptions=True)
 
-    async def _settle(self, job: Job, debts: list[Debt]) -> None:
-        told = await asyncio.gather(*(self._is_told(job, debt) for debt in debts))
-        if paid := [debt for debt, is_told in zip(debts, told, strict=True) if is_told]:
-            try:
-                await self._jobs.update(job.id, job.session_key, jobs.pay(job, paid))
-            except FluxFillError as e:
-                log.info("What was told stays owed: %s", e, extra={"action": "debt_stays"})
+    async def _pay(self, job: Job, debts: list[Debt]) -> None:
+        if not debts:
+            return
+        try:
+            await self._jobs.update(job.id, job.session_key, jobs.pay(job, debts))
+        except FluxFillError as e:
+            log.info("What was told stays owed: %s", e, extra={"action": "debt_stays", "job_id": job.id})
 
     async def _is_told(self, job: Job, debt: Debt) -> bool:
         """Whether `debt` is done with: told, or given up."""
-        outcome = await self._outcome(job, debt)
+        try:
+            outcome = await self._outcome(job, debt)
+        finally:
+            self._places.leave(job, debt)
         self._metrics.add("fluxfill_told_total", debt=debt, outcome=outcome)
         if outcome != "failed" and debt == "completion":
-            # Every job that ends comes by here once, whoever ended it.
-            self._metrics.add("fluxfill_jobs_total", type=job.type, variant=job.variant, outcome=job.status)
+            # Every job that ends comes by here, whoever ended it; twice only where its payment was lost.
+            variant = self._settings.variant_label(job.variant)
+            self._metrics.add("fluxfill_jobs_total", type=job.type, variant=variant, outcome=job.status)
+            self._metrics.observe("fluxfill_attempts", job.attempt, variant=variant)
         return outcome != "failed"
 
     async def _outcome(self, job: Job, debt: Debt) -> str:
         try:
-            async with self._places[debt]:
-                await self._in_time(job, debt)
+            await self._in_time(job, debt)
             return "told"
         except (InputError, MessageRefused) as e:
             log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
@@ -160,11 +190,11 @@ class Courier:
 
     async def _in_time(self, job: Job, debt: Debt) -> None:
         try:
-            async with asyncio.timeout(TELL_S):
+            async with asyncio.timeout(TELL_S[debt]):
                 await self._ways[debt](job)
         except TimeoutError as e:
             late = WebhookFailed if debt == "webhook" else Unavailable
-            raise late(f"no answer within {TELL_S:g} s") from e
+            raise late(f"no answer within {TELL_S[debt]:g} s") from e
 
     async def _write_session(self, job: Job) -> None:
         await self._mirror.write(job, jobs.session_document(job))
@@ -180,6 +210,35 @@ class Courier:
 
     def _wait_s(self, debt: Debt, attempts: int) -> float:
         first_s = self._settings.webhooks.backoff_s if debt == "webhook" else self._settings.work.backoff_s
-        longest_s = LONGEST_WEBHOOK_WAIT_S if debt == "webhook" else LONGEST_WAIT_S
-        backoff_s = min(longest_s, first_s * 2.0 ** min(attempts - 1, 30))
-        return TELL_S + backoff_s * random.uniform(0.8, 1.2)
+        backoff_s = min(LONGEST_WAIT_S[debt], first_s * 2.0 ** min(attempts - 1, 30))
+        return TELL_S[debt] + backoff_s * random.uniform(0.8, 1.2)
+
+
+class _Places:
+    """What is being told. No debt twice at a time, and no kind and no receiver more than its share."""
+
+    def __init__(self) -> None:
+        self._telling: set[tuple[str, Debt]] = set()
+        self._taken: Counter[str] = Counter()
+
+    def take(self, job: Job, debt: Debt) -> bool:
+        """Whether there was a place; it is then to be left."""
+        lanes = _lanes(job, debt)
+        if (job.id, debt) in self._telling or any(self._taken[lane] >= most for lane, most in lanes.items()):
+            return False
+        self._telling.add((job.id, debt))
+        self._taken.update(lanes.keys())
+        return True
+
+    def leave(self, job: Job, debt: Debt) -> None:
+        self._telling.discard((job.id, debt))
+        self._taken.subtract(_lanes(job, debt).keys())
+        # Nothing is kept of a host that nobody calls.
+        self._taken = +self._taken
+
+
+def _lanes(job: Job, debt: Debt) -> Mapping[str, int]:
+    """The ways that telling takes a place on, and how many each has."""
+    if debt != "webhook":
+        return {debt: AT_ONCE[debt]}
+    return {debt: AT_ONCE[debt], f"host {urlsplit(job.callback_url).netloc}": PER_HOST}

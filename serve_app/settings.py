@@ -133,6 +133,8 @@ class PushSettings(_Frozen):
     audience: str | None = None
     #: E-mail of the push subscription's service account. With `audience`, tokens are verified.
     service_account: str | None = None
+    #: A push that is not done by then is answered 503 and worked on: pushed again, it finds its job running, or done.
+    answer_s: float = Field(60.0, gt=0, le=600)
     #: Where the keys are that sign the tokens.
     jwks_url: str = "https://www.googleapis.com/oauth2/v3/certs"
 
@@ -327,6 +329,10 @@ class Settings(_Frozen):
     def variant(self, name: str) -> Variant:
         """The definition of a served variant. Raises KeyError for one that is not served."""
         return self.variants[name].definition or BUILT_IN[name]
+
+    def variant_label(self, name: str) -> str:
+        """What metrics call a variant: messages may name any, and each name would be a series for ever."""
+        return name if name in self.variants else "other"
 
     def in_flight(self) -> int:
         """Messages an ingress replica holds: enough that no replica ever waits for the next photo."""

@@ -10,6 +10,7 @@ What others are told of a job's end is owed from the write that ended it, and to
 import asyncio
 import logging
 import random
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +28,7 @@ from .errors import (
     MalformedMessage,
     MessageRefused,
     StaleClaim,
+    StoreUnavailable,
     Unavailable,
     UnknownVariant,
     VariantNotReady,
@@ -55,6 +57,9 @@ log = logging.getLogger(__name__)
 
 #: A variant that starts is ready in a minute: its messages must not be away for much longer.
 LONGEST_WAIT_FOR_A_VARIANT_S = 10.0
+
+#: How long a claim is tried to be given back after a store was away, in seconds: nobody waits for it.
+DISOWN_S = 3600.0
 
 #: How a job ends that is not tried again, by its error's disposition.
 _ENDS_BY = {
@@ -94,10 +99,13 @@ class Worker:
         self._settings, self._defaults, self._clock = settings, defaults, clock
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
         self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
+        self._disowning: set[asyncio.Task[None]] = set()
         self._waits = Waits()
         self._shares = Shares(painter, settings)
 
     def close(self) -> None:
+        for task in self._disowning:
+            task.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def work(self, delivery: Delivery) -> Verdict:
@@ -136,18 +144,20 @@ class Worker:
                 log.warning(
                     "Ignored fields nobody here knows: %s", ", ".join(unknown), extra={"action": "unknown_fields"}
                 )
-            return await self._work_on(await self._new_job(message, attributes), delivery)
+            # Before the stores are asked anything: what is over its share comes again.
+            with self._shares.taken(message.variant or self._defaults().variant):
+                return await self._work_on(await self._new_job(message, attributes), delivery)
 
     async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
-        with self._shares.taken(new.variant), logged_with(job_id=new.id, session_key=new.session_key):
+        with logged_with(job_id=new.id, session_key=new.session_key):
             now = self._clock()
-            job = await self._claim(new, now)
+            job = await self._claim(new, now, delivery.publish_time)
             if job.status.is_final:
                 if job.finished_at != now:
                     self._metrics.add("fluxfill_duplicates_total")
                 return await self._settle(job, delivery)
             log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
-            self._metrics.observe("fluxfill_queue_age_seconds", self._queued_s(job, delivery), variant=job.variant)
+            self._metrics.observe("fluxfill_queue_age_seconds", self._queued_s(job, delivery), variant=self._label(job))
             return await self._run(job, delivery)
 
     # -- claiming
@@ -178,18 +188,36 @@ class Worker:
         except BlobNotFound:
             return ""
 
-    async def _claim(self, new: Job, now: datetime) -> Job:
-        work = self._settings.work
-        change = jobs.claim(new, now=now, lease_s=work.lease_s, max_attempts=work.max_attempts)
+    async def _claim(self, new: Job, now: datetime, asked_at: datetime | None) -> Job:
+        work, claimer = self._settings.work, uuid.uuid4().hex
+        change = jobs.claim(
+            new, now=now, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer, asked_at=asked_at
+        )
         claiming = asyncio.ensure_future(self._jobs.update(new.id, new.session_key, change))
         try:
             return await asyncio.shield(claiming)
+        except StoreUnavailable:
+            self._disown(new, claimer)
+            raise
         except asyncio.CancelledError:
             # The store may commit the claim after all; then it is ours to give back.
             await asyncio.wait({claiming})
             if not claiming.cancelled() and claiming.exception() is None and not claiming.result().status.is_final:
                 await self._give_back(claiming.result())
             raise
+
+    def _disown(self, job: Job, claimer: str) -> None:
+        """Give the claim back in the background: it may have been stored although the store could not say so, and would
+        then cost a lease and an attempt."""
+
+        async def give_back() -> None:
+            change = jobs.disown(claimer)
+            with suppress(FluxFillError):
+                await insist(partial(self._jobs.update, job.id, job.session_key, change), for_s=DISOWN_S)
+
+        task = asyncio.create_task(give_back())
+        self._disowning.add(task)
+        task.add_done_callback(self._disowning.discard)
 
     # -- running
 
@@ -252,21 +280,26 @@ class Worker:
         return Result(artifacts=result.artifacts, timings=timings)
 
     def _measure(self, job: Job, timings: Timings) -> None:
+        variant = self._label(job)
         for stage, seconds in timings.model_dump(exclude={"gpu_ms"}, exclude_none=True).items():
-            self._metrics.observe(
-                "fluxfill_stage_seconds", seconds, stage=stage.removesuffix("_s"), variant=job.variant
-            )
-        self._metrics.observe("fluxfill_attempts", job.attempt, variant=job.variant)
+            self._metrics.observe("fluxfill_stage_seconds", seconds, stage=stage.removesuffix("_s"), variant=variant)
+
+    def _label(self, job: Job) -> str:
+        return self._settings.variant_label(job.variant)
 
     async def _failed(self, job: Job, delivery: Delivery, cause: Exception) -> Verdict:
         """What errors.py's disposition says of `cause`."""
         e = cause if isinstance(cause, FluxFillError) else FluxFillError(f"{type(cause).__name__}: {cause}")
         extra = {"action": "attempt_failed", "code": e.code, **job.log_context()}
         log.warning("An attempt failed: %s", e.message, extra=extra, exc_info=cause if e is not cause else None)
-        self._metrics.add("fluxfill_attempts_failed_total", variant=job.variant, code=e.code)
+        self._metrics.add("fluxfill_attempts_failed_total", variant=self._label(job), code=e.code)
         claim, error = jobs.claim_of(job), JobError(code=e.code, message=e.message)
         if e.disposition in (Disposition.WAIT, Disposition.NACK):
-            await self._update(job, jobs.requeue(claim, Cause.GIVEN_BACK))
+            try:
+                await self._update(job, jobs.requeue(claim, Cause.GIVEN_BACK))
+            except StoreUnavailable:
+                self._disown(job, job.claimed_by)
+                raise
             return self._held_back(delivery, e) if e.disposition == Disposition.WAIT else Verdict(action="nack")
         if e.disposition == Disposition.RETRY and job.attempt < self._settings.work.max_attempts:
             await self._update(job, jobs.requeue(claim, Cause.RETRIED, error=error))
@@ -298,7 +331,7 @@ class Worker:
         if job.status == State.FAILED and not job.dead_lettered:
             error = job.error or JobError(code="internal_error", message="")
             await self._dead_letter(delivery, error.code, error.message, job)
-            await self._jobs.update(job.id, job.session_key, jobs.mark_dead_lettered)
+            await self._jobs.update(job.id, job.session_key, jobs.mark_dead_lettered(job))
         log.info("A job is over: %s", job.status, extra={"action": "over", "status": job.status, **job.log_context()})
         return Verdict(action="ack", reason=job.error.code if job.error else job.status)
 

@@ -40,6 +40,7 @@ class Process:
         self.default = "telea"
         self.metrics: Metrics = rig.metrics
         self.access = Access(settings(), Secrets())
+        self.limits = rig.settings.limits
         self.worked = 0
         self._canceler = Canceler(job_store=rig.jobs, cancellations=rig.jobs, clock=rig.clock)
 

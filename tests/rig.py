@@ -55,6 +55,8 @@ class Scripted:
         self.on_paint: Callable[[], None] = lambda: None
         #: Called before each step is reported.
         self.on_step: Callable[[int], None] = lambda step: None
+        #: What it paints in place of what Telea would; tells one worker's bytes from another's.
+        self.fill: int | None = None
         self.painted = 0
         self.steps_done = 0
         self._telea = Telea(Variant(family="telea"), None, 1)
@@ -78,6 +80,8 @@ class Scripted:
             self.steps_done += 1
             on_step(step)
         inpainted: Pixels = cv2.inpaint(pixels, mask, 3, cv2.INPAINT_TELEA)
+        if self.fill is not None:
+            inpainted[mask >= 128] = self.fill
         return inpainted
 
 

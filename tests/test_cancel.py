@@ -70,6 +70,24 @@ async def test_a_message_that_waits_never_starts(rig: Rig, canceler: Canceler) -
     assert rig.topics.dead == []
 
 
+async def test_a_message_published_at_the_moment_of_the_cancellation_never_starts(rig: Rig, canceler: Canceler) -> None:
+    await canceler.session(USER, SESSION)
+    assert (await rig.take(published(rig, 0))).reason == "canceled"
+
+
+async def test_who_cancels_and_asks_again_gets_an_edit(rig: Rig, canceler: Canceler, held: Held) -> None:
+    working = asyncio.create_task(rig.take(published(rig, 1)))
+    await asyncio.to_thread(wait_for, held.entered.is_set)
+    await canceler.session(USER, SESSION)
+    held.let_go.set()
+    assert (await working).reason == "canceled"
+    rig.clock.advance(60)
+    assert (await rig.take(published(rig, 5))).reason == "succeeded"
+    assert (await rig.document())["processingStatus"] == "completed"
+    assert (await rig.take(published(rig, 200))).reason == "succeeded", "an old duplicate changes nothing"
+    assert rig.engine.painted == 2
+
+
 async def test_a_message_published_after_the_cancellation_runs(rig: Rig, canceler: Canceler) -> None:
     await canceler.session(USER, SESSION)
     rig.clock.advance(10)

@@ -572,7 +572,7 @@ async def test_a_push_goes_on_when_its_sender_hangs_up() -> None:
         done.set()
         return Verdict(action="ack")
 
-    pushes = Pushes(1)
+    pushes = Pushes(1, answer_s=60)
     sender = asyncio.create_task(pushes.run(work()))
     await asyncio.sleep(0)
     sender.cancel()
@@ -595,10 +595,26 @@ async def test_the_end_waits_for_pushes_then_cancels_them() -> None:
             canceled.set()
         raise AssertionError("nobody sets it")
 
-    pushes = Pushes(1)
+    pushes = Pushes(1, answer_s=60)
     sender = asyncio.create_task(pushes.run(work()))
     await started.wait()
     await pushes.end(grace_s=0)
     assert canceled.is_set()
     with pytest.raises(asyncio.CancelledError):
         await sender
+
+
+async def test_a_push_that_takes_long_is_answered_in_time_and_worked_on() -> None:
+    pushes, go_on = Pushes(1, answer_s=0.01), asyncio.Event()
+    done: list[str] = []
+
+    async def work() -> Verdict:
+        await go_on.wait()
+        done.append("stored")
+        return Verdict(action="ack")
+
+    verdict = await pushes.run(work())
+    assert (verdict.action, verdict.reason, done) == ("hold", "running", [])
+    go_on.set()
+    await pushes.end(grace_s=10)
+    assert done == ["stored"]

@@ -161,3 +161,16 @@ def test_every_dependency_is_pinned() -> None:
     assert all("<" in one and ">=" in one for one in wanted if not one.startswith("flux-fill-serve"))
     pins = re.findall(r"^([A-Za-z0-9_.-]+)==", Path("constraints.txt").read_text(), re.M)
     assert names - {pin.lower().replace("_", "-") for pin in pins} == set()
+
+
+def test_defaults_that_other_documents_quote_are_the_codes() -> None:
+    """`name` (12): a setting with its default in brackets."""
+    quoted = [
+        (path.name, key, value)
+        for path in Path("docs").glob("*.md")
+        for key, value in re.findall(
+            r"`((?:work|webhooks|messages|push|limits)\.\w+)` \(([^) ]+)(?: s)?\)", path.read_text()
+        )
+    ]
+    assert quoted
+    assert [one for one in quoted if written(SETTINGS[one[1]]) != one[2]] == []

@@ -51,9 +51,13 @@ def test_every_pair_of_state_and_cause(state: State, cause: Cause) -> None:
         assert after.lease_until == (at(1) if to == State.RUNNING else None)
 
 
-def test_final_states_have_no_way_out_but_an_operators() -> None:
+def test_final_states_have_no_way_out_but_when_somebody_asks() -> None:
     ways_out = {edge for edge in TRANSITIONS if edge[0].is_final}
-    assert ways_out == {(State.FAILED, Cause.REPLAYED)}
+    assert ways_out == {
+        (State.FAILED, Cause.REPLAYED),
+        (State.CANCELED, Cause.ASKED_AGAIN),
+        (State.EXPIRED, Cause.ASKED_AGAIN),
+    }
     assert {state for state in State if state.is_final} == set(State) - {State.QUEUED, State.RUNNING}
 
 
@@ -67,9 +71,64 @@ def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
     assert again.parameters == failed.parameters
 
 
-@pytest.mark.parametrize("state", set(State) - {State.FAILED})
+@pytest.mark.parametrize("state", [state for state in State if state != State.FAILED])
 def test_only_a_failed_job_is_replayed(state: State) -> None:
     assert jobs.replay(make_job(status=state), ()) == ()
+
+
+def claimed_at(second: float, asked: float | None) -> Change:
+    new = make_job(deadline=at(1000), traceparent="new")
+    return jobs.claim(
+        new, now=at(second), lease_s=60, max_attempts=5, asked_at=None if asked is None else at(asked), claimer="me"
+    )
+
+
+@pytest.mark.parametrize("state", [State.CANCELED, State.EXPIRED])
+def test_who_asks_again_after_the_end_gets_another_run(state: State) -> None:
+    ended = make_job(
+        status=state, fence=3, attempt=4, finished_at=at(100), deadline=at(90), error=JobError(code="c", message="")
+    )
+    [again] = claimed_at(200, asked=150)(ended, ())
+    assert (again.status, again.attempt, again.fence, again.error) == (State.RUNNING, 1, 4, None)
+    assert (again.deadline, again.traceparent, again.finished_at, again.owed) == (at(1000), "new", None, {})
+
+
+@pytest.mark.parametrize("asked", [None, 50, 100 + jobs.AGAIN_S])
+def test_a_message_from_before_the_end_is_a_duplicate(asked: float | None) -> None:
+    for state in (State.CANCELED, State.EXPIRED):
+        assert claimed_at(200, asked)(make_job(status=state, finished_at=at(100)), ()) == ()
+
+
+@pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED])
+def test_what_succeeded_or_failed_is_a_duplicate_whenever_it_is_asked_for(state: State) -> None:
+    assert claimed_at(200, asked=150)(make_job(status=state, finished_at=at(100)), ()) == ()
+
+
+@pytest.mark.parametrize("status", [State.QUEUED, State.RUNNING])
+def test_a_job_whose_worker_died_on_a_photo_since_replaced_is_superseded(status: State) -> None:
+    dead = make_job("edit-old", request="r", status=status, fence=2, attempt=1, lease_until=at(10), started_at=at(1))
+    new = make_job("edit-new", request="r")
+    claimed, old = jobs.claim(new, now=at(100), lease_s=60, max_attempts=5)(None, [dead])
+    assert (claimed.id, claimed.status, old.status) == ("edit-new", State.RUNNING, State.CANCELED)
+    assert old.error is not None and old.error.code == "superseded"
+    assert old.fence > dead.fence and old.owed
+
+
+def test_a_queued_job_whose_message_is_a_finished_one_now_is_superseded() -> None:
+    done = make_job("edit-new", request="r", status=State.SUCCEEDED, finished_at=at(50))
+    replayed = make_job("edit-old", request="r", fence=3)
+    other = make_job("edit-other", request="q")
+    [old] = jobs.claim(done, now=at(100), lease_s=60, max_attempts=5)(done, [replayed, other])
+    assert (old.id, old.status) == ("edit-old", State.CANCELED)
+
+
+def test_a_claim_is_disowned_by_its_claimer_only() -> None:
+    [claimed] = claimed_at(1, None)(None, ())
+    assert jobs.disown("somebody else")(claimed, ()) == ()
+    [queued] = jobs.disown("me")(claimed, ())
+    assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, 0, None)
+    assert jobs.disown("me")(queued, ()) == ()
+    assert jobs.disown("me")(None, ()) == ()
 
 
 def test_a_job_that_nobody_knows_is_not_replayed() -> None:
@@ -222,9 +281,13 @@ def test_a_claim_on_a_job_that_is_gone_is_stale() -> None:
 
 
 def test_noting_the_dead_letter() -> None:
-    failed = make_job(status=State.FAILED)
-    assert one(jobs.mark_dead_lettered(failed, ())) == failed.evolve(dead_lettered=True)
-    assert jobs.mark_dead_lettered(None, ()) == ()
+    failed = make_job(status=State.FAILED, fence=3)
+    mark = jobs.mark_dead_lettered(failed)
+    assert one(mark(failed, ())) == failed.evolve(dead_lettered=True)
+    assert mark(None, ()) == ()
+    [replayed] = jobs.replay(failed, ())
+    assert mark(replayed, ()) == ()
+    assert mark(replayed.evolve(status=State.FAILED), ()) == (), "it failed again, and wants a letter of its own"
 
 
 @given(st.lists(st.sampled_from(["claim", "renew", "finish", "retry", "give_back", "cancel"]), max_size=12))

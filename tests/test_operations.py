@@ -73,7 +73,7 @@ def test_every_log_line_has_an_action() -> None:
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "log"
+        and node.func.value.id.lower() in ("log", "logger")
         and node.func.attr in levels
         and "extra" not in {keyword.arg for keyword in node.keywords}
     ]

@@ -1,18 +1,22 @@
 """What others are told of a job's end, whatever dies or is down meanwhile."""
 
 import asyncio
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 
 import pytest
 
-from serve_app import jobs, outbox
-from serve_app.errors import WebhookFailed
-from serve_app.jobs import HEAD_START_S, Cause, Job, State
+from serve_app import adapters, jobs, outbox
+from serve_app.errors import StoreUnavailable, WebhookFailed
+from serve_app.jobs import Cause, Job, State
+from serve_app.settings import Settings
 
 from .backends import make_job
 from .rig import SESSION, USER, Rig, delivery
 
 URL = "https://example.org/hook"
+#: After it, what the process that ended a job has not told is anybody's to tell.
+HEAD_START_S = max(jobs.HEAD_START_S.values())
 TRACE = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
 
 
@@ -83,7 +87,7 @@ async def test_a_process_that_dies_after_the_last_write_loses_nothing(rig: Rig) 
     claimed = await rig.jobs.update("edit-2", job.session_key, died)
     done = jobs.finish(jobs.claim_of(claimed), Cause.SUCCEEDED, now=rig.clock(), artifacts={"edited": "e"})
     await rig.jobs.update("edit-2", job.session_key, done)
-    await told_later(rig, HEAD_START_S - 1)
+    await told_later(rig, jobs.HEAD_START_S["session"] - 1)
     assert (await rig.document())["jobId"] == job.id, "the process that ended it has a head start"
     await told_later(rig, 2)
     assert (await rig.document())["editedPath"] == "e"
@@ -92,11 +96,15 @@ async def test_a_process_that_dies_after_the_last_write_loses_nothing(rig: Rig) 
 async def test_only_one_of_many_couriers_takes_a_debt_on(rig: Rig) -> None:
     rig.receivers.is_down = True
     await rig.work(callbackUrl=URL)
-    rig.receivers.is_down = False
     rig.clock.advance(HEAD_START_S + 1)
     others = [rig.beside() for _ in range(3)]
+    all_listed = asyncio.Barrier(len(others))
+
+    async def wait_for_the_others() -> None:
+        await all_listed.wait()
+
     for other in others:
-        other.jobs, other.courier._jobs = rig.jobs, rig.jobs
+        other.jobs.after["list"] = wait_for_the_others
     await asyncio.gather(*(other.courier.look() for other in others))
     await asyncio.gather(*(other.courier.settled() for other in others))
     assert sum(len(other.receivers.called) for other in others) == 1
@@ -107,7 +115,7 @@ async def test_a_receiver_that_never_answers_is_given_up(rig: Rig) -> None:
     await rig.work(callbackUrl=URL)
     for _ in range(rig.settings.webhooks.max_attempts - 1):
         assert (await rig.job()).owed
-        await told_later(rig, 2 * outbox.LONGEST_WEBHOOK_WAIT_S)
+        await told_later(rig, 2 * outbox.LONGEST_WAIT_S["webhook"])
     assert (await rig.job()).owed == {}
     assert rig.metrics.total("fluxfill_told_total", "webhook", "given_up") == 1
 
@@ -167,7 +175,9 @@ async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
     assert over.owed.keys() == {"session", "completion"}
     [again] = jobs.replay(over, ())
     assert again.owed == {}
-    assert jobs.pay(over, ["session"])(again, ()) == ()
+    failed_again = again.evolve(status=State.RUNNING).after(Cause.REJECTED, finished_at=make_job().created_at)
+    assert failed_again.owed.keys() == {"session", "completion"}
+    assert jobs.pay(over, ["session"])(failed_again, ()) == (), "that it failed before was told, not this"
     [paid] = jobs.pay(over, ["session"])(over, ())
     assert paid.owed.keys() == {"completion"}
     assert jobs.pay(over, ["session"])(paid, ()) == ()
@@ -175,11 +185,132 @@ async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
 
 def test_a_debt_is_taken_only_when_it_is_due() -> None:
     over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, finished_at=make_job().created_at)
-    due_at = over.created_at + timedelta(seconds=HEAD_START_S)
+    due_at = over.created_at + timedelta(seconds=jobs.HEAD_START_S["session"])
     assert over.owes_at == due_at
-    early = jobs.take_debts("me", now=due_at - timedelta(seconds=1), wait_s=lambda debt, n: 10)
-    assert early(over, ()) == ()
-    [taken] = jobs.take_debts("me", now=due_at, wait_s=lambda debt, n: 10 * n)(over, ())
-    assert {(owed.attempts, owed.taken_by, owed.due_at) for owed in taken.owed.values()} == {
-        (1, "me", due_at + timedelta(seconds=10))
-    }
+
+    def take(at: datetime, *debts: jobs.Debt) -> Sequence[Job]:
+        return jobs.take_debts("me", debts, now=at, wait_s=lambda debt, n: 10 * n, later_s=60)(over, ())
+
+    assert take(due_at - timedelta(seconds=1), "session", "completion") == ()
+    [taken] = take(due_at, "session")
+    mine, others = taken.owed["session"], taken.owed["completion"]
+    assert (mine.attempts, mine.taken_by, mine.due_at) == (1, "me", due_at + timedelta(seconds=10))
+    assert (others.attempts, others.taken_by, others.due_at) == (0, "", due_at + timedelta(seconds=60))
+
+
+def test_the_head_start_is_longer_than_telling_may_take() -> None:
+    assert all(jobs.HEAD_START_S[debt] > limit_s for debt, limit_s in outbox.TELL_S.items())
+    assert Settings(variants={"telea": {}}, webhooks={"timeout_s": 25}).webhooks.timeout_s < outbox.TELL_S["webhook"]
+
+
+class Held:
+    """Receivers that do not answer until they are let go."""
+
+    def __init__(self) -> None:
+        self.called: list[Job] = []
+        self.at_once = 0
+        self.go_on = asyncio.Event()
+
+    def check(self, url: str) -> None: ...
+
+    async def call(self, job: Job) -> None:
+        self.called.append(job)
+        self.at_once += 1
+        await self.go_on.wait()
+        self.at_once -= 1
+
+
+async def over(rig: Rig, number: int, url: str) -> None:
+    """A stored job that has just ended, and that nobody told of."""
+    ended = make_job(f"edit-{number}", session_id=f"s{number}", status=State.RUNNING, fence=1, callback_url=url)
+    job = ended.after(Cause.REJECTED, finished_at=rig.clock())
+    await rig.jobs.update(job.id, job.session_key, lambda *_: (job,))
+
+
+async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made(rig: Rig) -> None:
+    held = Held()
+    rig.courier._ways = {**rig.courier._ways, "webhook": held.call}
+    for number in range(20):
+        await over(rig, number, "https://dead.example/")
+    await over(rig, 99, "https://live.example/")
+    rig.clock.advance(HEAD_START_S + 1)
+    await rig.courier.look()
+    async with asyncio.timeout(10):
+        while held.at_once < outbox.PER_HOST + 1:
+            await asyncio.sleep(0.01)
+    assert {job.callback_url for job in held.called} == {"https://dead.example/", "https://live.example/"}
+    assert held.at_once == outbox.PER_HOST + 1
+    attempts = [job.owed["webhook"].attempts for job in await rig.jobs.list(limit=50) if "webhook" in job.owed]
+    assert sum(attempts) == len(held.called)
+    await rig.courier.look()
+    assert list(await rig.jobs.list(owes_by=rig.clock())) == [], "what found no place stands in nobody's way"
+    held.go_on.set()
+    await rig.courier.settled()
+    rig.clock.advance(2 * outbox.LATER_S)
+    await rig.courier.look()
+    await rig.courier.settled()
+    assert len(held.called) > outbox.PER_HOST + 1
+
+
+async def test_what_is_still_being_told_is_not_told_again(rig: Rig) -> None:
+    held = Held()
+    rig.courier._ways = {**rig.courier._ways, "webhook": held.call}
+    await rig.worker.work(delivery(callbackUrl=URL))
+    async with asyncio.timeout(10):
+        while not held.called:
+            await asyncio.sleep(0.01)
+    for _ in range(3):
+        rig.clock.advance(1000)
+        await rig.courier.look()
+    assert len(held.called) == 1
+    held.go_on.set()
+    await rig.courier.settled()
+    assert (await rig.job()).owed == {}
+
+
+async def test_a_slow_mirror_keeps_no_completion_unpaid(rig: Rig) -> None:
+    never = asyncio.Event()
+
+    async def hang(_job: Job) -> None:
+        await never.wait()
+
+    rig.courier._ways = {**rig.courier._ways, "session": hang}
+    await rig.worker.work(delivery())
+    async with asyncio.timeout(10):
+        while (await rig.job()).owed.keys() != {"session"}:
+            await asyncio.sleep(0.01)
+    await rig.courier.close(grace_s=0)
+    assert len(rig.topics.completed) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a record of a newer version"), StoreUnavailable("down")])
+async def test_nothing_that_goes_wrong_ends_the_looking(error: Exception) -> None:
+    rig = Rig(work_settings={"outbox_poll_s": 0.01})
+    await rig.put_session()
+    rig.mirror.is_down = True
+    await rig.work()
+    rig.mirror.is_down = False
+
+    async def fail() -> None:
+        raise error
+
+    rig.jobs.before["list"] = fail
+    rig.clock.advance(HEAD_START_S + 1)
+    looking = asyncio.create_task(rig.courier.run())
+    stored = adapters.job_store(rig.settings.jobs)
+    async with asyncio.timeout(10):
+        while any(job.owed for job in await stored.list()):
+            await asyncio.sleep(0.01)
+    assert not looking.done()
+    looking.cancel()
+
+
+async def test_a_job_that_is_deleted_meanwhile_is_told_to_nobody(rig: Rig) -> None:
+    rig.mirror.is_down = True
+    await rig.work()
+    job = await rig.job()
+    rig.jobs.before["update"] = lambda: rig.jobs.delete(job.id)
+    rig.clock.advance(HEAD_START_S + 1)
+    await rig.courier.look()
+    await rig.courier.settled()
+    assert list(await rig.jobs.list()) == []

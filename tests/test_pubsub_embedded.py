@@ -354,8 +354,11 @@ def test_it_has_every_topic_and_subscription_that_the_settings_name() -> None:
     ("messages", "named"),
     [
         ({"subscriptions": {"urgent": {"filter": "priority = high"}}}, "subscriptions.urgent: filter"),
-        ({"dead_letter_subscription": "session-processing"}, "two subscriptions are named session-processing"),
-        ({"completion_topic": "session-processing"}, "two subscriptions are named session-processing"),
+        (
+            {"topic": "jobs", "completion_topic": "session-processing"},
+            "two subscriptions are named session-processing",
+        ),
+        ({"dead_letter_subscription": "done", "completion_topic": "done"}, "two subscriptions are named done"),
     ],
 )
 def test_settings_it_cannot_follow_are_refused(messages: dict[str, Any], named: str) -> None:

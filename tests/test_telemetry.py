@@ -29,7 +29,8 @@ def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
     handler, top = Writer(), logging.getLogger("serve_app")
     handler.setFormatter(JsonFormatter())
     top.addHandler(handler)
-    before, top.level = top.level, logging.DEBUG
+    before = top.level
+    top.setLevel(logging.DEBUG)
     yield lambda: [json.loads(line) for line in written]
     top.removeHandler(handler)
     top.setLevel(before)

@@ -14,7 +14,7 @@ import pytest
 
 from serve_app import jobs
 from serve_app.adapters.memory import MemoryJobStore
-from serve_app.errors import BlobNotFound, OutOfMemory, ReplicaLost, VariantLoadFailed
+from serve_app.errors import BlobNotFound, OutOfMemory, ReplicaLost, StoreUnavailable, VariantLoadFailed
 from serve_app.jobs import State
 from serve_app.ports import Verdict
 from serve_app.settings import Inference, Work
@@ -237,17 +237,20 @@ async def test_a_job_that_kills_every_worker_fails_in_the_end(rig: Rig) -> None:
 
 
 async def test_a_stale_worker_neither_finishes_the_job_nor_keeps_its_bytes(rig: Rig, held: Held) -> None:
+    rig.engine.fill = 10
     stale = asyncio.create_task(rig.work())
     await eventually(held.entered.is_set)
     rig.jobs.is_down = True  # it can renew no more
     rig.clock.advance(1.1)
     other = rig.beside()
+    other.engine.fill = 240
     assert (await other.work("m2")).reason == "succeeded"
     result = await other.blob("edited.jpg")
     rig.jobs.is_down = False
     held.let_go.set()
     assert (await stale).action == "ack"  # it finds the job done
     assert await other.blob("edited.jpg") == result
+    assert rig.blobs.calls["put"] == 2, "of the test's own photo and mask: the stale worker wrote nothing"
     job = await rig.job()
     assert (job.status, job.fence) == (State.SUCCEEDED, 2)
 
@@ -673,6 +676,43 @@ ROWS = {
 }
 
 
+async def test_a_claim_that_was_stored_without_a_word_costs_no_attempt(rig: Rig) -> None:
+    async def lose_the_answer() -> None:
+        raise StoreUnavailable("the connection broke after the commit")
+
+    rig.jobs.after["update"] = lose_the_answer
+    assert (await rig.work()).action == "hold"
+    async with asyncio.timeout(10):
+        while (await rig.job()).status != State.QUEUED:
+            await asyncio.sleep(0.01)
+    assert (await rig.job()).attempt == 0
+    assert (await rig.work()).reason == "succeeded"
+    assert (await rig.job()).attempt == 1
+
+
+async def test_a_letter_that_is_replayed_before_it_is_marked_does_not_hide_the_next_one(rig: Rig) -> None:
+    rig.engine.on_paint = lambda: (_ for _ in ()).throw(OutOfMemory("full"))
+    rig.worker._settings = rig.settings.model_copy(
+        update={"work": rig.settings.work.model_copy(update={"max_attempts": 1})}
+    )
+
+    async def replay() -> None:
+        job = await rig.job()
+        await rig.jobs.update(job.id, job.session_key, jobs.replay)
+
+    rig.broker.after["publish"] = replay
+    await rig.work()
+    assert ((await rig.job()).status, (await rig.job()).dead_lettered) == (State.QUEUED, False)
+    await rig.work()
+    assert (len(rig.topics.dead), (await rig.job()).dead_lettered) == (2, True)
+
+
+async def test_a_name_that_nobody_serves_makes_no_series_of_its_own(rig: Rig) -> None:
+    await rig.work(variant="made-up")
+    named = {label for key in rig.metrics.values for label in key[1:]}
+    assert "made-up" not in named and "other" in named
+
+
 async def test_progress_is_told_no_oftener_than_the_settings_say() -> None:
     """With an hour between two reports, a job reports at its end only, and its session hears of start and end."""
     rig = Rig(work_settings={"progress_s": 3600.0, "mirror_s": 3600.0}, inference=Inference(variant="telea", steps=100))
@@ -709,4 +749,4 @@ async def _claim_and_die(rig: Rig) -> None:
     from serve_app.messages import Attributes, EditMessage
 
     message = EditMessage(userId=USER, sessionId=SESSION)
-    await rig.worker._claim(await rig.worker._new_job(message, Attributes()), rig.clock())
+    await rig.worker._claim(await rig.worker._new_job(message, Attributes()), rig.clock(), None)

@@ -30,7 +30,7 @@ from pydantic import SecretStr
 from ..errors import InvalidCredentials
 from ..settings import Secrets
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 #: The app's name within firebase_admin: another library may have the default one.
 NAME = "flux-fill-serve"
@@ -94,7 +94,7 @@ def _made() -> firebase_admin.App | None:
 def _start() -> firebase_admin.App:
     credential, project, source = _credentials(Secrets.from_environment().firebase_credentials)
     app = firebase_admin.initialize_app(credential, {"projectId": project} if project else {}, NAME)
-    LOG.info("Google's services are used with %s", source, extra={"action": "google_credentials", "source": source})
+    log.info("Google's services are used with %s", source, extra={"action": "google_credentials", "source": source})
     return app
 
 

@@ -16,6 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,6 +45,8 @@ ERROR_HOLD_S = 5.0
 HOLD_PAUSE_S = 0.1
 #: The longest pause between two attempts to open a stream; one that lived as long starts anew with the shortest.
 REOPEN_MAX_S = 30.0
+#: What closing may take beyond its grace, in seconds; half of it for the end of the stream.
+CLOSING_S = 10.0
 
 _INTERRUPTED = Verdict(action="nack", reason="interrupted")
 
@@ -53,8 +56,12 @@ class _InHand:
     message: Any
     stream: Stream
     task: "asyncio.Task[None]" = field(init=False)
+    #: On the monotonic clock.
+    taken_at: float = field(default_factory=time.monotonic)
     #: When we last extended its lease, on the monotonic clock; its stream does as long as it lives.
     extended_at: float = -math.inf
+    #: Its task has begun: cancelled, it settles the message itself.
+    is_begun: bool = False
     #: It has a place: its handler has it.
     is_placed: bool = False
     #: What becomes of it is decided and being told.
@@ -62,10 +69,11 @@ class _InHand:
     #: What is being told is that it is done.
     is_done: bool = False
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self, now: float, max_lease_s: float) -> bool:
         """Whether its lease is to be extended, if that is left to us."""
         # Where a lease ends before the acknowledgment arrives, the message comes again.
-        return (self.is_done or not self.is_settling) and now - self.extended_at >= ORPHAN_LEASE_S / 4
+        is_kept = self.is_done or not self.is_settling
+        return is_kept and now - self.taken_at < max_lease_s and now - self.extended_at >= ORPHAN_LEASE_S / 4
 
 
 class PubSubSource:
@@ -100,7 +108,16 @@ class PubSubSource:
         self._closed = asyncio.Event()
 
     async def run(self, handle: Handler) -> None:
-        tending = asyncio.create_task(self._tend())
+        try:
+            # Together: where leases are no longer kept, nothing more is to be pulled.
+            async with asyncio.TaskGroup() as group:
+                tending = group.create_task(self._tend())
+                await self._keep_pulling(handle)
+                tending.cancel()
+        finally:
+            await self._give_back_all(CLOSING_S)
+
+    async def _keep_pulling(self, handle: Handler) -> None:
         retrying = AsyncRetrying(
             # The constructor found credentials, so a SettingsError here is a look-up that failed.
             retry=retry_if_exception_type((BrokerUnavailable, SettingsError, *FAILURES)),
@@ -110,21 +127,21 @@ class PubSubSource:
             before_sleep=self._note_break,
             retry_error_callback=lambda _: None,
         )
-        try:
-            while not self._closing.is_set():
-                await retrying(self._pull, handle)
-            await self._closed.wait()
-        finally:
-            tending.cancel()
-            await self._give_back_all()
+        while not self._closing.is_set():
+            await retrying(self._pull, handle)
+        await self._closed.wait()
 
     async def close(self, *, grace_s: float) -> None:
+        """Ends within `grace_s` and `CLOSING_S`, whatever the broker does: what it was not told of comes again."""
+        ends_at = time.monotonic() + grace_s + CLOSING_S
         self._closing.set()
-        await self._retire()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_S / 2):
+                await self._retire()
         self._give_back_waiting()
         if self._in_hand:
             await asyncio.wait([held.task for held in self._in_hand.values()], timeout=grace_s)
-        await self._give_back_all()
+        await self._give_back_all(ends_at - time.monotonic())
         self._closed.set()
 
     def status(self) -> SourceStatus:
@@ -176,20 +193,22 @@ class PubSubSource:
         stream, self._stream = self._stream, None
         if stream is None:
             return
-        # Before the end: the embedded server gives back at once what an ended stream had.
-        await self._extend_orphans()
-        stream.close()
+        try:
+            # Before the end: the embedded server gives back at once what an ended stream had.
+            await self._extend_orphans()
+        finally:
+            stream.close()
         await stream.wait_closed()
 
     def _take(self, handle: Handler, stream: Stream, message: Any) -> None:
-        held = _InHand(message, stream)
-        self._in_hand[message.ack_id] = held
         # The embedded server sends again what comes after a stream was retired: nobody extended its lease before.
         is_late = stream is not self._stream
+        held = _InHand(message, stream, is_settling=is_late)
+        self._in_hand[message.ack_id] = held
         held.task = asyncio.create_task(self._settle(held, _INTERRUPTED) if is_late else self._deliver(held, handle))
 
     async def _deliver(self, held: _InHand, handle: Handler) -> None:
-        message = held.message
+        held.is_begun, message = True, held.message
         try:
             async with self._places.taken(self._rank):
                 held.is_placed = True
@@ -206,13 +225,15 @@ class PubSubSource:
         held.is_settling, held.is_done = True, verdict.action == "ack"
         # Ends the library's lease keeping and frees its place; sends nothing.
         held.message.drop()
-        if verdict.action == "ack":
-            await self._answer(self._client.acknowledge, ack_ids=[ack_id])
-        elif verdict.action == "nack":
-            await self._set_deadline([ack_id], 0)
-        else:
-            await self._hold(held, verdict.delay_s)
-        self._in_hand.pop(ack_id, None)
+        try:
+            if verdict.action == "ack":
+                await self._answer(self._client.acknowledge, ack_ids=[ack_id])
+            elif verdict.action == "nack":
+                await self._set_deadline([ack_id], 0)
+            else:
+                await self._hold(held, verdict.delay_s)
+        finally:
+            self._in_hand.pop(ack_id, None)
 
     async def _hold(self, held: _InHand, delay_s: float) -> None:
         seconds = min(MAX_HOLD_S, max(1, math.ceil(delay_s)))
@@ -239,6 +260,8 @@ class PubSubSource:
             stream = self._stream
             if stream is None:
                 continue
+            if stream.is_proven:
+                self._error = ""
             if stream.places_held() * 2 >= stream.width:
                 await self._retire()
             else:
@@ -262,23 +285,33 @@ class PubSubSource:
 
     def _give_back_waiting(self) -> None:
         for held in self._waiting():
-            held.task.cancel()
+            self._interrupt(held)
+
+    def _interrupt(self, held: _InHand) -> None:
+        """Have it given back, unless its handler answers the cancellation with another verdict."""
+        held.task.cancel()
+        if not held.is_begun:
+            # A task that is cancelled before its first step settles nothing.
+            held.is_settling = True
+            held.task = asyncio.create_task(self._settle(held, _INTERRUPTED))
 
     async def _extend_orphans(self) -> None:
         now = time.monotonic()
-        orphans = [held for held in self._in_hand.values() if held.stream is not self._stream and held.is_due(now)]
-        for held in orphans:
+        orphans = [held for held in self._in_hand.values() if held.stream is not self._stream]
+        due = [held for held in orphans if held.is_due(now, self._max_lease_s)]
+        for held in due:
             held.extended_at = now
-        if orphans:
-            await self._set_deadline([held.message.ack_id for held in orphans], ORPHAN_LEASE_S)
+        if due:
+            await self._set_deadline([held.message.ack_id for held in due], ORPHAN_LEASE_S)
 
-    async def _give_back_all(self) -> None:
-        in_hand = tuple(self._in_hand.values())
-        for held in in_hand:
+    async def _give_back_all(self, timeout_s: float) -> None:
+        for held in tuple(self._in_hand.values()):
             if not held.is_settling:
-                held.task.cancel()
-        await asyncio.gather(*(held.task for held in in_hand), return_exceptions=True)
-        # A task that is cancelled before its first step settles nothing.
+                self._interrupt(held)
         if self._in_hand:
-            await self._set_deadline(tuple(self._in_hand), 0)
-            self._in_hand.clear()
+            _, late = await asyncio.wait([held.task for held in self._in_hand.values()], timeout=timeout_s)
+            for task in late:
+                task.cancel()
+            if late:
+                log.warning("Ended with %d messages that were not answered", len(late), extra={"action": "answer_lost"})
+        self._in_hand.clear()

@@ -102,4 +102,5 @@ class Caller:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False)
+        """Calls under way go on; those that wait for a thread are cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

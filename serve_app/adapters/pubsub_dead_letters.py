@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from google.api_core.exceptions import DeadlineExceeded
+from google.api_core.exceptions import DeadlineExceeded, PermissionDenied
 
 from ..errors import BrokerUnavailable
 from ..ports import DeadLetter
 from ..settings import MessagesSettings
-from .pubsub_connection import FAILURES, Caller, connect, subscriber_client
+from .pubsub_connection import CALL_TIMEOUT_S, FAILURES, Caller, connect, subscriber_client
 from .pubsub_names import subscription_path
 from .pubsub_stream import delivery_of
 
@@ -31,27 +31,41 @@ class PubSubDeadLetters:
 
     async def pull(self, limit: int) -> Sequence[DeadLetter]:
         if not self._is_connected:
-            # Without a connection a pull ends as one that finds no letters does: its time is over.
             await connect(self._client.transport.grpc_channel)
             self._is_connected = True
-        most = min(limit, MOST_AT_ONCE)
-        try:
-            response = await self._call(
-                self._client.pull,
-                timeout_s=PATIENCE_S,
-                max_messages=most,
-                return_immediately=not self._is_google,
-            )
-        except BrokerUnavailable as e:
-            if isinstance(e.__cause__, DeadlineExceeded):
-                return []
-            raise
         letters = [
             DeadLetter(delivery=delivery_of(received.message), ack_id=received.ack_id)
-            for received in response.received_messages
+            for received in await self._received(min(limit, MOST_AT_ONCE))
         ]
         await self._set_deadline(letters, IN_HAND_S)
         return letters
+
+    async def _received(self, most: int) -> Sequence[Any]:
+        timeout_s = PATIENCE_S if self._is_google else CALL_TIMEOUT_S
+        at_once = not self._is_google
+        try:
+            response = await self._call(
+                self._client.pull, timeout_s=timeout_s, max_messages=most, return_immediately=at_once
+            )
+        except BrokerUnavailable as e:
+            if not (self._is_google and isinstance(e.__cause__, DeadlineExceeded)):
+                raise
+            await self._check_answers()
+            return ()
+        letters: Sequence[Any] = response.received_messages
+        return letters
+
+    async def _check_answers(self) -> None:
+        """A pull's time is over where there are no letters, and where Pub/Sub answers nobody: tell them apart.
+
+        Raises BrokerUnavailable.
+        """
+        try:
+            await self._call(self._client.get_subscription, timeout_s=PATIENCE_S)
+        except BrokerUnavailable as e:
+            # An answer as well: the role Pub/Sub Subscriber may pull and may not look.
+            if not isinstance(e.__cause__, PermissionDenied):
+                raise
 
     async def acknowledge(self, letters: Sequence[DeadLetter]) -> None:
         for ack_ids in _batches(letters):

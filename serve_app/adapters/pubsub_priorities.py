@@ -32,8 +32,9 @@ class PrioritySource:
 
     async def close(self, *, grace_s: float) -> None:
         await asyncio.gather(*(source.close(grace_s=grace_s) for source in self._sources.values()))
-        await asyncio.to_thread(self._client.close)
+        # First, so that no call begins on a closed channel.
         self._caller.close()
+        await asyncio.to_thread(self._client.close)
 
     def status(self) -> Mapping[str, SourceStatus]:
         return {name: source.status() for name, source in self._sources.items()}
