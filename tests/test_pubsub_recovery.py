@@ -125,6 +125,22 @@ async def test_a_refused_subscription_says_so_and_recovers(
         assert not status_of(source, "low").error
 
 
+async def test_a_stream_that_is_replaced_later_does_not_name_what_once_broke_it() -> None:
+    settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
+    broker, handle = Broker("embedded", settings), Recorder(hold)
+    with EmbeddedPubSub.of(settings) as first:
+        async with broker.source(handle, in_flight=2) as source:
+            await until(lambda: status_of(source).connected)
+            first.__exit__()
+            await until(lambda: "broke" in status_of(source).error)
+            with EmbeddedPubSub.of(settings):
+                await until(lambda: status_of(source).connected)
+                # Its stream is replaced because half of its places are held.
+                await broker.publish(b"x")
+                await until(lambda: handle.deliveries and not status_of(source).connected)
+                assert status_of(source).error == "not connected yet"
+
+
 async def publish_all_priorities(settings: MessagesSettings) -> None:
     for priority in PRIORITIES:
         await Broker("", settings).publish(priority.encode(), priority=priority)

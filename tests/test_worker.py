@@ -255,6 +255,25 @@ async def test_a_stale_worker_neither_finishes_the_job_nor_keeps_its_bytes(rig: 
     assert (job.status, job.fence) == (State.SUCCEEDED, 2)
 
 
+async def test_a_stale_worker_that_has_noticed_nothing_is_stopped_before_it_writes() -> None:
+    """Its keeper looks no more before the painting ends: only the renewal before the last writes can tell."""
+    rig = Rig(work_settings={"lease_s": 7200.0, "renew_s": 3000.0, "cancel_poll_s": 3000.0, "progress_s": 3000.0})
+    await rig.put_session()
+    held = Held()
+    rig.engine.on_paint = held
+    stale = asyncio.create_task(rig.work())
+    await eventually(held.entered.is_set)
+    rig.clock.advance(7201)
+    other = rig.beside()
+    other.engine.fill = 240
+    assert (await other.work("m2")).reason == "succeeded"
+    result = await other.blob("edited.jpg")
+    held.let_go.set()
+    assert (await stale).action == "ack"
+    assert await other.blob("edited.jpg") == result
+    assert rig.blobs.calls["put"] == 2, "of the test's own photo and mask: the stale worker wrote nothing"
+
+
 async def test_a_late_write_of_a_stale_worker_is_written_over(rig: Rig, held: Held) -> None:
     """The stale worker's put may land between the new claim and the new put: the last word is the claim holder's."""
     working = asyncio.create_task(rig.work())

@@ -208,7 +208,8 @@ class PubSubSource:
         held.task = asyncio.create_task(self._settle(held, _INTERRUPTED) if is_late else self._deliver(held, handle))
 
     async def _deliver(self, held: _InHand, handle: Handler) -> None:
-        held.is_begun, message = True, held.message
+        held.is_begun = True
+        message = held.message
         try:
             async with self._places.taken(self._rank):
                 held.is_placed = True

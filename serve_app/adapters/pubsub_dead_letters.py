@@ -41,11 +41,12 @@ class PubSubDeadLetters:
         return letters
 
     async def _received(self, most: int) -> Sequence[Any]:
-        timeout_s = PATIENCE_S if self._is_google else CALL_TIMEOUT_S
-        at_once = not self._is_google
         try:
             response = await self._call(
-                self._client.pull, timeout_s=timeout_s, max_messages=most, return_immediately=at_once
+                self._client.pull,
+                timeout_s=PATIENCE_S if self._is_google else CALL_TIMEOUT_S,
+                max_messages=most,
+                return_immediately=not self._is_google,
             )
         except BrokerUnavailable as e:
             if not (self._is_google and isinstance(e.__cause__, DeadlineExceeded)):
