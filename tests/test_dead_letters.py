@@ -3,18 +3,24 @@
 import asyncio
 import json
 import sys
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import yaml
+from google.pubsub_v1 import types
 
 from deployments import cli, deadletters
 from deployments.deadletters import Replay, Replayed, each, first
 from serve_app import adapters
 from serve_app.adapters import memory_messages, pubsub_connection, pubsub_dead_letters
+from serve_app.adapters.pubsub_broker import Bounds
+from serve_app.adapters.pubsub_broker import Broker as Queues
+from serve_app.adapters.pubsub_calls import Calls
 from serve_app.errors import BrokerUnavailable, StoreUnavailable
 from serve_app.jobs import Change, Job, JobError, State
 from serve_app.ports import DeadLetter, DeadLetters
@@ -105,6 +111,56 @@ async def test_a_subscription_that_is_missing_is_said_to_be(embedded: Broker) ->
     letters = adapters.dead_letters(embedded.settings.model_copy(update={"dead_letter_subscription": "nowhere"}))
     with pytest.raises(BrokerUnavailable, match="subscriptions/nowhere"):
         await letters.pull(1)
+    await letters.close()
+
+
+class Silent(Calls):
+    """Takes calls and answers no pull; others, as `code` says."""
+
+    #: None: never.
+    code: grpc.StatusCode | None = None
+
+    async def pull(self, _request: types.PullRequest, _context: Any) -> types.PullResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def get_subscription(self, request: types.GetSubscriptionRequest, context: Any) -> types.Subscription:
+        if self.code is None:
+            await asyncio.Event().wait()
+        if self.code is not grpc.StatusCode.OK:
+            await context.abort(self.code, "so says the test")
+        return types.Subscription(name=request.subscription)
+
+
+@pytest.fixture
+async def silent(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Silent, str]]:
+    """A broker that hangs, and its address; Google's, too, for who asks for that."""
+    monkeypatch.setattr(pubsub_dead_letters, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(pubsub_dead_letters, "CALL_TIMEOUT_S", 0.3)
+    calls, server = Silent(Queues(Bounds(), time.monotonic, time.time)), grpc.aio.server()
+    server.add_generic_rpc_handlers(calls.handlers())
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    monkeypatch.setenv("PUBSUB_EMULATOR_HOST", address)
+    yield calls, address
+    await server.stop(grace=None)
+
+
+@pytest.mark.parametrize("url", ["pubsub://{}", "embedded://{}", "pubsub:"])
+async def test_a_broker_that_hangs_is_not_one_without_letters(silent: tuple[Silent, str], url: str) -> None:
+    letters = adapters.dead_letters(MessagesSettings(url=url.format(silent[1])))
+    with pytest.raises(BrokerUnavailable, match="cannot be reached"):
+        await letters.pull(1)
+    await letters.close()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED])
+async def test_where_google_answers_and_finds_no_letters_there_are_none(
+    silent: tuple[Silent, str], code: grpc.StatusCode
+) -> None:
+    silent[0].code = code
+    letters = adapters.dead_letters(MessagesSettings(url="pubsub:"))
+    assert await letters.pull(1) == []
     await letters.close()
 
 

@@ -301,3 +301,22 @@ def test_no_weights() -> None:
 def test_no_gpu(tiny: TinyWeights) -> None:
     with pytest.raises(VariantLoadFailed, match="wants a GPU"):
         FluxFill(BUILT_IN["Q8_0"], Weights(tiny.transformer("x.gguf"), tiny.base), 2)
+
+
+def test_no_weight_moves_while_it_paints(engine: FluxFill, embeddings: bytes) -> None:
+    """No offload: everything stays where the load put it, so nothing crosses a bus between steps."""
+    places: list[dict[str, tuple[str, int]]] = []
+
+    def note(_step: int) -> None:
+        modules = (engine._pipeline.transformer, engine._pipeline.vae)
+        places.append(
+            {f"{i}.{n}": (str(p.device), p.data_ptr()) for i, m in enumerate(modules) for n, p in m.named_parameters()}
+        )
+
+    note(0)
+    paint(engine, embeddings, on_step=note)
+    note(0)
+    assert len(places) == 4 and places[0]
+    assert all(seen == places[0] for seen in places)
+    modules = [m for part in (engine._pipeline.transformer, engine._pipeline.vae) for m in part.modules()]
+    assert [type(m).__name__ for m in modules if hasattr(m, "_hf_hook")] == []

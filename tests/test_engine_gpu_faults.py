@@ -14,6 +14,11 @@ def accelerator_error(code: int, words: str) -> torch.AcceleratorError:
     return error
 
 
+def test_the_errors_that_end_a_process_are_cudas() -> None:
+    """Written out, so that none is lost from the table: cudaError_t of driver_types.h."""
+    assert set(STICKY) == {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999}
+
+
 @pytest.mark.parametrize("code", STICKY)
 def test_a_gpu_is_lost_by_its_errors_code_or_words(code: int) -> None:
     assert kind_of(accelerator_error(code, "in words of another version")) is GpuLost

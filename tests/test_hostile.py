@@ -211,3 +211,49 @@ def test_transparency_is_flattened_alike_in_every_strip() -> None:
     share = alpha[..., None] / 255
     expected = colours * share + 255 * (1 - share)
     assert np.abs(decode_photo(data, LIMITS).pixels - expected).max() <= 1
+
+
+#: Bodies of the most bytes that a push may have, each of a shape that costs a parser memory.
+LARGEST = """
+import json
+from pathlib import Path
+from serve_app.api import MAX_ENVELOPE_BYTES
+from serve_app.errors import MalformedMessage
+from serve_app.messages import parse_attributes, parse_edit, parse_envelope
+
+def peak_mb():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+room = MAX_ENVELOPE_BYTES - 200
+bodies = {
+    "numbers": b'{"message":{"messageId":"1","data":[' + b"1," * (room // 2) + b"1]}}",
+    "names": b'{"message":{"messageId":"1","attributes":{'
+    + b",".join(b'"%07d":"x"' % i for i in range(room // 14))
+    + b"}}}",
+    "unknown": b"{" + b",".join(b'"%07d":[]' % i for i in range(room // 13)) + b"}",
+    "depth": b"[" * room,
+    "text": b'{"message":{"messageId":"1","data":"' + b"A" * room + b'"}}',
+    "escapes": b'{"message":{"messageId":"1","data":"' + b"\\u0041" * (room // 6) + b'"}}',
+}
+before = peak_mb()
+ended = {}
+for name, body in bodies.items():
+    assert len(body) <= MAX_ENVELOPE_BYTES, name
+    try:
+        envelope = parse_envelope(body)
+        parse_attributes(envelope.message.attributes)
+        parse_edit(envelope.payload(), max_bytes=64_000)
+        ended[name] = "read"
+    except MalformedMessage:
+        ended[name] = "refused"
+print(json.dumps({"ended": ended, "growth_mb": peak_mb() - before}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak memory of a process is read from /proc")
+def test_the_largest_messages_cost_less_than_a_gigabyte() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGEST], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert set(told["ended"].values()) == {"refused"} and len(told["ended"]) == 6
+    assert told["growth_mb"] < 1000, told

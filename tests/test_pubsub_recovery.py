@@ -15,6 +15,7 @@ from serve_app.adapters.pubsub_broker import Bounds
 from serve_app.adapters.pubsub_broker import Broker as Queues
 from serve_app.adapters.pubsub_calls import Calls
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
 from .backends import PRIORITIES, Broker, Recorder, administer, free_port, status_of, until
@@ -126,19 +127,21 @@ async def test_a_refused_subscription_says_so_and_recovers(
 
 
 async def test_a_stream_that_is_replaced_later_does_not_name_what_once_broke_it() -> None:
+    async def hold(_delivery: Delivery) -> Verdict:
+        return Verdict(action="hold", delay_s=60)
+
     settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
     broker, handle = Broker("embedded", settings), Recorder(hold)
-    with EmbeddedPubSub.of(settings) as first:
-        async with broker.source(handle, in_flight=2) as source:
+    async with broker.source(handle, in_flight=2) as source:
+        with EmbeddedPubSub.of(settings):
             await until(lambda: status_of(source).connected)
-            first.__exit__()
-            await until(lambda: "broke" in status_of(source).error)
-            with EmbeddedPubSub.of(settings):
-                await until(lambda: status_of(source).connected)
-                # Its stream is replaced because half of its places are held.
-                await broker.publish(b"x")
-                await until(lambda: handle.deliveries and not status_of(source).connected)
-                assert status_of(source).error == "not connected yet"
+        await until(lambda: "broke" in status_of(source).error)
+        with EmbeddedPubSub.of(settings):
+            await until(lambda: status_of(source).connected)
+            # Half of its stream's places are held, so that another replaces it.
+            await broker.publish(b"x")
+            await until(lambda: handle.deliveries and not status_of(source).connected)
+            assert status_of(source).error == "not connected yet"
 
 
 async def publish_all_priorities(settings: MessagesSettings) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import re
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,18 @@ import pytest
 
 from serve_app import jobs
 from serve_app.adapters.memory import MemoryJobStore
-from serve_app.errors import BlobNotFound, OutOfMemory, ReplicaLost, StoreUnavailable, VariantLoadFailed
+from serve_app.errors import (
+    BlobNotFound,
+    OutOfMemory,
+    ReplicaLost,
+    StoreUnavailable,
+    VariantLoadFailed,
+    VariantNotReady,
+)
+from serve_app.holding import Shares
 from serve_app.jobs import State
 from serve_app.ports import Verdict
-from serve_app.settings import Inference, Work
+from serve_app.settings import Inference, MessagesSettings, VariantSettings, Work
 
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
 
@@ -510,6 +519,70 @@ async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig:
     last = asyncio.create_task(rig.work(sessionId=sessions[-1]))
     held.let_go.set()
     assert [verdict.reason for verdict in await asyncio.gather(*working, last)] == ["succeeded"] * len(sessions)
+
+
+async def test_a_variant_that_paints_leaves_the_others_a_place(rig: Rig) -> None:
+    settings = rig.settings.model_copy(update={"variants": dict.fromkeys(("telea", "b", "c"), VariantSettings())})
+    shares = Shares(rig.painter, settings)
+    with ExitStack() as taken:
+        while True:
+            try:
+                taken.enter_context(shares.taken("telea"))
+            except VariantNotReady:
+                break
+            assert len(taken._exit_callbacks) < settings.in_flight()
+        assert len(taken._exit_callbacks) == settings.in_flight() - 2
+        for other in ("b", "c"):
+            with shares.taken(other):
+                pass
+    with shares.taken("telea"):
+        pass
+
+
+def test_a_variant_that_cannot_paint_has_no_more_than_its_part_of_few_places(rig: Rig) -> None:
+    settings = rig.settings.model_copy(
+        update={
+            "variants": dict.fromkeys(("telea", "b"), VariantSettings(max_replicas=9)),
+            "messages": MessagesSettings(max_in_flight=4),
+        }
+    )
+    rig.painter.starting = frozenset({"telea"})
+    shares = Shares(rig.painter, settings)
+    with shares.taken("telea"), shares.taken("telea"), pytest.raises(VariantNotReady), shares.taken("telea"):
+        pass
+
+
+def _count_resizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    resized: list[tuple[int, ...]] = []
+    resize = cv2.resize
+
+    def counted(pixels: Any, size: Any, **how: Any) -> Any:
+        resized.append(pixels.shape)
+        return resize(pixels, size, **how)
+
+    monkeypatch.setattr(cv2, "resize", counted)
+    return resized
+
+
+async def test_a_photo_at_its_own_scale_is_resized_for_its_preview_only(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.put("original.jpg", jpeg(photo(800, 600)))
+    await rig.put("mask_auto.png", png(line_mask(800, 600)))
+    resized = _count_resizes(monkeypatch)
+    assert (await rig.work(cropStrategy="crop")).reason == "succeeded"
+    assert resized == [(600, 800, 3)]
+
+
+async def test_a_photo_at_another_scale_is_resized_once_in_and_once_out(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.put("original.jpg", jpeg(photo(1600, 1200)))
+    await rig.put("mask_auto.png", png(line_mask(1600, 1200)))
+    resized = _count_resizes(monkeypatch)
+    assert (await rig.work(cropStrategy="resize")).reason == "succeeded"
+    pictures = [shape for shape in resized if len(shape) == 3]
+    assert len(pictures) == 3, "to working scale, back, and the preview"
 
 
 async def test_a_job_whose_photo_was_replaced_before_its_retry_is_superseded(rig: Rig) -> None:
