@@ -16,12 +16,15 @@ import firebase_admin  # type: ignore[import-untyped] # publishes no types
 import grpc
 import psycopg
 import pytest
+import sqlalchemy as sa
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import firestore
 from psycopg import sql
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from serve_app.adapters import firebase_app
+from serve_app.adapters.firestore_database import Firestore
+from serve_app.adapters.sql_tables import JOBS
 
 from .backends import free_port
 
@@ -30,7 +33,8 @@ T = TypeVar("T")
 HOST = "127.0.0.1"
 
 SQL = ["sqlite", pytest.param("postgresql", marks=pytest.mark.emulator)]
-BACKENDS = ["memory", *SQL, pytest.param("firestore", marks=pytest.mark.emulator)]
+KEPT = [*SQL, pytest.param("firestore", marks=pytest.mark.emulator)]
+BACKENDS = ["memory", *KEPT]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -40,11 +44,45 @@ def jobs_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.fixture(params=KEPT)
+def kept_url(request: pytest.FixtureRequest) -> str:
+    """An empty job store that outlives its process, and so may be another version's."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
 @pytest.fixture(params=SQL)
 def sql_url(request: pytest.FixtureRequest) -> str:
     """An empty SQL database."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+@contextmanager
+def plain(url: str) -> Iterator[sa.Connection]:
+    """A SQL database as it is stored."""
+    engine = sa.create_engine(url.replace("sqlite:", "sqlite:///").replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+def add_field(url: str, job_id: str) -> None:
+    """Put a field into a stored record that this version does not know."""
+
+    def added(record: str) -> str:
+        return record.replace("{", '{"hue": 1, ', 1)
+
+    if url.startswith("firestore:"):
+        database = Firestore(url)
+        document = database.client.document(f"jobs/{job_id}")
+        document.update({"record": added(document.get().get("record"))})
+        database.close()
+    else:
+        with plain(url) as connection:
+            where = JOBS.c.id == job_id
+            record = connection.scalars(sa.select(JOBS.c.record).where(where)).one()
+            connection.execute(JOBS.update().where(where).values(record=added(record)))
 
 
 @pytest.fixture
@@ -192,6 +230,7 @@ class Gate:
         self.port = free_port()
         self._listener: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
+        self._silenced: list[asyncio.Event] = []
         #: Cleared while nothing gets through, though connections are taken.
         self.flows = asyncio.Event()
         self.flows.set()
@@ -199,9 +238,18 @@ class Gate:
     async def open(self) -> None:
         self._listener = await asyncio.start_server(self._forward, HOST, self.port)
 
+    def silence(self) -> None:
+        """Nothing gets through the connections there are, which stay open; new ones work."""
+        self.flows.clear()
+        self._silenced.append(self.flows)
+        self.flows = asyncio.Event()
+        self.flows.set()
+
     async def close(self) -> None:
         if self._listener:
             self._listener.close()
+        for silenced in self._silenced:
+            silenced.set()
         for writer in self._writers:
             writer.transport.abort()
 
@@ -209,11 +257,12 @@ class Gate:
         far_reader, far_writer = await asyncio.open_connection(HOST, self._server_port)
         self._writers += (writer, far_writer)
         with suppress(ConnectionError):
-            await asyncio.gather(self._pipe(reader, far_writer), self._pipe(far_reader, writer))
+            flows = self.flows
+            await asyncio.gather(self._pipe(reader, far_writer, flows), self._pipe(far_reader, writer, flows))
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event) -> None:
         while data := await reader.read(65536):
-            await self.flows.wait()
+            await flows.wait()
             writer.write(data)
             await writer.drain()
         writer.close()

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from serve_app import adapters, jobs
@@ -18,7 +19,7 @@ from serve_app.ports import JobStore
 
 from .backends import at, free_port, make_job
 from .job_servers import HOST, Gate, Opened, forget_firebase_app, gate
-from .test_job_stores import KEY, claimed, ended, put, running
+from .test_job_stores import KEY, Slow, claimed, ended, put, running
 
 INDEXES = Path(__file__).parents[1] / "k8s/firestore.indexes.json"
 
@@ -192,3 +193,62 @@ async def test_a_server_that_says_nothing_is_unavailable(
             await store.update("edit-1", KEY, put())
     gated.flows.set()
     assert await store.get(job.id) == job
+
+
+@pytest.mark.emulator
+async def test_an_update_that_took_too_long_is_not_stored(
+    firestore_url: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = (opened(adapters.job_store(firestore_url)) for _ in range(2))
+    assert await store.get("edit-1") is None
+    slow = Slow()
+    with monkeypatch.context() as short:
+        short.setattr(firestore_database, "CALL_TIMEOUT_S", 0.5)
+        with pytest.raises(StoreUnavailable, match="did not answer"):
+            await store.update("edit-1", KEY, slow)
+    slow.go_on.set()
+    await asyncio.to_thread(store.close)  # type: ignore[attr-defined] # it waits for its threads
+    assert await other.get("edit-1") is None
+
+
+class LosesReply(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc] # publishes no types
+    """A network that loses the answer to the first commit."""
+
+    def __init__(self) -> None:
+        self.commits = 0
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        answer = continuation(details, request)
+        if details.method.endswith("/Commit"):
+            self.commits += 1
+            if self.commits == 1:
+                answer.result()
+                return Lost()
+        return answer
+
+
+class Lost(grpc.RpcError, grpc.Call):  # type: ignore[misc] # publishes no types
+    code = staticmethod(lambda: grpc.StatusCode.UNAVAILABLE)
+    details = staticmethod(lambda: "the answer was lost")
+    trailing_metadata = staticmethod(tuple)
+
+    def result(self) -> None:
+        raise self
+
+
+@pytest.mark.emulator
+async def test_a_commit_whose_answer_was_lost_is_not_tried_again(firestore_url: str, opened: Opened) -> None:
+    """The change would meet what it has stored itself."""
+    store, network = opened(adapters.job_store(firestore_url)), LosesReply()
+    client = store._database.client  # type: ignore[attr-defined] # the way to its network
+    client._channel = grpc.intercept_channel(client._channel, network)
+    runs: list[Job | None] = []
+
+    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        runs.append(job)
+        return (make_job(),)
+
+    with pytest.raises(StoreUnavailable, match="the answer was lost"):
+        await store.update("edit-1", KEY, change)
+    assert runs == [None] and network.commits == 1
+    assert await store.get("edit-1") == make_job()

@@ -5,9 +5,9 @@ import json
 import sqlite3
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import psycopg
@@ -21,8 +21,8 @@ from serve_app.jobs import Change, Job, Owed, State
 from serve_app.ports import JobStore
 
 from .backends import at, free_port, make_job
-from .job_servers import Gate, Opened, gate
-from .test_job_stores import KEY, claimed, overlapping, put
+from .job_servers import Gate, Opened, gate, plain
+from .test_job_stores import KEY, Slow, claimed, overlapping, put
 
 COUNT_UP = """
     import asyncio, sys
@@ -107,15 +107,6 @@ SCHEMA_1 = """
 """
 #: Fields that records of schema 1 do not have.
 NEW = {"owed", "callback_url", "traceparent"}
-
-
-@contextmanager
-def plain(url: str) -> Iterator[sa.Connection]:
-    """The database without our tables."""
-    engine = sa.create_engine(url.replace("sqlite:", "sqlite:///").replace("postgresql:", "postgresql+psycopg:"))
-    with engine.begin() as connection:
-        yield connection
-    engine.dispose()
 
 
 def of_schema_1(url: str, *records: str) -> None:
@@ -204,24 +195,19 @@ async def test_a_locked_file_is_unavailable(sqlite_url: str, opened: Opened, mon
     assert await store.update("edit-1", KEY, put(make_job())) == make_job()
 
 
-async def test_an_update_that_is_cancelled_leaves_no_transaction_open(sql_url: str, opened: Opened) -> None:
+async def test_an_update_that_is_cancelled_is_not_stored_and_leaves_no_transaction_open(
+    sql_url: str, opened: Opened
+) -> None:
     store = opened(adapters.job_store(sql_url))
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow(_job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
-        begun.set()
-        go_on.wait()
-        return (make_job(seed=7),)
-
+    slow = Slow()
     update = asyncio.create_task(store.update("edit-1", KEY, slow))
-    await asyncio.to_thread(begun.wait)
+    await asyncio.to_thread(slow.begun.wait)
     update.cancel()
     with pytest.raises(asyncio.CancelledError):
         await update
-    go_on.set()
+    slow.go_on.set()
     await opened(adapters.job_store(sql_url)).update("edit-2", KEY, put(make_job("edit-2")))
-    job = await store.get("edit-1")
-    assert job is None or job.seed == 7
+    assert [job.id for job in await store.list()] == ["edit-2"]
 
 
 # PostgreSQL
@@ -282,6 +268,41 @@ async def test_a_server_that_says_nothing_is_unavailable(
         server.flows.set()
         monkeypatch.undo()
         assert (await claimed(store, make_job("edit-2"))).attempt == 1
+
+
+@pytest.mark.emulator
+async def test_connections_that_fall_silent_are_replaced(
+    postgresql_url: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with before(postgresql_url) as (server, url):
+        store = opened(adapters.job_store(url))
+        job = await claimed(store, make_job())
+        reads = [store.get(job.id) for _ in range(2 * sql_database.READERS)]
+        assert await asyncio.gather(*reads) == [job] * len(reads)
+        server.silence()
+        with monkeypatch.context() as short:
+            short.setattr(sql_database, "CALL_TIMEOUT_S", 0.5)
+            reads = [store.get(job.id) for _ in range(sql_database.READERS)]
+            outcomes = await asyncio.gather(*reads, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * len(reads)
+        assert await store.get(job.id) == job
+        assert (await claimed(store, job, 100)).attempt == 2
+
+
+@pytest.mark.emulator
+async def test_an_update_that_took_too_long_is_not_stored(
+    postgresql_url: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(adapters.job_store(postgresql_url))
+    assert await store.get("edit-1") is None
+    slow = Slow()
+    with monkeypatch.context() as short:
+        short.setattr(sql_database, "CALL_TIMEOUT_S", 0.5)
+        with pytest.raises(StoreUnavailable, match="did not answer"):
+            await store.update("edit-1", KEY, slow)
+    slow.go_on.set()
+    assert await store.update("edit-2", KEY, put(make_job("edit-2"))) == make_job("edit-2")
+    assert [job.id for job in await store.list()] == ["edit-2"]
 
 
 @pytest.mark.emulator

@@ -23,6 +23,7 @@ from google.cloud.firestore_v1.services.firestore.transports import FirestoreGrp
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from ..errors import SettingsError, StoreUnavailable
+from .calls import Call, current_call
 from .firebase_app import firebase_app
 
 T = TypeVar("T")
@@ -51,12 +52,13 @@ _BOUNDS = {
     "timeout": RPC_TIMEOUT_S,
     "retry": Retry(if_exception_type(ServiceUnavailable), initial=0.1, maximum=1.0, timeout=RPC_TIMEOUT_S),
 }
-#: For queries, which Google's client would begin again for ever while one fails.
+#: For commits, and for queries, which Google's client would begin again for ever while one fails.
 ONCE = {"timeout": RPC_TIMEOUT_S, "retry": Retry(if_exception_type())}
 
 
 class Firestore:
-    """One database. A caller that is cancelled stops waiting; the transaction it started ends by itself.
+    """One database. A caller that stops waiting, cancelled or timed out, gives its transaction up: it is rolled back,
+    unless its commit is under way already, which may succeed unheard.
 
     Both ways of running work raise StoreUnavailable; and InvalidCredentials.
     """
@@ -78,19 +80,26 @@ class Firestore:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work`, which reads, or writes in one call."""
-        loop = asyncio.get_running_loop()
+        loop, call = asyncio.get_running_loop(), Call()
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                return await loop.run_in_executor(self._threads, lambda: _translated(work))
+                return await loop.run_in_executor(self._threads, call.run, lambda: _translated(work))
         except TimeoutError as e:
             raise StoreUnavailable(f"Firestore did not answer within {CALL_TIMEOUT_S:g} s") from e
+        finally:
+            call.abandon()
 
     async def transact(self, work: Callable[[Transaction], T]) -> T:
         """Run `work` in a transaction, again where it met another one; what it raises undoes what it wrote."""
 
+        def whole(transaction: Transaction) -> T:
+            result = work(transaction)
+            current_call().check()
+            return result
+
         def once() -> T:
             # One attempt: Google's decorator would make the next ones at once, and all meet again.
-            result: T = transactional(work)(self.client.transaction(max_attempts=1))
+            result: T = transactional(whole)(self.client.transaction(max_attempts=1))
             return result
 
         return await self.run(lambda: _CONTENTION.copy()(once))
@@ -118,7 +127,8 @@ class _BoundedApi(FirestoreClient):  # type: ignore[misc] # publishes no types
 
     begin_transaction = partialmethod(FirestoreClient.begin_transaction, **_BOUNDS)
     batch_get_documents = partialmethod(FirestoreClient.batch_get_documents, **_BOUNDS)
-    commit = partialmethod(FirestoreClient.commit, **_BOUNDS)
+    # Not again where no answer came: it may have been stored, and then the second try would seem to meet another.
+    commit = partialmethod(FirestoreClient.commit, **ONCE)
     rollback = partialmethod(FirestoreClient.rollback, **_BOUNDS)
 
 

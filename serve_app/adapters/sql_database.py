@@ -33,6 +33,8 @@ from tenacity import (
 )
 
 from ..errors import SettingsError, StoreUnavailable
+from .calls import Call, current_call
+from .sql_connections import watch
 from .sql_tables import are_current, bring_up_to_date
 
 T = TypeVar("T")
@@ -61,7 +63,8 @@ _RACES = Retrying(
 
 
 class Database:
-    """A database with our tables. A caller that is cancelled stops waiting; the transaction it started ends by itself.
+    """A database with our tables. A caller that stops waiting, cancelled or timed out, gives its transaction up: it is
+    rolled back, unless its commit is under way already, which may succeed unheard.
 
     Both ways of running work raise StoreUnavailable; and SettingsError where a newer version of this service wrote the
     database.
@@ -100,16 +103,21 @@ class Database:
                 self._prepare()
             return self._transact(work, writes=writes)
 
+        call = Call()
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S if self._kind.is_remote else None):
-                return await asyncio.get_running_loop().run_in_executor(threads, run)
+                return await asyncio.get_running_loop().run_in_executor(threads, call.run, run)
         except TimeoutError as e:
             raise StoreUnavailable(f"the job store did not answer within {CALL_TIMEOUT_S:g} s") from e
+        finally:
+            call.abandon()
 
     def _transact(self, work: Callable[[sa.Connection], T], *, writes: bool) -> T:
         def attempt() -> T:
             with self._engine.execution_options(writes=writes).begin() as connection:
-                return work(connection)
+                result = work(connection)
+                current_call().check()
+                return result
 
         with _translated():
             return _RACES.copy()(attempt)
@@ -169,7 +177,6 @@ def _postgresql(url: str) -> sa.Engine:
             given.set(query={**_CONNECTION, **given.query}),
             connect_args={"prepare_threshold": None},
             isolation_level="READ COMMITTED",
-            pool_pre_ping=True,
             pool_size=READERS + _KINDS["postgresql"].writers,
             max_overflow=0,
         )
@@ -177,6 +184,7 @@ def _postgresql(url: str) -> sa.Engine:
         raise SettingsError("job store: not a URL of the form postgresql://USER@HOST:PORT/DATABASE") from e
     except ImportError as e:
         raise SettingsError(f"job store: {e}: pip install 'flux-fill-serve[postgresql]'") from e
+    watch(engine)
     # In each transaction, and nothing prepared, because poolers hand connections on.
     sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(LIMITS))
     return engine
