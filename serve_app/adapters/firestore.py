@@ -11,12 +11,14 @@ Queries need the indexes in k8s/firestore.indexes.json: `firebase deploy --only 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote
 
 from google.cloud.firestore import FieldFilter, Query
 
 from ..errors import UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
 from .firestore_database import ONCE, Firestore, Transaction, document_name
+from .job_records import read_all, read_record
 from .session_documents import SessionDocument, written
 
 #: The map in a session document that says whose it is.
@@ -126,7 +128,8 @@ class FirestoreJobStore:
         return self._database.client.collection("jobs").where(filter=FieldFilter(field, comparison, value))
 
     def _listed(self, query: Any, limit: int) -> Sequence[Job]:
-        return tuple(self._with_progress([_record(found) for found in query.limit(limit).get(**ONCE)]))
+        found = read_all(lambda offset: query.limit(limit).offset(offset).get(**ONCE), _record, limit)
+        return tuple(self._with_progress(found))
 
     def _with_progress(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """The jobs with what was reported under their present fencing number."""
@@ -180,7 +183,7 @@ def _columns(job: Job) -> Mapping[str, Any]:
 
 
 def _record(stored: Any) -> Job:
-    return Job.model_validate_json(stored.get("record"))
+    return read_record(unquote(stored.id), stored.to_dict().get("record", ""))
 
 
 def _claim(document: SessionDocument) -> Mapping[str, Any]:

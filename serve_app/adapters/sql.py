@@ -1,6 +1,6 @@
 """Jobs, cancellations and session documents in a SQL database: SQLite or PostgreSQL, see `sql_database`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from ..errors import UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
+from .job_records import read_all, read_record
 from .session_documents import SessionDocument, written
 from .sql_database import Database, lock
 from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, seconds
@@ -19,7 +20,7 @@ class SqlJobStore:
         self._database = Database(url)
 
     async def get(self, job_id: str) -> Job | None:
-        return await self._database.read(lambda c: next(_jobs(c, JOBS.c.id == job_id), None))
+        return await self._database.read(lambda c: _get(c, job_id))
 
     async def update(self, job_id: str, session_key: str, change: Change) -> Job:
         return await self._database.write(lambda c: _update(c, job_id, session_key, change))
@@ -36,11 +37,12 @@ class SqlJobStore:
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
-            due = JOBS.c.owes_at <= seconds(owes_by)
-            return await self._database.read(lambda c: tuple(_jobs(c, due, order=JOBS.c.owes_at, limit=limit)))
-        wanted = {JOBS.c.status: status, JOBS.c.session_key: session_key}
-        conditions = [column == value for column, value in wanted.items() if value is not None]
-        return await self._database.read(lambda c: tuple(_jobs(c, *conditions, limit=limit)))
+            query = _JOBS.where(JOBS.c.owes_at <= seconds(owes_by)).order_by(JOBS.c.owes_at)
+        else:
+            wanted = {JOBS.c.status: status, JOBS.c.session_key: session_key}
+            query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
+            query = query.order_by(JOBS.c.created_at.desc())
+        return await self._database.read(lambda c: _list(c, query.limit(limit), limit))
 
     async def delete(self, job_id: str) -> None:
         def both(connection: sa.Connection) -> None:
@@ -81,24 +83,24 @@ class SqlSessionMirror:
         self._database.close()
 
 
-def _jobs(
-    connection: sa.Connection,
-    *where: sa.ColumnElement[bool],
-    order: sa.ColumnElement[Any] | None = None,
-    limit: int | None = None,
-) -> Iterator[Job]:
-    """Records, newest first unless told otherwise, with the progress reported under their present fencing number."""
-    is_current = sa.and_(PROGRESS.c.job_id == JOBS.c.id, PROGRESS.c.fence == JOBS.c.fence)
-    query = (
-        sa.select(JOBS.c.record, PROGRESS.c.step, PROGRESS.c.steps)
-        .select_from(JOBS.outerjoin(PROGRESS, is_current))
-        .where(*where)
-        .order_by(JOBS.c.created_at.desc() if order is None else order)
-        .limit(limit)
-    )
-    for record, step, steps in connection.execute(query):
-        job = Job.model_validate_json(record)
-        yield job if step is None else job.evolve(progress=Progress(step=step, steps=steps))
+#: Records, with the progress reported under their present fencing number.
+_JOBS = sa.select(JOBS.c.id, JOBS.c.record, PROGRESS.c.step, PROGRESS.c.steps).select_from(
+    JOBS.outerjoin(PROGRESS, sa.and_(PROGRESS.c.job_id == JOBS.c.id, PROGRESS.c.fence == JOBS.c.fence))
+)
+
+
+def _get(connection: sa.Connection, job_id: str) -> Job | None:
+    row = connection.execute(_JOBS.where(JOBS.c.id == job_id)).first()
+    return None if row is None else _job(row)
+
+
+def _list(connection: sa.Connection, query: sa.Select[Any], limit: int) -> Sequence[Job]:
+    return read_all(lambda offset: connection.execute(query.offset(offset)).all(), _job, limit)
+
+
+def _job(row: Any) -> Job:
+    job = read_record(row.id, row.record)
+    return job if row.step is None else job.evolve(progress=Progress(step=row.step, steps=row.steps))
 
 
 def _update(connection: sa.Connection, job_id: str, session_key: str, change: Change) -> Job:
@@ -123,16 +125,16 @@ def _update(connection: sa.Connection, job_id: str, session_key: str, change: Ch
 
 def _record(connection: sa.Connection, job_id: str) -> Job | None:
     record = connection.scalar(sa.select(JOBS.c.record).where(JOBS.c.id == job_id).with_for_update())
-    return Job.model_validate_json(record) if record else None
+    return read_record(job_id, record) if record else None
 
 
 def _rivals(connection: sa.Connection, job_id: str, session_key: str) -> Sequence[Job]:
     if not session_key:
         return ()
-    unfinished = [state for state in State if not state.is_final]
-    where = (JOBS.c.session_key == session_key, JOBS.c.status.in_(unfinished), JOBS.c.id != job_id)
-    records = connection.scalars(sa.select(JOBS.c.record).where(*where).order_by(JOBS.c.id).with_for_update())
-    return tuple(Job.model_validate_json(record) for record in records)
+    final = [state for state in State if state.is_final]
+    where = (JOBS.c.session_key == session_key, JOBS.c.status.not_in(final), JOBS.c.id != job_id)
+    query = sa.select(JOBS.c.id, JOBS.c.record).where(*where).order_by(JOBS.c.id).with_for_update()
+    return tuple(read_record(row.id, row.record) for row in connection.execute(query))
 
 
 def _report(connection: sa.Connection, claim: Claim, progress: Progress) -> None:

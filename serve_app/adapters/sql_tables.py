@@ -8,7 +8,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from ..errors import SettingsError
-from ..jobs import Job
+from .job_records import read_all, read_record
 
 #: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations.
 SCHEMA = 2
@@ -89,7 +89,7 @@ def _from_1_to_2(connection: sa.Connection) -> None:
     # Cancellations are there already: a table that is absent is made whatever the version.
     connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN owes_at DOUBLE PRECISION")
     _OWES_AT.create(connection)
-    owing = sa.select(JOBS.c.record).where(JOBS.c.record.contains('"due_at"'))
-    for record in connection.scalars(owing).all():
-        job = Job.model_validate_json(record)
+    owing = sa.select(JOBS.c.id, JOBS.c.record).where(JOBS.c.record.contains('"due_at"'))
+    rows = connection.execute(owing).all()
+    for job in read_all(lambda offset: rows[offset:], lambda row: read_record(row.id, row.record), len(rows)):
         connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(owes_at=seconds(job.owes_at)))
