@@ -5,12 +5,14 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
+from google.api_core.exceptions import ServiceUnavailable
 
 from serve_app import adapters
-from serve_app.adapters import pubsub
+from serve_app.adapters import pubsub, pubsub_stream
 from serve_app.adapters.places import Places
 from serve_app.adapters.pubsub import PubSubSource
 from serve_app.adapters.pubsub_connection import Caller, subscriber_client
@@ -111,6 +113,20 @@ async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly() -> None:
     assert failed.group_contains(RuntimeError, match="shutdown")
     assert not source.status().connected
     parts.client.close()
+
+
+async def test_the_library_is_told_soon_that_an_extension_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends its thread where its own retries do, after a minute."""
+    monkeypatch.setattr(pubsub_stream, "CLOSE_S", 0.3)
+    settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
+    with EmbeddedPubSub.of(settings):
+        stream = await Stream.opened(settings, NAME, 1)
+        stream.receive(lambda *_: None, 3600.0)
+    extend = partial(stream._client.modify_ack_deadline, ack_ids=["x"], ack_deadline_seconds=10)
+    with pytest.raises(ServiceUnavailable):
+        await asyncio.to_thread(extend, subscription="projects/local/subscriptions/s")
+    stream.close()
+    await stream.wait_closed()
 
 
 SERVER = """

@@ -10,18 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+from google.api_core.exceptions import RetryError, ServiceUnavailable
 from google.cloud.pubsub_v1.types import FlowControl
 
 from ..ports import Delivery
 from ..settings import MessagesSettings
-from .pubsub_connection import connect, subscriber_client
+from .pubsub_connection import RETRY, connect, subscriber_client
 from .pubsub_names import subscription_path
 
 #: What the library extends a lease to, in seconds: the shortest it can, so that a crash is noticed soonest.
 LEASE_S = 10
 #: A call that has gone on for so long is a good one, in seconds; a message proves it sooner.
 PROVEN_S = 1.0
-#: How long a closed stream may take to give back what it had not delivered.
+#: How long a closed stream may take to give back what it had not delivered, and one extension of leases; seconds.
 CLOSE_S = 5.0
 
 _SENTENCES = {
@@ -78,6 +79,7 @@ class Stream:
 
         # The library asks the client for each call, and tells nobody of those that broke.
         self._client.streaming_pull = self._watched(self._client.streaming_pull)
+        self._client.modify_ack_deadline = _brief(self._client.modify_ack_deadline)
         self._pulling = self._client.subscribe(
             self._name,
             lambda message: self._tell(deliver, message),
@@ -138,6 +140,19 @@ class Stream:
         """From a thread of the library's."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, what)
+
+
+def _brief(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Tried for `CLOSE_S`: the library tries for a minute, cannot be closed meanwhile, and then its thread fails."""
+
+    def called(**arguments: Any) -> Any:
+        try:
+            return call(**arguments, retry=RETRY.with_timeout(CLOSE_S), timeout=CLOSE_S)
+        except RetryError as e:
+            # One that the library takes as a call that was lost.
+            raise ServiceUnavailable(str(e)) from e  # type: ignore[no-untyped-call]  # its package has no annotations
+
+    return called
 
 
 def delivery_of(message: Any) -> Delivery:
