@@ -112,7 +112,8 @@ class Courier:
         self._taker = uuid.uuid4().hex
         later_s = LATER_S * random.uniform(0.8, 1.2)
         change = jobs.take_debts(self._taker, debts, now=now, wait_s=self._wait_s, later_s=later_s)
-        return await self._jobs.update(job.id, job.session_key, change)
+        # Without the session's other jobs, which debts have nothing to do with.
+        return await self._jobs.update(job.id, "", change)
 
     async def settled(self) -> None:
         """Wait until everything begun has ended, told or not."""
@@ -150,7 +151,7 @@ class Courier:
         if not debts:
             return
         try:
-            await self._jobs.update(job.id, job.session_key, jobs.pay(job, debts))
+            await self._jobs.update(job.id, "", jobs.pay(job, debts))
         except FluxFillError as e:
             log.info("What was told stays owed: %s", e, extra={"action": "debt_stays", "job_id": job.id})
 

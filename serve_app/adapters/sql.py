@@ -53,6 +53,7 @@ class SqlJobStore:
 
     async def cancel_until(self, session_key: str, moment: datetime) -> None:
         def later(connection: sa.Connection) -> None:
+            lock(connection, f"cancellations/{session_key}")
             stored = connection.scalar(_until(session_key).with_for_update())
             if stored is None or stored < moment.timestamp():
                 _put(connection, CANCELLATIONS, {"session_key": session_key}, {"until": seconds(moment)})
@@ -138,6 +139,7 @@ def _rivals(connection: sa.Connection, job_id: str, session_key: str) -> Sequenc
 
 
 def _report(connection: sa.Connection, claim: Claim, progress: Progress) -> None:
+    lock(connection, f"progress/{claim.job_id}")
     reported = sa.select(PROGRESS.c.fence).where(PROGRESS.c.job_id == claim.job_id).with_for_update()
     # The job itself is not locked: a claim is never kept from being renewed.
     known = connection.scalar(sa.select(JOBS.c.id).where(JOBS.c.id == claim.job_id))
@@ -154,6 +156,7 @@ def _document(user_id: str, session_id: str) -> sa.Select[str]:
 
 
 def _mirror(connection: sa.Connection, job: Job, document: Mapping[str, Any]) -> None:
+    lock(connection, f"sessions/{job.session_key}")
     stored = connection.scalar(_document(job.user_id, job.session_id).with_for_update())
     after = written(SessionDocument.model_validate_json(stored) if stored else None, job, document)
     if after is not None:
