@@ -16,7 +16,7 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 from ..errors import BrokerUnavailable, SettingsError
-from ..settings import MessagesSettings
+from ..settings import MessagesSettings, Secrets
 from .pubsub_names import address_of
 
 #: How long to wait for a connection before saying that there is none, in seconds.
@@ -43,22 +43,29 @@ def subscriber_client(settings: MessagesSettings) -> Any:
     """The streaming client. Raises SettingsError where Google's has no credentials."""
     if not settings.is_google:
         return pubsub_v1.SubscriberClient(transport=SubscriberGrpcTransport(channel=_channel(settings)))
-    try:
-        return pubsub_v1.SubscriberClient()
-    except DefaultCredentialsError as e:
-        raise SettingsError(f"messages.url {settings.url!r}: {e}") from e
+    return _with_credentials(settings, pubsub_v1.SubscriberClient)
 
 
 def publisher_client(settings: MessagesSettings) -> PublisherClient:
     """The plain client, whose publish is one call, unlike the batching one's. Raises as `subscriber_client`."""
     if not settings.is_google:
         return PublisherClient(transport=PublisherGrpcTransport(channel=_channel(settings)))
+    # The batching one alone knows Google's environment, an emulator's address included.
+    return PublisherClient(transport=_with_credentials(settings, pubsub_v1.PublisherClient).transport)
+
+
+def _with_credentials(settings: MessagesSettings, client: Callable[..., Any]) -> Any:
+    """Ambient credentials first; where there are none, those of FIREBASE_CREDENTIALS."""
     try:
-        # It alone knows Google's environment, an emulator's address included.
-        batching = pubsub_v1.PublisherClient()
+        return client()
     except DefaultCredentialsError as e:
-        raise SettingsError(f"messages.url {settings.url!r}: {e}") from e
-    return PublisherClient(transport=batching.transport)
+        if Secrets.from_environment().firebase_credentials is None:
+            raise SettingsError(f"messages.url {settings.url!r}: {e}") from e
+    try:
+        from .firebase_app import firebase_app
+    except ModuleNotFoundError as e:
+        raise SettingsError("FIREBASE_CREDENTIALS needs the package firebase-admin: the extra `google`") from e
+    return client(credentials=firebase_app().credential.get_credential())
 
 
 def _channel(settings: MessagesSettings) -> grpc.Channel:
