@@ -122,7 +122,7 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize(("problem", "value"), MALFORMED.items())
+@pytest.mark.parametrize(("problem", "value"), MALFORMED.items(), ids=list(MALFORMED))
 @pytest.mark.parametrize("is_ambient", [False, True])
 def test_a_malformed_key_says_what_is_wrong_and_not_what_it_is(
     problem: str, value: str, is_ambient: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
