@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo run test test-fast check fix bench clean
+.PHONY: install demo run test test-fast check fix bench chaos clean
 
 install: $(INSTALLED)
 
@@ -41,6 +41,10 @@ fix: install  ## format and mend what can be mended by machine
 bench: install  ## measure; figures into benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.serving --out benchmarks/results/serving.json
+
+chaos: install  ## 500 sessions while replicas are killed and the stores are cut off; figures into benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.chaos --out benchmarks/results/chaos.json
 
 clean:  ## everything that is not in git
 	rm -rf $(VENV) out var build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

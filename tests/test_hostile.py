@@ -162,6 +162,7 @@ attributes = st.dictionaries(st.sampled_from([*ATTRIBUTES, "x"]) | texts, texts 
 EXAMPLES = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.slow
 def test_ten_thousand_messages_are_read_or_refused() -> None:
     gate = Gate()
     for value in RAW:
@@ -251,6 +252,7 @@ print(json.dumps({"ended": ended, "growth_mb": peak_mb() - before}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak memory of a process is read from /proc")
 def test_the_largest_messages_cost_less_than_a_gigabyte() -> None:
     done = subprocess.run([sys.executable, "-c", LARGEST], capture_output=True, text=True, check=True)
