@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -128,23 +129,31 @@ class Listener:
         self.port = free_port()
         self._serve = serve
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def open(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        # The kernel would take megabytes that nobody reads, and no sender would notice that a line is slow.
+        self._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
 
     async def close(self) -> None:
         """Refuse new connections and break those there are."""
         if self._server is not None:
             self._server.close()
-        for connection in self._connections:
+        for connection, writer in self._connections.items():
             connection.cancel()
+            # One that has not begun would leave it open.
+            writer.transport.abort()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None or not self._server.is_serving():
+            # It came while the server closed.
+            writer.transport.abort()
+            return
         connection = asyncio.create_task(self._run(reader, writer))
-        self._connections.add(connection)
-        connection.add_done_callback(self._connections.discard)
+        self._connections[connection] = writer
+        connection.add_done_callback(self._connections.pop)
 
     async def _run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with _closing(writer), contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -163,22 +172,23 @@ def _closing(writer: asyncio.StreamWriter) -> Iterator[None]:
         writer.close()
 
 
-def relay(to_port: int) -> Listener:
-    """A line to a server, which can be cut."""
+def relay(to_port: int, bytes_per_s: float = math.inf) -> Listener:
+    """A line to a server, which can be cut. Each connection carries at most `bytes_per_s` to the server."""
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_connection("127.0.0.1", to_port)
         with _closing(to_server):
             async with asyncio.TaskGroup() as ways:
-                there = ways.create_task(_copy(reader, to_server))
+                there = ways.create_task(_copy(reader, to_server, bytes_per_s))
                 await _copy(from_server, writer)
                 there.cancel()
 
     return Listener(carry)
 
 
-async def _copy(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+async def _copy(source: asyncio.StreamReader, to: asyncio.StreamWriter, bytes_per_s: float = math.inf) -> None:
     while data := await source.read(65_536):
+        await asyncio.sleep(len(data) / bytes_per_s)
         to.write(data)
         await to.drain()
 
@@ -193,8 +203,9 @@ class Line:
 
 @pytest.fixture
 async def line(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Line]:
+    """A test may say how many bytes a second the line carries, as the fixture's parameter."""
     port = request.getfixturevalue(f"{kind}_port")
-    wire = relay(port)
+    wire = relay(port, getattr(request, "param", math.inf))
     await wire.open()
     yield Line(bucket_url(kind, wire.port, new_bucket(kind, port), monkeypatch), wire)
     await wire.close()

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,7 +90,28 @@ async def test_other_bytes_are_another_version_which_they_keep(store: BlobStore)
     assert (await store.head(PATH)).version == versions[-1]
 
 
-# Not S3, whose ETag is a hash of the bytes.
+async def next_second() -> None:
+    now_s = int(time.time())
+    await until(lambda: int(time.time()) > now_s)
+
+
+async def test_bytes_that_come_back_after_others_are_another_version(store: BlobStore) -> None:
+    first = await store.put(PATH, b"photo A", content_type=JPEG)
+    await store.put(PATH, b"photo B", content_type=JPEG)
+    # S3 tells times to the second.
+    await next_second()
+    again = await store.put(PATH, b"photo A", content_type=JPEG)
+    assert again.version != first.version
+    assert await store.head(PATH) == again == (await store.get(PATH, max_bytes=7))[1]
+
+
+async def test_of_many_who_write_at_once_only_the_last_has_the_version_that_stays(store: BlobStore) -> None:
+    puts = await asyncio.gather(*(store.put(PATH, b"%d" % i, content_type=JPEG) for i in range(20)))
+    data, stored = await store.get(PATH, max_bytes=2)
+    assert [i for i, put in enumerate(puts) if put.version == stored.version] == [int(data)]
+
+
+# Not S3, where a second must lie between them.
 @pytest.mark.parametrize("blobs_url", ["files", "memory", BUCKETS[1]], indirect=True)
 async def test_the_same_bytes_again_are_another_version(store: BlobStore) -> None:
     versions = [(await store.put(PATH, b"same", content_type=JPEG)).version for _ in range(50)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from serve_app import adapters
+from serve_app.adapters import firebase, s3
 from serve_app.adapters.s3 import S3BlobStore
 from serve_app.errors import BlobNotFound, BlobTooLarge, FluxFillError, SettingsError, StoreUnavailable, UnsafePath
 from serve_app.ports import BlobInfo
@@ -21,6 +23,8 @@ JPEG = "image/jpeg"
 PATH = "users/u/sessions/s/original.jpg"
 #: Much longer than any store may take to say that it is unavailable; seconds.
 FOREVER_S = 60
+#: Sent slowly enough, this may take longer than FOREVER_S.
+LARGE = bytes(20_000_000)
 
 
 def settings_of(url: str) -> Settings:
@@ -100,8 +104,45 @@ async def test_a_silent_server_is_unavailable(kind: str, monkeypatch: pytest.Mon
 
     async with asyncio.timeout(FOREVER_S), answering(nothing) as port:
         url = bucket_url(kind, port, "bucket", monkeypatch)
-        results = await asyncio.gather(*calls(url, tmp_path), return_exceptions=True)
-    assert [type(result) for result in results] == [StoreUnavailable] * 7
+        large = adapters.blob_store(url).put("users/large", LARGE, content_type=JPEG)
+        results = await asyncio.gather(large, *calls(url, tmp_path), return_exceptions=True)
+    assert [type(result) for result in results] == [StoreUnavailable] * 8
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that bear a silence of two seconds while they send."""
+    monkeypatch.setattr(s3, "READ_S", 2.0)
+    monkeypatch.setitem(firebase.SENDING, "timeout", (2.0, 10.0))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("line", [1_250_000], indirect=True)
+async def test_a_slow_line_takes_a_large_body_all_the_same(line: Line, tmp_path: Path) -> None:
+    store, files = adapters.blob_store(line.url), adapters.blob_files(line.url)
+    one_request, several = random.randbytes(8_000_000), random.randbytes(10_000_000)
+    (tmp_path / "source").write_bytes(several)
+    put, _ = await asyncio.gather(
+        store.put(PATH, one_request, content_type=JPEG, if_version=""), files.upload("w", tmp_path / "source")
+    )
+    assert await store.get(PATH, max_bytes=len(one_request)) == (one_request, put)
+    assert (await store.get("w", max_bytes=len(several)))[0] == several
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_server_that_stops_taking_a_body_is_unavailable(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "SLOWEST_BYTES_PER_S", 4_000_000)
+
+    async def stop(line: str, writer: asyncio.StreamWriter) -> None:
+        if not line.startswith("HEAD"):
+            await asyncio.Event().wait()
+        writer.write(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    async with asyncio.timeout(FOREVER_S), answering(stop) as port:
+        store = adapters.blob_store(bucket_url(kind, port, "bucket", monkeypatch))
+        # As much as Google's client sends in one request.
+        with pytest.raises(StoreUnavailable):
+            await store.put(PATH, LARGE[: 8 * 1024 * 1024], content_type=JPEG)
 
 
 @pytest.mark.parametrize("status", [403, 503])

@@ -127,6 +127,15 @@ async def test_all_of_one_store_read_each_others_links(scheme: str, tmp_path: Pa
     assert other.path_of(token_of(await one.link(PATH, expires_s=60))) == PATH
 
 
+async def test_removing_the_key_voids_all_links_at_once(folder_links: LocalLinks, tmp_path: Path) -> None:
+    old = await folder_links.link(PATH, expires_s=60)
+    (tmp_path / "blobs.link-key").unlink()
+    new = await LocalLinks(f"files:{tmp_path}/blobs", PUBLIC_URL).link(PATH, expires_s=60)
+    assert folder_links.path_of(token_of(new)) == PATH
+    with pytest.raises(InvalidLink):
+        folder_links.path_of(token_of(old))
+
+
 def test_the_key_is_its_owners_alone(key: bytes, tmp_path: Path) -> None:
     assert len(key) == KEY_BYTES
     assert stat.S_IMODE((tmp_path / "blobs.link-key").stat().st_mode) == 0o600

@@ -8,6 +8,7 @@ A conditional write that is tried again after a lost answer may find its own fir
 """
 
 import asyncio
+import io
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,10 @@ T = TypeVar("T")
 
 #: Requests at a time, over all stores of this process.
 CONCURRENCY = 32
-#: Seconds to connect, and the longest silence of the server.
-TIMEOUT_S = (3.0, 10.0)
+#: Seconds to connect.
+CONNECT_S = 3.0
+#: The longest silence of the server, in seconds: until it takes another block of a body, or sends some of its answer.
+SILENCE_S = 10.0
 #: No new try after this, in seconds.
 RETRY_S = 5.0
 #: Nor of a download that has begun.
@@ -52,7 +55,12 @@ SIGN_S = 5.0
 
 _POOL = ThreadPoolExecutor(CONCURRENCY, "firebase-storage")
 _RETRY = DEFAULT_RETRY.with_delay(initial=0.1, maximum=2.0).with_timeout(RETRY_S)
-_BOUNDS: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": _RETRY}
+_BOUNDS: dict[str, Any] = {"timeout": (CONNECT_S, SILENCE_S), "retry": _RETRY}
+#: While it sends, urllib3 minds the first time-out only.
+SENDING: dict[str, Any] = _BOUNDS | {"timeout": (SILENCE_S, SILENCE_S)}
+#: Bytes of a chunk of an upload that resumes, held in memory and sent again as a whole; a multiple of 256 KiB. Google's
+#: client sends up to 8 MiB in one request, and would otherwise make chunks of 100 MiB.
+_CHUNK = 8 * 1024 * 1024
 _BINARY = "application/octet-stream"
 
 
@@ -111,11 +119,20 @@ class FirebaseBlobStore:
             return self._bucket
 
 
+class _InBlocks(HTTPAdapter):
+    """Sends a body in blocks of 16 KiB, each with its own time limit. urllib3 sends bytes at once, all in one limit."""
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        if isinstance(request.body, bytes):
+            request.body = io.BytesIO(request.body)
+        return super().send(request, *args, **kwargs)
+
+
 def _bucket(name: str) -> Bucket:
     bucket = storage.bucket(name, firebase_app())
     # As Google's documentation has it; requests' own adapter keeps ten connections.
     for scheme in ("https://", "http://"):
-        bucket.client._http.mount(scheme, HTTPAdapter(pool_maxsize=CONCURRENCY))
+        bucket.client._http.mount(scheme, _InBlocks(pool_maxsize=CONCURRENCY))
     return bucket
 
 
@@ -160,9 +177,9 @@ def _get(bucket: Bucket, path: str, max_bytes: int) -> tuple[bytes, BlobInfo]:
 
 
 def _put(bucket: Bucket, path: str, data: bytes, content_type: str, if_version: str) -> BlobInfo:
-    blob = bucket.blob(path)
+    blob = bucket.blob(path, chunk_size=_CHUNK)
     generation = None if if_version == ANY_VERSION else int(if_version or 0)
-    blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **_BOUNDS)
+    blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **SENDING)
     return _info(blob)
 
 
@@ -171,13 +188,13 @@ def _download(bucket: Bucket, path: str, to: Path) -> BlobInfo:
     _head(bucket, path)
     blob = bucket.blob(path)
     with whole_file(to) as file:
-        blob.download_to_file(file, timeout=TIMEOUT_S, retry=_RETRY.with_timeout(RETRY_FILE_S))
+        blob.download_to_file(file, **_BOUNDS | {"retry": _RETRY.with_timeout(RETRY_FILE_S)})
         return _info(blob, size=file.tell())
 
 
 def _upload(bucket: Bucket, path: str, source: Path) -> BlobInfo:
-    blob = bucket.blob(path)
-    blob.upload_from_filename(source, content_type=_BINARY, **_BOUNDS)
+    blob = bucket.blob(path, chunk_size=_CHUNK)
+    blob.upload_from_filename(source, content_type=_BINARY, **SENDING)
     return _info(blob)
 
 

@@ -2,7 +2,7 @@
 
 A token is a JWT that names the blob and the second it expires, signed with a key that only the processes sharing the
 store have. `files:FOLDER` keeps its key beside the folder in `FOLDER.link-key`, made by the first process that needs
-it; remove the file and all links are void. `memory:NAME` keeps it in the process.
+it; remove the file and all links are void, at once and for every process. `memory:NAME` keeps it in the process.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import os
 import secrets
 import tempfile
 import time
-from functools import cached_property
 from pathlib import Path
 
 import jwt
@@ -65,7 +64,7 @@ class LocalLinks:
             raise InvalidLink("the link was not signed here, or was altered") from e
         return check_path(claims["sub"])
 
-    @cached_property
+    @property
     def _key(self) -> bytes:
         if self._url.startswith("memory:"):
             return _KEYS_IN_MEMORY.setdefault(self._url, secrets.token_bytes(KEY_BYTES))
@@ -76,6 +75,7 @@ class LocalLinks:
 def _key_in(file: Path) -> bytes:
     """The key in `file`, which is made where it is not there: by one process, however many ask at once."""
     try:
+        # Read for every link, so that a key that was removed or replaced counts nowhere any longer.
         if not file.exists():
             _make_key(file)
         key = file.read_bytes()

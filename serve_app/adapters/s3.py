@@ -1,8 +1,12 @@
 """Blobs in a bucket of Amazon S3, or of a server that speaks its protocol, such as MinIO.
 
 The credentials are the ambient ones that object_store finds: AWS_* variables, a web identity (EKS), a container's or
-an instance's role. A blob's version is its ETag: the same bytes written again may have the same one. Listings carry no
-content types. A link dies with the credentials that signed it, where those expire earlier.
+an instance's role. Listings carry no content types. A link dies with the credentials that signed it, where those expire
+earlier.
+
+A blob's version is its ETag, a hash of the bytes, and the second it was written: the same bytes written twice within a
+second have one version. S3 compares ETags alone, so a write over a version also passes where others have put the very
+same bytes back since.
 
 A conditional write that is tried again after a lost answer may find its own first try: BlobConflict, and stored.
 """
@@ -30,14 +34,17 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
 CONNECT_S = 3.0
-#: The longest silence of the server, a body's sending included.
+#: The longest silence of the server, while a small body is sent included.
 READ_S = 10.0
+#: Larger bodies have the time they take at this speed: object_store has no limit of its own for sending.
+SLOWEST_BYTES_PER_S = 250_000
 #: No new try after this.
 RETRY_S = 5.0
 #: Bytes taken from a response at a time.
 _CHUNK = 256 * 1024
-#: Bytes of a part of a large upload, four of which are sent at a time. S3 takes 10,000 parts.
+#: Bytes of a part of a large upload. S3 takes 10,000 parts.
 _PART = 8 * 1024 * 1024
+_PARTS_AT_A_TIME = 4
 _BINARY = "application/octet-stream"
 
 
@@ -47,7 +54,10 @@ class S3BlobStore:
 
         TLS is used unless the endpoint says `http://`. Raises SettingsError for another URL.
         """
-        self._store = _store(url)
+        self._url = url
+        self._store = _store(url, READ_S)
+        #: For larger bodies, by how often READ_S is doubled.
+        self._patient: dict[int, S3Store] = {}
 
     async def head(self, path: str) -> BlobInfo:
         check_path(path)
@@ -67,14 +77,19 @@ class S3BlobStore:
 
     async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
         check_path(path)
-        mode: PutMode = {"e_tag": if_version}
-        if if_version in (ANY_VERSION, ""):
-            mode = "overwrite" if if_version else "create"
+        store = await self._sending(path, len(data))
         with _translated(path):
-            stored = await self._store.put_async(
-                path, data, mode=mode, attributes={"Content-Type": content_type}, use_multipart=False
+            stored = await store.put_async(
+                path, data, mode=_mode(if_version), attributes={"Content-Type": content_type}, use_multipart=False
             )
-        return BlobInfo(path=path, size=len(data), version=stored["e_tag"] or "", content_type=content_type)
+        e_tag = stored["e_tag"] or ""
+        # Only a head says when it was written.
+        with suppress(BlobNotFound):
+            info = await self.head(path)
+            if _e_tag(info.version) == e_tag:
+                return info
+        # Written again or deleted by others since; a version that no blob has.
+        return BlobInfo(path=path, size=len(data), version=e_tag, content_type=content_type)
 
     async def delete(self, path: str) -> None:
         check_path(path)
@@ -98,9 +113,14 @@ class S3BlobStore:
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
         check_path(path)
+        store = await self._sending(path, _PART * _PARTS_AT_A_TIME)
         with _translated(path):
-            await self._store.put_async(
-                path, source, attributes={"Content-Type": _BINARY}, chunk_size=_PART, max_concurrency=4
+            await store.put_async(
+                path,
+                source,
+                attributes={"Content-Type": _BINARY},
+                chunk_size=_PART,
+                max_concurrency=_PARTS_AT_A_TIME,
             )
         return await self.head(path)
 
@@ -110,8 +130,23 @@ class S3BlobStore:
         with _translated(path):
             return await obstore.sign_async(self._store, "GET", path, timedelta(seconds=expires_s))
 
+    async def _sending(self, path: str, size: int) -> S3Store:
+        """The store that gives `size` bytes on the line at a time the time they need.
 
-def _store(url: str) -> S3Store:
+        Raises StoreUnavailable within READ_S where the server is silent: a request with a large body would notice late.
+        """
+        doublings = int(size / (READ_S * SLOWEST_BYTES_PER_S)).bit_length()
+        if not doublings:
+            return self._store
+        with suppress(BlobNotFound):
+            await self.head(path)
+        # Kept, because each has connections and credentials of its own.
+        if doublings not in self._patient:
+            self._patient[doublings] = _store(self._url, READ_S * 2**doublings)
+        return self._patient[doublings]
+
+
+def _store(url: str, read_s: float) -> S3Store:
     parts = urlsplit(url)
     config = dict(parse_qsl(parts.query, keep_blank_values=True))
     endpoint = config.get("endpoint", "https:")
@@ -121,7 +156,7 @@ def _store(url: str) -> S3Store:
     client: ClientConfig = {
         "allow_http": endpoint.startswith("http:"),
         "connect_timeout": timedelta(seconds=CONNECT_S),
-        "read_timeout": timedelta(seconds=READ_S),
+        "read_timeout": timedelta(seconds=read_s),
         # Weights take minutes; silence is what ends a request.
         "timeout": timedelta(hours=1),
     }
@@ -148,7 +183,19 @@ def _read_info(path: str, result: "GetResult") -> BlobInfo:
 
 
 def _info(path: str, meta: "ObjectMeta", content_type: str) -> BlobInfo:
-    return BlobInfo(path=path, size=meta["size"], version=meta["e_tag"] or "", content_type=content_type)
+    # Listings of some servers tell milliseconds, which heads never do.
+    version = f"{meta['e_tag'] or ''} {int(meta['last_modified'].timestamp())}"
+    return BlobInfo(path=path, size=meta["size"], version=version, content_type=content_type)
+
+
+def _e_tag(version: str) -> str:
+    return version.partition(" ")[0]
+
+
+def _mode(if_version: str) -> "PutMode":
+    if if_version in (ANY_VERSION, ""):
+        return "overwrite" if if_version else "create"
+    return {"e_tag": _e_tag(if_version)}
 
 
 @contextmanager
