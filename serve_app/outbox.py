@@ -98,8 +98,7 @@ class Courier:
             reserved = [debt for debt in due if self._places.take(job, debt)]
             mine: list[Debt] = []
             try:
-                taken = await self._take_on(job, reserved, now)
-                mine = [debt for debt in reserved if debt in taken.owed and taken.owed[debt].taken_by == self._taker]
+                taken, mine = await self._take_on(job, reserved, now)
             except UnknownJob:
                 continue
             finally:
@@ -108,12 +107,13 @@ class Courier:
             if mine:
                 self._spawn(self._tell(taken, mine))
 
-    async def _take_on(self, job: Job, debts: list[Debt], now: datetime) -> Job:
-        self._taker = uuid.uuid4().hex
-        later_s = LATER_S * random.uniform(0.8, 1.2)
-        change = jobs.take_debts(self._taker, debts, now=now, wait_s=self._wait_s, later_s=later_s)
+    async def _take_on(self, job: Job, debts: list[Debt], now: datetime) -> tuple[Job, list[Debt]]:
+        """The present record, and those of `debts` that are ours to tell."""
+        taker, later_s = uuid.uuid4().hex, LATER_S * random.uniform(0.8, 1.2)
+        change = jobs.take_debts(taker, debts, now=now, wait_s=self._wait_s, later_s=later_s)
         # Without the session's other jobs, which debts have nothing to do with.
-        return await self._jobs.update(job.id, "", change)
+        taken = await self._jobs.update(job.id, "", change)
+        return taken, [debt for debt, owed in taken.owed.items() if owed.taken_by == taker]
 
     async def settled(self) -> None:
         """Wait until everything begun has ended, told or not."""
