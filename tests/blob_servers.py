@@ -139,6 +139,10 @@ class Listener:
     async def close(self) -> None:
         """Refuse new connections and break those there are."""
         if self._server is not None:
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            # What was accepted just now joins the server first: asyncio leaves open what comes to a closed one.
+            await asyncio.sleep(0)
             self._server.close()
         for connection, writer in self._connections.items():
             connection.cancel()
