@@ -42,9 +42,9 @@ bench: install  ## measure; figures into benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.serving --out benchmarks/results/serving.json
 
-chaos: install  ## 500 sessions while replicas are killed and the stores are cut off; figures into benchmarks/results
-	mkdir -p benchmarks/results
-	$(BIN)/python -m benchmarks.chaos --out benchmarks/results/chaos.json
+chaos: install  ## 500 sessions while replicas are killed and the stores are cut off; figures and logs into out/chaos
+	mkdir -p out/chaos
+	$(BIN)/python -m benchmarks.chaos --logs out/chaos --out out/chaos/chaos.json
 
 clean:  ## everything that is not in git
 	rm -rf $(VENV) out var build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
