@@ -67,7 +67,12 @@ def bucket_url(kind: str, port: int, bucket: str, monkeypatch: pytest.MonkeyPatc
 def new_bucket(kind: str, port: int) -> str:
     name = f"b-{uuid.uuid4().hex}"
     server = f"http://127.0.0.1:{port}"
-    made = httpx.put(f"{server}/{name}") if kind == "s3" else httpx.post(f"{server}/storage/v1/b", json={"name": name})
+    with httpx.Client(timeout=60) as client:
+        made = (
+            client.put(f"{server}/{name}")
+            if kind == "s3"
+            else client.post(f"{server}/storage/v1/b", json={"name": name})
+        )
     made.raise_for_status()
     return name
 
@@ -209,9 +214,10 @@ class Line:
 async def line(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Line]:
     """A test may say how many bytes a second the line carries, as the fixture's parameter."""
     port = request.getfixturevalue(f"{kind}_port")
+    bucket = new_bucket(kind, port)
     wire = relay(port, getattr(request, "param", math.inf))
     await wire.open()
-    yield Line(bucket_url(kind, wire.port, new_bucket(kind, port), monkeypatch), wire)
+    yield Line(bucket_url(kind, wire.port, bucket, monkeypatch), wire)
     await wire.close()
 
 
