@@ -22,7 +22,8 @@ class BlobInfo:
     path: str
     #: Bytes.
     size: int
-    #: Opaque; differs whenever the content was written again with other bytes. Generation, ETag, or hash.
+    #: Opaque; differs whenever the blob was written again, on S3 (where it has no finer clock than a second) at least
+    #: whenever with other bytes.
     version: str
     content_type: str = "application/octet-stream"
 

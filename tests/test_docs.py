@@ -174,3 +174,9 @@ def test_defaults_that_other_documents_quote_are_the_codes() -> None:
     ]
     assert quoted
     assert [one for one in quoted if written(SETTINGS[one[1]]) != one[2]] == []
+
+
+def test_every_field_of_a_job_is_documented() -> None:
+    record = ARCHITECTURE.split("**Job** record: `")[1].split("`")[0]
+    assert record.split() == list(dict.fromkeys(record.split()))
+    assert set(record.split()) == set(jobs.Job.model_fields)
