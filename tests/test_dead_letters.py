@@ -308,6 +308,24 @@ async def test_a_store_that_is_away_loses_no_letter(bench: Bench) -> None:
     assert "edit-1" in await bench.left()
 
 
+class Away:
+    """A topic that cannot be published to."""
+
+    async def publish(self, _topic: Any, _data: bytes, _attributes: Any) -> str:
+        raise BrokerUnavailable("the broker is away")
+
+
+async def test_a_letter_is_acknowledged_only_after_its_message_was_published(bench: Bench) -> None:
+    await bench.fail("edit-1", "invalid_image")
+    done = await Replay(bench.letters, bench.jobs, Away(), max_bytes=MAX_BYTES).run(lambda _: True)
+    assert isinstance(done.error, BrokerUnavailable) and done.sent == 0
+    assert await bench.left() == ["edit-1"]
+    done = await bench.replay()
+    assert (done.sent, done.error) == (1, None)
+    assert (await bench.published(1)).bodies == [SESSION]
+    assert await bench.left() == []
+
+
 # The commands
 
 Command = Callable[..., tuple[int, str]]
