@@ -5,10 +5,11 @@ import json
 import sqlite3
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -16,8 +17,9 @@ import sqlalchemy as sa
 
 from serve_app import adapters
 from serve_app.adapters import sql_database, sql_tables
+from serve_app.adapters.sql_database import lock
 from serve_app.errors import SettingsError, StoreUnavailable
-from serve_app.jobs import Change, Job, Owed, State
+from serve_app.jobs import Change, Job, Owed, Progress, State, claim_of
 from serve_app.ports import JobStore
 
 from .backends import at, free_port, make_job
@@ -337,3 +339,31 @@ async def test_several_write_at_once(postgresql_url: str, opened: Opened) -> Non
 
     await asyncio.gather(*(store.update(job.id, job.session_key, together(job)) for job in jobs))
     assert len(await store.list()) == 2
+
+
+FIRST_WRITES: dict[str, tuple[Callable[[str], Any], Callable[[Any], Awaitable[None]]]] = {
+    "cancellations/u/s": (adapters.cancellations, lambda store: store.cancel_until(KEY, at(1))),
+    "sessions/u/s": (adapters.session_mirror, lambda mirror: mirror.write(make_job(), {"by": "it"})),
+    "progress/edit-1": (
+        adapters.job_store,
+        lambda store: store.report(claim_of(make_job(fence=1)), Progress(step=1, steps=2)),
+    ),
+}
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("name", FIRST_WRITES)
+async def test_first_writes_wait_for_each_other(name: str, postgresql_url: str, opened: Opened) -> None:
+    """A row that is not there yet cannot be locked: a transaction that holds the name's lock stands for another one."""
+    await opened(adapters.job_store(postgresql_url)).update("edit-1", KEY, put(make_job()))
+    make, write = FIRST_WRITES[name]
+    store = opened(make(postgresql_url))
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with plain(postgresql_url) as other, psycopg.connect(postgresql_url, autocommit=True) as observer:
+        lock(other, name)
+        writing = asyncio.ensure_future(write(store))
+        async with asyncio.timeout(5):
+            while observer.execute(waiting).fetchone() == (0,):
+                assert not writing.done(), "it waited for nobody"
+                await asyncio.sleep(0.01)
+    await writing
