@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
-import firebase_admin  # type: ignore[import-untyped] # publishes no types
+import firebase_admin
 import grpc
 import psycopg
 import pytest
@@ -179,7 +179,7 @@ def _warm_up(address: str) -> None:
     """The first calls to a new emulator take seconds, which the stores would not wait for."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("FIRESTORE_EMULATOR_HOST", address)
-        nobody = AnonymousCredentials()  # type: ignore[no-untyped-call] # google-auth annotates in part
+        nobody = AnonymousCredentials()
         client = firestore.Client(project="warm-up", credentials=nobody)
     document = client.document("jobs/first")
     firestore.transactional(lambda transaction: transaction.set(document, {"a": 1}))(client.transaction())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # its types are a package of their own
+import psutil
 import yaml
 
 from deployments.own_ray import free_port, serving

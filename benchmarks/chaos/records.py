@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import boto3  # type: ignore[import-untyped]  # ships no types
+import boto3
 
 from serve_app import adapters
 from serve_app.edit import OUTPUTS, session_path

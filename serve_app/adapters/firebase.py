@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
-from firebase_admin import storage  # type: ignore[import-untyped] # publishes no types
+from firebase_admin import storage
 from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed
 from google.auth import iam
 from google.auth.credentials import AnonymousCredentials, Signing
@@ -225,4 +225,4 @@ def _signer() -> Any:
         # Until then Workload Identity's e-mail is "default".
         who.refresh(request)
     email = who.service_account_email
-    return service_account.Credentials(iam.Signer(request, who, email), email, token_uri="")  # type: ignore[no-untyped-call] # google-auth annotates in part
+    return service_account.Credentials(iam.Signer(request, who, email), email, token_uri="")

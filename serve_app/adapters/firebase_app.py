@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-import firebase_admin  # type: ignore[import-untyped] # publishes no types
+import firebase_admin
 import google.auth
 from firebase_admin import credentials
 from google.auth.credentials import AnonymousCredentials, Credentials
@@ -108,7 +108,7 @@ _Found = tuple[Credentials | credentials.Base, str | None, str]
 
 def _credentials(key: SecretStr | None) -> _Found:
     if any(os.environ.get(name) for name in EMULATORS):
-        anonymous: Credentials = AnonymousCredentials()  # type: ignore[no-untyped-call] # google-auth annotates in part
+        anonymous: Credentials = AnonymousCredentials()
         return anonymous, os.environ.get("GOOGLE_CLOUD_PROJECT", "local"), "an emulator"
     certificate = _certificate(key.get_secret_value()) if key else None
     try:

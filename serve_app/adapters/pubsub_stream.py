@@ -150,7 +150,7 @@ def _brief(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(**arguments, retry=RETRY.with_timeout(CLOSE_S), timeout=CLOSE_S)
         except RetryError as e:
             # One that the library takes as a call that was lost.
-            raise ServiceUnavailable(str(e)) from e  # type: ignore[no-untyped-call]  # its package has no annotations
+            raise ServiceUnavailable(str(e)) from e
 
     return called
 
