@@ -48,10 +48,15 @@ class Google:
     sign_status: int = 200
 
 
+class _Server(ThreadingHTTPServer):
+    #: Connections that may wait to be accepted. With five, some of many at once are reset on a busy machine.
+    request_queue_size = 128
+
+
 @contextmanager
 def serve() -> Iterator[Google]:
     google = Google()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"google": google}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"google": google}))
     google.address = f"127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
