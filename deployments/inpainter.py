@@ -29,7 +29,7 @@ def open_engine(name: str, settings: Settings) -> Engine:
     """The loaded and warmed engine of a served variant. Raises WeightsError, and what torch raises."""
     variant = settings.variant(name)
     files = asyncio.run(weights.fetch(variant, sources(settings))) if variant.file else None
-    engine = families.create(name, variant, files, threads=settings.variants[name].threads)
+    engine = families.create(name, variant, files, settings.variants[name])
     engine.load()
     engine.warm_up(settings.windows.buckets)
     return engine

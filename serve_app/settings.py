@@ -52,12 +52,37 @@ class Scaling(_Frozen):
         return self
 
 
+class StepCache(_Frozen):
+    """Steps that reuse what an earlier step computed: faster, and not exact."""
+
+    kind: Literal["first_block"] = "first_block"
+    #: Relative change of the first block's output up to which the other blocks' last residual is used again.
+    threshold: float = Field(0.08, gt=0, le=1)
+
+
+class Levers(_Frozen):
+    """What makes a flux-fill variant cheaper; see docs/performance.md. The first three change no bit of the output."""
+
+    #: The blocks' modulation is computed once per schedule, guidance and prompt; its weights leave the device.
+    adaln_once: bool = True
+    #: The photo is encoded once, not twice.
+    one_encode: bool = True
+    #: Every weight is unpacked once, at load: needs 17 GB for FLUX.1 in bfloat16 beside what else is resident.
+    unpack: bool = False
+    #: torch.compile for each kind of block and each bucket, before the replica is ready.
+    compile: bool = False
+    step_cache: StepCache | None = None
+    #: Windows of several jobs that are painted together where that pays. 1: each by itself.
+    max_batch: int = Field(1, ge=1, le=16)
+
+
 class VariantSettings(Scaling):
     """One served variant: its scaling, and its definition where it is not one of the built-in ones."""
 
     definition: Variant | None = None
     #: Threads of a CPU engine. Ray sets OMP_NUM_THREADS=1, which is too few.
     threads: int = Field(2, ge=1, le=256)
+    levers: Levers = Levers()
 
     @property
     def share(self) -> int:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from serve_app.engine import Window
 from serve_app.engine.tiny import TinyWeights, ensure
 from serve_app.engine.weights import Weights
 from serve_app.images import Pixels
 from serve_app.ports import PaintRequest
+from serve_app.settings import Levers, VariantSettings
 from serve_app.variants import BUILT_IN
 from serve_app.windows import Box
 
@@ -40,12 +42,12 @@ def embeddings() -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def flux_fill(tiny: TinyWeights, quant: str = "Q4_0") -> "FluxFill":
+def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", **levers: Any) -> "FluxFill":
     """Not loaded yet."""
     from serve_app.engine.diffusion import FluxFill
 
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
-    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, 2)
+    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)))
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +70,21 @@ def square_mask(height: int = SIDE, width: int = SIDE) -> Pixels:
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = 255
     return mask
+
+
+def window(height: int = SIDE, width: int = SIDE, **changes: Any) -> Window:
+    """Two steps; nobody follows them."""
+    given = {
+        "pixels": photo(height, width),
+        "mask": square_mask(height, width),
+        "steps": 2,
+        "guidance_scale": 30.0,
+        "seed": 1,
+        "embeddings": None,
+        "on_step": lambda step: None,
+        **changes,
+    }
+    return Window(**given)
 
 
 def request(**changes: Any) -> PaintRequest:

@@ -15,6 +15,7 @@ import numpy as np
 
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore, MemorySessionMirror
 from serve_app.edit import session_path
+from serve_app.engine import Window
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.classical import Telea
 from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
@@ -22,7 +23,7 @@ from serve_app.images import Pixels
 from serve_app.jobs import Job
 from serve_app.outbox import Courier
 from serve_app.ports import Delivery, Verdict
-from serve_app.settings import Inference, Settings
+from serve_app.settings import Inference, Settings, VariantSettings
 from serve_app.telemetry import METRICS
 from serve_app.variants import Variant
 from serve_app.worker import Worker
@@ -59,7 +60,7 @@ class Scripted:
         self.fill: int | None = None
         self.painted = 0
         self.steps_done = 0
-        self._telea = Telea(Variant(family="telea"), None, 1)
+        self._telea = Telea(Variant(family="telea"), None, VariantSettings(threads=1))
 
     def load(self) -> None: ...
     def warm_up(self, buckets: object) -> None: ...
@@ -72,16 +73,16 @@ class Scripted:
     def describe(self) -> Mapping[str, Any]:
         return self._telea.describe()
 
-    def paint(self, pixels: Pixels, mask: Pixels, *, steps: int, on_step: Callable[[int], None], **_: Any) -> Pixels:
+    def paint(self, window: Window) -> Pixels:
         self.painted += 1
         self.on_paint()
-        for step in range(1, steps + 1):
+        for step in range(1, window.steps + 1):
             self.on_step(step)
             self.steps_done += 1
-            on_step(step)
-        inpainted: Pixels = cv2.inpaint(pixels, mask, 3, cv2.INPAINT_TELEA)
+            window.on_step(step)
+        inpainted: Pixels = cv2.inpaint(window.pixels, window.mask, 3, cv2.INPAINT_TELEA)
         if self.fill is not None:
-            inpainted[mask >= 128] = self.fill
+            inpainted[window.mask >= 128] = self.fill
         return inpainted
 
 

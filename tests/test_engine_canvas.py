@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve_app.engine import Window
 from serve_app.engine.canvas import LocalPainter, load, paint_canvas
 from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
@@ -18,6 +19,7 @@ from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ShuttingDown
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
 from serve_app.ports import Painted
+from serve_app.settings import VariantSettings
 from serve_app.telemetry import JsonFormatter
 from serve_app.variants import Variant
 from serve_app.windows import Box
@@ -29,7 +31,7 @@ LEFT, RIGHT = Box(x0=0, y0=0, x1=80, y1=SIDE), Box(x0=48, y0=0, x1=SIDE, y1=SIDE
 
 
 def pause() -> Pause:
-    return Pause(Variant(family="pause", pause_s=0), None, 1)
+    return Pause(Variant(family="pause", pause_s=0), None, VariantSettings())
 
 
 class Recorder(Pause):
@@ -50,13 +52,13 @@ class Recorder(Pause):
     def free_memory(self) -> None:
         self.times_freed += 1
 
-    def paint(self, window_pixels: Pixels, window_mask: Pixels, **given: Any) -> Pixels:
-        self.seen.append((window_pixels.copy(), window_mask.copy(), given["seed"]))
-        for step in range(given["steps"]):
+    def paint(self, window: Window) -> Pixels:
+        self.seen.append((window.pixels.copy(), window.mask.copy(), window.seed))
+        for step in range(window.steps):
             self.steps_begun += 1
             self._on_paint()
-            given["on_step"](step + 1)
-        return np.where(window_mask[..., None] > 0, np.uint8(255), window_pixels)
+            window.on_step(step + 1)
+        return np.where(window.mask[..., None] > 0, np.uint8(255), window.pixels)
 
 
 async def nothing(progress: Progress) -> None:
@@ -159,12 +161,12 @@ def test_what_filled_the_memory_is_let_go_before_it_is_freed() -> None:
     held_when_freed: list[Large | None] = []
 
     class Full(Recorder):
-        def paint(self, *given: Any, **named: Any) -> Pixels:
+        def paint(self, window: Window) -> Pixels:
             large = Large()
             held.append(weakref.ref(large))
             if len(held) == 1:
                 raise OutOfMemory("no memory left")
-            return super().paint(*given, **named)
+            return super().paint(window)
 
         def free_memory(self) -> None:
             held_when_freed.append(held[0]())
@@ -316,6 +318,6 @@ def test_whatever_a_loader_raises_is_a_failed_load() -> None:
 
 
 async def test_telea_through_the_painter() -> None:
-    engine = Telea(Variant(family="telea"), None, 2)
+    engine = Telea(Variant(family="telea"), None, VariantSettings())
     painted = await LocalPainter({"telea": engine}).paint("telea", request(windows=[LEFT, RIGHT]), nothing)
     assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])

@@ -4,16 +4,17 @@ import numpy as np
 from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
 from serve_app.images import Pixels
+from serve_app.settings import VariantSettings
 from serve_app.variants import BUILT_IN, Variant
 
-from .engine_fixtures import photo, square_mask
+from .engine_fixtures import photo, square_mask, window
 
 
 def telea(pixels: Pixels, mask: Pixels) -> tuple[Pixels, list[int]]:
-    engine = Telea(BUILT_IN["telea"], None, 2)
+    engine = Telea(BUILT_IN["telea"], None, VariantSettings())
     engine.load()
     steps: list[int] = []
-    painted = engine.paint(pixels, mask, steps=28, guidance_scale=30.0, seed=0, embeddings=None, on_step=steps.append)
+    painted = engine.paint(window(pixels=pixels, mask=mask, steps=28, on_step=steps.append))
     return painted, steps
 
 
@@ -54,11 +55,9 @@ def test_the_canvas_given_is_not_written_to() -> None:
 
 
 def test_pause_reports_every_step_and_paints_the_mask_grey() -> None:
-    engine = Pause(Variant(family="pause", pause_s=0.0), None, 1)
+    engine = Pause(Variant(family="pause", pause_s=0.0), None, VariantSettings())
     steps: list[int] = []
-    painted = engine.paint(
-        photo(), square_mask(), steps=4, guidance_scale=30.0, seed=0, embeddings=None, on_step=steps.append
-    )
+    painted = engine.paint(window(steps=4, on_step=steps.append))
     assert steps == [1, 2, 3, 4]
     assert (painted[square_mask() == 255] == 127).all()
     assert np.array_equal(painted[square_mask() == 0], photo()[square_mask() == 0])

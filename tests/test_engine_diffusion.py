@@ -17,33 +17,21 @@ from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Weights
 from serve_app.errors import Canceled, CorruptWeights, GpuLost, InputError, OutOfMemory, PaintError, VariantLoadFailed
 from serve_app.images import Pixels
+from serve_app.settings import VariantSettings
 from serve_app.variants import BUILT_IN
 
-from .engine_fixtures import SIDE, flux_fill, photo, square_mask
-
-
-def ignore(step: int) -> None:
-    """An on_step that goes on."""
+from .engine_fixtures import SIDE, flux_fill, window
 
 
 def paint(engine: FluxFill, embeddings: bytes | None, **changes: Any) -> Pixels:
-    given = {"steps": 2, "guidance_scale": 30.0, "seed": 1, "on_step": ignore, **changes}
-    return engine.paint(photo(), square_mask(), embeddings=embeddings, **given)
+    return engine.paint(window(embeddings=embeddings, **changes))
 
 
 @pytest.mark.parametrize("quant", ["Q4_0", "Q5_K_S", "Q8_0"])
 def test_each_quantisation_loads_and_paints(tiny: TinyWeights, embeddings: bytes, quant: str) -> None:
     engine = flux_fill(tiny, quant)
     engine.load()
-    painted = engine.paint(
-        photo(256, 256),
-        square_mask(256, 256),
-        steps=2,
-        guidance_scale=30.0,
-        seed=1,
-        embeddings=embeddings,
-        on_step=ignore,
-    )
+    painted = engine.paint(window(256, 256, embeddings=embeddings))
     assert painted.shape == (256, 256, 3)
     assert painted.dtype == np.uint8
     assert painted.std() > 0
@@ -76,15 +64,7 @@ def test_the_prompt_and_the_guidance_scale_decide(engine: FluxFill, embeddings: 
 
 
 def test_windows_need_not_be_square(engine: FluxFill, embeddings: bytes) -> None:
-    painted = engine.paint(
-        photo(128, 256),
-        square_mask(128, 256),
-        steps=1,
-        guidance_scale=30.0,
-        seed=1,
-        embeddings=embeddings,
-        on_step=ignore,
-    )
+    painted = engine.paint(window(128, 256, steps=1, embeddings=embeddings))
     assert painted.shape == (128, 256, 3)
 
 
@@ -203,15 +183,7 @@ def test_embeddings_that_cannot_be_read(engine: FluxFill, embeddings: bytes | No
 
 def test_a_window_the_model_cannot_take(engine: FluxFill, embeddings: bytes) -> None:
     with pytest.raises(InputError, match="100x256 px"):
-        engine.paint(
-            photo(256, 100),
-            square_mask(256, 100),
-            steps=1,
-            guidance_scale=1.0,
-            seed=0,
-            embeddings=embeddings,
-            on_step=ignore,
-        )
+        engine.paint(window(256, 100, embeddings=embeddings))
 
 
 def test_warming_up_runs_the_smallest_size_on_a_cpu(tiny: TinyWeights) -> None:
@@ -289,18 +261,18 @@ def test_weights_that_do_not_fit(
     tiny: TinyWeights, tmp_path: Path, damage: Callable[[TinyWeights, Path], Weights], reason: str
 ) -> None:
     with pytest.raises(CorruptWeights, match=reason):
-        FluxFill(BUILT_IN["tiny-Q4_0"], damage(tiny, tmp_path), 2).load()
+        FluxFill(BUILT_IN["tiny-Q4_0"], damage(tiny, tmp_path), VariantSettings()).load()
 
 
 def test_no_weights() -> None:
     with pytest.raises(VariantLoadFailed, match="needs weights"):
-        FluxFill(BUILT_IN["tiny-Q4_0"], None, 2)
+        FluxFill(BUILT_IN["tiny-Q4_0"], None, VariantSettings())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tiny: TinyWeights) -> None:
     with pytest.raises(VariantLoadFailed, match="wants a GPU"):
-        FluxFill(BUILT_IN["Q8_0"], Weights(tiny.transformer("x.gguf"), tiny.base), 2)
+        FluxFill(BUILT_IN["Q8_0"], Weights(tiny.transformer("x.gguf"), tiny.base), VariantSettings())
 
 
 def test_no_weight_moves_while_it_paints(engine: FluxFill, embeddings: bytes) -> None:

@@ -10,13 +10,16 @@ from serve_app.engine.classical import Telea
 from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Weights
 from serve_app.errors import VariantLoadFailed
+from serve_app.settings import VariantSettings
 from serve_app.variants import BUILT_IN, Family, Variant
 
 
 def test_every_family_has_its_engine(tiny: TinyWeights) -> None:
     assert set(families.FAMILIES) == set(get_args(Family))
     weights = Weights(tiny.transformer("flux1-fill-dev-Q4_0.gguf"), tiny.base)
-    made = {family: families.create("v", Variant(family=family), weights, 2) for family in families.FAMILIES}
+    made = {
+        family: families.create("v", Variant(family=family), weights, VariantSettings()) for family in families.FAMILIES
+    }
     assert {family: type(made_engine).__name__ for family, made_engine in made.items()} == {
         "flux-fill": "FluxFill",
         "telea": "Telea",
@@ -32,13 +35,13 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
     with pytest.raises(
         VariantLoadFailed, match=r"tiny-Q4_0.*needs the package diffusers.*flux-fill-serve\[diffusion\]"
     ):
-        families.create("tiny-Q4_0", BUILT_IN["tiny-Q4_0"], None, 2)
+        families.create("tiny-Q4_0", BUILT_IN["tiny-Q4_0"], None, VariantSettings())
 
 
 def test_telea_needs_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torch", "diffusers", "transformers", "gguf", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert isinstance(families.create("telea", BUILT_IN["telea"], None, 2), Telea)
+    assert isinstance(families.create("telea", BUILT_IN["telea"], None, VariantSettings()), Telea)
 
 
 def test_what_a_cpu_ingress_imports_brings_no_torch() -> None:

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.inpainter import Inpainter
 from deployments.readiness import VariantWatch
 from deployments.remote import RemotePainter
+from serve_app.engine import Window
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory
 from serve_app.images import Pixels
@@ -39,18 +40,18 @@ SETTINGS = Settings(
 class Faulty(Pause):
     """Runs out of memory for guidance scale 1, and loses its GPU for 2."""
 
-    def paint(self, window_pixels: Pixels, window_mask: Pixels, **given: Any) -> Pixels:
-        if given["guidance_scale"] == 1.0:
+    def paint(self, window: Window) -> Pixels:
+        if window.guidance_scale == 1.0:
             raise OutOfMemory("no memory left", device="cuda:0")
-        if given["guidance_scale"] == 2.0:
+        if window.guidance_scale == 2.0:
             raise GpuLost("an illegal memory access", device="cuda:0")
-        return super().paint(window_pixels, window_mask, **given)
+        return super().paint(window)
 
 
 class FaultyInpainter(Inpainter):
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings)
-        self._loading._value = Faulty(settings.variant(name), None, 1)
+        self._loading._value = Faulty(settings.variant(name), None, settings.variants[name])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from deployments import inpainter
 from deployments.inpainter import Inpainter, Usage
-from serve_app.engine import Engine
+from serve_app.engine import Engine, Window
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed, VariantNotReady
 from serve_app.jobs import Progress
@@ -54,12 +54,12 @@ class Scripted(Pause):
     """Does `script` in place of painting, and says that it runs on a GPU."""
 
     def __init__(self, script: Callable[[], None]) -> None:
-        super().__init__(settings().variant("v"), None, 1)
+        super().__init__(settings().variant("v"), None, settings().variants["v"])
         self._script = script
 
-    def paint(self, window_pixels: Any, *_: Any, **__: Any) -> Any:
+    def paint(self, window: Window) -> Any:
         self._script()
-        return window_pixels
+        return window.pixels
 
     def describe(self) -> Mapping[str, Any]:
         return {**super().describe(), "memory_used_bytes": 11_000_000_000}

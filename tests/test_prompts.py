@@ -17,7 +17,7 @@ from serve_app.errors import BlobNotFound, PaintError, ReplicaLost, StoreUnavail
 from serve_app.ports import BlobInfo
 from serve_app.variants import BUILT_IN, Variant
 
-from .engine_fixtures import flux_fill, photo, square_mask
+from .engine_fixtures import flux_fill, photo, window
 
 VARIANT = BUILT_IN["tiny-Q4_0"]
 
@@ -268,15 +268,7 @@ def test_different_prompts_differ(text_encoder: TextEncoder) -> None:
 def test_the_engine_takes_what_the_encoder_makes(tiny: TinyWeights, text_encoder: TextEncoder) -> None:
     engine = flux_fill(tiny)
     engine.load()
-    painted = engine.paint(
-        photo(),
-        square_mask(),
-        steps=1,
-        guidance_scale=30.0,
-        seed=1,
-        embeddings=text_encoder.encode("a wall", 64),
-        on_step=lambda step: None,
-    )
+    painted = engine.paint(window(steps=1, embeddings=text_encoder.encode("a wall", 64)))
     assert painted.shape == photo().shape
 
 

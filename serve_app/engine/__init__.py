@@ -4,9 +4,28 @@ Importing this package, `canvas`, `families`, `prompts` or `weights` imports no 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..images import Pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """One window to paint, and how."""
+
+    #: uint8 RGB, `[h, w, 3]`.
+    pixels: Pixels
+    #: uint8, `[h, w]`: painted where it is 128 or more.
+    mask: Pixels
+    steps: int
+    guidance_scale: float
+    seed: int
+    #: As in `ports.PaintRequest`.
+    embeddings: bytes | None
+    #: Gets the number of steps done, from 1 up to `steps` (fewer where the family knows no steps). What it raises ends
+    #: the painting within that step and passes through unchanged.
+    on_step: Callable[[int], None]
 
 
 class Engine(Protocol):
@@ -18,22 +37,10 @@ class Engine(Protocol):
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
         """Run once, briefly, at the sizes `(width, height)`, so that the first job pays for no compilation."""
 
-    def paint(
-        self,
-        window_pixels: Pixels,
-        window_mask: Pixels,
-        *,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        embeddings: bytes | None,
-        on_step: Callable[[int], None],
-    ) -> Pixels:
-        """The window `[h, w, 3]` painted where the mask `[h, w]` is 128 or more; pixels elsewhere may drift.
+    def paint(self, window: Window) -> Pixels:
+        """The window `[h, w, 3]` painted where its mask says so; pixels elsewhere may drift.
 
-        `on_step` gets the number of steps done, from 1 up to `steps` (fewer where the family knows no steps). What it
-        raises ends the painting within that step and passes through unchanged.
-        Raises OutOfMemory; GpuLost, after which the process is of no use; PaintError.
+        Raises OutOfMemory; GpuLost, after which the process is of no use; PaintError; what `on_step` raises.
         """
 
     def free_memory(self) -> None:

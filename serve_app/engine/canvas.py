@@ -17,7 +17,7 @@ from ..jobs import Progress
 from ..paste import paste_window
 from ..ports import OnProgress, Painted, PaintRequest
 from ..telemetry import logged_with, trace_id
-from . import Engine
+from . import Engine, Window
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +75,16 @@ def _paint_window(
     engine: Engine, request: PaintRequest, number: int, pixels: Pixels, mask: Pixels, on_step: Callable[[int], None]
 ) -> Pixels:
     return engine.paint(
-        pixels,
-        mask,
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        # The same noise in every window would show as a pattern.
-        seed=(request.seed + number) % _SEEDS,
-        embeddings=request.embeddings,
-        on_step=on_step,
+        Window(
+            pixels=pixels,
+            mask=mask,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            # The same noise in every window would show as a pattern.
+            seed=(request.seed + number) % _SEEDS,
+            embeddings=request.embeddings,
+            on_step=on_step,
+        )
     )
 
 

@@ -1,14 +1,16 @@
 """Inpainting by OpenCV: needs no weights, and takes thin things out of photos well enough to look at."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
 from ..images import Pixels
+from ..settings import VariantSettings
 from ..variants import Variant
+from . import Window
 from .weights import Weights
 
 #: A pixel is filled from known ones this near: 3 pixels up to windows of 512, 6 at 1024. Larger blurs, and takes long.
@@ -21,28 +23,18 @@ class Telea:
     It knows no steps, prompt, guidance or seed: it reports one step.
     """
 
-    def __init__(self, _variant: Variant, _weights: Weights | None, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, _variant: Variant, _weights: Weights | None, served: VariantSettings) -> None:
+        self._threads = served.threads
 
     def load(self) -> None:
         cv2.setNumThreads(self._threads)
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None: ...
 
-    def paint(
-        self,
-        window_pixels: Pixels,
-        window_mask: Pixels,
-        *,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        embeddings: bytes | None,
-        on_step: Callable[[int], None],
-    ) -> Pixels:
+    def paint(self, window: Window) -> Pixels:
         """Where the mask leaves no known pixel to go on from, the window becomes its own mean colour."""
-        painted = _inpaint(window_pixels, window_mask)
-        on_step(1)
+        painted = _inpaint(window.pixels, window.mask)
+        window.on_step(1)
         return painted
 
     def device_ms(self) -> None:

@@ -1,7 +1,6 @@
 """FLUX.1-Fill as an Engine: holds the pipeline on a device and runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -13,9 +12,11 @@ from safetensors import SafetensorError
 
 from ..errors import InputError, PaintError, VariantLoadFailed
 from ..images import Pixels
+from ..settings import VariantSettings
 from ..variants import Variant
-from . import pipeline
+from . import Window, pipeline
 from .device import BUILDING, Device
+from .modulation import Conditions, Modulation
 from .weights import Weights
 
 #: A window's sides are multiples of this: the VAE makes one of 8 pixels, and the transformer takes 2x2 of those.
@@ -32,31 +33,19 @@ def _versions() -> Mapping[str, str]:
 Prompt = Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    """What one run of the pipeline is given."""
-
-    pixels: Pixels
-    mask: Pixels
-    prompt: Prompt
-    steps: int
-    guidance_scale: float
-    seed: int
-    on_step: Callable[[int], None]
-
-
 class FluxFill:
-    """On a GPU where the variant wants one, otherwise on the CPU with `threads` threads."""
+    """On a GPU where the variant wants one, otherwise on the CPU with `served.threads` threads."""
 
-    def __init__(self, variant: Variant, weights: Weights | None, threads: int) -> None:
+    def __init__(self, variant: Variant, weights: Weights | None, served: VariantSettings) -> None:
         """Raises VariantLoadFailed where there are no weights, or no GPU for a variant that wants one."""
         if weights is None:
             raise VariantLoadFailed("a flux-fill variant needs weights, and was given none")
         self._device = Device(wants_gpu=variant.num_gpus > 0)
         self._weights = weights
-        self._threads = threads
+        self._threads, self._levers = served.threads, served.levers
         self._tokens = variant.max_prompt_tokens
         self._pipeline: Any = None
+        self._modulation: Modulation | None = None
 
     def load(self) -> None:
         """Also raises CorruptWeights where the files are not those of FLUX.1-Fill."""
@@ -64,52 +53,45 @@ class FluxFill:
         self._device.ms = 0.0
         with BUILDING, self._device.translated():
             self._pipeline = pipeline.build(self._weights, self._device)
+            if self._levers.adaln_once:
+                self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)
+            if self._levers.unpack:
+                self._pipeline.transformer.dequantize()
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
         """One step at each size on a GPU; at the smallest on a CPU, where no size is prepared for."""
         by_area = sorted(buckets, key=lambda size: size[0] * size[1])
         for width, height in by_area if self._device.is_gpu else by_area[:1]:
-            self._run(
-                _Run(
-                    pixels=np.zeros((height, width, 3), np.uint8),
-                    mask=np.full((height, width), 255, np.uint8),
-                    prompt=self._no_prompt(),
-                    steps=1,
-                    guidance_scale=1.0,
-                    seed=0,
-                    on_step=lambda step: None,
-                )
+            nothing = Window(
+                pixels=np.zeros((height, width, 3), np.uint8),
+                mask=np.full((height, width), 255, np.uint8),
+                steps=1,
+                guidance_scale=1.0,
+                seed=0,
+                embeddings=None,
+                on_step=lambda step: None,
             )
+            self._run([nothing], self._no_prompt())
         self._device.ms = 0.0
 
-    def paint(
-        self,
-        window_pixels: Pixels,
-        window_mask: Pixels,
-        *,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        embeddings: bytes | None,
-        on_step: Callable[[int], None],
-    ) -> Pixels:
-        """Also raises InputError for a window whose sides are no multiples of 16: the pipeline would resize it."""
-        height, width = window_mask.shape
+    def paint(self, window: Window) -> Pixels:
+        """As `paint_together` of one."""
+        (painted,) = self.paint_together([window])
+        return painted
+
+    def paint_together(self, windows: Sequence[Window]) -> list[Pixels]:
+        """Windows of one size, steps and guidance scale, painted in one batch; prompts and seeds may differ.
+
+        What any window's `on_step` raises ends the painting of all. Also raises InputError for a window whose sides are
+        no multiples of 16: the pipeline would resize it.
+        """
+        height, width = windows[0].mask.shape
         if height % _MULTIPLE_PX or width % _MULTIPLE_PX:
             raise InputError(f"a window of {width}x{height} px: both must be multiples of {_MULTIPLE_PX}")
         with self._device.translated():
-            prompt = self._prompt(embeddings)
-        return self._run(
-            _Run(
-                pixels=window_pixels,
-                mask=window_mask,
-                prompt=prompt,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                on_step=on_step,
-            )
-        )
+            prompts = [self._prompt(window.embeddings) for window in windows]
+            prompt = {name: torch.cat([one[name] for one in prompts]) for name in prompts[0]}
+        return self._run(windows, prompt)
 
     def device_ms(self) -> float | None:
         return self._device.ms if self._device.is_gpu else None
@@ -121,35 +103,59 @@ class FluxFill:
         self._device.free_memory()
 
     def close(self) -> None:
-        self._pipeline = None
+        self._pipeline = self._modulation = None
         self.free_memory()
 
-    def _run(self, run: _Run) -> Pixels:
+    def _run(self, windows: Sequence[Window], prompt: Prompt) -> list[Pixels]:
         if self._pipeline is None:
             raise PaintError("the engine is not loaded")
+        (height, width), steps = windows[0].mask.shape, windows[0].steps
+        # Drawn on the CPU, noise is the same whatever the device.
+        generators = [torch.Generator("cpu").manual_seed(window.seed) for window in windows]
         with self._device.translated(), self._device.timed(), torch.inference_mode():
+            if self._modulation is not None:
+                self._modulation.begin(self._conditions(windows, prompt))
             painted = self._pipeline(
-                image=run.pixels.astype(np.float32) / 255,
-                mask_image=(run.mask >= 128).astype(np.float32),
-                height=run.mask.shape[0],
-                width=run.mask.shape[1],
-                num_inference_steps=run.steps,
-                guidance_scale=run.guidance_scale,
-                # Drawn on the CPU, noise is the same whatever the device.
-                generator=torch.Generator("cpu").manual_seed(run.seed),
-                callback_on_step_end=self._step_hook(run.on_step),
+                image=np.stack([window.pixels for window in windows]).astype(np.float32) / 255,
+                mask_image=np.stack([window.mask >= 128 for window in windows]).astype(np.float32),
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=windows[0].guidance_scale,
+                generator=generators,
+                latents=self._noise(generators, height, width) if self._levers.one_encode else None,
+                callback_on_step_end=self._step_hook([window.on_step for window in windows]),
                 output_type="np",
-                **run.prompt,
-            ).images[0]
-        return np.asarray(np.rint(painted * 255), np.uint8)
+                **prompt,
+            ).images
+        return list(np.asarray(np.rint(painted * 255), np.uint8))
 
-    def _step_hook(self, on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    def _conditions(self, windows: Sequence[Window], prompt: Prompt) -> list[Conditions]:
+        height, width = windows[0].mask.shape
+        timesteps = pipeline.timesteps(self._pipeline, width, height, windows[0].steps)
+        pooled = torch.split(prompt["pooled_prompt_embeds"], 1)
+        return [Conditions(timesteps, w.guidance_scale, one) for w, one in zip(windows, pooled, strict=True)]
+
+    def _noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
+        """What the pipeline would start from, without encoding the photo: at full strength it starts from noise alone,
+        and of the photo nothing remains but that its encoding drew from the generator, too."""
+        shape = (1, self._pipeline.vae.config.latent_channels, height // 8, width // 8)
+
+        def drawn(generator: torch.Generator) -> torch.Tensor:
+            torch.randn(shape, generator=generator, dtype=self._device.dtype)
+            return torch.randn(shape, generator=generator, dtype=self._device.dtype)
+
+        noise = torch.cat([drawn(generator) for generator in generators])
+        return pipeline.packed(self._pipeline, noise).to(self._device.torch)
+
+    def _step_hook(self, hooks: Sequence[Callable[[int], None]]) -> Callable[..., dict[str, Any]]:
         """The pipeline's callback. Raising in it ends the run at once; the pipeline's own flag would still decode."""
 
         def hook(_pipeline: Any, index: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
             # Kernels run behind the code that launches them: wait, so that a step reported is a step done.
             self._device.synchronize()
-            on_step(index + 1)
+            for on_step in hooks:
+                on_step(index + 1)
             return {}
 
         return hook

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from ..errors import VariantLoadFailed
+from ..settings import VariantSettings
 from ..variants import Family, Variant
 from . import Engine
 from .weights import Weights
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     # The type checker's proof of what `create` only says.
     _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
 
-#: Family -> module in this package and class; the class takes (variant, weights, threads).
+#: Family -> module in this package and class; the class takes (variant, weights, served).
 FAMILIES: Mapping[Family, str] = {
     "flux-fill": "diffusion:FluxFill",
     "telea": "classical:Telea",
@@ -28,7 +29,7 @@ FAMILIES: Mapping[Family, str] = {
 _EXTRAS: Mapping[Family, str] = {"flux-fill": "diffusion"}
 
 
-def create(name: str, variant: Variant, weights: Weights | None, threads: int) -> Engine:
+def create(name: str, variant: Variant, weights: Weights | None, served: VariantSettings) -> Engine:
     """The engine of the variant called `name`, not loaded yet. `weights` as `weights.fetch` gave them.
 
     Raises VariantLoadFailed, which names the pip extra, where the family's packages are not installed.
@@ -41,4 +42,4 @@ def create(name: str, variant: Variant, weights: Weights | None, threads: int) -
         hint = f": pip install 'flux-fill-serve[{extra}]'" if extra else ""
         message = f"variant {name}: the family {variant.family} needs the package {e.name}{hint}"
         raise VariantLoadFailed(message, variant=name, extra=extra) from e
-    return cast(Engine, engine(variant, weights, threads))
+    return cast(Engine, engine(variant, weights, served))

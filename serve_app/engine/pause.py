@@ -1,11 +1,13 @@
 """Sleeps in place of painting: it stands in for a GPU that works while the CPU is free, in load tests."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..images import Pixels
+from ..settings import VariantSettings
 from ..variants import Variant
+from . import Window
 from .weights import Weights
 
 _GREY = 127
@@ -15,32 +17,22 @@ class Pause:
     """An Engine that takes `variant.pause_s` seconds for each window and paints it grey. A deaf one reports no step, so
     that it cannot be stopped either."""
 
-    def __init__(self, variant: Variant, _weights: Weights | None, _threads: int) -> None:
+    def __init__(self, variant: Variant, _weights: Weights | None, _served: VariantSettings) -> None:
         self._pause_s, self._deaf = variant.pause_s, variant.deaf
 
     def load(self) -> None: ...
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None: ...
 
-    def paint(
-        self,
-        window_pixels: Pixels,
-        window_mask: Pixels,
-        *,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        embeddings: bytes | None,
-        on_step: Callable[[int], None],
-    ) -> Pixels:
+    def paint(self, window: Window) -> Pixels:
         started_s = time.monotonic()
-        for step in range(1, steps + 1):
+        for step in range(1, window.steps + 1):
             # To the step's due time, not for a step's length: every sleep lasts a little too long.
-            time.sleep(max(0.0, started_s + self._pause_s * step / steps - time.monotonic()))
+            time.sleep(max(0.0, started_s + self._pause_s * step / window.steps - time.monotonic()))
             if not self._deaf:
-                on_step(step)
-        painted = window_pixels.copy()
-        painted[window_mask >= 128] = _GREY
+                window.on_step(step)
+        painted = window.pixels.copy()
+        painted[window.mask >= 128] = _GREY
         return painted
 
     def device_ms(self) -> None:

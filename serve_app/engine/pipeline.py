@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -9,6 +11,7 @@ from diffusers import (
     FluxTransformer2DModel,
     GGUFQuantizationConfig,
 )
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift, retrieve_timesteps
 
 from ..errors import CorruptWeights
 from . import gguf_file
@@ -37,6 +40,27 @@ def build(weights: Weights, device: Device) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device.torch)
+
+
+def timesteps(pipeline: Any, width: int, height: int, steps: int) -> torch.Tensor:
+    """Those of a run of the pipeline, `[steps]`, from a scheduler of their own. Source: FluxFillPipeline.__call__."""
+    config = pipeline.scheduler.config
+    shift = calculate_shift(
+        (width // 16) * (height // 16),
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
+    scheduler = type(pipeline.scheduler).from_config(config)
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    found, _ = retrieve_timesteps(scheduler, steps, pipeline.device, sigmas=sigmas, mu=shift)
+    return torch.as_tensor(found)
+
+
+def packed(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `[batch, channels, h, w]` as the transformer's tokens `[batch, h/2 * w/2, 4 * channels]`."""
+    return torch.as_tensor(pipeline._pack_latents(latents, *latents.shape))
 
 
 def _transformer(weights: Weights, device: Device) -> Any:

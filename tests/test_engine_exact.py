@@ -1,0 +1,200 @@
+"""The exact levers change no bit: each is compared with diffusers' own pipeline, in one process, on the CPU."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from serve_app.engine import Window, pipeline
+from serve_app.engine.device import Device
+from serve_app.engine.diffusion import FluxFill
+from serve_app.engine.modulation import Conditions, Modulation
+from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.weights import Weights
+from serve_app.images import Pixels
+
+from .engine_fixtures import SIDE, flux_fill, window
+
+QUANTS = ("Q4_0", "Q5_K_S", "Q8_0")
+
+
+def plain(tiny: TinyWeights, quant: str) -> Callable[[Window], Pixels]:
+    """diffusers' pipeline on the same files, called as its documentation does."""
+    weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
+    pipe = pipeline.build(weights, Device(wants_gpu=False))
+
+    def paint(given: Window) -> Pixels:
+        import safetensors.torch
+
+        height, width = given.mask.shape
+        painted = pipe(
+            image=given.pixels.astype(np.float32) / 255,
+            mask_image=(given.mask >= 128).astype(np.float32),
+            height=height,
+            width=width,
+            num_inference_steps=given.steps,
+            guidance_scale=given.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(given.seed),
+            output_type="np",
+            **safetensors.torch.load(given.embeddings or b""),
+        ).images[0]
+        return np.asarray(np.rint(painted * 255), np.uint8)
+
+    return paint
+
+
+@pytest.fixture(scope="module", params=QUANTS)
+def quant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: TinyWeights, quant: str) -> Iterator[Callable[[Window], Pixels]]:
+    torch.set_num_threads(2)
+    yield plain(tiny, quant)
+
+
+LEVERS: dict[str, dict[str, bool]] = {
+    "none": {"adaln_once": False, "one_encode": False},
+    "adaln_once": {"one_encode": False},
+    "one_encode": {"adaln_once": False},
+    "unpack": {"adaln_once": False, "one_encode": False, "unpack": True},
+    "the default": {},
+    "all": {"unpack": True},
+}
+
+
+@pytest.mark.parametrize("levers", LEVERS)
+def test_every_exact_lever_paints_the_plain_pipelines_bits(
+    tiny: TinyWeights, quant: str, expected: Callable[[Window], Pixels], embeddings: bytes, levers: str
+) -> None:
+    engine = flux_fill(tiny, quant, **LEVERS[levers])
+    engine.load()
+    for given in (
+        window(embeddings=embeddings, steps=3, seed=11),
+        # Another schedule, guidance scale, size and seed, and then the first again, from what was kept.
+        window(96, 160, embeddings=embeddings, steps=2, seed=5, guidance_scale=3.5),
+        window(embeddings=embeddings, steps=3, seed=11),
+    ):
+        assert np.array_equal(engine.paint(given), expected(given))
+
+
+def test_the_vae_encodes_once_and_the_plain_pipeline_twice(tiny: TinyWeights, embeddings: bytes) -> None:
+    counted = {}
+    for one_encode in (True, False):
+        engine = flux_fill(tiny, one_encode=one_encode)
+        engine.load()
+        vae = engine._pipeline.vae
+        calls = 0
+        encode = vae.encode
+
+        def counting(*given: Any, encode: Callable[..., Any] = encode, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return encode(*given, **named)
+
+        vae.encode = counting
+        engine.paint(window(embeddings=embeddings))
+        counted[one_encode] = calls
+    assert counted == {True: 1, False: 2}
+
+
+def wide() -> FluxTransformer2DModel:
+    """One block of each kind at FLUX.1's own width, where batched rows do differ."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=384, out_channels=64, num_layers=1, num_single_layers=1, guidance_embeds=True
+    )
+    return model.to(torch.bfloat16).eval()
+
+
+@pytest.mark.slow
+def test_at_flux_own_width_the_rows_are_the_plain_models_in_every_step() -> None:
+    model, dtype = wide(), torch.bfloat16
+    pooled, side = torch.randn(1, 768, dtype=dtype), SIDE // 16
+    shared = {
+        "hidden_states": torch.randn(1, side * side, 384, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 16, 4096, dtype=dtype),
+        "pooled_projections": pooled,
+        "img_ids": torch.zeros(side * side, 3, dtype=dtype),
+        "txt_ids": torch.zeros(16, 3, dtype=dtype),
+        "guidance": torch.full([1], 30.0),
+        "return_dict": False,
+    }
+    timesteps = torch.linspace(1000, 300, 4)
+
+    def steps() -> list[torch.Tensor]:
+        return [model(timestep=t.expand(1).to(dtype) / 1000, **shared)[0] for t in timesteps]
+
+    with torch.inference_mode():
+        linears = [m.linear for m in model.modules() if type(m).__name__.startswith("AdaLayerNorm")]
+        silenced = torch.nn.functional.silu(torch.randn(4, 3072, dtype=dtype))
+        together = linears[0](silenced)
+        assert not torch.equal(together, torch.cat([linears[0](row) for row in silenced.split(1)])), (
+            "batched rows would be bit-equal here: this test shows nothing"
+        )
+        before = steps()
+        modulation = Modulation(model, dtype)
+        modulation.begin([Conditions(timesteps, 30.0, pooled)])
+        assert all(torch.equal(one, other) for one, other in zip(steps(), before, strict=True))
+
+
+def test_the_modulations_weights_leave_the_model_and_are_unpacked_once(tiny: TinyWeights, embeddings: bytes) -> None:
+    engine = flux_fill(tiny)
+    engine.load()
+    names = [name for name, _ in engine._pipeline.transformer.named_parameters()]
+    assert names and not [name for name in names if "norm" in name and ".linear." in name]
+    modulation = engine._modulation
+    assert modulation is not None and modulation.host_bytes > 0
+    places = [linear.weight.data_ptr() for linear in modulation._linears]
+    engine.paint(window(embeddings=embeddings))
+    engine.paint(window(embeddings=embeddings, guidance_scale=2.0))
+    assert [linear.weight.data_ptr() for linear in modulation._linears] == places
+
+
+def test_rows_are_computed_once_for_each_schedule_guidance_and_prompt(
+    tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[float] = []
+    real = Modulation._computed
+
+    def counting(self: Modulation, job: Conditions) -> Any:
+        computed.append(job.guidance_scale)
+        return real(self, job)
+
+    monkeypatch.setattr(Modulation, "_computed", counting)
+    engine = flux_fill(tiny)
+    engine.load()
+    for guidance_scale in (30.0, 30.0, 2.0, 30.0):
+        engine.paint(window(embeddings=embeddings, guidance_scale=guidance_scale))
+    assert computed == [30.0, 2.0]
+
+
+def test_what_is_kept_on_the_device_is_bounded(
+    tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.engine.modulation._MAX_BYTES", 1)
+    engine = flux_fill(tiny)
+    engine.load()
+    for guidance_scale in (30.0, 2.0):
+        engine.paint(window(embeddings=embeddings, guidance_scale=guidance_scale))
+    assert engine._modulation is not None
+    assert [key[1] for key in engine._modulation._kept] == [2.0]
+
+
+def test_windows_painted_together_are_nearly_those_painted_alone(tiny: TinyWeights, embeddings: bytes) -> None:
+    """Nearly: a batch is computed by other kernels."""
+    import safetensors.torch
+
+    engine: FluxFill = flux_fill(tiny)
+    engine.load()
+    other = safetensors.torch.save({name: -tensor for name, tensor in safetensors.torch.load(embeddings).items()})
+    one, two = window(embeddings=embeddings, seed=1), window(embeddings=other, seed=2)
+    together = engine.paint_together([one, two])
+    alone = [engine.paint(one), engine.paint(two)]
+    for painted, expected in zip(together, alone, strict=True):
+        assert np.abs(painted.astype(int) - expected).max() <= 2
+    assert np.abs(alone[0].astype(int) - alone[1]).mean() > 5
