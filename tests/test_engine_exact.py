@@ -9,14 +9,19 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from serve_app.engine import Window, pipeline
+from serve_app.engine.canvas import paint_canvas
 from serve_app.engine.device import Device
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.modulation import Conditions, Modulation
 from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Weights
 from serve_app.images import Pixels
+from serve_app.messages import CropStrategy
+from serve_app.paste import cut
+from serve_app.settings import WindowSettings
+from serve_app.windows import plan
 
-from .engine_fixtures import SIDE, flux_fill, window
+from .engine_fixtures import SIDE, flux_fill, photo, request, window
 
 QUANTS = ("Q4_0", "Q5_K_S", "Q8_0")
 
@@ -198,3 +203,24 @@ def test_windows_painted_together_are_nearly_those_painted_alone(tiny: TinyWeigh
     for painted, expected in zip(together, alone, strict=True):
         assert np.abs(painted.astype(int) - expected).max() <= 2
     assert np.abs(alone[0].astype(int) - alone[1]).mean() > 5
+
+
+@pytest.mark.parametrize("unpack", [False, True])
+def test_a_window_forced_to_the_whole_frame_paints_the_plain_pipelines_bits(
+    tiny: TinyWeights, quant: str, expected: Callable[[Window], Pixels], embeddings: bytes, unpack: bool
+) -> None:
+    """From the plan to the canvas that comes back, as a job goes, with `crop_strategy: resize`."""
+    frame, mask = photo(256, 256), np.zeros((256, 256), np.uint8)
+    mask[20:230, 100:110] = 255
+    settings = WindowSettings()
+    planned = plan(mask, CropStrategy.RESIZE, settings)
+    assert planned is not None
+    canvas, canvas_mask = cut(frame, mask, planned, settings.feather_px)
+    engine = flux_fill(tiny, quant, unpack=unpack)
+    engine.load()
+    asked = request(canvas=canvas, mask=canvas_mask, windows=planned.windows, embeddings=embeddings, seed=3)
+    painted = paint_canvas(engine, asked, lambda progress: None).canvas
+    whole = expected(window(256, 256, pixels=frame, mask=canvas_mask, embeddings=embeddings, seed=3))
+    is_painted = canvas_mask > 0
+    assert np.array_equal(painted[is_painted], whole[is_painted])
+    assert np.array_equal(painted[~is_painted], frame[~is_painted])
