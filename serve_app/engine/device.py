@@ -20,14 +20,17 @@ BUILDING = threading.Lock()
 class Device:
     """A GPU where one is wanted, else the CPU."""
 
-    def __init__(self, *, wants_gpu: bool) -> None:
-        """Raises VariantLoadFailed where a GPU is wanted and torch sees none."""
+    def __init__(self, *, wants_gpu: bool, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is what it computes in; None takes `quant.compute_dtype`.
+
+        Raises VariantLoadFailed where a GPU is wanted and torch sees none.
+        """
         if wants_gpu and not torch.cuda.is_available():
             raise VariantLoadFailed("the variant wants a GPU, and torch sees none")
         self.is_gpu = wants_gpu
         self.torch = torch.device("cuda" if wants_gpu else "cpu")
         self.capability = torch.cuda.get_device_capability() if wants_gpu else None
-        self.dtype: torch.dtype = getattr(torch, quant.compute_dtype(self.capability))
+        self.dtype: torch.dtype = dtype or getattr(torch, quant.compute_dtype(self.capability))
         self.ms = 0.0
 
     def describe(self) -> Mapping[str, Any]:

@@ -36,11 +36,16 @@ Prompt = Mapping[str, torch.Tensor]
 class FluxFill:
     """On a GPU where the variant wants one, otherwise on the CPU with `served.threads` threads."""
 
-    def __init__(self, variant: Variant, weights: Weights | None, served: VariantSettings) -> None:
-        """Raises VariantLoadFailed where there are no weights, or no GPU for a variant that wants one."""
+    def __init__(
+        self, variant: Variant, weights: Weights | None, served: VariantSettings, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype` as in `Device`: the benchmark computes in bfloat16 on a CPU, too.
+
+        Raises VariantLoadFailed where there are no weights, or no GPU for a variant that wants one.
+        """
         if weights is None:
             raise VariantLoadFailed("a flux-fill variant needs weights, and was given none")
-        self._device = Device(wants_gpu=variant.num_gpus > 0)
+        self._device = Device(wants_gpu=variant.num_gpus > 0, dtype=dtype)
         self._weights = weights
         self._threads, self._levers = served.threads, served.levers
         self._tokens = variant.max_prompt_tokens
