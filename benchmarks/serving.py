@@ -15,12 +15,9 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,8 @@ from serve_app.images import Pixels
 from serve_app.jobs import Job, State
 from serve_app.messages import EditMessage
 from serve_app.settings import Settings
+
+from .context import machine
 
 out = Console()
 
@@ -176,17 +175,13 @@ def main() -> None:
 
 def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]:
     """What a reader of the figures needs beside them. `outside_engine_ms` is of the 12-megapixel photos."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     stages = results["busy_share"]["stages_ms"]
     return {
         "outside_engine_ms": round(sum(stages.values()), 1),
         "stages_ms": {key: {s: round(ms, 1) for s, ms in r["stages_ms"].items()} for key, r in results.items()},
         "asleep_share": {key: round(r["asleep_share"], 4) for key, r in results.items()},
         "sessions": sessions,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), "ray": version("ray"), "pillow": version("pillow")},
-        "commit": commit.stdout.strip(),
+        **machine(("ray", "pillow")),
     }
 
 

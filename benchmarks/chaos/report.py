@@ -1,16 +1,13 @@
 """The figures of a run: shown, and whether they are as they must be."""
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..context import machine
 from . import app
 
 PACKAGES = ("ray", "google-cloud-pubsub", "SQLAlchemy", "psycopg", "obstore", "moto")
@@ -32,13 +29,9 @@ def show(figures: Mapping[str, Any]) -> None:
 
 def context() -> dict[str, Any]:
     """What a reader of the figures needs beside them."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "replicas": {app.INPAINTER: app.INPAINTERS, app.INGRESS: app.INGRESSES},
         "lease_s": app.LEASE_S,
         "max_attempts": app.MAX_ATTEMPTS,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit.stdout.strip(),
+        **machine(PACKAGES),
     }
