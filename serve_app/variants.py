@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Family = Literal["flux-fill", "telea", "pause"]
+#: `w8a8`: weights and activations int8. `fp8`: both float8 (e4m3).
+Repacking = Literal["w8a8", "fp8"]
 
 
 class Variant(BaseModel):
@@ -23,6 +25,8 @@ class Variant(BaseModel):
     #: Repository or local folder with VAE, scheduler, text encoders and the transformer's config.
     base: str | None = None
     base_revision: str | None = None
+    #: What the transformer's blocks are repacked to at load, approximately; None computes with what `file` holds.
+    repack: Repacking | None = None
     #: Tokens a prompt is padded to for T5.
     max_prompt_tokens: int = Field(512, ge=1, le=512)
     #: Whole GPUs a replica takes. 0 runs on the CPU.
@@ -51,20 +55,25 @@ _GGUF_REPO = "YarvixPA/FLUX.1-Fill-dev-GGUF"
 _BASE = "black-forest-labs/FLUX.1-Fill-dev"
 
 
-def _gguf(quant: str, memory_gib: float) -> Variant:
+def _gguf(quant: str, memory_gib: float, repack: Repacking | None = None) -> Variant:
     return Variant(
         family="flux-fill",
         repo=_GGUF_REPO,
         file=f"flux1-fill-dev-{quant}.gguf",
         base=_BASE,
+        repack=repack,
         num_gpus=1,
         memory_gib=memory_gib,
     )
 
 
-def _tiny(quant: str) -> Variant:
+def _tiny(quant: str, repack: Repacking | None = None) -> Variant:
     return Variant(
-        family="flux-fill", file=f"{TINY}flux1-fill-dev-{quant}.gguf", base=f"{TINY}base", max_prompt_tokens=64
+        family="flux-fill",
+        file=f"{TINY}flux1-fill-dev-{quant}.gguf",
+        base=f"{TINY}base",
+        repack=repack,
+        max_prompt_tokens=64,
     )
 
 
@@ -73,8 +82,11 @@ BUILT_IN: dict[str, Variant] = {
     "Q4_0": _gguf("Q4_0", 11.0),
     "Q5_K_S": _gguf("Q5_K_S", 12.5),
     "Q8_0": _gguf("Q8_0", 16.9),
+    "Q8_0-w8a8": _gguf("Q8_0", 16.4, "w8a8"),
+    "Q8_0-fp8": _gguf("Q8_0", 16.4, "fp8"),
     "tiny-Q4_0": _tiny("Q4_0"),
     "tiny-Q5_K_S": _tiny("Q5_K_S"),
     "tiny-Q8_0": _tiny("Q8_0"),
+    "tiny-Q8_0-w8a8": _tiny("Q8_0", "w8a8"),
     "telea": Variant(family="telea"),
 }
