@@ -73,7 +73,7 @@ def _write(folder: Path) -> None:
     transformer.save_config(folder / "base" / "transformer")
     _scheduler().save_pretrained(folder / "base" / "scheduler")
     tensors = {name: tensor.float().numpy() for name, tensor in transformer.state_dict().items()}
-    for quant, pack in _packers().items():
+    for quant, pack in packers().items():
         _write_gguf(folder / f"flux1-fill-dev-{quant}.gguf", tensors, *pack)
 
 
@@ -156,7 +156,8 @@ Array = npt.NDArray[Any]
 Packer = tuple[Any, Callable[[Array], Array]]
 
 
-def _packers() -> Mapping[str, Packer]:
+def packers() -> Mapping[str, Packer]:
+    """By the name that published files carry."""
     from gguf import GGMLQuantizationType, quants
 
     def by_gguf(kind: Any) -> Packer:
