@@ -13,6 +13,7 @@ from ray import serve
 
 from serve_app.engine import Engine, families, weights
 from serve_app.engine.canvas import Seat, painting
+from serve_app.engine.cold_start import timed
 from serve_app.errors import GpuLost
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
@@ -29,9 +30,11 @@ def open_engine(name: str, settings: Settings) -> Engine:
     """The loaded and warmed engine of a served variant. Raises WeightsError, and what torch raises."""
     variant = settings.variant(name)
     files = asyncio.run(weights.fetch(variant, sources(settings))) if variant.file else None
-    engine = families.create(name, variant, files, settings.variants[name])
+    with timed("import"):
+        engine = families.create(name, variant, files, settings.variants[name])
     engine.load()
-    engine.warm_up(settings.windows.buckets)
+    with timed("warm_up"):
+        engine.warm_up(settings.windows.buckets)
     return engine
 
 
@@ -126,7 +129,7 @@ class Inpainter:
         replica = serve.get_replica_context().replica_id.unique_id
         device = await asyncio.to_thread(engine.describe)
         where = {"replica": replica, "node": socket.gethostname(), "pid": os.getpid()}
-        return {**device, **where, "usage": self._usage.as_dict()}
+        return {**device, **where, "usage": self._usage.as_dict(), "cold_start": self._loading.parts}
 
     async def __del__(self) -> None:
         await self._loading.close()

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from serve_app import adapters
+from serve_app.engine import cold_start
 from serve_app.engine.origins import Mirror
 from serve_app.engine.weights import Sources
 from serve_app.errors import FluxFillError, GpuLost, VariantLoadFailed, VariantNotReady
@@ -45,6 +46,8 @@ class Loading(Generic[T]):
         self._value: T | None = None
         #: Why it cannot be used; empty where it can.
         self.error = ""
+        #: What the last load took, part by part: see `cold_start.as_dict`.
+        self.parts: dict[str, dict[str, float]] = {}
         self._lost_gpu = ""
         self._closed = False
         #: Of `_value` and `_closed`: a load may end while `close` runs.
@@ -87,7 +90,8 @@ class Loading(Generic[T]):
 
     def _try(self) -> bool:
         try:
-            value = self._load()
+            with cold_start.recorded() as parts:
+                value = self._load()
         except Exception as e:
             # Whatever it was, its reason must be readable in /ready, and the other variants must go on.
             self._fail(e)
@@ -96,9 +100,15 @@ class Loading(Generic[T]):
             extra = {"action": "load_failed", "what": self._what, "code": code}
             log.exception("%s did not load: %s", self._what, self.error, extra=extra)
             return False
-        log.info("Loaded %s", self._what, extra={"action": "loaded"})
+        self._report(parts)
         self._keep(value)
         return True
+
+    def _report(self, parts: cold_start.Parts) -> None:
+        self.parts = cold_start.as_dict(parts)
+        for name, part in parts.items():
+            self._metrics.observe("fluxfill_load_seconds", part.seconds, what=self._what, part=name)
+        log.info("Loaded %s", self._what, extra={"action": "loaded", "what": self._what, "parts": self.parts})
 
     def _fail(self, error: Exception) -> None:
         # In words: the error itself would keep alive what was loaded when it was raised.

@@ -91,6 +91,7 @@ METRICS: Mapping[str, Metric] = {
     "fluxfill_pushes_refused_total": Metric("counter", "pushes that were refused, by error code", ("code",)),
     "fluxfill_variant_ready": Metric("gauge", "1 while a variant can serve", ("variant",)),
     "fluxfill_load_failures_total": Metric("counter", "loads that failed", ("what", "code")),
+    "fluxfill_load_seconds": Metric("histogram", "seconds a part of a load took", ("what", "part"), _SECONDS),
     "fluxfill_gpu_memory_bytes": Metric("gauge", "memory used on a replica's device", ("variant",)),
     "fluxfill_steps_per_second": Metric(
         "histogram", "denoising steps a second", ("variant",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)

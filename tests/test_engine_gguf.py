@@ -1,14 +1,24 @@
+import math
 import struct
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+from diffusers.models.model_loading_utils import load_gguf_checkpoint
 from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
+from torch.profiler import ProfilerActivity, profile
 
-from serve_app.engine import gguf_file
+from serve_app.engine import gguf_file, gguf_tensors, pipeline
+from serve_app.engine.device import Device
 from serve_app.engine.quant import PACKINGS, compute_dtype
 from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.weights import Weights
 from serve_app.errors import CorruptWeights
 
 
@@ -24,6 +34,9 @@ def file(tmp_path: Path) -> Path:
     writer.add_tensor("vector", np.arange(8, dtype=np.float32))
     matrix = gguf.quants.quantize(np.ones((4, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("matrix", matrix, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("halves", np.arange(6, dtype=np.float16).reshape(2, 3))
+    brain = gguf.quants.quantize(np.ones((3, 5), np.float32), gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor("brain", brain, raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -33,9 +46,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_it_finds_what_the_gguf_package_finds(tiny: TinyWeights) -> None:
     path = tiny.transformer("flux1-fill-dev-Q5_K_S.gguf")
-    found = [(t.name, t.packing, t.offset, t.size) for t in gguf_file.check(path)]
+    found = [(t.name, t.packing, t.shape[::-1], t.offset, t.size) for t in gguf_file.check(path)]
     theirs = gguf.GGUFReader(path).tensors
-    assert found == [(t.name, t.tensor_type.name, t.data_offset, t.n_bytes) for t in theirs]
+    assert found == [(t.name, t.tensor_type.name, tuple(t.shape), t.data_offset, t.n_bytes) for t in theirs]
 
 
 def test_every_shorter_file_is_refused(file: Path, tmp_path: Path) -> None:
@@ -60,6 +73,9 @@ def test_every_shorter_file_is_refused(file: Path, tmp_path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 1, 1, 1, b"k", 9, 4, 2**60), "more bytes"),
         (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 1, 1, b"k", 77), "unknown type 77"),
         (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), "tensor t has 9 dimensions"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 1, 0, 1, b"t", 0, 0, 0), "tensor t has 0 dimensions"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0), "tensor t is empty"),
+        (b"GGUF" + struct.pack("<IQQ" + "Q1sIQIQ" * 2, 3, 2, 0, *(1, b"t", 1, 8, 0, 0) * 2), "several .* called t"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 256, 16, 0), "has type 16"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 100, 13, 0), "no multiple of 256"),
         (b"GGUF" + struct.pack("<IQQQ1s", 3, 1, 0, 1, b"\xff"), "utf-8"),
@@ -88,3 +104,72 @@ def test_packings_are_those_of_gguf_and_all_that_diffusers_unpacks() -> None:
 )
 def test_compute_dtype(capability: tuple[int, int] | None, dtype: str) -> None:
     assert compute_dtype(capability) == dtype
+
+
+# -- its tensors
+
+
+def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """Names, types, packings, shapes and every byte."""
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        found = ours[name]
+        assert type(found) is type(expected), name
+        assert getattr(found, "quant_type", None) == getattr(expected, "quant_type", None), name
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+        assert torch.equal(found.data.view(torch.uint8), expected.data.view(torch.uint8)), name
+
+
+def test_tensors_are_those_that_diffusers_reads(file: Path) -> None:
+    theirs = load_gguf_checkpoint(str(file))
+    plain = {name: theirs[name].to(torch.bfloat16) for name in ("vector", "halves")}
+    assert_same(gguf_tensors.read(file, torch.device("cpu"), torch.bfloat16), {**theirs, **plain})
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q5_K_S", "Q8_0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_transformer_is_the_one_that_diffusers_loads(tiny: TinyWeights, quant: str, dtype: torch.dtype) -> None:
+    weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
+    ours = pipeline.build(weights, Device(wants_gpu=False, dtype=dtype)).transformer
+    theirs = FluxTransformer2DModel.from_single_file(
+        str(weights.transformer),
+        config=str(tiny.base),
+        subfolder="transformer",
+        quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+        torch_dtype=dtype,
+        local_files_only=True,
+    )
+    assert_same(ours.state_dict(keep_vars=True), theirs.state_dict(keep_vars=True))
+
+
+def peak_bytes(recorded: profile) -> int:
+    """The most that torch held at once in host memory."""
+    assert recorded.profiler is not None
+    results: Any = recorded.profiler.kineto_results
+    return max(accumulate(int(event.nbytes()) for event in results.events() if event.name() == "[memory]"))
+
+
+def test_host_memory_holds_the_file_once(tiny: TinyWeights) -> None:
+    weights = Weights(tiny.transformer("flux1-fill-dev-Q8_0.gguf"), tiny.base)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        pipeline._transformer(weights, Device(wants_gpu=False, dtype=torch.bfloat16))
+    # An empty layer is made in float32, one at a time.
+    layer = max(math.prod(tensor.shape) * 4 for tensor in gguf_file.check(weights.transformer))
+    assert peak_bytes(recorded) <= weights.transformer.stat().st_size + layer
+
+
+def test_host_memory_holds_one_tensor_where_another_device_takes_them(tiny: TinyWeights) -> None:
+    """The meta device stands for a GPU: what it takes is gone from here."""
+    path = tiny.transformer("flux1-fill-dev-Q8_0.gguf")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        tensors = gguf_tensors.read(path, torch.device("meta"), torch.bfloat16)
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
+    assert peak_bytes(recorded) == max(tensor.size for tensor in gguf_file.check(path))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gguf_file.check(file)
+    monkeypatch.setattr(gguf_file, "check", lambda path: found)
+    file.write_bytes(file.read_bytes()[: found[-1].offset + 1])
+    with pytest.raises(CorruptWeights, match=r"small\.gguf became shorter"):
+        gguf_tensors.read(file, torch.device("cpu"), torch.float32)

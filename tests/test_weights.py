@@ -1,7 +1,10 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +15,7 @@ from pydantic import SecretStr
 
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.engine import lock, weights
+from serve_app.engine.cold_start import recorded
 from serve_app.engine.origins import Mirror
 from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Sources
@@ -308,18 +312,90 @@ async def test_what_differs_from_the_lock_is_refused(hub: HubServer, sources: So
         await weights.fetch(VARIANT, replace(sources, locked=pinned.lock))
 
 
-def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_came_is_hashed_once_and_never_again(hub: HubServer, sources: Sources, tmp_path: Path) -> None:
+    with recorded() as pinning:
+        pinned = await weights.pin([VARIANT], sources)
+    sizes = sum(file.size for repo in pinned.lock.repos.values() for file in repo.files.values())
+    assert {name: part.bytes for name, part in pinning.items()} == {"fetch": sizes, "verify": sizes}
+    fresh = replace(sources, cache=tmp_path / "fresh", locked=pinned.lock)
+    with recorded() as first:
+        await weights.pull([VARIANT], fresh)
+    assert {name: part.bytes for name, part in first.items()} == {"fetch": sizes, "verify": sizes}
+    with recorded() as later:
+        await weights.pull([VARIANT], fresh)
+    assert later == {}
+
+
+async def test_pinning_again_hashes_nothing_twice(hub: HubServer, sources: Sources) -> None:
+    once = (await weights.pin([VARIANT], sources)).lock
+    with recorded() as parts:
+        again = await weights.pin([VARIANT], replace(sources, locked=once))
+    assert again.lock == once
+    assert parts["verify"].bytes == sum(file.size for repo in once.repos.values() for file in repo.files.values())
+
+
+@pytest.fixture
+def verified(tmp_path: Path) -> tuple[Path, lock.LockedFile]:
+    """A file that was found good."""
     path = tmp_path / "file"
     path.write_bytes(b"weights")
-    locked = lock.describe(path)
-    lock.verify(path, locked)
-    hashed: list[Path] = []
-    monkeypatch.setattr(lock, "describe", lambda path: hashed.append(path) or locked)
-    lock.verify(path, locked)
-    assert hashed == []
-    path.write_bytes(b"changed")
-    lock.verify(path, locked)
-    assert hashed == [path]
+    lock.verify(path, locked := lock.describe(path))
+    return path, locked
+
+
+def hashed_bytes(path: Path, locked: lock.LockedFile) -> int:
+    """How much `verify` hashes now, whatever it says."""
+    with recorded() as parts, suppress(CorruptWeights):
+        lock.verify(path, locked)
+    return parts["verify"].bytes if parts else 0
+
+
+def test_a_file_that_was_found_good_is_not_hashed_again(verified: tuple[Path, lock.LockedFile]) -> None:
+    assert hashed_bytes(*verified) == 0
+
+
+def other_time(path: Path) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def other_inode(path: Path) -> None:
+    copy = path.with_name("copy")
+    shutil.copy2(path, copy)
+    copy.rename(path)
+
+
+def damaged_note(path: Path) -> None:
+    path.with_name(".file.verified").write_bytes(b"\xff\x00")
+
+
+def no_note(path: Path) -> None:
+    path.with_name(".file.verified").unlink()
+
+
+@pytest.mark.parametrize("change", [other_time, other_inode, damaged_note, no_note])
+def test_a_file_is_hashed_again_where_its_note_does_not_fit_it(
+    verified: tuple[Path, lock.LockedFile], change: Callable[[Path], None]
+) -> None:
+    change(verified[0])
+    assert hashed_bytes(*verified) == 7
+    assert hashed_bytes(*verified) == 0
+
+
+def test_changed_content_is_found(verified: tuple[Path, lock.LockedFile]) -> None:
+    path, locked = verified
+    written_ns = path.stat().st_mtime_ns
+    path.write_bytes(b"Weights")
+    os.utime(path, ns=(0, written_ns + 1))
+    with pytest.raises(CorruptWeights, match="SHA-256"):
+        lock.verify(path, locked)
+    assert hashed_bytes(path, locked) == 7
+
+
+def test_a_note_vouches_for_no_other_hash_than_the_locks(verified: tuple[Path, lock.LockedFile]) -> None:
+    path, locked = verified
+    with pytest.raises(CorruptWeights, match="SHA-256"):
+        lock.verify(path, locked.model_copy(update={"sha256": "0" * 64}))
+    assert hashed_bytes(path, locked) == 0
 
 
 def test_a_file_of_another_size_is_not_hashed(tmp_path: Path) -> None:

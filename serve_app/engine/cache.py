@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from ..errors import CorruptWeights, Unavailable, UnknownWeights, WeightsError
 from ..settings import Secrets, WeightsSettings
 from . import gguf_file, lock
+from .cold_start import timed
 from .origins import Mirror, Origin, folder_name
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,9 @@ async def download(need: Need, origin: Origin, folder: Path, locked: lock.Lock, 
     _unfinished(need, folder).touch()
     for number, file in enumerate(files, 1):
         on_file(need.repo, file, number, len(files))
-        await origin.download(need.repo, listing.revision, file, folder)
+        with timed("fetch") as part:
+            await origin.download(need.repo, listing.revision, file, folder)
+            part.bytes += (folder / file).stat().st_size
         await asyncio.to_thread(_check, folder / file, known.get(file))
     _unfinished(need, folder).unlink()
 

@@ -15,6 +15,7 @@ from ..images import Pixels
 from ..settings import VariantSettings
 from ..variants import Variant
 from . import Window, pipeline
+from .cold_start import timed
 from .device import BUILDING, Device
 from .modulation import Conditions, Modulation
 from .weights import Weights
@@ -59,9 +60,11 @@ class FluxFill:
         with BUILDING, self._device.translated():
             self._pipeline = pipeline.build(self._weights, self._device)
             if self._levers.adaln_once:
-                self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)
+                with timed("adaln"):
+                    self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)
             if self._levers.unpack:
-                self._pipeline.transformer.dequantize()
+                with timed("unpack"):
+                    self._pipeline.transformer.dequantize()
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
         """One step at each size on a GPU; at the smallest on a CPU, where no size is prepared for."""

@@ -5,7 +5,8 @@ Format: ggml's `docs/gguf.md`. The `gguf` package's reader loops over whatever c
 
 import math
 import struct
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,8 @@ class Tensor:
     name: str
     #: Name of its packing, e.g. `Q5_K`.
     packing: str
+    #: In weights, rows last.
+    shape: tuple[int, ...]
     #: Bytes from the start of the file.
     offset: int
     size: int
@@ -68,6 +71,9 @@ class _Reader:
         found = [self._tensor() for _ in range(tensor_count)]
         if not found:
             raise _Broken("it holds no tensor")
+        names = Counter(tensor.name for tensor in found)
+        if len(names) < len(found):
+            raise _Broken(f"several of its tensors are called {names.most_common(1)[0][0]}")
         start = -(-self._file.tell() // self._alignment) * self._alignment
         return [self._placed(tensor, start) for tensor in found]
 
@@ -104,25 +110,28 @@ class _Reader:
     def _tensor(self) -> Tensor:
         """A tensor whose offset still counts from the start of the data."""
         name, dimensions = self._string(), self._uint32()
-        if dimensions > _MAX_DIMENSIONS:
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise _Broken(f"tensor {name} has {dimensions} dimensions")
         shape = [self._uint64() for _ in range(dimensions)]
+        if 0 in shape:
+            raise _Broken(f"tensor {name} is empty")
         kind, offset = self._uint32(), self._uint64()
         packing = PACKINGS.get(kind)
         if packing is None:
             raise _Broken(f"tensor {name} has type {kind}, which cannot be unpacked")
-        if shape and shape[0] % packing.block:
+        if shape[0] % packing.block:
             raise _Broken(
                 f"tensor {name} has rows of {shape[0]}, no multiple of {packing.block} as {packing.name} needs"
             )
         size = math.prod(shape) // packing.block * packing.block_bytes
-        return Tensor(name, packing.name, offset, size)
+        # GGUF names the innermost dimension first.
+        return Tensor(name, packing.name, tuple(reversed(shape)), offset, size)
 
     def _placed(self, tensor: Tensor, start: int) -> Tensor:
         end = start + tensor.offset + tensor.size
         if end > self._size:
             raise _Broken(f"tensor {tensor.name} ends at byte {end}, but the file at {self._size}")
-        return Tensor(tensor.name, tensor.packing, start + tensor.offset, tensor.size)
+        return replace(tensor, offset=start + tensor.offset)
 
     def _string(self) -> str:
         return self._read(self._uint64()).decode()

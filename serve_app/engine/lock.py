@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CorruptWeights, SettingsError
+from .cold_start import timed
 
 
 class _Value(BaseModel):
@@ -60,23 +61,26 @@ def write(path: Path, lock: Lock) -> None:
 
 def describe(path: Path) -> LockedFile:
     """What the lock would say of this file. Reads all of it."""
-    with path.open("rb") as file:
-        return LockedFile(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    size = path.stat().st_size
+    with timed("verify", size), path.open("rb") as file:
+        return LockedFile(size=size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def verify(path: Path, locked: LockedFile) -> None:
     """Hold the file against the lock. Raises CorruptWeights, naming the file.
 
-    The hash is computed once: a note beside the file says which content, of which time, it was found good for.
+    It is hashed once: a note beside it keeps what it was found good for, and by which size, time and inode the file is
+    known again. A change that keeps all three is not noticed.
     """
-    stat = path.stat()
+    stat, note = path.stat(), path.with_name(f".{path.name}.verified")
     if stat.st_size != locked.size:
         raise CorruptWeights(f"{path} has {stat.st_size} bytes, and {locked.size} by the lock file", file=str(path))
-    note = path.with_name(f".{path.name}.verified")
-    found_good = f"{locked.sha256} {stat.st_mtime_ns}\n"
-    if note.exists() and note.read_text() == found_good:
+    found_good = f"{locked.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode()
+    if note.exists() and note.read_bytes() == found_good:
         return
     sha256 = describe(path).sha256
     if sha256 != locked.sha256:
         raise CorruptWeights(f"{path} has SHA-256 {sha256}, and {locked.sha256} by the lock file", file=str(path))
-    note.write_text(found_good)
+    beside = note.with_name(f"{note.name}.new")
+    beside.write_bytes(found_good)
+    beside.replace(note)

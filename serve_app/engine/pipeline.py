@@ -14,7 +14,8 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift, retrieve_timesteps
 
 from ..errors import CorruptWeights
-from . import gguf_file
+from . import gguf_tensors
+from .cold_start import timed
 from .device import Device
 from .weights import Weights
 
@@ -24,12 +25,9 @@ def build(weights: Weights, device: Device) -> Any:
 
     Raises CorruptWeights where the GGUF file is damaged or is not this transformer's.
     """
-    gguf_file.check(weights.transformer)
     pipeline = FluxFillPipeline(
         transformer=_transformer(weights, device),
-        vae=AutoencoderKL.from_pretrained(
-            weights.base, subfolder="vae", torch_dtype=device.dtype, local_files_only=True
-        ),
+        vae=_vae(weights, device),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
             weights.base, subfolder="scheduler", local_files_only=True
         ),
@@ -39,7 +37,8 @@ def build(weights: Weights, device: Device) -> Any:
         tokenizer_2=None,
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device.torch)
+    with timed("to_device"):
+        return pipeline.to(device.torch)
 
 
 def timesteps(pipeline: Any, width: int, height: int, steps: int) -> torch.Tensor:
@@ -65,16 +64,25 @@ def packed(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
 
 def _transformer(weights: Weights, device: Device) -> Any:
     file = str(weights.transformer)
+    tensors = gguf_tensors.read(weights.transformer, device.torch, device.dtype)
     try:
-        return FluxTransformer2DModel.from_single_file(
-            file,
-            config=str(weights.base),
-            subfolder="transformer",
-            quantization_config=GGUFQuantizationConfig(compute_dtype=device.dtype),
-            torch_dtype=device.dtype,
-            local_files_only=True,
-        )
+        with timed("build"):
+            return FluxTransformer2DModel.from_single_file(
+                tensors,
+                config=str(weights.base),
+                subfolder="transformer",
+                quantization_config=GGUFQuantizationConfig(compute_dtype=device.dtype),
+                torch_dtype=device.dtype,
+                device=device.torch,
+                local_files_only=True,
+            )
     except (LookupError, ValueError) as e:
         # The loader looks its tensors up by name, and says no more than which look-up failed.
         described = weights.base / "transformer" / "config.json"
         raise CorruptWeights(f"{file} does not hold the model that {described} describes: {e!r}", file=file) from e
+
+
+def _vae(weights: Weights, device: Device) -> Any:
+    folder = weights.base / "vae"
+    with timed("vae", sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=device.dtype, local_files_only=True)

@@ -125,10 +125,12 @@ async def _pinned(need: Need, sources: Sources, on_file: OnFile) -> lock.LockedR
     pinned = Need(need.repo, revision, need.patterns)
     folder = sources.cache / pinned.folder
     await download(pinned, hub, folder, sources.locked, on_file)
-    files = pinned.matching(files_in(folder))
-    return lock.LockedRepo(
-        revision=revision, files={file: await asyncio.to_thread(lock.describe, folder / file) for file in files}
-    )
+    # What was locked already was held against the lock when it came.
+    known = sources.locked.files(need.repo, revision)
+    files = {}
+    for file in pinned.matching(files_in(folder)):
+        files[file] = known.get(file) or await asyncio.to_thread(lock.describe, folder / file)
+    return lock.LockedRepo(revision=revision, files=files)
 
 
 async def _transformer(variant: Variant, file: str, sources: Sources) -> Path:
