@@ -120,8 +120,8 @@ def test_the_whole_transformer_paints_nearly_the_same(tiny: TinyWeights, embeddi
     painted = engine.paint(given)
     difference = abs(painted.astype(int) - plain)
     assert painted.shape == plain.shape
-    # Of 255. Another seed's picture differs by more than 20.
-    assert 0 < difference.mean() < 1
+    # Of 255. Another seed's picture differs by 40, Q5_K_S's by 0.7.
+    assert 0 < difference.mean() < 0.2
     engine.close()
 
 
