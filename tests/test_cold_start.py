@@ -82,7 +82,7 @@ async def test_a_load_reports_its_parts_to_the_log_the_metrics_and_whoever_asks(
     with caplog.at_level(logging.INFO):
         loading = Loading("variant v", lambda: open_engine("v", settings), lambda engine: engine.close(), counters)
     await loading.close()
-    assert list(loading.parts) == ["import", "read", "build", "vae", "to_device", "adaln", "warm_up"]
+    assert list(loading.parts) == ["fetch", "import", "read", "build", "vae", "to_device", "adaln", "warm_up"]
     assert set(loading.parts["read"]) == {"seconds", "gb", "gb_per_s"}
     (line,) = [record for record in caplog.records if getattr(record, "action", "") == "loaded"]
     assert json.loads(JsonFormatter().format(line))["parts"] == loading.parts

@@ -14,6 +14,7 @@ from ..errors import UnknownWeights, WeightsError
 from ..variants import TINY, Variant
 from . import lock, tiny
 from .cache import UNPINNED, Need, OnFile, Sources, cached, download, files_in, silent
+from .cold_start import timed
 
 __all__ = [
     "OnFile",
@@ -56,12 +57,14 @@ async def fetch(variant: Variant, sources: Sources) -> Weights:
     """
     if variant.file is None or variant.base is None:
         raise UnknownWeights(f"a variant of family {variant.family} needs both `file` and `base` to have weights")
-    return Weights(await _transformer(variant, variant.file, sources), await _base(variant, sources, _PAINTING))
+    with timed("fetch"):
+        return Weights(await _transformer(variant, variant.file, sources), await _base(variant, sources, _PAINTING))
 
 
 async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
     """The folder with the text encoders and tokenizers of the variant's base. Raises as `fetch` does."""
-    return await _base(variant, sources, _TEXT)
+    with timed("fetch"):
+        return await _base(variant, sources, _TEXT)
 
 
 def base_revision(variant: Variant, sources: Sources) -> str | None:
