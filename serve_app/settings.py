@@ -52,12 +52,30 @@ class Scaling(_Frozen):
         return self
 
 
-class StepCache(_Frozen):
-    """Steps that reuse what an earlier step computed: faster, and not exact."""
+class FirstBlockCache(_Frozen):
+    """A step whose first block changes little takes what the other blocks added from the last step that ran them.
+    Source: "First Block Cache" of chengzeyi/ParaAttention."""
 
     kind: Literal["first_block"] = "first_block"
-    #: Relative change of the first block's output up to which the other blocks' last residual is used again.
+    #: Mean change of what the first block adds, relative to its mean, up to which the other blocks do not run.
     threshold: float = Field(0.08, gt=0, le=1)
+
+
+class TaylorSeerCache(_Frozen):
+    """Between steps that are computed, the model's output is extrapolated. Source: J. Liu et al., "From Reusing to
+    Forecasting: Accelerating Diffusion Models with TaylorSeers", 2025."""
+
+    kind: Literal["taylor_seer"] = "taylor_seer"
+    #: Of so many steps one is computed.
+    interval: int = Field(3, ge=2, le=20)
+    #: Computed at the start, all of them.
+    first_steps: int = Field(3, ge=2, le=100)
+    #: Of the extrapolation: 1 is linear.
+    order: int = Field(1, ge=0, le=3)
+
+
+#: Steps that reuse what an earlier step computed: faster, and not exact.
+StepCache = Annotated[FirstBlockCache | TaylorSeerCache, Field(discriminator="kind")]
 
 
 class Levers(_Frozen):
@@ -74,6 +92,15 @@ class Levers(_Frozen):
     step_cache: StepCache | None = None
     #: Windows of several jobs that are painted together where that pays. 1: each by itself.
     max_batch: int = Field(1, ge=1, le=16)
+
+    @model_validator(mode="after")
+    def _jobs_apart(self) -> "Levers":
+        if self.max_batch > 1 and isinstance(self.step_cache, FirstBlockCache):
+            raise ValueError(
+                "step_cache first_block decides for a batch as a whole, so that one user's picture would change "
+                "another's: set max_batch to 1, or take taylor_seer"
+            )
+        return self
 
 
 class VariantSettings(Scaling):

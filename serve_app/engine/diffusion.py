@@ -14,7 +14,7 @@ from ..errors import InputError, PaintError, VariantLoadFailed
 from ..images import Pixels
 from ..settings import VariantSettings
 from ..variants import Variant
-from . import Window, pipeline
+from . import Window, compiled, pipeline, step_cache
 from .cold_start import timed
 from .device import BUILDING, Device
 from .modulation import Conditions, Modulation
@@ -65,21 +65,20 @@ class FluxFill:
             if self._levers.unpack:
                 with timed("unpack"):
                     self._pipeline.transformer.dequantize()
+            if self._levers.compile:
+                compiled.compile_blocks(self._pipeline.transformer)
+            if self._levers.step_cache is not None:
+                step_cache.enable(self._pipeline.transformer, self._levers.step_cache)
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
-        """One step at each size on a GPU; at the smallest on a CPU, where no size is prepared for."""
+        """One step at each size on a GPU, or where blocks are compiled; else at the smallest: no size is prepared for.
+
+        Raises VariantLoadFailed where blocks do not compile.
+        """
         by_area = sorted(buckets, key=lambda size: size[0] * size[1])
-        for width, height in by_area if self._device.is_gpu else by_area[:1]:
-            nothing = Window(
-                pixels=np.zeros((height, width, 3), np.uint8),
-                mask=np.full((height, width), 255, np.uint8),
-                steps=1,
-                guidance_scale=1.0,
-                seed=0,
-                embeddings=None,
-                on_step=lambda step: None,
-            )
-            self._run([nothing], self._no_prompt())
+        with compiled.translated():
+            for width, height in by_area if self._device.is_gpu or self._levers.compile else by_area[:1]:
+                self._run([_nothing(width, height)], self._no_prompt())
         self._device.ms = 0.0
 
     def paint(self, window: Window) -> Pixels:
@@ -120,7 +119,8 @@ class FluxFill:
         (height, width), steps = windows[0].mask.shape, windows[0].steps
         # Drawn on the CPU, noise is the same whatever the device.
         generators = [torch.Generator("cpu").manual_seed(window.seed) for window in windows]
-        with self._device.translated(), self._device.timed(), torch.inference_mode():
+        one_run = step_cache.one_run(self._pipeline.transformer)
+        with self._device.translated(), self._device.timed(), torch.inference_mode(), one_run:
             if self._modulation is not None:
                 self._modulation.begin(self._conditions(windows, prompt))
             painted = self._pipeline(
@@ -186,3 +186,16 @@ class FluxFill:
         }
         device, dtype = self._device.torch, self._device.dtype
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _nothing(width: int, height: int) -> Window:
+    """What a size is warmed up with."""
+    return Window(
+        pixels=np.zeros((height, width, 3), np.uint8),
+        mask=np.full((height, width), 255, np.uint8),
+        steps=1,
+        guidance_scale=1.0,
+        seed=0,
+        embeddings=None,
+        on_step=lambda step: None,
+    )
