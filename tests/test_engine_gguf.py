@@ -1,4 +1,5 @@
 import math
+import shutil
 import struct
 from collections.abc import Mapping
 from itertools import accumulate
@@ -173,3 +174,12 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(file: Path, monkeypatch
     file.write_bytes(file.read_bytes()[: found[-1].offset + 1])
     with pytest.raises(CorruptWeights, match=r"small\.gguf became shorter"):
         gguf_tensors.read(file, torch.device("cpu"), torch.float32)
+
+
+def test_painting_loads_no_text_encoder(tiny: TinyWeights, tmp_path: Path) -> None:
+    """None is in the base that it loads from."""
+    shutil.copytree(tiny.base, tmp_path / "base", ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    weights = Weights(tiny.transformer("flux1-fill-dev-Q4_0.gguf"), tmp_path / "base")
+    built = pipeline.build(weights, Device(wants_gpu=False))
+    held = {name for name, part in built.components.items() if part is not None}
+    assert held == {"transformer", "vae", "scheduler"}
