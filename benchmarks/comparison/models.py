@@ -111,12 +111,14 @@ def clip(shape: Shape) -> Any:
     ).eval()
 
 
-def inputs(shape: Shape, width_px: int, height_px: int, device: str) -> dict[str, Any]:
+def inputs(
+    shape: Shape, width_px: int, height_px: int, device: str, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
     """What one forward of the transformer takes for a window of this size: memory that nobody has filled."""
     t5_width, clip_width = shape.text_widths
     tokens = (width_px // 16) * (height_px // 16)
 
-    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, device=device, dtype=dtype)
 
     return {

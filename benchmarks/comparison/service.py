@@ -1,0 +1,108 @@
+"""An edit as the service does it, from the mask to the pasted photo, without what carries it: queue, stores, Ray."""
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+
+from serve_app.adapters.memory import MemoryBlobStore
+from serve_app.engine.canvas import paint_canvas
+from serve_app.engine.diffusion import FluxFill
+from serve_app.engine.prompts import PromptCache
+from serve_app.engine.text_encoder import TextEncoder
+from serve_app.engine.weights import Weights
+from serve_app.images import Pixels
+from serve_app.messages import CropStrategy
+from serve_app.paste import cut, paste
+from serve_app.ports import PaintRequest
+from serve_app.settings import Levers, VariantSettings, WindowSettings
+from serve_app.variants import Repacking, Variant
+from serve_app.windows import Plan, plan
+
+from .meter import Meter
+
+WINDOWS = WindowSettings()
+
+
+def planned(mask: Pixels, strategy: CropStrategy) -> Plan:
+    """For a mask that is not empty, with the default settings."""
+    found = plan(mask, strategy, WINDOWS)
+    assert found is not None, "the mask is empty"
+    return found
+
+
+class Service:
+    """One variant's engine, and a prompt cache that nobody has filled yet."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        levers: Levers,
+        repack: Repacking | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self._base, self._threads = weights.base, threads
+        self._variant = Variant(
+            family="flux-fill",
+            file=str(weights.transformer),
+            base=str(weights.base),
+            repack=repack,
+            num_gpus=1 if device.type == "cuda" else 0,
+        )
+        self._engine = FluxFill(self._variant, weights, VariantSettings(levers=levers, threads=threads), dtype=dtype)
+        self._engine.load()
+        self._prompts = PromptCache(MemoryBlobStore())
+        self.meter = Meter(device)
+        # An engine shows nobody its pipeline; only a benchmark has to look inside.
+        self._pipeline = self._engine._pipeline
+        self.meter.watch_pipeline(self._pipeline)
+        self.meter.watch("text", self, "_encode")
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The transformer first."""
+        return [self._pipeline.transformer, self._pipeline.vae]
+
+    def warm_up(self, plans: Sequence[Plan]) -> None:
+        sizes = {(window.width, window.height) for one in plans for window in one.windows}
+        self._engine.warm_up(sorted(sizes))
+        self.meter.laps()
+
+    def edit(
+        self, photo: Pixels, mask: Pixels, prompt: str, strategy: CropStrategy, *, steps: int, guidance_scale: float
+    ) -> Pixels:
+        found = planned(mask, strategy)
+        canvas, canvas_mask = cut(photo, mask, found, WINDOWS.feather_px)
+        request = PaintRequest(
+            job_id="benchmark",
+            canvas=canvas,
+            mask=canvas_mask,
+            windows=found.windows,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=0,
+            embeddings=asyncio.run(self._embeddings(prompt)),
+        )
+        painted = paint_canvas(self._engine, request, lambda progress: None)
+        return paste(photo, painted.canvas, mask, found, WINDOWS.feather_px)
+
+    def close(self) -> None:
+        self._pipeline = None
+        self._engine.close()
+
+    async def _embeddings(self, prompt: str) -> bytes:
+        async def encode() -> bytes:
+            return self._encode(prompt)
+
+        return await self._prompts.get_or_encode(self._variant, None, prompt, encode)
+
+    def _encode(self, prompt: str) -> bytes:
+        """On the CPU, and gone afterwards, as where the text encoder's deployment scales to zero."""
+        encoder = TextEncoder(self._base, threads=self._threads)
+        encoder.load()
+        encoded = encoder.encode(prompt, self._variant.max_prompt_tokens)
+        encoder.close()
+        return encoded

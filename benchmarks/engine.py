@@ -1,0 +1,246 @@
+"""What an edit costs the engine, against the recipe that the service replaces, on the same weights in one process.
+
+The recipe paints the whole frame at 1024, takes the prompt in words each time with both text encoders loaded, and runs
+eagerly. Both compute in bfloat16. They are warmed up, then run by turns; seconds are medians. FLOPs are counted, of an
+edit of 28 steps whatever `--steps` says; with step caching as if no step were cached. Without Ray.
+
+    python -m benchmarks.engine                                        # random weights, one block of each kind: a CPU
+    python -m benchmarks.engine --double 19 --single 38 --device cuda  # FLUX.1's full size, still nothing downloaded
+    python -m benchmarks.engine --weights real --device cuda --packing Q8_0
+    python -m benchmarks.engine --memory                               # of a full-size replica, without the memory
+
+Prints a table and, last, a JSON object keyed by scenario.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.engine.weights import Sources, Weights, fetch, fetch_text_encoders
+from serve_app.settings import Inference, Levers, Secrets, WeightsSettings
+from serve_app.variants import BUILT_IN, Repacking
+
+from .comparison import memory, synthetic
+from .comparison.counts import Flops
+from .comparison.models import FULL, Shape
+from .comparison.recipe import Recipe, frame_size
+from .comparison.runs import Contender, by_turns, compared, matmul_tflop_per_s
+from .comparison.scenarios import FOR_CPU, SCENARIOS, Scenario
+from .comparison.service import Service, planned
+from .context import machine
+
+out = Console()
+
+_DTYPE = torch.bfloat16
+_EDIT = Inference()
+_PACKAGES = ("torch", "diffusers", "transformers", "gguf")
+#: Of the replica whose memory `--memory` tells, in pixels.
+_FRAME_PX = 1024
+
+
+def main() -> None:
+    args = _arguments()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
+    found = _memory(args) if args.memory else _measured(args)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    if args.chart:
+        from .comparison.chart import draw
+
+        draw(found, args.chart)
+    print(json.dumps(found))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", choices=("synthetic", "real"), default="synthetic")
+    parser.add_argument("--packing", choices=("Q4_0", "Q5_K_S", "Q8_0"), default="Q4_0")
+    parser.add_argument("--width", type=int, default=FULL.width, help="of a synthetic transformer")
+    parser.add_argument("--double", type=int, default=1, help="its blocks of two streams; FLUX.1 has 19")
+    parser.add_argument("--single", type=int, default=1, help="its blocks of one stream; FLUX.1 has 38")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--scenarios", type=lambda names: names.split(","), help=f"of {', '.join(SCENARIOS)}")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="of a measured edit")
+    parser.add_argument("--memory", action="store_true", help="print a replica's peak memory instead")
+    parser.add_argument("--folder", type=Path, help="where synthetic weights are written; a temporary one otherwise")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
+    parser.add_argument("--chart", type=Path, help="draw the figures into this file")
+    args = parser.parse_args()
+    args.scenarios = args.scenarios or list(FOR_CPU if args.device == "cpu" else SCENARIOS)
+    if unknown := set(args.scenarios) - set(SCENARIOS):
+        parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    if args.memory and args.chart:
+        parser.error("--memory draws no chart")
+    return args
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    device, shape = torch.device(args.device), _shape(args)
+    flops = Flops(shape)
+    sizes = flops.sizes()
+    out.print(", ".join(f"{name} {weights / 1e6:,.1f} M" for name, weights in sizes.items()), "weights")
+    scenarios = [_on(SCENARIOS[name], device) for name in args.scenarios]
+    found: dict[str, Any] = {}
+    with _weights(args, shape) as weights:
+        recipe = Recipe(weights, device, _DTYPE)
+        for (levers, repack), group in _by_engine(scenarios).items():
+            service = Service(weights, levers, repack, device=device, dtype=_DTYPE, threads=args.threads)
+            found |= _group(recipe, service, group, flops, args)
+            service.close()
+    matmul = matmul_tflop_per_s(device, _DTYPE)
+    for one in found.values():
+        one["service"]["share_of_matmul"] = round(one["service"]["tflop_per_s"] / matmul, 3)
+    _show(found)
+    return {**found, "context": _context(args, sizes, matmul)}
+
+
+def _shape(args: argparse.Namespace) -> Shape:
+    if args.weights == "real":
+        return FULL
+    return Shape(width=args.width, double=args.double, single=args.single, narrow_vae=args.device == "cpu")
+
+
+@contextmanager
+def _weights(args: argparse.Namespace, shape: Shape) -> Iterator[Weights]:
+    """Their `base` holds the text encoders, too."""
+    if args.weights == "real":
+        variant, sources = BUILT_IN[args.packing], Sources.of(WeightsSettings(), Secrets.from_environment())
+        asyncio.run(fetch_text_encoders(variant, sources))
+        yield asyncio.run(fetch(variant, sources))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        yield synthetic.write(Path(folder), shape, args.packing)
+
+
+def _on(scenario: Scenario, device: torch.device) -> Scenario:
+    """On a GPU without `unpack`: compiled blocks unpack as they go, and 24 GB do not hold FLUX.1 unpacked."""
+    if device.type == "cpu":
+        return scenario
+    return replace(scenario, levers=scenario.levers.model_copy(update={"unpack": False}))
+
+
+def _by_engine(scenarios: Sequence[Scenario]) -> Mapping[tuple[Levers, Repacking | None], list[Scenario]]:
+    """Two engines need not fit on a device together."""
+    groups = defaultdict(list)
+    for scenario in scenarios:
+        groups[scenario.levers, scenario.repack].append(scenario)
+    return groups
+
+
+def _group(
+    recipe: Recipe, service: Service, scenarios: Sequence[Scenario], flops: Flops, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The figures of scenarios that one engine serves. The recipe's are shared where the photo is of the same size."""
+    contender = partial(Contender, device=torch.device(args.device), dtype=_DTYPE)
+    how = {"steps": args.steps, "guidance_scale": _EDIT.guidance_scale}
+    masks = {one.name: one.mask(one.width, one.height) for one in scenarios}
+    plans = {one.name: planned(masks[one.name], one.strategy) for one in scenarios}
+    service.warm_up(list(plans.values()))
+    recipes: dict[tuple[int, int], Contender] = {}
+    services: dict[str, Contender] = {}
+    for one in scenarios:
+        frame, photo, mask = frame_size(one.width, one.height), one.photo(), masks[one.name]
+        recipes[frame] = contender(
+            edit=partial(recipe.edit, photo, mask, _EDIT.prompt, **how),
+            meter=recipe.meter,
+            models=recipe.models,
+            windows=[frame],
+        )
+        services[one.name] = contender(
+            edit=partial(service.edit, photo, mask, _EDIT.prompt, one.strategy, **how),
+            meter=service.meter,
+            models=service.models,
+            windows=[(window.width, window.height) for window in plans[one.name].windows],
+        )
+    by_turns([*recipes.values(), *services.values()], args.runs)
+    counted = {"steps": args.steps, "counted_steps": _EDIT.steps}
+    found = {}
+    for one in scenarios:
+        sides = {
+            "recipe": recipes[frame_size(one.width, one.height)].figures(flops, **counted),
+            "service": services[one.name].figures(flops, **counted),
+        }
+        found[one.name] = {
+            **compared(**sides),
+            "photo": f"{one.width}x{one.height}",
+            "strategy": one.strategy,
+            "levers": one.levers.model_dump(),
+            "repack": one.repack,
+            **sides,
+        }
+    return found
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    table = Table("scenario", "windows", "FLOPs", "wall", "s/step recipe", "s/step service", "TFLOP/s", "of matmul")
+    for name, one in found.items():
+        recipe, service = (one[side]["step_s"] for side in ("recipe", "service"))
+        table.add_row(
+            name,
+            " ".join(one["service"]["windows"]),
+            f"{one['flops_ratio']:.2f} x",
+            f"{one['wall_ratio']:.2f} x",
+            *(f"{step['median']:.3f} ({step['min']:.3f} to {step['max']:.3f})" for step in (recipe, service)),
+            f"{one['service']['tflop_per_s']:.2f}",
+            f"{one['service']['share_of_matmul']:.0%}",
+        )
+    out.print(table)
+
+
+def _context(args: argparse.Namespace, sizes: Mapping[str, int], matmul: float) -> dict[str, Any]:
+    on = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
+    blocks = f"{FULL.double} + {FULL.single}" if args.weights == "real" else f"{args.double} + {args.single}"
+    return {
+        "title": f"{args.weights} weights, {blocks} blocks of width {args.width}, {args.packing}, bfloat16, on {on}",
+        "device": on,
+        "dtype": "bfloat16",
+        "threads": args.threads,
+        "weights": args.weights,
+        "packing": args.packing,
+        "model_weights": sizes,
+        "steps": args.steps,
+        "steps_of_flops": _EDIT.steps,
+        "runs": args.runs,
+        "warm_up_edits_left_out": 2,
+        "matmul_tflop_per_s": round(matmul, 3),
+        **machine(_PACKAGES),
+    }
+
+
+def _memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Of a full-size replica. The check is of a model that a CPU runs in seconds."""
+    replica = memory.tracked(FULL, args.packing, _FRAME_PX)
+    small = Shape(width=1024, double=2, single=4)
+    tracked, measured = memory.tracked(small, args.packing, 256), memory.measured(small, args.packing, 256)
+    table = Table("what", "GB", title=f"A replica of FLUX.1-Fill {args.packing}, one {_FRAME_PX}x{_FRAME_PX} window")
+    table.add_row("resident on the device", f"{replica.resident / 1e9:.2f}")
+    table.add_row("peak on the device", f"{replica.peak / 1e9:.2f}")
+    table.add_row("modulation, on the host", f"{replica.host / 1e9:.2f}")
+    table.add_row("a small model's peak, tracked", f"{(tracked.peak + tracked.host) / 1e9:.3f}")
+    table.add_row("the same, measured", f"{measured / 1e9:.3f}")
+    out.print(table)
+    return {
+        "memory": {**asdict(replica), "packing": args.packing, "window": f"{_FRAME_PX}x{_FRAME_PX}"},
+        "check": {"tracked": tracked.peak + tracked.host, "measured": measured},
+        "context": machine(_PACKAGES),
+    }
+
+
+if __name__ == "__main__":
+    main()
