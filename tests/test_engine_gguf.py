@@ -2,7 +2,8 @@ import math
 import shutil
 import struct
 from collections.abc import Mapping
-from itertools import accumulate
+from io import FileIO
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,26 @@ def test_host_memory_holds_one_tensor_where_another_device_takes_them(tiny: Tiny
         tensors = gguf_tensors.read(path, torch.device("meta"), torch.bfloat16)
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
     assert peak_bytes(recorded) == max(tensor.size for tensor in gguf_file.check(path))
+
+
+def test_a_file_is_read_once_from_front_to_back(tiny: TinyWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors share a read; a large one takes two at most."""
+    reads: list[tuple[int, int]] = []
+
+    class Watched(FileIO):
+        def readinto(self, buffer: Any, /) -> int | None:
+            reads.append((self.tell(), count := super().readinto(buffer) or 0))
+            return count
+
+    monkeypatch.setattr(gguf_tensors, "FileIO", Watched)
+    monkeypatch.setattr(gguf_tensors, "_CHUNK_BYTES", 2**16)
+    path = tiny.transformer("flux1-fill-dev-Q8_0.gguf")
+    gguf_tensors.read(path, torch.device("cpu"), torch.float32)
+    size = path.stat().st_size
+    assert all(start + count <= later for (start, count), (later, _) in pairwise(reads))
+    assert sum(count for _, count in reads) <= size
+    large = sum(tensor.size > 2**16 for tensor in gguf_file.check(path))
+    assert len(reads) <= size / 2**16 + 2 * large
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
