@@ -34,8 +34,21 @@ def open_engine(name: str, settings: Settings) -> Engine:
         engine = families.create(name, variant, files, settings.variants[name])
     engine.load()
     with timed("warm_up"):
-        engine.warm_up(settings.windows.buckets)
+        _warm_up(engine, name, settings)
     return engine
+
+
+def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
+    """Where blocks are compiled: with what replicas like this one compiled before."""
+    variant, served, buckets = settings.variant(name), settings.variants[name], settings.windows.buckets
+    if variant.file is None or not served.levers.compile:
+        engine.warm_up(buckets)
+        return
+    # It imports torch, which variants without weights run without.
+    from serve_app.engine import compile_cache
+
+    kept = compile_cache.of(variant, served, buckets, sources(settings), engine.describe())
+    kept.warm_up(lambda: engine.warm_up(buckets))
 
 
 class Usage:

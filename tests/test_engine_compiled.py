@@ -1,0 +1,180 @@
+"""Compiled blocks: what is compiled and when, how near it is to eager, and what the next replica takes over."""
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from serve_app.engine import compiled
+from serve_app.engine.diffusion import FluxFill
+from serve_app.engine.tiny import TinyWeights
+from serve_app.errors import VariantLoadFailed
+from serve_app.settings import FirstBlockCache, TaylorSeerCache
+from serve_app.variants import BUILT_IN
+
+from .engine_fixtures import flux_fill, window
+
+BUCKETS = ((64, 64), (96, 64))
+#: A bucket's: the double blocks, the first single block, the other single blocks.
+GRAPHS = 3
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[bytes]:
+    """As long as the tiny variants' prompts are."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn() -> bytes:
+        prompt = torch.randn(1, BUILT_IN["tiny-Q4_0"].max_prompt_tokens, 256, generator=generator)
+        pooled = torch.randn(1, 256, generator=generator)
+        return safetensors.torch.save({"prompt_embeds": prompt, "pooled_prompt_embeds": pooled})
+
+    return [drawn(), drawn()]
+
+
+@pytest.fixture(scope="module")
+def warm(tiny: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FluxFill]:
+    """Compiled and warmed up for BUCKETS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        engine = flux_fill(tiny, compile=True)
+        engine.load()
+        before = compiled.graphs()
+        engine.warm_up(BUCKETS)
+        assert compiled.graphs() - before == GRAPHS * len(BUCKETS)
+        yield engine
+        engine.close()
+
+
+@pytest.mark.slow
+def test_after_warm_up_nothing_more_is_compiled(warm: FluxFill, prompts: list[bytes]) -> None:
+    """Whatever the prompt, the guidance scale, the number of steps and the seed, which change the rows of each step."""
+    before = compiled.graphs()
+    for width, height in BUCKETS:
+        for number, (steps, guidance_scale) in enumerate(((1, 1.0), (3, 30.0), (2, 0.0))):
+            embeddings = prompts[number % 2]
+            warm.paint(
+                window(height, width, embeddings=embeddings, steps=steps, guidance_scale=guidance_scale, seed=number)
+            )
+    assert compiled.graphs() == before
+
+
+@pytest.mark.slow
+def test_it_is_nearly_eager(warm: FluxFill, tiny: TinyWeights, prompts: list[bytes]) -> None:
+    """Fused kernels round at other places: in bfloat16, by a level of 255 here and there after a few steps."""
+    given = window(64, 96, embeddings=prompts[0], steps=4)
+    eager = flux_fill(tiny)
+    eager.load()
+    difference = np.abs(warm.paint(given).astype(int) - eager.paint(given))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [FirstBlockCache(threshold=1.0), TaylorSeerCache(interval=2)], ids=lambda c: c.kind)
+def test_step_caching_goes_with_it_and_takes_the_same_graphs(
+    warm: FluxFill, tiny: TinyWeights, prompts: list[bytes], cache: FirstBlockCache | TaylorSeerCache
+) -> None:
+    given = window(64, 64, embeddings=prompts[0], steps=6)
+    eager, both = flux_fill(tiny, step_cache=cache), flux_fill(tiny, step_cache=cache, compile=True)
+    eager.load()
+    both.load()
+    before = compiled.graphs()
+    difference = np.abs(both.paint(given).astype(int) - eager.paint(given))
+    assert compiled.graphs() == before
+    assert difference.mean() < 0.05
+    assert np.abs(warm.paint(given).astype(int) - eager.paint(given)).mean() > 0.2, "no step was skipped"
+
+
+@pytest.mark.slow
+def test_a_size_that_was_not_warmed_up_is_compiled_once(warm: FluxFill, prompts: list[bytes]) -> None:
+    before = compiled.graphs()
+    for seed in (1, 2):
+        warm.paint(window(64, 128, embeddings=prompts[0], seed=seed))
+        assert compiled.graphs() - before == GRAPHS
+
+
+@pytest.mark.slow
+def test_a_closed_engine_leaves_no_weights_behind(warm: FluxFill, tiny: TinyWeights, prompts: list[bytes]) -> None:
+    engine = flux_fill(tiny, compile=True)
+    engine.load()
+    engine.paint(window(64, 64, embeddings=prompts[0]))
+    transformer = weakref.ref(engine._pipeline.transformer)
+    engine.close()
+    assert transformer() is None
+
+
+def test_nothing_is_compiled_where_it_is_off(tiny: TinyWeights, prompts: list[bytes]) -> None:
+    engine = flux_fill(tiny)
+    engine.load()
+    before = compiled.graphs()
+    engine.warm_up(BUCKETS)
+    engine.paint(window(64, 64, embeddings=prompts[0]))
+    assert compiled.graphs() == before
+
+
+def test_blocks_that_do_not_compile_are_a_variant_that_does_not_load(tiny: TinyWeights) -> None:
+    engine = flux_fill(tiny, compile=True)
+    engine.load()
+    block = engine._pipeline.transformer.transformer_blocks[0]
+
+    def broken(*given: object, **named: object) -> None:
+        torch._dynamo.graph_break()
+
+    block.forward = torch.compile(broken, fullgraph=True)
+    with pytest.raises(VariantLoadFailed, match=r"do not compile: .*graph_break"):
+        engine.warm_up(BUCKETS)
+
+
+#: A replica's start, in a process of its own: prints graphs, hits and misses of the compiler's cache.
+REPLICA = """
+import logging, sys
+from pathlib import Path
+from torch._dynamo.utils import counters
+from serve_app.adapters import blob_files, blob_store
+from serve_app.engine import compile_cache, compiled
+from serve_app.engine.cache import Sources
+from serve_app.engine.origins import Mirror
+from serve_app.engine.tiny import ensure
+from tests.engine_fixtures import flux_fill
+from serve_app.settings import Levers, VariantSettings
+from serve_app.variants import BUILT_IN
+
+logging.basicConfig(level=logging.WARNING)
+tiny, cache, url = ensure(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
+sources = Sources(cache=cache, mirror=Mirror(blob_store(url), blob_files(url)))
+engine = flux_fill(tiny, compile=True)
+engine.load()
+served = VariantSettings(levers=Levers(compile=True))
+kept = compile_cache.of(BUILT_IN["tiny-Q4_0"], served, [(64, 64)], sources, engine.describe())
+kept.warm_up(lambda: engine.warm_up([(64, 64)]))
+found = counters["inductor"]
+print(compiled.graphs(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_the_next_replica_takes_what_the_first_compiled(tiny: TinyWeights, tmp_path: Path) -> None:
+    """Also one on another machine, by way of the mirror; what is damaged is compiled anew."""
+    url = f"files:{tmp_path / 'mirror'}"
+
+    def start(machine: str) -> tuple[str, str]:
+        command = [sys.executable, "-c", REPLICA, str(tiny.base.parent), str(tmp_path / machine), url]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+        return done.stdout.strip().splitlines()[-1], done.stderr
+
+    assert start("one")[0] == f"{GRAPHS} 0 {GRAPHS}"
+    assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
+    (archive,) = (tmp_path / "two").rglob("*.zip")
+    archive.write_bytes(archive.read_bytes()[:-1000])
+    printed, logged = start("two")
+    assert printed == f"{GRAPHS} 0 {GRAPHS}"
+    assert "compiled before is of no use" in logged
+    assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
