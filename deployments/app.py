@@ -15,8 +15,8 @@ from .ingress import Ingress, http
 from .inpainter import Inpainter
 from .text_encoder import TextEncoder
 
-#: A second request waits in the replica while the first one paints, so the GPU never waits for a photo.
-ONGOING_PER_REPLICA = 2
+#: Beside those that are painted, one request waits in the replica, so that the GPU never waits for a photo.
+READY_PER_REPLICA = 1
 #: What an ingress takes to stop, beside its grace, when the broker and the stores are down; seconds.
 STOP_S = 30
 
@@ -91,7 +91,10 @@ def _inpainter(name: str, settings: Settings) -> serve.Application:
     served = settings.variants[name]
     return (
         serve.deployment(Inpainter)
-        .options(name=inpainter_name(name), **_scaled(served, num_gpus=settings.variant(name).num_gpus))
+        .options(
+            name=inpainter_name(name),
+            **_scaled(served, num_gpus=settings.variant(name).num_gpus, at_once=served.levers.max_batch),
+        )
         .bind(name, settings)
     )
 
@@ -100,21 +103,23 @@ def _text_encoder(base: str, variant: Variant, settings: Settings) -> serve.Appl
     return (
         serve.deployment(TextEncoder)
         .options(
-            name=text_encoder_name(base), **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus)
+            name=text_encoder_name(base),
+            **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, at_once=1),
         )
         .bind(variant, settings)
     )
 
 
-def _scaled(scaling: Scaling, *, num_gpus: int) -> dict[str, Any]:
-    """Deployment options for autoscaling by `scaling`."""
+def _scaled(scaling: Scaling, *, num_gpus: int, at_once: int) -> dict[str, Any]:
+    """Deployment options for autoscaling by `scaling`; a replica works on `at_once` requests."""
+    ongoing = at_once + READY_PER_REPLICA
     return {
-        "max_ongoing_requests": ONGOING_PER_REPLICA,
+        "max_ongoing_requests": ongoing,
         # Three failures in a row, and a replica whose GPU is lost or whose engine hangs is replaced.
         "health_check_period_s": 2,
-        # Scaling down lets the usual paintings end: two in hand, of 38 s each on an L4. A hung engine keeps its GPU for
-        # as long.
-        "graceful_shutdown_timeout_s": 120,
+        # Scaling down lets the usual paintings end: those in hand, of 38 s each on an L4. A hung engine keeps its GPU
+        # for as long.
+        "graceful_shutdown_timeout_s": 60 * ongoing,
         # While every replica is full the router asks again after a wait that doubles; by default up to 0.5 s, for
         # which a replica can stand idle.
         "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.04),

@@ -1,4 +1,4 @@
-"""One replica of one variant: a loaded engine, one job at a time on it."""
+"""One replica of one variant: a loaded engine, and as many jobs at once on it as are painted together."""
 
 import asyncio
 import logging
@@ -12,8 +12,10 @@ from typing import Any
 from ray import serve
 
 from serve_app.engine import Engine, families, weights
-from serve_app.engine.canvas import Seat, painting
+from serve_app.engine.canvas import painting
 from serve_app.engine.cold_start import timed
+from serve_app.engine.seat import Seat
+from serve_app.engine.together import Together
 from serve_app.errors import GpuLost
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
@@ -32,6 +34,8 @@ def open_engine(name: str, settings: Settings) -> Engine:
     files = asyncio.run(weights.fetch(variant, sources(settings))) if variant.file else None
     with timed("import"):
         engine = families.create(name, variant, files, settings.variants[name])
+    if (levers := settings.variants[name].levers).max_batch > 1:
+        engine = Together(engine, variant, levers)
     engine.load()
     with timed("warm_up"):
         _warm_up(engine, name, settings)
@@ -51,24 +55,6 @@ def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
     kept.warm_up(lambda: engine.warm_up(buckets))
 
 
-class Usage:
-    """How busy this replica has been since its first painting began."""
-
-    def __init__(self) -> None:
-        self._jobs, self._busy_s = 0, 0.0
-        self._first_start = self._last_end = time.monotonic()
-
-    def add(self, busy_s: float) -> None:
-        """Note a painting that has just ended."""
-        self._last_end = time.monotonic()
-        if not self._jobs:
-            self._first_start = self._last_end - busy_s
-        self._jobs, self._busy_s = self._jobs + 1, self._busy_s + busy_s
-
-    def as_dict(self) -> dict[str, float]:
-        return {"jobs": self._jobs, "busy_s": self._busy_s, "wall_s": self._last_end - self._first_start}
-
-
 class Inpainter:
     """Answers `paint` with progress and then the result. A variant that does not load says why."""
 
@@ -80,9 +66,8 @@ class Inpainter:
         self._loading: Loading[Engine] = Loading(
             f"variant {name}", lambda: open_engine(name, settings), lambda engine: engine.close(), self._metrics
         )
-        # A pipeline keeps state between steps: two jobs must never be on it at once.
-        self._seat = Seat()
-        self._usage = Usage()
+        # A pipeline keeps state between steps: two jobs must never be on it at once, but in one batch.
+        self._seat = Seat(settings.variants[name].levers.max_batch)
 
     async def paint(self, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
         """Progress as it comes, then the one Painted. Closing the stream stops the engine within one step.
@@ -105,7 +90,6 @@ class Inpainter:
         self._metrics.add("fluxfill_out_of_memory_total", variant=self._name)
 
     def _note(self, request: PaintRequest, painted: Painted) -> None:
-        self._usage.add(painted.busy_s)
         used_bytes = painted.where.get("memory_used_bytes")
         if used_bytes is not None:
             self._metrics.put("fluxfill_gpu_memory_bytes", used_bytes, variant=self._name)
@@ -142,7 +126,7 @@ class Inpainter:
         replica = serve.get_replica_context().replica_id.unique_id
         device = await asyncio.to_thread(engine.describe)
         where = {"replica": replica, "node": socket.gethostname(), "pid": os.getpid()}
-        return {**device, **where, "usage": self._usage.as_dict(), "cold_start": self._loading.parts}
+        return {**device, **where, "usage": self._seat.usage.as_dict(), "cold_start": self._loading.parts}
 
     async def __del__(self) -> None:
         await self._loading.close()

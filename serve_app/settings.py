@@ -113,9 +113,9 @@ class VariantSettings(Scaling):
 
     @property
     def share(self) -> int:
-        """Messages in an ingress replica's hands that keep this variant busy: one painted and one ready to be on each
-        replica, and two on their way."""
-        return 2 * self.max_replicas + 2
+        """Messages in an ingress replica's hands that keep this variant busy: a batch painted and one ready to be on
+        each replica, and two on their way."""
+        return (self.levers.max_batch + 1) * self.max_replicas + 2
 
 
 class TextEncoderSettings(Scaling):

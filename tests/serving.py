@@ -20,7 +20,8 @@ from deployments.client import Client
 from deployments.own_ray import free_port
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
-from serve_app.settings import Settings
+from serve_app.settings import BUCKETS, Settings
+from serve_app.variants import BUILT_IN
 
 from .rig import jpeg, line_mask, photo, png
 
@@ -47,7 +48,10 @@ def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
             "broken": {"definition": {"family": "flux-fill", "file": "nowhere.gguf", "base": "tiny:base"}, **quick},
             "tiny-Q4_0": {**quick},
             "tiny-Q8_0": {**quick},
+            "batched": {"definition": BUILT_IN["tiny-Q4_0"].model_dump(), "levers": {"max_batch": 4}, **quick},
         },
+        # What tests paint is small.
+        "windows": {"buckets": [(128, 128), *BUCKETS]},
         "text_encoder": {**quick},
         "weights": {"cache": f"{folder}/weights"},
         "work": {

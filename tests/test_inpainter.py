@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments import inpainter
-from deployments.inpainter import Inpainter, Usage
+from deployments.inpainter import Inpainter
 from serve_app.engine import Engine, Window
 from serve_app.engine.pause import Pause
+from serve_app.engine.together import Together
 from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed, VariantNotReady
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
-from serve_app.settings import Settings
+from serve_app.settings import Levers, Settings
 from serve_app.windows import Box
 
 from .backends import until
 from .rig import Counters
 
 
-def settings(work: Mapping[str, float] | None = None, **definition: Any) -> Settings:
-    variants = {"v": {"definition": {"family": "pause", "pause_s": 0.05, **definition}}}
+def settings(
+    work: Mapping[str, float] | None = None, levers: Mapping[str, Any] | None = None, **definition: Any
+) -> Settings:
+    variants = {"v": {"definition": {"family": "pause", "pause_s": 0.05, **definition}, "levers": levers or {}}}
     return Settings(variants=variants, work=work or {})
 
 
@@ -90,7 +92,8 @@ async def test_two_jobs_are_painted_one_after_the_other() -> None:
     replica = Replica(settings())
     both = await asyncio.gather(replica.events(request("a")), replica.events(request("b")))
     assert all(isinstance(events[-1], Painted) for events in both)
-    assert replica._usage.as_dict()["wall_s"] >= 0.1
+    usage = replica._seat.usage.as_dict()
+    assert usage["jobs"] == 2 and 0.1 <= usage["busy_s"] <= usage["wall_s"]
 
 
 async def test_a_variant_that_did_not_load_says_why() -> None:
@@ -99,6 +102,38 @@ async def test_a_variant_that_did_not_load_says_why() -> None:
     assert replica.counters.total("fluxfill_load_failures_total", "variant v", "unknown_weights") == 1
     with pytest.raises(VariantLoadFailed, match=r"nowhere\.gguf"):
         await anext(replica.paint(request()))
+    replica.check_health()
+
+
+async def test_as_many_jobs_as_a_batch_takes_are_in_hand_at_once_and_the_next_waits() -> None:
+    engine = Stubborn()
+    together = Together(engine, settings().variant("v"), Levers(max_batch=2))
+    together.load()
+    replica = Replica(settings(levers={"max_batch": 2}), together)
+    three = [asyncio.create_task(replica.events(request(name))) for name in "abc"]
+    await until(lambda: engine.entered.is_set() and len(together._places) == 2)
+    engine.let_go.set()
+    assert [isinstance((await one)[-1], Painted) for one in three] == [True] * 3
+    usage = replica._seat.usage.as_dict()
+    assert usage["jobs"] == 3 and usage["busy_s"] <= usage["wall_s"]
+
+
+async def test_a_batch_that_hangs_makes_the_replica_unhealthy_when_any_of_it_is_to_stop() -> None:
+    engine = Stubborn()
+    together = Together(engine, settings().variant("v"), Levers(max_batch=2))
+    together.load()
+    replica = Replica(settings({"stuck_s": 1e-6}, levers={"max_batch": 2}), together)
+    both = [asyncio.create_task(replica.events(request(name))) for name in "ab"]
+    await until(lambda: engine.entered.is_set() and len(together._places) == 2)
+    replica.check_health()
+    both[1].cancel()
+    await until(lambda: replica._seat.stopping_since is not None)
+    with pytest.raises(RuntimeError, match="was told to stop"):
+        replica.check_health()
+    engine.let_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await both[1]
+    assert isinstance((await both[0])[-1], Painted)
     replica.check_health()
 
 
@@ -218,12 +253,3 @@ async def test_what_has_no_gpu_and_no_steps_leaves_no_figures_of_them() -> None:
     replica = Replica(settings(family="telea"))
     await replica.events(request())
     assert {name for name, *_ in replica.counters.values} == {"fluxfill_load_seconds"}
-
-
-def test_usage_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 11.0, 15.0])
-    monkeypatch.setattr(inpainter.time, "monotonic", lambda: next(now))
-    usage = Usage()
-    usage.add(1.0)
-    usage.add(3.0)
-    assert usage.as_dict() == {"jobs": 2, "busy_s": 4.0, "wall_s": 5.0}

@@ -1,7 +1,7 @@
 """Painting one request: its windows in order on its own canvas, in a thread, stopped within a step.
 
 `paint_canvas` is the work, `painting` runs it from an event loop, `LocalPainter` is the Painter port over both without
-Ray. An engine is held by one request at a time.
+Ray. An engine is held by one request at a time, unless it is a `Together`.
 """
 
 import asyncio
@@ -9,15 +9,18 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from contextvars import copy_context
 from functools import partial
 
-from ..errors import Canceled, FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
+from ..errors import FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
 from ..images import Pixels
 from ..jobs import Progress
 from ..paste import paste_window
 from ..ports import OnProgress, Painted, PaintRequest
 from ..telemetry import logged_with, trace_id
 from . import Engine, Window
+from .seat import Seat, Sitting
+from .together import Place, Together
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ def _nobody_counts() -> None:
 
 
 def paint_canvas(
-    engine: Engine,
+    engine: Engine | Place,
     request: PaintRequest,
     on_step: Callable[[Progress], None],
     on_out_of_memory: Callable[[], None] = _nobody_counts,
@@ -42,7 +45,7 @@ def paint_canvas(
     called and the engine has freed what it can. Raises as `Engine.paint` does.
     """
     canvas, unpainted = request.canvas.copy(), request.mask.copy()
-    started_s, started_ms = time.perf_counter(), engine.device_ms()
+    started_s, started_ms = _clock_s(engine), engine.device_ms()
     total = request.steps * len(request.windows)
     on_step(Progress(step=0, steps=total))
     for number, box in enumerate(request.windows):
@@ -60,7 +63,7 @@ def paint_canvas(
             advance(request.steps)
         paste_window(canvas, painted, box, unpainted)
         unpainted[box.slices] = 0
-    ended_ms, busy_s = engine.device_ms(), time.perf_counter() - started_s
+    ended_ms, busy_s = engine.device_ms(), _clock_s(engine) - started_s
     extra = {"action": "painted", "windows": len(request.windows), "busy_s": round(busy_s, 3)}
     log.info("Painted %d windows in %.2f s", len(request.windows), busy_s, extra=extra)
     return Painted(
@@ -71,8 +74,17 @@ def paint_canvas(
     )
 
 
+def _clock_s(engine: Engine | Place) -> float:
+    return engine.clock_s() if isinstance(engine, Place) else time.perf_counter()
+
+
 def _paint_window(
-    engine: Engine, request: PaintRequest, number: int, pixels: Pixels, mask: Pixels, on_step: Callable[[int], None]
+    engine: Engine | Place,
+    request: PaintRequest,
+    number: int,
+    pixels: Pixels,
+    mask: Pixels,
+    on_step: Callable[[int], None],
 ) -> Pixels:
     return engine.paint(
         Window(
@@ -88,7 +100,7 @@ def _paint_window(
     )
 
 
-def _twice_at_most(paint: Callable[[], Pixels], engine: Engine, on_out_of_memory: Callable[[], None]) -> Pixels:
+def _twice_at_most(paint: Callable[[], Pixels], engine: Engine | Place, on_out_of_memory: Callable[[], None]) -> Pixels:
     try:
         return paint()
     except OutOfMemory as e:
@@ -99,90 +111,50 @@ def _twice_at_most(paint: Callable[[], Pixels], engine: Engine, on_out_of_memory
     return paint()
 
 
-class Seat:
-    """The one place at an engine. Times are on the monotonic clock."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        #: Since when there has been a painting; None while there is none.
-        self.taken_since: float | None = None
-        #: Since when a painting that was told to stop goes on; None while none does.
-        self.stopping_since: float | None = None
-
-    async def take(self) -> None:
-        await self.lock.acquire()
-        self.taken_since = time.monotonic()
-
-    def leave(self) -> None:
-        self.taken_since = self.stopping_since = None
-        self.lock.release()
-
-
 async def painting(
     engine: Engine, request: PaintRequest, seat: Seat, on_out_of_memory: Callable[[], None] = _nobody_counts
 ) -> AsyncGenerator[Progress | Painted, None]:
     """Run `paint_canvas` in a thread at the engine's seat: yields the latest progress, and at last what it painted.
+    Nothing is yielded before the engine begins with it.
 
-    The seat is free the moment the thread ends, however slowly the caller takes what is yielded.
+    The place is free the moment the thread ends, however slowly the caller takes what is yielded.
     Closing the generator, or cancelling the task that iterates it, stops the engine within one step, and returns only
     when the thread has stopped. The thread's log lines carry the job's id and its trace. Raises as `paint_canvas` does.
     """
-    steps = _Latest()
-    await seat.take()
+    sitting = await seat.take()
     with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
-        # The task, and with it the thread, keeps the context it is made in.
-        work = asyncio.create_task(asyncio.to_thread(paint_canvas, engine, request, steps.report, on_out_of_memory))
-    work.add_done_callback(lambda _: seat.leave())
-    work.add_done_callback(lambda _: steps.wake())
+        thread = partial(copy_context().run, _paint_in_thread, engine, request, seat, sitting, on_out_of_memory)
+    work = asyncio.get_running_loop().run_in_executor(seat.threads, thread)
+    work.add_done_callback(lambda _: seat.leave(sitting))
+    work.add_done_callback(lambda _: sitting.wake())
     try:
         ended = False
         while not ended:
-            await steps.changed()
+            await sitting.changed()
             ended = work.done()
-            if (progress := steps.take()) is not None:
+            if (progress := sitting.take()) is not None:
                 yield progress
         yield work.result()
     finally:
-        steps.stop()
-        await _ended(work, seat)
+        await _ended(work, sitting)
 
 
-class _Latest:
-    """Progress on its way from the painting thread to the event loop: a slow reader sees the newest only."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
-        self._progress: Progress | None = None
-        self._stopped = False
-
-    def report(self, progress: Progress) -> None:
-        """For the thread. Raises Canceled once nobody wants the painting any more."""
-        if self._stopped:
-            raise Canceled("the painting was stopped")
-        self._progress = progress
-        self._loop.call_soon_threadsafe(self.wake)
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def wake(self) -> None:
-        self._news.set()
-
-    async def changed(self) -> None:
-        await self._news.wait()
-        self._news.clear()
-
-    def take(self) -> Progress | None:
-        progress, self._progress = self._progress, None
-        return progress
+def _paint_in_thread(
+    engine: Engine, request: PaintRequest, seat: Seat, sitting: Sitting, on_out_of_memory: Callable[[], None]
+) -> Painted:
+    with seat.usage.painting():
+        if isinstance(engine, Together):
+            with engine.place(sitting.check, sitting.begin) as place:
+                return paint_canvas(place, request, sitting.report, on_out_of_memory)
+        sitting.begin()
+        return paint_canvas(engine, request, sitting.report, on_out_of_memory)
 
 
-async def _ended(work: asyncio.Task[Painted], seat: Seat) -> None:
-    """Wait for the thread through any number of cancellations: its engine is not free before."""
+async def _ended(work: asyncio.Future[Painted], sitting: Sitting) -> None:
+    """Wait for the thread through any number of cancellations: its place is not free before."""
     canceled = False
     if not work.done():
-        seat.stopping_since = time.monotonic()
+        sitting.stop()
     while not work.done():
         try:
             await asyncio.wait({work})
@@ -211,7 +183,8 @@ class LocalPainter:
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
-        self._seats = {name: Seat() for name in engines}
+        self._seats = {name: Seat(_places(engine)) for name, engine in engines.items()}
+        self._loading = {name: asyncio.Lock() for name in engines}
         self._loaded: set[str] = set()
 
     def is_ready(self, variant: str) -> bool:
@@ -221,7 +194,7 @@ class LocalPainter:
         if variant not in self._engines:
             raise UnknownVariant(f"no variant {variant} here; there are {', '.join(self._engines) or 'none'}")
         engine = self._engines[variant]
-        async with self._seats[variant].lock:
+        async with self._loading[variant]:
             await self._ready(variant, engine)
         async with aclosing(painting(engine, request, self._seats[variant])) as events:
             async for event in events:
@@ -238,6 +211,10 @@ class LocalPainter:
     async def close(self) -> None:
         """Free every engine, each when its job has ended. Painting again loads it again."""
         for name, engine in self._engines.items():
-            async with self._seats[name].lock:
+            async with self._loading[name], self._seats[name].emptied():
                 engine.close()
                 self._loaded.discard(name)
+
+
+def _places(engine: Engine) -> int:
+    return engine.places if isinstance(engine, Together) else 1

@@ -76,9 +76,13 @@ class FluxFill:
         Raises VariantLoadFailed where blocks do not compile.
         """
         by_area = sorted(buckets, key=lambda size: size[0] * size[1])
+        for width, height in by_area if self._device.is_gpu or self._levers.compile else by_area[:1]:
+            self.warm_up_batch(width, height, 1)
+
+    def warm_up_batch(self, width: int, height: int, windows: int) -> None:
+        prompt = {name: tensor.repeat_interleave(windows, 0) for name, tensor in self._no_prompt().items()}
         with compiled.translated():
-            for width, height in by_area if self._device.is_gpu or self._levers.compile else by_area[:1]:
-                self._run([_nothing(width, height)], self._no_prompt())
+            self._run([_nothing(width, height)] * windows, prompt)
         self._device.ms = 0.0
 
     def paint(self, window: Window) -> Pixels:

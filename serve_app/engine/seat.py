@@ -1,0 +1,146 @@
+"""The places at an engine: which jobs are in its hands, since when, and how busy they have kept it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+
+from ..errors import Canceled
+from ..jobs import Progress
+
+
+class Usage:
+    """How busy an engine has been since its first painting began. Paintings at once count once. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs, self._in_hand, self._busy_s = 0, 0, 0.0
+        self._busy_since = self._last_end = 0.0
+        self._first_start: float | None = None
+
+    @contextmanager
+    def painting(self) -> Iterator[None]:
+        """A job is painted inside; it counts among `jobs` where that raises nothing."""
+        self._begin()
+        done = 0
+        try:
+            yield
+            done = 1
+        finally:
+            self._end(done)
+
+    def as_dict(self) -> dict[str, float]:
+        """`jobs` painted; `busy_s`, in which at least one was; `wall_s`, from the first's beginning to the last end."""
+        with self._lock:
+            began = self._last_end if self._first_start is None else self._first_start
+            return {"jobs": self._jobs, "busy_s": self._busy_s, "wall_s": max(0.0, self._last_end - began)}
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._in_hand:
+                self._busy_since = time.monotonic()
+            if self._first_start is None:
+                self._first_start = self._busy_since
+            self._in_hand += 1
+
+    def _end(self, done: int) -> None:
+        with self._lock:
+            self._last_end = time.monotonic()
+            # What is busy still counts from here on, so that `busy_s` and `wall_s` end at the same moment.
+            self._busy_s += self._last_end - self._busy_since
+            self._busy_since = self._last_end
+            self._in_hand, self._jobs = self._in_hand - 1, self._jobs + done
+
+
+class Sitting:
+    """One job at an engine: its latest progress on the way from the painting thread to the event loop (a slow reader
+    sees the newest only), and whether anybody still wants it. Times are on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._progress: Progress | None = None
+        #: Since when it has been painted; None while it waits for its turn. Nothing is told before that.
+        self.begun_at: float | None = None
+        #: Since when it is to stop; None where it is not.
+        self.stopping_since: float | None = None
+
+    def begin(self) -> None:
+        """For the thread: its turn has come, if it had not before."""
+        if self.begun_at is None:
+            self.begun_at = time.monotonic()
+            self._loop.call_soon_threadsafe(self.wake)
+
+    def check(self) -> None:
+        """For the thread. Raises Canceled once nobody wants the painting any more."""
+        if self.stopping_since is not None:
+            raise Canceled("the painting was stopped")
+
+    def report(self, progress: Progress) -> None:
+        """For the thread. Raises as `check` does."""
+        self.check()
+        self._progress = progress
+        self._loop.call_soon_threadsafe(self.wake)
+
+    def stop(self) -> None:
+        if self.stopping_since is None:
+            self.stopping_since = time.monotonic()
+
+    def wake(self) -> None:
+        self._news.set()
+
+    async def changed(self) -> None:
+        await self._news.wait()
+        self._news.clear()
+
+    def take(self) -> Progress | None:
+        if self.begun_at is None:
+            return None
+        progress, self._progress = self._progress, None
+        return progress
+
+
+class Seat:
+    """As many places as jobs may be in the engine's hands at once, given in the order in which they are asked for."""
+
+    def __init__(self, places: int = 1) -> None:
+        self._places, self._free = places, asyncio.Semaphore(places)
+        self._sittings: set[Sitting] = set()
+        #: One for each place: asyncio's own threads may be fewer.
+        self.threads = ThreadPoolExecutor(places, thread_name_prefix="painting")
+        self.usage = Usage()
+
+    @property
+    def taken_since(self) -> float | None:
+        """Since when the oldest of the paintings goes on; None while there is none. On the monotonic clock."""
+        return min((one.begun_at for one in self._sittings if one.begun_at is not None), default=None)
+
+    @property
+    def stopping_since(self) -> float | None:
+        """Since when a painting that was told to stop goes on; None while none does. On the monotonic clock."""
+        return min((one.stopping_since for one in self._sittings if one.stopping_since is not None), default=None)
+
+    async def take(self) -> Sitting:
+        await self._free.acquire()
+        sitting = Sitting()
+        self._sittings.add(sitting)
+        return sitting
+
+    def leave(self, sitting: Sitting) -> None:
+        self._sittings.remove(sitting)
+        self._free.release()
+
+    @asynccontextmanager
+    async def emptied(self) -> AsyncIterator[None]:
+        """When all jobs in hand have ended, and until this is left none begins. For one caller at a time."""
+        taken = 0
+        try:
+            for _ in range(self._places):
+                await self._free.acquire()
+                taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._free.release()
