@@ -1,6 +1,6 @@
-"""A painted window back into its picture.
+"""Painted windows back into their picture.
 
-The worker cuts the plan's region out of the photo onto a canvas and pastes the painted canvas back; a replica pastes
+The worker cuts the plan's region out of the photo onto a canvas and pastes the painted canvas back; a replica blends
 each painted window into its canvas. Outside the mask, dilated by the feather, nothing changes by a single bit: a
 model's decoder moves every pixel a little, and people see it.
 
@@ -9,6 +9,8 @@ surroundings. Distances are Euclidean, so the dilation is by a disc. Arrays are 
 where the photo is kept and 255 elsewhere.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import cv2
@@ -19,6 +21,10 @@ from .images import Pixels
 from .windows import Box, Plan, bounding_box
 
 _Number = TypeVar("_Number", np.uint8, np.float32)
+
+#: Canvas pixels over which a window is blended into what windows before it painted. They were shown to the model as
+#: they are, so both pictures are nearly the same there.
+FADE_PX = 16
 
 
 def grow(mask: Pixels, px: int) -> Pixels:
@@ -32,8 +38,7 @@ def soft_mask(mask: Pixels, feather_px: int) -> npt.NDArray[np.float32]:
     1 on the mask, falling by smoothstep (3t² - 2t³) with the distance from it, 0 beyond `grow(mask, feather_px)`.
     """
     distance = _distance(mask)
-    t = np.where(distance <= feather_px, 1 - distance / np.float32(feather_px + 1), np.float32(0))
-    return np.asarray(t * t * (3 - 2 * t), np.float32)
+    return _smoothstep(np.where(distance <= feather_px, 1 - distance / np.float32(feather_px + 1), np.float32(0)))
 
 
 def cut(photo: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> tuple[Pixels, Pixels]:
@@ -66,14 +71,74 @@ def paste(photo: Pixels, painted: Pixels, mask: Pixels, plan: Plan, feather_px: 
     return result
 
 
-def paste_window(canvas: Pixels, painted: Pixels, box: Box, canvas_mask: Pixels) -> None:
-    """Put the painted window at `box` into `canvas`, in place, where `canvas_mask` is not 0 and nowhere else.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one window paints of a canvas. Arrays have the window's size."""
 
-    `painted` has the size of `box`, `canvas_mask` that of `canvas`. The edge is hard: `paste` blends over the feather.
-    Where windows overlap, the later one wins on whatever its mask names: give it the mask of what is still unpainted,
-    and it continues what the one before left in the overlap.
+    #: Shown to the model as to be painted, 255: all that no window before it has painted. A leash left standing would
+    #: be continued.
+    unpainted: Pixels
+    #: Opacity of the painted window, float32, 0..1. 1 on the window's own pixels; over what earlier windows painted it
+    #: falls by smoothstep, to 0 at the window's side or `FADE_PX` away; 0 elsewhere.
+    opacity: npt.NDArray[np.float32]
+
+
+def share_out(mask: Pixels, windows: Sequence[Box]) -> list[Share]:
+    """Each window's share of the canvas's `mask`, in painting order.
+
+    A masked pixel is the own of one window: that in which it is deepest, by the distance to the window's sides, where
+    sides on the canvas's edge do not count; of equals the earlier.
     """
-    np.copyto(canvas[box.slices], painted, where=canvas_mask[box.slices][..., None] != 0)
+    owners = _owners(mask, windows)
+    return [_share(owners[box.slices], number, _depth(box, mask.shape)) for number, box in enumerate(windows)]
+
+
+def paste_window(canvas: Pixels, painted: Pixels, box: Box, share: Share) -> None:
+    """Blend the painted window at `box` into `canvas`, in place; outside its share nothing is written."""
+    _blend(canvas[box.slices], painted, share.opacity)
+
+
+#: In `_owners`: not masked, or in no window.
+_NOBODY = -1
+
+
+def _owners(mask: Pixels, windows: Sequence[Box]) -> npt.NDArray[np.int16]:
+    """The number of the window whose own each pixel is."""
+    owners = np.full(mask.shape, _NOBODY, np.int16)
+    deepest = np.zeros(mask.shape, np.float32)
+    for number, box in enumerate(windows):
+        depth = _depth(box, mask.shape)
+        owned = (mask[box.slices] != 0) & (depth > deepest[box.slices])
+        owners[box.slices][owned] = number
+        deepest[box.slices][owned] = depth[owned]
+    return owners
+
+
+def _depth(box: Box, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Pixels from each of the window's pixels to the nearest of its sides inside the canvas, from 1; `[h, w]`."""
+    height, width = shape
+    down = _depth_along(box.y0, box.y1, height)
+    return np.minimum(down[:, None], _depth_along(box.x0, box.x1, width)[None, :])
+
+
+def _depth_along(first: int, end: int, length: int) -> npt.NDArray[np.float32]:
+    steps = np.arange(1, end - first + 1, dtype=np.float32)
+    before = steps if first > 0 else np.full_like(steps, np.inf)
+    after = steps[::-1] if end < length else np.full_like(steps, np.inf)
+    return np.minimum(before, after)
+
+
+def _share(owners: npt.NDArray[np.int16], number: int, depth: npt.NDArray[np.float32]) -> Share:
+    own, before = owners == number, (owners >= 0) & (owners < number)
+    distance = _distance(own.view(np.uint8))
+    # What is left of the way to the window's side, where that is nearer than the fade is long.
+    fade = np.minimum(np.float32(FADE_PX), depth + distance - 1)
+    opacity = np.where(before & (distance <= fade), _smoothstep(1 - distance / (fade + 1)), own.astype(np.float32))
+    return Share(np.where(owners >= number, np.uint8(255), np.uint8(0)), np.asarray(opacity, np.float32))
+
+
+def _smoothstep(t: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def _distance(mask: Pixels) -> npt.NDArray[np.float32]:

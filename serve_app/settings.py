@@ -232,7 +232,7 @@ class Limits(_Frozen):
 
 #: (width, height) in pixels that the model is given: few, because each size is compiled and warmed by itself.
 BUCKETS = (
-    (256, 256), (512, 512), (512, 768), (768, 512), (512, 1024), (1024, 512),
+    (256, 256), (384, 384), (384, 512), (512, 384), (384, 768), (768, 384), (512, 512), (512, 768), (768, 512),
     (768, 768), (768, 1024), (1024, 768), (1024, 1024),
 )  # fmt: skip
 
@@ -245,8 +245,10 @@ class WindowSettings(_Frozen):
     context_px: int = Field(64, ge=0, le=512)
     #: Width of the blend outside the mask, in photo pixels; nothing further out changes.
     feather_px: int = Field(8, ge=0, le=64)
-    #: Windows one job may take; a mask that wants more is painted at a coarser scale.
+    #: Windows that `original` may take; a mask that wants more is painted at a coarser scale.
     max_windows: int = Field(4, ge=1, le=64)
+    #: What the windows that `auto` takes may cost together, a step, of FLUX.1: one window of 1024 x 1024 costs 74.4.
+    budget_tflop: float = Field(74.5, gt=0)
 
     @model_validator(mode="after")
     def _sizes(self) -> "WindowSettings":

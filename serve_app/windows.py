@@ -1,37 +1,40 @@
 """From a mask to the windows to paint.
 
 The model paints windows of a few fixed sizes, the buckets. A plan says which part of the photo (the region) is shown
-on a canvas, at which scale, and which windows of that canvas are painted. Nothing is ever enlarged. What must be
-shown is the mask's bounding box, widened by `feather_px` photo pixels, which are blended, and by `context_px` pixels
-at working scale, from which the model learns what belongs there. Where that meets an edge of the photo it is shifted,
-not cut.
+on a canvas, at which scale, and which windows of that canvas are painted. Nothing is ever enlarged. Every masked pixel
+is shown by some window with `context_px` pixels of surroundings at working scale, from which the model learns what
+belongs there, or up to the photo's edge; what counts as masked is widened by `feather_px` photo pixels, which are
+blended. Below the photo's own scale, rounding to pixels may take 2 px of the context.
 
-    crop      One window round the mask, in the bucket of the smallest area that holds it at the photo's own scale;
-              where none does, the region is scaled down just enough to fit one. Most detail for one window's cost;
-              the model sees only the surroundings.
-    resize    One window that shows the whole frame: its longest side is at most the largest bucket's, in the smallest
-              bucket that holds it. The model sees everything, and a large photo loses detail where it is painted.
-    original  The photo's own scale: a grid of windows of one bucket size over the mask and its context, neighbours
-              overlapping by at least the context, in reading order, without those that have no mask. The fewest
-              windows, then the smallest area. Where that takes more than `max_windows`, the finest scale at which
-              some grid just fits and takes no more. Full detail; the cost grows with the mask, and no window sees
-              the whole.
-    auto      `crop` where its region is smaller than the frame (more detail, or less cost), else `resize`.
+    crop      One window round the mask, at the finest scale at which a bucket holds it, in the cheapest such bucket.
+    resize    One window that shows the whole frame: the recipe this service replaces, where the largest bucket is
+              1024 x 1024. Turns everything else here off.
+    original  The finest scale at which at most `max_windows` windows cover the mask; as few of them as will do.
+    auto      The finest scale at which the windows that cover the mask cost at most `budget_tflop` together, and there
+              the cheapest windows. Never coarser than `resize`; at that scale the cheapest windows, whatever they cost.
 
-The strategies' names are IOPaint's. Scales are fractions, so no rounding decides what fits.
+Scales go up to the photo's own. `cover.Search` finds the windows at a scale, `cost` says what one costs. Cover that a
+mask has at some scale also covers it at every coarser one, so the finest scale is found by bisection, to 3%. The
+strategies' names are IOPaint's.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from math import floor, inf
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 
+from .cells import Cells, Span
+from .cost import forward_flops
+from .cover import Axis, Bucket, Search, Shown
 from .images import Pixels
 from .messages import CropStrategy
 from .settings import WindowSettings
+
+#: Pixels of context that rounding may take below the photo's own scale.
+_ROUNDING_PX = 2
+#: How near bisection comes to the finest scale.
+_NEAR = 1.03
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +64,7 @@ class Box:
 class Plan:
     """What the canvas shows, and the windows to paint on it."""
 
-    #: The one that was used: never `auto`.
+    #: The one that was asked for.
     strategy: CropStrategy
     #: The part of the photo that the canvas shows, in photo pixels, inside the photo.
     region: Box
@@ -70,7 +73,7 @@ class Plan:
     #: (width, height) of the canvas's top left part that shows the region, at the region's aspect ratio up to rounding
     #: and never larger than it. The rest is padding: the photo is smaller than the bucket or of another aspect.
     content_size: tuple[int, int]
-    #: In canvas pixels, in painting order; each is a bucket size and inside the canvas.
+    #: In canvas pixels, in painting order; each is a bucket size and inside the canvas. Sizes may differ.
     windows: tuple[Box, ...]
 
 
@@ -79,8 +82,10 @@ def plan(mask: Pixels, strategy: CropStrategy, settings: WindowSettings) -> Plan
 
     None for an empty mask. The module's docstring gives each strategy's rule.
     """
-    box = bounding_box(mask)
-    return _STRATEGIES[strategy](mask, box, settings) if box else None
+    if bounding_box(mask) is None:
+        return None
+    cells = Cells(mask, settings.feather_px)
+    return _laid_out(cells, _STRATEGIES[strategy](cells, settings), strategy)
 
 
 def bounding_box(mask: Pixels) -> Box | None:
@@ -90,177 +95,139 @@ def bounding_box(mask: Pixels) -> Box | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """One dimension of a plan: windows of `side` canvas pixels in a row over a stretch of the photo."""
+class _Cover:
+    """Canvas pixels a photo pixel, and what each window shows."""
 
-    #: Photo pixels: where the region starts, and how long it is.
-    start: int
-    extent: int
-    #: Canvas pixels.
-    content: int
-    canvas: int
-    side: int
-    offsets: tuple[int, ...]
-
-    def in_photo(self, reach_px: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """First and end photo pixel of what each window shows, rounded outward and widened by `reach_px`."""
-        first = np.array(self.offsets, np.int64)
-        start = first * self.extent // self.content
-        end = -(-(first + self.side) * self.extent // self.content)
-        return self.start + start - reach_px, self.start + end + reach_px
+    scale: float
+    windows: Sequence[Shown]
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """One dimension of the photo, `length` pixels, and the span of it to show, which may overhang the photo."""
-
-    length: int
-    start: int
-    stop: int
-    #: At working scale.
-    context_px: int = 0
-
-    def overlap(self, side: int) -> int:
-        return min(self.context_px, side // 2)
-
-    def scale(self, side: int, count: int = 1) -> Fraction:
-        """The finest scale at which `count` windows hold the span and its context, or the photo's whole length."""
-        overlap = self.overlap(side)
-        room = count * (side - overlap) + overlap
-        around = Fraction(room - 2 * self.context_px, self.stop - self.start)
-        return min(Fraction(1), max(around, Fraction(room, self.length)))
-
-    def lay(self, side: int, scale: Fraction) -> _Row:
-        """As few windows as hold the span and its context, spread evenly; one window shows all that it can."""
-        wanted = self.stop - self.start + int(2 * self.context_px / scale)
-        extent = min(self.length, max(wanted, round(side / scale)))
-        content = max(1, round(extent * scale))
-        canvas = max(side, content)
-        overlap = self.overlap(side)
-        count = -(-(canvas - overlap) // (side - overlap))
-        return _Row(
-            start=min(max((self.start + self.stop - extent) // 2, 0), self.length - extent),
-            extent=extent,
-            content=content,
-            canvas=canvas,
-            side=side,
-            offsets=tuple(i * (canvas - side) // max(count - 1, 1) for i in range(count)),
-        )
+def _by_tflop(settings: WindowSettings) -> dict[Bucket, float]:
+    # Of two covers that cost the same, the one of fewer windows is taken.
+    return {bucket: forward_flops(*bucket) / 1e12 + 1e-6 for bucket in settings.buckets}
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    x: _Row
-    y: _Row
-    #: (row, column) of the windows to paint, in reading order.
-    cells: list[tuple[int, int]]
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        return len(self.cells), len(self.cells) * self.x.side * self.y.side
-
-    def plan(self, strategy: CropStrategy) -> Plan:
-        x, y = self.x, self.y
-        return Plan(
-            strategy=strategy,
-            region=Box(x0=x.start, y0=y.start, x1=x.start + x.extent, y1=y.start + y.extent),
-            canvas_size=(x.canvas, y.canvas),
-            content_size=(x.content, y.content),
-            windows=tuple(self._window(row, column) for row, column in self.cells),
-        )
-
-    def _window(self, row: int, column: int) -> Box:
-        x0, y0 = self.x.offsets[column], self.y.offsets[row]
-        return Box(x0=x0, y0=y0, x1=x0 + self.x.side, y1=y0 + self.y.side)
+def _by_count(settings: WindowSettings) -> dict[Bucket, float]:
+    """1 a window, and so little for its TFLOP that they decide only between as many."""
+    return {bucket: 1 + tflop / 1e6 for bucket, tflop in _by_tflop(settings).items()}
 
 
-#: Which windows of a grid have something to paint: bool `[rows, columns]`.
-_Occupied = Callable[[_Row, _Row], npt.NDArray[np.bool_]]
+def _crop(cells: Cells, settings: WindowSettings) -> _Cover:
+    return _in_one(cells, cells.reach, settings.context_px, settings)
 
 
-def _everywhere(x: _Row, y: _Row) -> npt.NDArray[np.bool_]:
-    return np.ones((len(y.offsets), len(x.offsets)), np.bool_)
+def _resize(cells: Cells, settings: WindowSettings) -> _Cover:
+    return _in_one(cells, ((0, cells.size[0]), (0, cells.size[1])), 0, settings)
 
 
-def _where_masked(mask: Pixels, box: Box, reach_px: int) -> _Occupied:
-    """Windows with a masked pixel in them or within `reach_px` photo pixels of them, by a summed-area table."""
-    sums = cv2.integral((mask[box.slices] != 0).view(np.uint8))
-
-    def occupied(x: _Row, y: _Row) -> npt.NDArray[np.bool_]:
-        left, right = (np.clip(edge - box.x0, 0, box.width) for edge in x.in_photo(reach_px))
-        top, bottom = (np.clip(edge - box.y0, 0, box.height) for edge in y.in_photo(reach_px))
-        inside = sums[np.ix_(bottom, right)] - sums[np.ix_(bottom, left)]
-        return np.asarray(inside - sums[np.ix_(top, right)] + sums[np.ix_(top, left)] > 0)
-
-    return occupied
+def _original(cells: Cells, settings: WindowSettings) -> _Cover:
+    return _finest(cells, settings, _by_count(settings), settings.max_windows + 0.5, _crop(cells, settings))
 
 
-@dataclass(frozen=True, slots=True)
-class _Search:
-    """The choice of bucket and scale for one photo."""
-
-    x: _Axis
-    y: _Axis
-    buckets: tuple[tuple[int, int], ...]
-
-    def scales(self, count: Callable[[_Axis, int], int]) -> list[Fraction]:
-        """Every scale at which 1 to `count(axis, side)` windows just fit an axis, finest first."""
-        sides = [(axis, bucket[i]) for i, axis in enumerate((self.x, self.y)) for bucket in self.buckets]
-        fits = {axis.scale(side, n) for axis, side in set(sides) for n in range(1, count(axis, side) + 1)}
-        return sorted(fits, reverse=True)
-
-    def grids(self, scale: Fraction, occupied: _Occupied) -> Iterable[_Grid]:
-        for width, height in self.buckets:
-            x, y = self.x.lay(width, scale), self.y.lay(height, scale)
-            rows, columns = np.nonzero(occupied(x, y))
-            yield _Grid(x, y, list(zip(rows.tolist(), columns.tolist(), strict=True)))
-
-    def finest(self, scales: list[Fraction], occupied: _Occupied, max_windows: int) -> _Grid:
-        """The cheapest grid at the first scale that has one of at most `max_windows`. The last has: one holds all."""
-        allowed = ([g for g in self.grids(scale, occupied) if len(g.cells) <= max_windows] for scale in scales)
-        return min(next(grids for grids in allowed if grids), key=lambda grid: grid.cost)
-
-    def single(self, strategy: CropStrategy) -> Plan:
-        scales = self.scales(lambda axis, side: 1)
-        return self.finest(scales, _everywhere, max_windows=1).plan(strategy)
+def _auto(cells: Cells, settings: WindowSettings) -> _Cover:
+    prices, coarsest = _by_tflop(settings), _resize(cells, settings).scale
+    cheapest = _at(cells, settings, prices, inf, coarsest)
+    assert cheapest is not None, "one window shows the whole frame at this scale"
+    return _finest(cells, settings, prices, settings.budget_tflop, cheapest)
 
 
-def _around(mask: Pixels, box: Box, settings: WindowSettings) -> _Search:
-    height, width = mask.shape
-    feather, context = settings.feather_px, settings.context_px
-    return _Search(
-        _Axis(width, box.x0 - feather, box.x1 + feather, context),
-        _Axis(height, box.y0 - feather, box.y1 + feather, context),
-        settings.buckets,
-    )
-
-
-def _crop(mask: Pixels, box: Box, settings: WindowSettings) -> Plan:
-    return _around(mask, box, settings).single(CropStrategy.CROP)
-
-
-def _resize(mask: Pixels, box: Box, settings: WindowSettings) -> Plan:
-    height, width = mask.shape
-    search = _Search(_Axis(width, 0, width), _Axis(height, 0, height), settings.buckets)
-    return search.single(CropStrategy.RESIZE)
-
-
-def _original(mask: Pixels, box: Box, settings: WindowSettings) -> Plan:
-    search = _around(mask, box, settings)
-    scales = search.scales(lambda axis, side: len(axis.lay(side, Fraction(1)).offsets))
-    occupied = _where_masked(mask, box, settings.feather_px)
-    return search.finest(scales, occupied, settings.max_windows).plan(CropStrategy.ORIGINAL)
-
-
-def _auto(mask: Pixels, box: Box, settings: WindowSettings) -> Plan:
-    cropped = _crop(mask, box, settings)
-    is_whole_frame = mask.shape == (cropped.region.height, cropped.region.width)
-    return _resize(mask, box, settings) if is_whole_frame else cropped
-
-
-_STRATEGIES: Mapping[CropStrategy, Callable[[Pixels, Box, WindowSettings], Plan]] = {
+_STRATEGIES: Mapping[CropStrategy, Callable[[Cells, WindowSettings], _Cover]] = {
     CropStrategy.AUTO: _auto,
     CropStrategy.CROP: _crop,
     CropStrategy.RESIZE: _resize,
     CropStrategy.ORIGINAL: _original,
 }
+
+
+def _in_one(cells: Cells, shown: tuple[Span, Span], context_px: int, settings: WindowSettings) -> _Cover:
+    """One window that shows these photo pixels, at the finest scale that any bucket allows."""
+    prices = _by_tflop(settings)
+    windows = [Shown(x=shown[0], y=shown[1], bucket=bucket) for bucket in sorted(prices, key=lambda b: prices[b])]
+    # The first of those with the finest scale is the cheapest.
+    best = max(windows, key=lambda window: _finest_scale(cells, window, context_px))
+    return _Cover(_finest_scale(cells, best, context_px), [best])
+
+
+def _finest_scale(cells: Cells, window: Shown, context_px: int) -> float:
+    """Up to which the window shows what it should."""
+    x, y = (Axis(length, context_px) for length in cells.size)
+    return min(x.finest(window.x, window.bucket[0]), y.finest(window.y, window.bucket[1]))
+
+
+def _at(
+    cells: Cells, settings: WindowSettings, prices: Mapping[Bucket, float], limit: float, scale: float
+) -> _Cover | None:
+    """The best cover for at most `limit` that there is at `scale`, at the finest scale that its windows allow."""
+    context_px = settings.context_px if scale == 1 else max(settings.context_px, _ROUNDING_PX)
+    windows = Search(cells, prices, context_px, scale).best(limit)
+    return _Cover(min(_finest_scale(cells, w, context_px) for w in windows), windows) if windows else None
+
+
+def _finest(
+    cells: Cells, settings: WindowSettings, prices: Mapping[Bucket, float], limit: float, coarsest: _Cover
+) -> _Cover:
+    """The cover for at most `limit` at the finest scale; `coarsest` where there is none finer."""
+    best, scale, too_fine = coarsest, 1.0, 1.0
+    while best.scale < scale:
+        if found := _at(cells, settings, prices, limit, scale):
+            best = found
+        else:
+            too_fine = scale
+        if best.scale * _NEAR >= too_fine:
+            break
+        scale = (best.scale * too_fine) ** 0.5
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One axis of a plan: photo pixels `start` to `start + extent` on `content` canvas pixels, and where the windows
+    begin on the canvas."""
+
+    start: int
+    extent: int
+    content: int
+    canvas: int
+    offsets: Sequence[int]
+
+
+def _row(length: int, scale: float, windows: Sequence[tuple[Span, int]]) -> _Row:
+    """Each window, of `side` pixels, with what it shows in its middle, shifted where the photo ends; and between the
+    outermost windows' outer sides all that the canvas shows of the photo's `length` pixels."""
+    frame = round(length * scale)
+    begins = [
+        min(max(floor(((first + end) * scale - side) / 2), 0), max(frame - side, 0)) for (first, end), side in windows
+    ]
+    used = max(begin + side for begin, (_, side) in zip(begins, windows, strict=True)) - min(begins)
+    first, end = min(span[0] for span, _ in windows), max(span[1] for span, _ in windows)
+    extent = min(length, max(round(used / scale), end - first))
+    start = max(min(round(min(begins) / scale), first, length - extent), end - extent)
+    content = max(1, round(extent * scale))
+    canvas = max(content, *(side for _, side in windows))
+
+    def offset(span: Span, side: int) -> int:
+        before, after = (span[0] - start) * content // extent, -((start - span[1]) * content // extent)
+        return min(max((before + after - side) // 2, 0), canvas - side)
+
+    return _Row(start, extent, content, canvas, [offset(span, side) for span, side in windows])
+
+
+def _laid_out(cells: Cells, cover: _Cover, strategy: CropStrategy) -> Plan:
+    x = _row(cells.size[0], cover.scale, [(w.x, w.bucket[0]) for w in cover.windows])
+    y = _row(cells.size[1], cover.scale, [(w.y, w.bucket[1]) for w in cover.windows])
+    corners = zip(x.offsets, y.offsets, (w.bucket for w in cover.windows), strict=True)
+    boxes = [Box(x0=x0, y0=y0, x1=x0 + width, y1=y0 + height) for x0, y0, (width, height) in corners]
+    return Plan(
+        strategy=strategy,
+        region=Box(x0=x.start, y0=y.start, x1=x.start + x.extent, y1=y.start + y.extent),
+        canvas_size=(x.canvas, y.canvas),
+        content_size=(x.content, y.content),
+        windows=tuple(sorted(boxes, key=_sweep(x.canvas >= y.canvas))),
+    )
+
+
+def _sweep(is_wide: bool) -> Callable[[Box], tuple[int, int]]:
+    """Sorts windows along the longer side of the canvas, so that most begin where the one before has ended."""
+    if is_wide:
+        return lambda box: (box.x0 + box.x1, box.y0 + box.y1)
+    return lambda box: (box.y0 + box.y1, box.x0 + box.x1)

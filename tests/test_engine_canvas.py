@@ -71,10 +71,12 @@ def test_each_window_sees_what_the_ones_before_painted() -> None:
     (first, first_mask, first_seed), (second, second_mask, second_seed) = engine.seen
     assert np.array_equal(first, photo()[LEFT.slices])
     assert np.array_equal(first_mask, square_mask()[LEFT.slices])
-    overlap = np.s_[32:96, :32]
-    assert (second[overlap] == 255).all()
-    assert (second_mask[overlap] == 0).all()
-    assert (second_mask[32:96, 32:48] == 255).all()
+    # The overlap, columns 48 to 80, is the first's up to its middle.
+    own_of_first, own_of_second = np.s_[32:96, :16], np.s_[32:96, 16:48]
+    assert (second[own_of_first] == 255).all()
+    assert (second_mask[own_of_first] == 0).all()
+    assert np.array_equal(second[own_of_second], photo()[RIGHT.slices][own_of_second])
+    assert (second_mask[own_of_second] == 255).all()
     assert first_seed != second_seed
     assert (painted.canvas[square_mask() > 0] == 255).all()
     assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])

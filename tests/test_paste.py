@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from serve_app.images import Pixels
 from serve_app.messages import CropStrategy
-from serve_app.paste import cut, grow, paste, paste_window, soft_mask
+from serve_app.paste import FADE_PX, cut, grow, paste, paste_window, share_out, soft_mask
 from serve_app.settings import WindowSettings
 from serve_app.windows import Box, Plan, plan
 
@@ -29,9 +29,9 @@ def made(mask: Pixels, strategy: CropStrategy, feather_px: int) -> Plan:
 def painted_magenta(canvas: Pixels, canvas_mask: Pixels, planned: Plan) -> Pixels:
     """The canvas as a replica gives it back: each window painted, one after the other."""
     result = canvas.copy()
-    for box in planned.windows:
+    for box, share in zip(planned.windows, share_out(canvas_mask, planned.windows), strict=True):
         window = np.broadcast_to(np.array(MAGENTA, np.uint8), (box.height, box.width, 3))
-        paste_window(result, window, box, canvas_mask)
+        paste_window(result, window, box, share)
     return result
 
 
@@ -78,7 +78,8 @@ def test_every_masked_pixel_is_in_the_canvas_mask_and_in_a_window(
     covered = blank(width, height)
     for box in planned.windows:
         covered[box.slices] = 255
-    assert not (canvas_mask & ~covered).any()
+    # Beyond the photo a window may be smaller than the canvas.
+    assert not (canvas_mask & ~covered)[:content_height, :content_width].any()
 
     rows, columns = np.nonzero(grow(mask, feather_px))
     canvas_rows = (rows - planned.region.y0) * content_height // planned.region.height
@@ -162,10 +163,69 @@ def test_a_flat_photo_painted_in_its_own_colour_stays_flat_at_any_scale() -> Non
     assert np.array_equal(paste(photo, canvas, mask, planned, 8), photo)
 
 
+@settings(max_examples=200, deadline=None)
+@given(mask=masks(), feather_px=feathers)
+def test_every_masked_pixel_is_one_windows_own_and_shown_until_it_is_painted(mask: Pixels, feather_px: int) -> None:
+    planned = made(mask, CropStrategy.AUTO, feather_px)
+    _, canvas_mask = cut(noise(mask.shape[1], mask.shape[0]), mask, planned, feather_px)
+    left, in_window = canvas_mask.copy(), blank(*planned.canvas_size)
+    for box, share in zip(planned.windows, share_out(canvas_mask, planned.windows), strict=True):
+        in_window[box.slices] = 255
+        assert np.array_equal(share.unpainted, left[box.slices])
+        own = (share.opacity == 1) & (share.unpainted != 0)
+        left[box.slices][own] = 0
+        # What is not its own it touches only where it was painted before.
+        beside = (share.opacity > 0) & ~own
+        assert (share.opacity[beside] < 1).all()
+        assert not left[box.slices][beside].any() and canvas_mask[box.slices][beside].all()
+    assert not (left & in_window).any()
+
+
+def test_one_window_paints_its_whole_mask() -> None:
+    mask = spot(96, 64, 20, 10, size=40)
+    (share,) = share_out(mask, [Box(x0=0, y0=0, x1=96, y1=64)])
+    assert np.array_equal(share.unpainted, mask)
+    assert np.array_equal(share.opacity, mask / 255)
+
+
+LEFT, RIGHT = Box(x0=0, y0=0, x1=120, y1=40), Box(x0=40, y0=0, x1=160, y1=40)
+
+
+def test_a_pixel_is_its_deepest_windows_own() -> None:
+    left, right = share_out(np.full((40, 160), 255, np.uint8), [LEFT, RIGHT])
+    # Sides on the canvas's edge do not count: the middle of the overlap is at 80.
+    assert (left.opacity[:, :80] == 1).all() and not left.opacity[:, 80:].any()
+    assert (right.opacity[:, 40:] == 1).all() and (right.unpainted[:, 40:] == 255).all()
+    assert not right.unpainted[:, :40].any()
+
+
+def test_a_later_window_fades_into_an_earlier_one() -> None:
+    _, right = share_out(np.full((40, 160), 255, np.uint8), [LEFT, RIGHT])
+    t = 1 - np.arange(FADE_PX + 2) / (FADE_PX + 1)
+    fade = right.opacity[20, 39 : 39 - FADE_PX - 1 : -1]
+    assert fade == pytest.approx((3 * t**2 - 2 * t**3)[1:], abs=1e-6)
+    assert not right.opacity[:, : 40 - FADE_PX].any()
+
+
+def test_a_narrow_overlap_fades_to_the_windows_side() -> None:
+    narrow = Box(x0=110, y0=0, x1=160, y1=40)
+    _, right = share_out(np.full((40, 160), 255, np.uint8), [LEFT, narrow])
+    assert (np.diff(right.opacity[20, :6]) > 0).all() and 0 < right.opacity[20, 0] < 0.1
+
+
+def test_windows_that_agree_on_the_overlap_leave_no_seam() -> None:
+    mask, picture = np.full((40, 160), 255, np.uint8), noise(160, 40)
+    canvas = np.zeros_like(picture)
+    for box, share in zip((LEFT, RIGHT), share_out(mask, [LEFT, RIGHT]), strict=True):
+        paste_window(canvas, picture[box.slices], box, share)
+    assert np.array_equal(canvas, picture)
+
+
 def test_a_window_changes_the_canvas_only_inside_its_box_and_mask() -> None:
     canvas, canvas_mask = noise(96, 64), spot(96, 64, 20, 10, size=40)
     before, box = canvas.copy(), Box(x0=32, y0=16, x1=64, y1=48)
-    paste_window(canvas, np.full((32, 32, 3), MAGENTA, np.uint8), box, canvas_mask)
+    (share,) = share_out(canvas_mask, [box])
+    paste_window(canvas, np.full((32, 32, 3), MAGENTA, np.uint8), box, share)
     changed = blank(96, 64)
     changed[16:48, 32:60] = 255
     assert (canvas[changed == 255] == MAGENTA).all()

@@ -15,7 +15,7 @@ from functools import partial
 from ..errors import FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
 from ..images import Pixels
 from ..jobs import Progress
-from ..paste import paste_window
+from ..paste import paste_window, share_out
 from ..ports import OnProgress, Painted, PaintRequest
 from ..telemetry import logged_with, trace_id
 from . import Engine, Window
@@ -38,17 +38,17 @@ def paint_canvas(
     on_step: Callable[[Progress], None],
     on_out_of_memory: Callable[[], None] = _nobody_counts,
 ) -> Painted:
-    """Paint the windows in order on a copy of the canvas; each sees what the ones before it left.
+    """Paint the windows in order on a copy of the canvas; each sees what the ones before it left, and keeps its share.
 
     `on_step` gets the progress over all windows: once before the first step, then after each. What it raises ends the
     painting and passes through. A window that runs out of memory is begun again, once, after `on_out_of_memory` was
     called and the engine has freed what it can. Raises as `Engine.paint` does.
     """
-    canvas, unpainted = request.canvas.copy(), request.mask.copy()
+    canvas, shares = request.canvas.copy(), share_out(request.mask, request.windows)
     started_s, started_ms = _clock_s(engine), engine.device_ms()
     total = request.steps * len(request.windows)
     on_step(Progress(step=0, steps=total))
-    for number, box in enumerate(request.windows):
+    for number, (box, share) in enumerate(zip(request.windows, shares, strict=True)):
         done = 0
 
         def advance(step: int, before: int = number * request.steps) -> None:
@@ -56,13 +56,12 @@ def paint_canvas(
             done = step
             on_step(Progress(step=before + step, steps=total))
 
-        paint = partial(_paint_window, engine, request, number, canvas[box.slices], unpainted[box.slices], advance)
+        paint = partial(_paint_window, engine, request, number, canvas[box.slices], share.unpainted, advance)
         painted = _twice_at_most(paint, engine, on_out_of_memory)
         if done < request.steps:
             # A family that knows fewer steps than were asked for has done all of them.
             advance(request.steps)
-        paste_window(canvas, painted, box, unpainted)
-        unpainted[box.slices] = 0
+        paste_window(canvas, painted, box, share)
     ended_ms, busy_s = engine.device_ms(), _clock_s(engine) - started_s
     extra = {"action": "painted", "windows": len(request.windows), "busy_s": round(busy_s, 3)}
     log.info("Painted %d windows in %.2f s", len(request.windows), busy_s, extra=extra)
