@@ -41,6 +41,7 @@ fix: install  ## format and mend what can be mended by machine
 bench: install  ## measure; figures into benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.serving --out benchmarks/results/serving.json
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json --chart benchmarks/results/engine.png
 
 chaos: install  ## 500 sessions while replicas are killed and the stores are cut off; figures and logs into out/chaos
 	mkdir -p out/chaos

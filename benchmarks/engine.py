@@ -188,19 +188,21 @@ def _group(
 
 
 def _show(found: Mapping[str, Any]) -> None:
-    table = Table("scenario", "windows", "FLOPs", "wall", "s/step recipe", "s/step service", "TFLOP/s", "of matmul")
+    table = Table("scenario", "windows", "FLOPs", "wall", "recipe, s", "service, s", "of matmul", title="A step")
     for name, one in found.items():
-        recipe, service = (one[side]["step_s"] for side in ("recipe", "service"))
         table.add_row(
             name,
             " ".join(one["service"]["windows"]),
             f"{one['flops_ratio']:.2f} x",
             f"{one['wall_ratio']:.2f} x",
-            *(f"{step['median']:.3f} ({step['min']:.3f} to {step['max']:.3f})" for step in (recipe, service)),
-            f"{one['service']['tflop_per_s']:.2f}",
+            *(_spread(one[side]["step_s"]) for side in ("recipe", "service")),
             f"{one['service']['share_of_matmul']:.0%}",
         )
     out.print(table)
+
+
+def _spread(step_s: Mapping[str, float]) -> str:
+    return f"{step_s['median']:.2f} ({step_s['min']:.2f}-{step_s['max']:.2f})"
 
 
 def _context(args: argparse.Namespace, sizes: Mapping[str, int], matmul: float) -> dict[str, Any]:
@@ -232,12 +234,12 @@ def _memory(args: argparse.Namespace) -> dict[str, Any]:
     table.add_row("resident on the device", f"{replica.resident / 1e9:.2f}")
     table.add_row("peak on the device", f"{replica.peak / 1e9:.2f}")
     table.add_row("modulation, on the host", f"{replica.host / 1e9:.2f}")
-    table.add_row("a small model's peak, tracked", f"{(tracked.peak + tracked.host) / 1e9:.3f}")
+    table.add_row("a small model's peak, tracked", f"{tracked.together / 1e9:.3f}")
     table.add_row("the same, measured", f"{measured / 1e9:.3f}")
     out.print(table)
     return {
         "memory": {**asdict(replica), "packing": args.packing, "window": f"{_FRAME_PX}x{_FRAME_PX}"},
-        "check": {"tracked": tracked.peak + tracked.host, "measured": measured},
+        "check": {"tracked": tracked.together, "measured": measured},
         "context": machine(_PACKAGES),
     }
 

@@ -116,7 +116,7 @@ def _stored_bytes(tensor: Tensor) -> int:
 def unpacked_bytes(transformer: nn.Module, dtype: torch.dtype) -> int:
     """What diffusers' eager kernels read and write in one step to unpack the weights that are packed still."""
     packed = [one for one in transformer.parameters() if isinstance(one, GGUFParameter)]
-    with torch.inference_mode(), _Traffic() as traffic:
+    with torch.no_grad(), _Traffic() as traffic:
         for parameter in packed:
             dequantize_gguf_tensor(parameter).to(dtype)
     return int(traffic.bytes)

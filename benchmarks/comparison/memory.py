@@ -10,7 +10,7 @@ byte, and the VAE's decoder up to a third more, because convolutions there copy 
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -45,6 +45,8 @@ class Memory:
     peak: int
     #: Of the modulation, in host memory.
     host: int
+    #: Peak where device and host are the same memory, as on a CPU.
+    together: int
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not annotated its modes
@@ -81,17 +83,17 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     def now(self) -> int:
         """Bytes."""
-        return self._sums()[-1]
+        return self._sums(self._elsewhere)[-1]
 
     def peak(self) -> int:
-        return max(self._sums())
+        return max(self._sums(self._elsewhere))
 
-    def _sums(self) -> list[int]:
-        sums = [0]
-        for number, size in self._events:
-            if number not in self._elsewhere:
-                sums.append(sums[-1] + size)
-        return sums
+    def peak_together(self) -> int:
+        """With what is elsewhere."""
+        return max(self._sums(set()))
+
+    def _sums(self, without: Container[int]) -> list[int]:
+        return list(accumulate((size for number, size in self._events if number not in without), initial=0))
 
 
 class _NoKey(Conditions):
@@ -113,7 +115,9 @@ def tracked(shape: Shape, packing: str, side_px: int) -> Memory:
             modulation = Modulation(transformer, _BF16)
         resident = storages.now()
         _edit(shape, transformer, vae, modulation, side_px)
-    return Memory(resident=resident, peak=storages.peak(), host=modulation.host_bytes)
+    return Memory(
+        resident=resident, peak=storages.peak(), host=modulation.host_bytes, together=storages.peak_together()
+    )
 
 
 def measured(shape: Shape, packing: str, side_px: int) -> int:

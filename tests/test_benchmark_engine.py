@@ -1,0 +1,166 @@
+"""The engine's benchmark: that it counts rightly, runs without Ray, and what must hold of its counts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import engine
+from benchmarks.comparison import memory
+from benchmarks.comparison.counts import Calls, Flops, unpacked_bytes
+from benchmarks.comparison.meter import Meter
+from benchmarks.comparison.models import FULL, Shape
+from benchmarks.comparison.recipe import frame_size
+from benchmarks.comparison.scenarios import SCENARIOS
+from benchmarks.comparison.service import planned
+from serve_app.cost import forward_flops
+from serve_app.engine.tiny import TinyWeights
+
+from .engine_fixtures import flux_fill
+
+ROOT = Path(__file__).parent.parent
+#: One block of each kind at FLUX.1's width.
+CPU = Shape(double=1, single=1, narrow_vae=True)
+
+
+@pytest.fixture(scope="module")
+def flops() -> Flops:
+    return Flops(FULL)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (768, 512), (256, 256)])
+def test_the_planners_formula_agrees_with_the_counter(flops: Flops, size: tuple[int, int]) -> None:
+    assert forward_flops(*size) == pytest.approx(flops.step(size), rel=0.003)
+
+
+def test_the_models_are_as_large_as_the_real_ones(flops: Flops) -> None:
+    """In millions of weights: FLUX.1's transformer, its VAE, T5-XXL's encoder, CLIP-L's text model."""
+    assert {name: round(count / 1e6) for name, count in flops.sizes().items()} == {
+        "transformer": 11902,
+        "vae": 84,
+        "t5": 4762,
+        "clip": 123,
+    }
+
+
+@pytest.mark.parametrize(("name", "least"), [("thin_vertical", 3.4), ("thin_diagonal", 1.2)])
+def test_a_thin_leash_takes_so_many_times_fewer_flops(flops: Flops, name: str, least: float) -> None:
+    """At full size, and at the CPU's."""
+    row = SCENARIOS[name]
+    plan = planned(row.mask(row.width, row.height), row.strategy)
+    windows = [(window.width, window.height) for window in plan.windows]
+    frame, count = [frame_size(row.width, row.height)], len(windows)
+    for counted in (flops, Flops(CPU)):
+        recipe = counted.of(Calls(windows=frame, vae_encodes=2, vae_decodes=1, texts=1), 28)
+        service = counted.of(Calls(windows=windows, vae_encodes=count, vae_decodes=count, texts=0), 28)
+        assert sum(recipe.values()) / sum(service.values()) >= least
+
+
+def test_every_scenario_has_something_to_paint() -> None:
+    for row in SCENARIOS.values():
+        mask = row.mask(row.width, row.height)
+        assert mask.shape == (row.height, row.width) and row.photo().shape == (row.height, row.width, 3)
+        assert 0 < (mask != 0).mean() < 0.2, row.name
+
+
+def test_the_recipe_paints_at_1024_at_most_in_multiples_of_16() -> None:
+    sizes = {(4000, 3000): (1024, 768), (3000, 4001): (768, 1024), (1024, 1024): (1024, 1024), (500, 300): (496, 288)}
+    assert {photo: frame_size(*photo) for photo in sizes} == sizes
+
+
+@pytest.mark.parametrize(("packing", "bytes_per_weight"), [("Q8_0", 7.1), ("Q4_0", 14.6), ("Q5_K_S", 23.4)])
+def test_what_unpacking_moves(tiny: TinyWeights, packing: str, bytes_per_weight: float) -> None:
+    """Without what the levers take away, and with everything taken away."""
+    plain, unpacked = (flux_fill(tiny, packing, adaln_once=False, unpack=unpack) for unpack in (False, True))
+    moved = []
+    for one in (plain, unpacked):
+        one.load()
+        moved.append(unpacked_bytes(one._pipeline.transformer, torch.bfloat16))
+    weights = sum(
+        module.in_features * module.out_features
+        for module in plain._pipeline.transformer.modules()
+        if type(module).__name__ == "GGUFLinear" and hasattr(module.weight, "quant_type")
+    )
+    assert moved[0] / weights == pytest.approx(bytes_per_weight, rel=0.05)
+    assert moved[1] == 0
+
+
+def test_a_meter_gives_each_lap_once() -> None:
+    class Speaker:
+        def say(self, word: str) -> str:
+            return word.upper()
+
+    speaker, meter = Speaker(), Meter(torch.device("cpu"))
+    meter.watch("words", speaker, "say")
+    assert [speaker.say("one"), speaker.say("two")] == ["ONE", "TWO"]
+    assert [len(seconds) for seconds in meter.laps().values()] == [2]
+    assert meter.laps() == {}
+
+
+def test_storages_are_counted_from_their_birth_to_their_death() -> None:
+    storages = memory.Storages()
+    with storages:
+        kept = torch.empty(1000, dtype=torch.uint8)
+        view = kept.view(10, 100)
+        passing = torch.empty(500, dtype=torch.uint8)
+        del passing
+        with storages.elsewhere():
+            host = torch.empty(4000, dtype=torch.uint8)
+            torch.empty(300, dtype=torch.uint8)
+        assert storages.now() == 1000
+    assert (storages.peak(), storages.peak_together()) == (1500, 5300)
+    assert view.shape == (10, 100) and host.nbytes == 4000
+
+
+def test_tracked_memory_is_what_the_allocator_measures() -> None:
+    """To 1% where the transformer decides; convolutions on a CPU copy what the tracker does not see."""
+    for shape, side, least, most in (
+        (Shape(width=1024, double=2, single=4, narrow_vae=True), 256, 0.99, 1.01),
+        (Shape(width=1024, double=2, single=4), 256, 0.99, 1.2),
+    ):
+        ratio = memory.measured(shape, "Q8_0", side) / memory.tracked(shape, "Q8_0", side).together
+        assert least < ratio < most, shape
+
+
+def test_a_full_size_q8_0_replica_fits_into_20_gb() -> None:
+    found = memory.tracked(FULL, "Q8_0", 1024)
+    # As much as the packed weights of GGUF's file less the modulation's, and the VAE's.
+    assert found.resident == pytest.approx(9.41e9, rel=0.01)
+    assert found.resident < found.peak < 20e9
+
+
+@pytest.mark.slow
+def test_it_runs_without_ray(tmp_path: Path) -> None:
+    out, chart = tmp_path / "engine.json", tmp_path / "engine.png"
+    given = ["--width", "256", "--scenarios", "exact_512", "--runs", "1", "--steps", "1"]
+    script = f"""
+import sys
+sys.modules["ray"] = None
+sys.argv = ["benchmarks.engine", *{given}, "--out", {str(out)!r}, "--chart", {str(chart)!r}]
+import benchmarks.engine
+benchmarks.engine.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads(out.read_text())
+    one = found["exact_512"]
+    assert one["text_encoder_calls"] == 0 and one["recipe"]["text_encoder_calls"] == 1
+    assert one["recipe"]["vae_calls"] == 3 and one["service"]["vae_calls"] == 2
+    # The same frame: what is left is the text encoders' and one VAE call.
+    assert 1 < one["flops_ratio"] < 1.1
+    assert one["service"]["unpacked_gb_per_step"] < one["recipe"]["unpacked_gb_per_step"]
+    assert one["service"]["peak_gb"] < one["recipe"]["peak_gb"]
+    assert found["context"]["weights"] == "synthetic" and found["context"]["versions"]["torch"]
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_scenario_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks.engine", "--scenarios", "nothing"])
+    with pytest.raises(SystemExit):
+        engine.main()
+    assert "no scenario nothing" in capsys.readouterr().err
