@@ -33,6 +33,8 @@ from .settings import WindowSettings
 
 #: Pixels of context that rounding may take below the photo's own scale.
 _ROUNDING_PX = 2
+#: What a further window must save, a step: it is one more seam, and none sees as much of the photo.
+_SEAM_TFLOP = 1.0
 #: How near bisection comes to the finest scale.
 _NEAR = 1.03
 
@@ -103,8 +105,7 @@ class _Cover:
 
 
 def _by_tflop(settings: WindowSettings) -> dict[Bucket, float]:
-    # Of two covers that cost the same, the one of fewer windows is taken.
-    return {bucket: forward_flops(*bucket) / 1e12 + 1e-6 for bucket in settings.buckets}
+    return {bucket: forward_flops(*bucket) / 1e12 + _SEAM_TFLOP for bucket in settings.buckets}
 
 
 def _by_count(settings: WindowSettings) -> dict[Bucket, float]:
@@ -128,7 +129,7 @@ def _auto(cells: Cells, settings: WindowSettings) -> _Cover:
     prices, coarsest = _by_tflop(settings), _resize(cells, settings).scale
     cheapest = _at(cells, settings, prices, inf, coarsest)
     assert cheapest is not None, "one window shows the whole frame at this scale"
-    return _finest(cells, settings, prices, settings.budget_tflop, cheapest)
+    return _finest(cells, settings, prices, settings.budget_tflop + _SEAM_TFLOP, cheapest)
 
 
 _STRATEGIES: Mapping[CropStrategy, Callable[[Cells, WindowSettings], _Cover]] = {

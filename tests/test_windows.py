@@ -17,6 +17,7 @@ from .pictures import SMALL, blank, masks, spot
 
 CROP, RESIZE, ORIGINAL, AUTO = CropStrategy.CROP, CropStrategy.RESIZE, CropStrategy.ORIGINAL, CropStrategy.AUTO
 DEFAULT = WindowSettings()
+pixels = st.integers(0, 1023)
 WHOLE_FRAME_TFLOP = forward_flops(1024, 1024) / 1e12
 
 window_settings = st.builds(
@@ -241,6 +242,15 @@ class TestAuto:
         planned = made(line(1024, 1024, (0, 0), (1023, 1023)), AUTO)
         assert tflop(planned.windows) <= WHOLE_FRAME_TFLOP / 1.2
         assert [(box.x0, box.y0) for box in planned.windows] == sorted((box.x0, box.y0) for box in planned.windows)
+
+    @settings(max_examples=60, deadline=None)
+    @given(start=st.tuples(pixels, pixels), end=st.tuples(pixels, pixels), thickness=st.integers(1, 80))
+    def test_a_further_window_saves_at_least_a_tflop(
+        self, start: tuple[int, int], end: tuple[int, int], thickness: int
+    ) -> None:
+        mask = line(1024, 1024, start, end, thickness)
+        windows = made(mask, AUTO).windows
+        assert tflop(windows) + len(windows) - 1 <= tflop(made(mask, CROP).windows) + 1e-6
 
     def test_what_is_saved_is_spent_on_detail(self) -> None:
         planned = made(line(4000, 3000, (0, 0), (3999, 2999), thickness=30), AUTO)
