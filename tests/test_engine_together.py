@@ -28,7 +28,7 @@ from serve_app.settings import Levers, VariantSettings
 from serve_app.variants import BUILT_IN, Variant
 
 from .backends import until
-from .engine_fixtures import flux_fill, photo, request, square_mask, window
+from .engine_fixtures import SIDE, flux_fill, photo, request, square_mask, window
 
 WAIT_S = 30
 
@@ -408,6 +408,7 @@ def test_the_real_pipeline_paints_each_of_a_batch_as_alone(
     flux = flux_fill(tiny)
     together = Together(flux, BUILT_IN["tiny-Q4_0"], Levers(max_batch=4))
     together.load()
+    flux.warm_up_batch(SIDE, SIDE, 2)
     windows = [window(seed=n, pixels=np.roll(photo(), n * 40, axis=0), embeddings=embeddings) for n in range(4)]
     alone = [flux.paint(one) for one in windows]
     jobs = painting(threads, together, *windows)
