@@ -43,10 +43,10 @@ def embeddings() -> bytes:
 
 
 def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", **levers: Any) -> "FluxFill":
-    """Not loaded yet."""
+    """The variant `tiny-{quant}`, not loaded yet."""
     from serve_app.engine.diffusion import FluxFill
 
-    weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
+    weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant.partition('-')[0]}.gguf"), tiny.base)
     return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)))
 
 

@@ -18,11 +18,12 @@ from . import Window, compiled, pipeline, step_cache
 from .cold_start import timed
 from .device import BUILDING, Device
 from .modulation import Conditions, Modulation
+from .repack import repack
 from .weights import Weights
 
 #: A window's sides are multiples of this: the VAE makes one of 8 pixels, and the transformer takes 2x2 of those.
 _MULTIPLE_PX = 16
-_PACKAGES = ("torch", "diffusers", "transformers", "gguf")
+_PACKAGES = ("torch", "diffusers", "transformers", "gguf", "torchao")
 
 
 @cache
@@ -49,7 +50,7 @@ class FluxFill:
         self._device = Device(wants_gpu=variant.num_gpus > 0, dtype=dtype)
         self._weights = weights
         self._threads, self._levers = served.threads, served.levers
-        self._tokens = variant.max_prompt_tokens
+        self._tokens, self._repack = variant.max_prompt_tokens, variant.repack
         self._pipeline: Any = None
         self._modulation: Modulation | None = None
 
@@ -62,9 +63,14 @@ class FluxFill:
             if self._levers.adaln_once:
                 with timed("adaln"):
                     self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)
-            if self._levers.unpack:
+            if self._repack is not None:
+                with timed("repack"):
+                    repack(self._pipeline.transformer, self._repack)
+            elif self._levers.unpack:
                 with timed("unpack"):
                     self._pipeline.transformer.dequantize()
+            # What loading left behind, the weights that left the device among it.
+            self._device.free_memory()
             if self._levers.compile:
                 compiled.compile_blocks(self._pipeline.transformer)
             if self._levers.step_cache is not None:
