@@ -21,7 +21,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,10 @@ from serve_app.variants import BUILT_IN, Repacking
 from .comparison import memory, synthetic
 from .comparison.counts import Flops
 from .comparison.models import FULL, Shape
-from .comparison.recipe import Recipe, frame_size
+from .comparison.recipe import Recipe
 from .comparison.runs import Contender, by_turns, compared, matmul_tflop_per_s
 from .comparison.scenarios import FOR_CPU, SCENARIOS, Scenario
-from .comparison.service import Service, planned
+from .comparison.service import Service
 from .context import machine
 
 out = Console()
@@ -147,44 +146,29 @@ def _group(
     recipe: Recipe, service: Service, scenarios: Sequence[Scenario], flops: Flops, args: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures of scenarios that one engine serves. The recipe's are shared where the photo is of the same size."""
-    contender = partial(Contender, device=torch.device(args.device), dtype=_DTYPE)
-    how = {"steps": args.steps, "guidance_scale": _EDIT.guidance_scale}
-    masks = {one.name: one.mask(one.width, one.height) for one in scenarios}
-    plans = {one.name: planned(masks[one.name], one.strategy) for one in scenarios}
-    service.warm_up(list(plans.values()))
-    recipes: dict[tuple[int, int], Contender] = {}
-    services: dict[str, Contender] = {}
-    for one in scenarios:
-        frame, photo, mask = frame_size(one.width, one.height), one.photo(), masks[one.name]
-        recipes[frame] = contender(
-            edit=partial(recipe.edit, photo, mask, _EDIT.prompt, **how),
-            meter=recipe.meter,
-            models=recipe.models,
-            windows=[frame],
-        )
-        services[one.name] = contender(
-            edit=partial(service.edit, photo, mask, _EDIT.prompt, one.strategy, **how),
-            meter=service.meter,
-            models=service.models,
-            windows=[(window.width, window.height) for window in plans[one.name].windows],
-        )
+    asked = _EDIT.model_copy(update={"steps": args.steps})
+    service.warm_up(scenarios)
+    services = {one.name: service.contender(one, asked) for one in scenarios}
+    recipes = {(one.width, one.height): recipe.contender(one, asked) for one in scenarios}
     by_turns([*recipes.values(), *services.values()], args.runs)
-    counted = {"steps": args.steps, "counted_steps": _EDIT.steps}
-    found = {}
-    for one in scenarios:
-        sides = {
-            "recipe": recipes[frame_size(one.width, one.height)].figures(flops, **counted),
-            "service": services[one.name].figures(flops, **counted),
-        }
-        found[one.name] = {
-            **compared(**sides),
-            "photo": f"{one.width}x{one.height}",
-            "strategy": one.strategy,
-            "levers": one.levers.model_dump(),
-            "repack": one.repack,
-            **sides,
-        }
-    return found
+    return {
+        one.name: _figures(one, recipes[one.width, one.height], services[one.name], flops, asked) for one in scenarios
+    }
+
+
+def _figures(
+    scenario: Scenario, recipe: Contender, service: Contender, flops: Flops, asked: Inference
+) -> dict[str, Any]:
+    counted = {"steps": asked.steps, "counted_steps": _EDIT.steps}
+    sides = {"recipe": recipe.figures(flops, **counted), "service": service.figures(flops, **counted)}
+    return {
+        **compared(**sides),
+        "photo": f"{scenario.width}x{scenario.height}",
+        "strategy": scenario.strategy,
+        "levers": scenario.levers.model_dump(),
+        "repack": scenario.repack,
+        **sides,
+    }
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -50,8 +50,7 @@ def test_the_models_are_as_large_as_the_real_ones(flops: Flops) -> None:
 def test_a_thin_leash_takes_so_many_times_fewer_flops(flops: Flops, name: str, least: float) -> None:
     """At full size, and at the CPU's."""
     row = SCENARIOS[name]
-    plan = planned(row.mask(row.width, row.height), row.strategy)
-    windows = [(window.width, window.height) for window in plan.windows]
+    windows = [(window.width, window.height) for window in planned(row).windows]
     frame, count = [frame_size(row.width, row.height)], len(windows)
     for counted in (flops, Flops(CPU)):
         recipe = counted.of(Calls(windows=frame, vae_encodes=2, vae_decodes=1, texts=1), 28)
@@ -61,7 +60,7 @@ def test_a_thin_leash_takes_so_many_times_fewer_flops(flops: Flops, name: str, l
 
 def test_every_scenario_has_something_to_paint() -> None:
     for row in SCENARIOS.values():
-        mask = row.mask(row.width, row.height)
+        mask = row.painted()
         assert mask.shape == (row.height, row.width) and row.photo().shape == (row.height, row.width, 3)
         assert 0 < (mask != 0).mean() < 0.2, row.name
 
@@ -115,6 +114,7 @@ def test_storages_are_counted_from_their_birth_to_their_death() -> None:
     assert view.shape == (10, 100) and host.nbytes == 4000
 
 
+@pytest.mark.slow
 def test_tracked_memory_is_what_the_allocator_measures() -> None:
     """To 1% where the transformer decides; convolutions on a CPU copy what the tracker does not see."""
     for shape, side, least, most in (

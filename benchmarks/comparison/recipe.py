@@ -20,8 +20,11 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from serve_app.engine.weights import Weights
 from serve_app.images import Pixels
+from serve_app.settings import Inference
 
 from .meter import Meter
+from .runs import Contender
+from .scenarios import Scenario
 
 #: The longest side of what is painted.
 SIDE_PX = 1024
@@ -59,31 +62,37 @@ class Recipe:
             tokenizer_2=T5TokenizerFast.from_pretrained(base, subfolder="tokenizer_2", **here),
         )
         self._pipeline.set_progress_bar_config(disable=True)
-        self.meter = Meter(device)
-        self.meter.watch_pipeline(self._pipeline)
-        self.meter.watch("text", self._pipeline, "encode_prompt")
+        self._device, self._dtype, self._meter = device, dtype, Meter(device)
+        self._meter.watch_pipeline(self._pipeline)
+        self._meter.watch("text", self._pipeline, "encode_prompt")
         # Behind the meter, so that a step is no longer for the weights that come before it: they are the job's.
         if device.type == "cuda":
             self._pipeline.enable_model_cpu_offload()
 
-    @property
-    def models(self) -> list[torch.nn.Module]:
-        """The transformer first."""
-        pipeline = self._pipeline
-        return [pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    def contender(self, scenario: Scenario, asked: Inference) -> Contender:
+        """Of `asked`, only what the recipe knows of."""
+        pipeline, photo, mask = self._pipeline, scenario.photo(), scenario.painted()
+        return Contender(
+            edit=lambda: self._edit(photo, mask, asked),
+            meter=self._meter,
+            models=[pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2],
+            windows=[frame_size(scenario.width, scenario.height)],
+            device=self._device,
+            dtype=self._dtype,
+        )
 
-    def edit(self, photo: Pixels, mask: Pixels, prompt: str, *, steps: int, guidance_scale: float) -> Pixels:
+    def _edit(self, photo: Pixels, mask: Pixels, asked: Inference) -> Pixels:
         """The photo, painted and brought back to its size."""
         height, width = mask.shape
         size = frame_size(width, height)
         painted = self._pipeline(
-            prompt=prompt,
+            prompt=asked.prompt,
             image=cv2.resize(photo, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255,
             mask_image=cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST).astype(np.float32) / 255,
             width=size[0],
             height=size[1],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=asked.steps,
+            guidance_scale=asked.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(0),
             output_type="np",
         ).images[0]

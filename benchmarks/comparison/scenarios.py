@@ -37,6 +37,9 @@ class Scenario:
         """Noise: what an edit costs depends on no pixel."""
         return np.random.default_rng(0).integers(0, 256, (self.height, self.width, 3), np.uint8)
 
+    def painted(self) -> Pixels:
+        return self.mask(self.width, self.height)
+
 
 def _line(width: int, height: int, start: tuple[float, float], end: tuple[float, float]) -> Pixels:
     """From and to fractions of the photo, 1% of its longest side thick."""

@@ -12,21 +12,22 @@ from serve_app.engine.prompts import PromptCache
 from serve_app.engine.text_encoder import TextEncoder
 from serve_app.engine.weights import Weights
 from serve_app.images import Pixels
-from serve_app.messages import CropStrategy
 from serve_app.paste import cut, paste
 from serve_app.ports import PaintRequest
-from serve_app.settings import Levers, VariantSettings, WindowSettings
+from serve_app.settings import Inference, Levers, VariantSettings, WindowSettings
 from serve_app.variants import Repacking, Variant
 from serve_app.windows import Plan, plan
 
 from .meter import Meter
+from .runs import Contender
+from .scenarios import Scenario
 
 WINDOWS = WindowSettings()
 
 
-def planned(mask: Pixels, strategy: CropStrategy) -> Plan:
-    """For a mask that is not empty, with the default settings."""
-    found = plan(mask, strategy, WINDOWS)
+def planned(scenario: Scenario) -> Plan:
+    """With the default settings."""
+    found = plan(scenario.painted(), scenario.strategy, WINDOWS)
     assert found is not None, "the mask is empty"
     return found
 
@@ -55,36 +56,39 @@ class Service:
         self._engine = FluxFill(self._variant, weights, VariantSettings(levers=levers, threads=threads), dtype=dtype)
         self._engine.load()
         self._prompts = PromptCache(MemoryBlobStore())
-        self.meter = Meter(device)
+        self._device, self._dtype, self._meter = device, dtype, Meter(device)
         # An engine shows nobody its pipeline; only a benchmark has to look inside.
         self._pipeline = self._engine._pipeline
-        self.meter.watch_pipeline(self._pipeline)
-        self.meter.watch("text", self, "_encode")
+        self._meter.watch_pipeline(self._pipeline)
+        self._meter.watch("text", self, "_encode")
 
-    @property
-    def models(self) -> list[torch.nn.Module]:
-        """The transformer first."""
-        return [self._pipeline.transformer, self._pipeline.vae]
-
-    def warm_up(self, plans: Sequence[Plan]) -> None:
-        sizes = {(window.width, window.height) for one in plans for window in one.windows}
+    def warm_up(self, scenarios: Sequence[Scenario]) -> None:
+        sizes = {(window.width, window.height) for one in scenarios for window in planned(one).windows}
         self._engine.warm_up(sorted(sizes))
-        self.meter.laps()
 
-    def edit(
-        self, photo: Pixels, mask: Pixels, prompt: str, strategy: CropStrategy, *, steps: int, guidance_scale: float
-    ) -> Pixels:
-        found = planned(mask, strategy)
+    def contender(self, scenario: Scenario, asked: Inference) -> Contender:
+        photo, mask = scenario.photo(), scenario.painted()
+        return Contender(
+            edit=lambda: self._edit(photo, mask, scenario, asked),
+            meter=self._meter,
+            models=[self._pipeline.transformer, self._pipeline.vae],
+            windows=[(window.width, window.height) for window in planned(scenario).windows],
+            device=self._device,
+            dtype=self._dtype,
+        )
+
+    def _edit(self, photo: Pixels, mask: Pixels, scenario: Scenario, asked: Inference) -> Pixels:
+        found = planned(scenario)
         canvas, canvas_mask = cut(photo, mask, found, WINDOWS.feather_px)
         request = PaintRequest(
             job_id="benchmark",
             canvas=canvas,
             mask=canvas_mask,
             windows=found.windows,
-            steps=steps,
-            guidance_scale=guidance_scale,
+            steps=asked.steps,
+            guidance_scale=asked.guidance_scale,
             seed=0,
-            embeddings=asyncio.run(self._embeddings(prompt)),
+            embeddings=asyncio.run(self._embeddings(asked.prompt)),
         )
         painted = paint_canvas(self._engine, request, lambda progress: None)
         return paste(photo, painted.canvas, mask, found, WINDOWS.feather_px)
