@@ -12,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from deployments.inpainter import open_engine
 from serve_app.engine import compiled
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.tiny import TinyWeights
 from serve_app.errors import VariantLoadFailed
-from serve_app.settings import FirstBlockCache, TaylorSeerCache
+from serve_app.settings import FirstBlockCache, Settings, TaylorSeerCache
 from serve_app.variants import BUILT_IN
 
 from .engine_fixtures import flux_fill, window
@@ -131,6 +132,23 @@ def test_blocks_that_do_not_compile_are_a_variant_that_does_not_load(tiny: TinyW
     block.forward = torch.compile(broken, fullgraph=True)
     with pytest.raises(VariantLoadFailed, match=r"do not compile: .*graph_break"):
         engine.warm_up(BUCKETS)
+
+
+@pytest.mark.slow
+def test_a_replica_keeps_what_it_compiled_at_its_start(tiny: TinyWeights, tmp_path: Path) -> None:
+    file, base = str(tiny.transformer("flux1-fill-dev-Q4_0.gguf")), str(tiny.base)
+    definition = {"family": "flux-fill", "file": file, "base": base, "max_prompt_tokens": 64, "num_gpus": 0}
+    settings = Settings.model_validate(
+        {
+            "variants": {"v": {"definition": definition, "levers": {"compile": True}}},
+            "windows": {"buckets": [(64, 192)]},
+            "weights": {"cache": tmp_path},
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "another")
+        open_engine("v", settings).close()
+    assert len(list(tmp_path.glob("compiled/*/inductor.zip"))) == 1
 
 
 #: A replica's start, in a process of its own: prints graphs, hits and misses of the compiler's cache.
