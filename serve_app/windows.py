@@ -199,10 +199,12 @@ def _row(length: int, scale: float, windows: Sequence[tuple[Span, int]]) -> _Row
     begins = [
         min(max(floor(((first + end) * scale - side) / 2), 0), max(frame - side, 0)) for (first, end), side in windows
     ]
-    used = max(begin + side for begin, (_, side) in zip(begins, windows, strict=True)) - min(begins)
+    begin, stop = min(begins), max(begin + side for begin, (_, side) in zip(begins, windows, strict=True))
     first, end = min(span[0] for span, _ in windows), max(span[1] for span, _ in windows)
-    extent = min(length, max(round(used / scale), end - first))
-    start = max(min(round(min(begins) / scale), first, length - extent), end - extent)
+    # A window at the frame's edge shows the photo's last pixel, whatever rounding says.
+    extent = length if begin == 0 and stop >= frame else min(length, max(round((stop - begin) / scale), end - first))
+    start = length - extent if stop >= frame else round(begin / scale)
+    start = max(min(start, first, length - extent), end - extent)
     content = max(1, round(extent * scale))
     canvas = max(content, *(side for _, side in windows))
 
