@@ -108,7 +108,8 @@ def test_a_damaged_archive_is_said_and_replaced(tmp_path: Path, caplog: pytest.L
     (tmp_path / ARCHIVE).write_bytes(damaged(tmp_path)[how])
     kept = CompileCache(tmp_path, "abc")
     kept.warm_up(writes("fx/graph"))
-    assert [vars(record)["action"] for record in caplog.records if record.levelno >= logging.WARNING] == ["compiled_refused"]
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [vars(record)["action"] for record in warned] == ["compiled_refused"]
     kept.warm_up(lambda: None)
     assert names() == {"fx/graph"}
 
