@@ -339,6 +339,39 @@ def test_jobs_share_a_batchs_device_time_and_waiting_is_not_work(threads: Thread
     assert painted[2].where["together"] == {"batches": 1, "windows": 2}
 
 
+def test_a_batch_that_failed_is_work_and_waiting_counts_once(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that every step of the engine, and a failure, moves by 100 s."""
+    now_s = 0.0
+
+    class Slow(Loom):
+        def paint_together(self, windows: Sequence[Window]) -> list[Pixels]:
+            nonlocal now_s
+            if len(windows) > 1:
+                now_s += 100
+                raise PaintError("the GPU failed")
+            return super().paint_together(windows)
+
+    def step() -> None:
+        nonlocal now_s
+        now_s += 100
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    together = over(Slow(step))
+    seats = [ExitStack() for _ in range(3)]
+    places = [seat.enter_context(together.place()) for seat in seats]
+
+    def busy_s(seat: ExitStack, place: Place, steps: int) -> float:
+        with seat:
+            return paint_canvas(place, request(steps=steps), lambda _: None).busy_s
+
+    jobs = [threads.submit(busy_s, *one) for one in zip(seats, places, (3, 2, 2), strict=True)]
+    oldest, _, last = [one.result(WAIT_S) for one in jobs]
+    # The one between reads its clock while the last is painted.
+    assert (oldest, last) == (300, 300)
+
+
 async def test_a_job_that_waits_for_its_turn_reports_nothing() -> None:
     """Its worker's clock runs from the first report on."""
     gate = Gate()
