@@ -61,6 +61,8 @@ def configure_logging(level: int = logging.INFO) -> None:
             handler.setFormatter(JsonFormatter())
             top.addHandler(handler)
             top.setLevel(level)
+    # On its import it warns of each CUDA library that a machine without a GPU cannot load.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
