@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import logging
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,8 @@ from .comparison.scenarios import FOR_CPU, SCENARIOS, Scenario
 from .comparison.service import Service
 from .context import machine
 
-out = Console()
+#: Wide enough for the table, where no terminal says how wide it is.
+out = Console(width=None if sys.stdout.isatty() else 120)
 
 _DTYPE = torch.bfloat16
 _EDIT = Inference()
