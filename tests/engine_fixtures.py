@@ -42,12 +42,12 @@ def embeddings() -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", **levers: Any) -> "FluxFill":
+def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", *, dtype: Any = None, **levers: Any) -> "FluxFill":
     """The variant `tiny-{quant}`, not loaded yet."""
     from serve_app.engine.diffusion import FluxFill
 
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant.partition('-')[0]}.gguf"), tiny.base)
-    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)))
+    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)), dtype=dtype)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """The exact levers change no bit: each is compared with diffusers' own pipeline, in one process, on the CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import FluxTransformer2DModel
 
@@ -26,15 +27,14 @@ from .engine_fixtures import SIDE, flux_fill, photo, request, window
 QUANTS = ("Q4_0", "Q5_K_S", "Q8_0")
 
 
-def plain(tiny: TinyWeights, quant: str) -> Callable[[Window], Pixels]:
+def plain(tiny: TinyWeights, quant: str, dtype: torch.dtype) -> Callable[[Window], Pixels]:
     """diffusers' pipeline on the same files, called as its documentation does."""
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
-    pipe = pipeline.build(weights, Device(wants_gpu=False))
+    pipe = pipeline.build(weights, Device(wants_gpu=False, dtype=dtype))
 
     def paint(given: Window) -> Pixels:
-        import safetensors.torch
-
         height, width = given.mask.shape
+        prompt = safetensors.torch.load(given.embeddings or b"")
         painted = pipe(
             image=given.pixels.astype(np.float32) / 255,
             mask_image=(given.mask >= 128).astype(np.float32),
@@ -44,7 +44,7 @@ def plain(tiny: TinyWeights, quant: str) -> Callable[[Window], Pixels]:
             guidance_scale=given.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(given.seed),
             output_type="np",
-            **safetensors.torch.load(given.embeddings or b""),
+            **{name: tensor.to(dtype) for name, tensor in prompt.items()},
         ).images[0]
         return np.asarray(np.rint(painted * 255), np.uint8)
 
@@ -56,10 +56,23 @@ def quant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """A CPU's, and a GPU's."""
+    found: torch.dtype = getattr(torch, request.param)
+    return found
+
+
 @pytest.fixture(scope="module")
-def expected(tiny: TinyWeights, quant: str) -> Iterator[Callable[[Window], Pixels]]:
+def expected(tiny: TinyWeights, quant: str, dtype: torch.dtype) -> Callable[[Window], Pixels]:
     torch.set_num_threads(2)
-    yield plain(tiny, quant)
+    return plain(tiny, quant, dtype)
+
+
+@pytest.fixture(scope="module")
+def another(embeddings: bytes) -> bytes:
+    """Another prompt's embeddings."""
+    return safetensors.torch.save({name: -tensor for name, tensor in safetensors.torch.load(embeddings).items()})
 
 
 LEVERS: dict[str, dict[str, bool]] = {
@@ -74,14 +87,24 @@ LEVERS: dict[str, dict[str, bool]] = {
 
 @pytest.mark.parametrize("levers", LEVERS)
 def test_every_exact_lever_paints_the_plain_pipelines_bits(
-    tiny: TinyWeights, quant: str, expected: Callable[[Window], Pixels], embeddings: bytes, levers: str
+    tiny: TinyWeights,
+    quant: str,
+    dtype: torch.dtype,
+    expected: Callable[[Window], Pixels],
+    embeddings: bytes,
+    another: bytes,
+    levers: str,
 ) -> None:
-    engine = flux_fill(tiny, quant, **LEVERS[levers])
+    engine = flux_fill(tiny, quant, dtype=dtype, **LEVERS[levers])
     engine.load()
     for given in (
         window(embeddings=embeddings, steps=3, seed=11),
-        # Another schedule, guidance scale, size and seed, and then the first again, from what was kept.
-        window(96, 160, embeddings=embeddings, steps=2, seed=5, guidance_scale=3.5),
+        # What the modulation depends on, one after the other: prompt, schedule by size and by steps, guidance scale.
+        window(embeddings=another, steps=3, seed=11),
+        window(96, 160, embeddings=embeddings, steps=3, seed=5),
+        window(embeddings=embeddings, steps=1, seed=11),
+        window(embeddings=embeddings, steps=3, seed=11, guidance_scale=0.0),
+        # The first again, from what was kept.
         window(embeddings=embeddings, steps=3, seed=11),
     ):
         assert np.array_equal(engine.paint(given), expected(given))
@@ -178,9 +201,7 @@ def test_rows_are_computed_once_for_each_schedule_guidance_and_prompt(
     assert computed == [30.0, 2.0]
 
 
-def test_what_is_kept_on_the_device_is_bounded(
-    tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_kept_is_bounded(tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.engine.modulation._MAX_BYTES", 1)
     engine = flux_fill(tiny)
     engine.load()
@@ -190,14 +211,13 @@ def test_what_is_kept_on_the_device_is_bounded(
     assert [key[1] for key in engine._modulation._kept] == [2.0]
 
 
-def test_windows_painted_together_are_nearly_those_painted_alone(tiny: TinyWeights, embeddings: bytes) -> None:
+def test_windows_painted_together_are_nearly_those_painted_alone(
+    tiny: TinyWeights, embeddings: bytes, another: bytes
+) -> None:
     """Nearly: a batch is computed by other kernels."""
-    import safetensors.torch
-
     engine: FluxFill = flux_fill(tiny)
     engine.load()
-    other = safetensors.torch.save({name: -tensor for name, tensor in safetensors.torch.load(embeddings).items()})
-    one, two = window(embeddings=embeddings, seed=1), window(embeddings=other, seed=2)
+    one, two = window(embeddings=embeddings, seed=1), window(embeddings=another, seed=2)
     together = engine.paint_together([one, two])
     alone = [engine.paint(one), engine.paint(two)]
     for painted, expected in zip(together, alone, strict=True):
@@ -207,7 +227,12 @@ def test_windows_painted_together_are_nearly_those_painted_alone(tiny: TinyWeigh
 
 @pytest.mark.parametrize("unpack", [False, True])
 def test_a_window_forced_to_the_whole_frame_paints_the_plain_pipelines_bits(
-    tiny: TinyWeights, quant: str, expected: Callable[[Window], Pixels], embeddings: bytes, unpack: bool
+    tiny: TinyWeights,
+    quant: str,
+    dtype: torch.dtype,
+    expected: Callable[[Window], Pixels],
+    embeddings: bytes,
+    unpack: bool,
 ) -> None:
     """From the plan to the canvas that comes back, as a job goes, with `crop_strategy: resize`."""
     frame, mask = photo(256, 256), np.zeros((256, 256), np.uint8)
@@ -216,7 +241,7 @@ def test_a_window_forced_to_the_whole_frame_paints_the_plain_pipelines_bits(
     planned = plan(mask, CropStrategy.RESIZE, settings)
     assert planned is not None
     canvas, canvas_mask = cut(frame, mask, planned, settings.feather_px)
-    engine = flux_fill(tiny, quant, unpack=unpack)
+    engine = flux_fill(tiny, quant, dtype=dtype, unpack=unpack)
     engine.load()
     asked = request(canvas=canvas, mask=canvas_mask, windows=planned.windows, embeddings=embeddings, seed=3)
     painted = paint_canvas(engine, asked, lambda progress: None).canvas
