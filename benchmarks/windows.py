@@ -1,4 +1,4 @@
-"""Draws where the windows lie for some masks, and what they cost against a frame of 1024 x 1024.
+"""Draws where the windows lie for some masks, and what they cost: the whole frame, its longest side 1024, costs 1.
 
 python -m benchmarks.windows docs/images/windows.jpg
 """
@@ -17,7 +17,7 @@ from serve_app.messages import CropStrategy
 from serve_app.settings import WindowSettings
 from serve_app.windows import plan
 
-#: Of each drawing, in pixels.
+#: Of each drawing, in pixels: all scenes are of 4:3.
 _SIZE = (640, 480)
 _CAPTION_PX = 36
 _MASK = (255, 0, 255)
@@ -69,7 +69,7 @@ def draw(scene: Scene) -> Pixels:
         # Neighbours' edges beside each other, not over.
         corners = (x0 + 3 * number, y0 + 3 * number), (x1 - 2 - 3 * number, y1 - 2 - 3 * number)
         cv2.rectangle(picture, *corners, _COLOURS[number % len(_COLOURS)], 2)
-    cost = sum(forward_flops(box.width, box.height) for box in planned.windows) / forward_flops(1024, 1024)
+    cost = sum(forward_flops(box.width, box.height) for box in planned.windows) / forward_flops(1024, 768)
     caption = np.full((_CAPTION_PX, _SIZE[0], 3), 255, np.uint8)
     text = f"{scene.what}: scale {scale:.2f}, cost {cost:.2f}"
     cv2.putText(caption, text, (8, 25), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)

@@ -100,6 +100,7 @@ def test_nothing_of_a_canceled_run_reaches_the_next(
     shared = loaded(tiny, cache)
     with pytest.raises(Canceled):
         shared.paint(given(embeddings, seed=1, pixels=255 - photo(SIDE, SIDE), on_step=cancel))
+    assert kept(shared) == 0
     assert np.array_equal(shared.paint(given(embeddings, seed=2)), alone)
 
 
