@@ -44,6 +44,8 @@ class Loom(Pause):
         self.between = between
         self.errors: list[Exception] = []
         self.warmed: list[tuple[int, int, int]] = []
+        #: What freed memory or closed, and the thread it was in.
+        self.freed_in: list[tuple[str, str]] = []
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "device": "CPU of a test"}
@@ -55,6 +57,12 @@ class Loom(Pause):
         if windows > 2:
             raise OutOfMemory("no memory left")
         self.warmed.append((width, height, windows))
+
+    def free_memory(self) -> None:
+        self.freed_in.append(("memory", threading.current_thread().name))
+
+    def close(self) -> None:
+        self.freed_in.append(("all", threading.current_thread().name))
 
     def paint_together(self, windows: Sequence[Window]) -> list[Pixels]:
         self.batches.append([one.seed for one in windows])
@@ -261,7 +269,7 @@ def test_a_job_that_left_before_its_turn_came_is_not_begun(threads: ThreadPoolEx
 # -- engines that fail
 
 
-def test_a_batch_without_memory_is_painted_one_by_one_and_so_are_later_ones(
+def test_a_batch_of_two_without_memory_is_painted_one_by_one_and_so_are_later_ones(
     threads: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
     loom, counted = Loom(), list[str]()
@@ -283,6 +291,72 @@ def test_a_batch_without_memory_is_painted_one_by_one_and_so_are_later_ones(
     small = [window(64, 64, seed=n) for n in (3, 4)]
     assert colors(painting(threads, together, *small)) == [3, 4]
     assert loom.batches[3:] == [[1], [2], [3, 4]]
+
+
+def test_after_a_batch_without_memory_half_of_it_is_the_most(threads: ThreadPoolExecutor) -> None:
+    loom = Loom()
+    together = over(loom)
+    windows = [window(seed=n) for n in range(4)]
+    for most in ([[0, 1], [2, 3]], [[0], [1], [2], [3]]):
+        loom.errors = [OutOfMemory("no memory left")]
+        assert OutOfMemory in colors(painting(threads, together, *windows))
+        loom.batches.clear()
+        assert colors(painting(threads, together, *windows)) == [0, 1, 2, 3]
+        assert loom.batches == most
+
+
+def test_the_jobs_of_a_batch_without_memory_are_painted_alone_though_half_of_it_may_fit(
+    threads: ThreadPoolExecutor,
+) -> None:
+    """It is their second try, and their last."""
+    loom = Loom()
+    loom.errors = [OutOfMemory("no memory left")]
+    together = over(loom)
+    seats = [ExitStack() for _ in range(4)]
+    places = [seat.enter_context(together.place()) for seat in seats]
+
+    def job(seat: ExitStack, place: Place, seed: int) -> None:
+        with seat:
+            paint_canvas(place, request(seed=seed), lambda _: None)
+            place.paint(window(seed=seed + 10))
+
+    for one in [threads.submit(job, *one) for one in zip(seats, places, range(4), strict=True)]:
+        one.result(WAIT_S)
+    # What comes after it frees nothing.
+    assert loom.batches == [[0, 1, 2, 3], [0], [10], [1], [11], [2], [12], [3], [13]]
+    assert [what for what, _ in loom.freed_in] == ["memory"] * 4
+
+
+def test_memory_is_freed_in_the_thread_that_paints_and_no_job_waits_for_another_there(
+    threads: ThreadPoolExecutor,
+) -> None:
+    """A failed batch is painted one by one: the first job is short of memory while the second is painted."""
+    asked = threading.Event()
+    loom = Loom()
+    loom.between = lambda: assert_set(asked) if loom.batches[-1] == [1] else None
+    loom.errors = [PaintError("the GPU failed"), OutOfMemory("no memory left")]
+    together = over(loom)
+    seats = [ExitStack() for _ in range(2)]
+    places = [seat.enter_context(together.place()) for seat in seats]
+
+    def job(seat: ExitStack, place: Place, seed: int) -> Pixels:
+        with seat:
+            try:
+                return place.paint(window(seed=seed))
+            except OutOfMemory:
+                place.free_memory()
+                asked.set()
+                return place.paint(window(seed=seed))
+
+    assert colors([threads.submit(job, *one) for one in zip(seats, places, range(2), strict=True)]) == [0, 1]
+    assert loom.batches == [[0, 1], [0], [1], [0]]
+    together.free_memory()
+    together.close()
+    assert loom.freed_in == [("memory", "engine_0"), ("memory", "engine_0"), ("all", "engine_0")]
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(WAIT_S)
 
 
 def test_a_lost_gpu_reaches_every_job_of_the_batch(threads: ThreadPoolExecutor) -> None:
@@ -307,8 +381,8 @@ def test_batches_are_warmed_up_where_they_are_compiled(threads: ThreadPoolExecut
     together = over(loom, max_batch, compile=True)
     together.warm_up([(128, 128), (256, 512)])
     assert loom.warmed == [(128, 128, 2), (256, 512, 2)]
-    colors(painting(threads, together, window(seed=0), window(seed=1)))
-    assert loom.batches == ([[0, 1]] if max_batch == 2 else [[0], [1]])
+    colors(painting(threads, together, *(window(seed=n) for n in range(4))))
+    assert loom.batches == [[0, 1], [2, 3]]
     eager = Loom()
     over(eager).warm_up([(128, 128)])
     assert eager.warmed == []

@@ -49,6 +49,8 @@ class Place:
         self._together = together
         self.check, self.begin = check, begin
         self.waiting: _Waiting | None = None
+        #: Whether memory is to be freed before its next window, which then has it to itself.
+        self.is_short_of_memory = False
         self._device_ms = self._waited_s = 0.0
 
     def paint(self, window: Window) -> Pixels:
@@ -58,7 +60,9 @@ class Place:
         return waiting.painted.result()
 
     def free_memory(self) -> None:
-        self._together.free_memory()
+        """At the turn of the job's next window, which is painted by itself. Returns at once: others are painted now,
+        and a job that waited for them here could not be canceled."""
+        self.is_short_of_memory = True
 
     def device_ms(self) -> float | None:
         """The job's part of its batches' device time, which they share equally."""
@@ -98,7 +102,8 @@ class _Waiting:
     def _kind(self) -> tuple[object, ...]:
         # Embeddings of as many bytes are of as many tokens.
         prompt_bytes = None if self.window.embeddings is None else len(self.window.embeddings)
-        return self.size_px, self.window.steps, self.window.guidance_scale, prompt_bytes
+        only = self if self.place.is_short_of_memory else None
+        return self.size_px, self.window.steps, self.window.guidance_scale, prompt_bytes, only
 
     def ask(self, call: Callable[[], None]) -> None:
         """What `call` raises is the job's end, at once, and nobody else's."""
@@ -132,8 +137,8 @@ class Together:
         #: Oldest first.
         self._places: list[Place] = []
         self._is_painting = False
-        #: Sizes that ran out of memory in a batch.
-        self._alone: set[tuple[int, int]] = set()
+        #: By size, of those that ran out of memory in a batch: the windows that may still be tried together.
+        self._most_windows: dict[tuple[int, int], int] = {}
         self._batches, self._windows = 0, 0
 
     def load(self) -> None:
@@ -171,7 +176,8 @@ class Together:
             return place.paint(window)
 
     def free_memory(self) -> None:
-        self._engine.free_memory()
+        """Between two paintings. Not for the engine's thread, which it waits for."""
+        self._thread.submit(self._engine.free_memory).result()
 
     def device_ms(self) -> float | None:
         return self._engine.device_ms()
@@ -181,7 +187,8 @@ class Together:
         return {**self._engine.describe(), "together": {"batches": self._batches, "windows": self._windows}}
 
     def close(self) -> None:
-        self._engine.close()
+        """As `free_memory`: a job that was canceled has left before its painting ends."""
+        self._thread.submit(self._engine.close).result()
 
     def offer(self, waiting: _Waiting) -> None:
         """From the place's own job: paint this when its turn has come."""
@@ -214,20 +221,22 @@ class Together:
         return batch
 
     def _most(self, size_px: tuple[int, int], there_are: int) -> int:
-        if size_px in self._alone or not isinstance(self._engine, Batching):
+        if not isinstance(self._engine, Batching):
             return 1
-        return max((size for size in self._paying(size_px) if size <= there_are), default=1)
+        most = min(there_are, self._most_windows.get(size_px, there_are))
+        return max((size for size in self._paying(size_px) if size <= most), default=1)
 
     def _paying(self, size_px: tuple[int, int]) -> Sequence[int]:
         return batch_cost.sizes(*size_px, self._variant, self._levers, self._device)
 
     def _warm_up_batches(self, engine: Batching, size_px: tuple[int, int]) -> None:
-        try:
-            for windows in self._paying(size_px):
+        for windows in self._paying(size_px):
+            try:
                 engine.warm_up_batch(*size_px, windows)
-        except OutOfMemory:
-            self._paint_alone(size_px)
-            self.free_memory()
+            except OutOfMemory:
+                self._halve(size_px, windows)
+                self.free_memory()
+                return
 
     def _queue(self) -> list[_Waiting]:
         return [place.waiting for place in self._places if place.waiting]
@@ -236,6 +245,7 @@ class Together:
         try:
             self._begin(batch)
             with self._shared(batch):
+                self._free_if_short(batch)
                 pictures = self._run(batch)
         except _NobodyWants:
             return
@@ -252,21 +262,26 @@ class Together:
                 self._paint([one])
             return
         if len(batch) > 1 and isinstance(error, OutOfMemory):
-            self._paint_alone(batch[0].size_px)
+            self._halve(batch[0].size_px, len(batch))
         for one in batch:
             one.fail(error)
 
-    def _paint_alone(self, size_px: tuple[int, int]) -> None:
-        """From now on, windows of this size. The jobs of the batch then try once more each, with memory freed."""
-        self._alone.add(size_px)
-        extra = {"action": "batch_too_large", "size": f"{size_px[0]}x{size_px[1]}"}
-        log.warning("Windows of %dx%d do not fit together: now each by itself", *size_px, extra=extra)
+    def _halve(self, size_px: tuple[int, int], windows: int) -> None:
+        """So many windows of this size did not fit: from now on, half of them at most."""
+        most = self._most_windows[size_px] = windows // 2
+        extra = {"action": "batch_too_large", "size": f"{size_px[0]}x{size_px[1]}", "windows": windows, "most": most}
+        log.warning("%d windows of %dx%d do not fit together: now %d at most", windows, *size_px, most, extra=extra)
 
     def _begin(self, batch: Sequence[_Waiting]) -> None:
         for one in batch:
             one.ask(one.place.check)
             one.place.begin()
         _stop_unless_wanted(batch)
+
+    def _free_if_short(self, batch: Sequence[_Waiting]) -> None:
+        if batch[0].place.is_short_of_memory:
+            batch[0].place.is_short_of_memory = False
+            self._engine.free_memory()
 
     def _run(self, batch: Sequence[_Waiting]) -> Sequence[Pixels]:
         if isinstance(self._engine, Batching):
