@@ -252,6 +252,10 @@ class WindowSettings(_Frozen):
     max_windows: int = Field(4, ge=1, le=64)
     #: What the windows that `auto` takes may cost together, a step, of FLUX.1: one window of 1024 x 1024 costs 74.4.
     budget_tflop: float = Field(74.5, gt=0)
+    #: What `auto` counts for each window after the first, a step, beside its FLOPs: the time that no FLOP takes, and a
+    #: seam. Eager engines unpack all weights in each step of each window, as long as 11 (Q8_0) to 37 (Q5_K_S) TFLOP
+    #: take on an L4.
+    window_tflop: float = Field(1.0, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _sizes(self) -> "WindowSettings":

@@ -12,10 +12,11 @@ blended. Below the photo's own scale, rounding to pixels may take 2 px of the co
     original  The finest scale at which at most `max_windows` windows cover the mask; as few of them as will do.
     auto      The finest scale at which the windows that cover the mask cost at most `budget_tflop` together, and there
               the cheapest windows. Never coarser than `resize`; at that scale the cheapest windows, whatever they cost.
+              Each window after the first costs `window_tflop` beside its own FLOPs.
 
-Scales go up to the photo's own. `cover.Search` finds the windows at a scale, `cost` says what one costs. Cover that a
-mask has at some scale also covers it at every coarser one, so the finest scale is found by bisection, to 3%. The
-strategies' names are IOPaint's.
+Scales go up to the photo's own, or as far as the canvas, which holds all windows, has at most `MAX_CANVAS_PX` pixels.
+`cover.Search` finds the windows at a scale, `cost` says what one costs. Cover that a mask has at some scale also covers
+it at every coarser one, so the finest scale is found by bisection, to 3%. The strategies' names are IOPaint's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +34,8 @@ from .settings import WindowSettings
 
 #: Pixels of context that rounding may take below the photo's own scale.
 _ROUNDING_PX = 2
-#: What a further window must save, a step: it is one more seam, and none sees as much of the photo.
-_SEAM_TFLOP = 1.0
+#: Of a canvas, which is sent to a replica and copied there: 48 MB, and any photo of 12 megapixels at its own scale.
+MAX_CANVAS_PX = 16_000_000
 #: How near bisection comes to the finest scale.
 _NEAR = 1.03
 
@@ -105,7 +106,7 @@ class _Cover:
 
 
 def _by_tflop(settings: WindowSettings) -> dict[Bucket, float]:
-    return {bucket: forward_flops(*bucket) / 1e12 + _SEAM_TFLOP for bucket in settings.buckets}
+    return {bucket: forward_flops(*bucket) / 1e12 for bucket in settings.buckets}
 
 
 def _by_count(settings: WindowSettings) -> dict[Bucket, float]:
@@ -126,10 +127,12 @@ def _original(cells: Cells, settings: WindowSettings) -> _Cover:
 
 
 def _auto(cells: Cells, settings: WindowSettings) -> _Cover:
-    prices, coarsest = _by_tflop(settings), _resize(cells, settings).scale
-    cheapest = _at(cells, settings, prices, inf, coarsest)
+    further = settings.window_tflop
+    prices = {bucket: tflop + further for bucket, tflop in _by_tflop(settings).items()}
+    cheapest = _at(cells, settings, prices, inf, _resize(cells, settings).scale)
     assert cheapest is not None, "one window shows the whole frame at this scale"
-    return _finest(cells, settings, prices, settings.budget_tflop + _SEAM_TFLOP, cheapest)
+    # Every price has `further` in it, which the first window does not cost.
+    return _finest(cells, settings, prices, settings.budget_tflop + further, cheapest)
 
 
 _STRATEGIES: Mapping[CropStrategy, Callable[[Cells, WindowSettings], _Cover]] = {
@@ -158,10 +161,19 @@ def _finest_scale(cells: Cells, window: Shown, context_px: int) -> float:
 def _at(
     cells: Cells, settings: WindowSettings, prices: Mapping[Bucket, float], limit: float, scale: float
 ) -> _Cover | None:
-    """The best cover for at most `limit` that there is at `scale`, at the finest scale that its windows allow."""
+    """The best cover for at most `limit` that there is at `scale`, at the finest scale that its windows allow where
+    the canvas may be that large. None where there is none, or its canvas is too large at `scale`, too."""
     context_px = settings.context_px if scale == 1 else max(settings.context_px, _ROUNDING_PX)
     windows = Search(cells, prices, context_px, scale).best(limit)
-    return _Cover(min(_finest_scale(cells, w, context_px) for w in windows), windows) if windows else None
+    if windows is None:
+        return None
+    covers = (_Cover(at, windows) for at in (min(_finest_scale(cells, w, context_px) for w in windows), scale))
+    return next((cover for cover in covers if _canvas_px(cells, cover) <= MAX_CANVAS_PX), None)
+
+
+def _canvas_px(cells: Cells, cover: _Cover) -> int:
+    x, y = _rows(cells, cover)
+    return x.canvas * y.canvas
 
 
 def _finest(
@@ -215,9 +227,15 @@ def _row(length: int, scale: float, windows: Sequence[tuple[Span, int]]) -> _Row
     return _Row(start, extent, content, canvas, [offset(span, side) for span, side in windows])
 
 
+def _rows(cells: Cells, cover: _Cover) -> tuple[_Row, _Row]:
+    return (
+        _row(cells.size[0], cover.scale, [(w.x, w.bucket[0]) for w in cover.windows]),
+        _row(cells.size[1], cover.scale, [(w.y, w.bucket[1]) for w in cover.windows]),
+    )
+
+
 def _laid_out(cells: Cells, cover: _Cover, strategy: CropStrategy) -> Plan:
-    x = _row(cells.size[0], cover.scale, [(w.x, w.bucket[0]) for w in cover.windows])
-    y = _row(cells.size[1], cover.scale, [(w.y, w.bucket[1]) for w in cover.windows])
+    x, y = _rows(cells, cover)
     corners = zip(x.offsets, y.offsets, (w.bucket for w in cover.windows), strict=True)
     boxes = [Box(x0=x0, y0=y0, x1=x0 + width, y1=y0 + height) for x0, y0, (width, height) in corners]
     return Plan(

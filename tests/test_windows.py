@@ -11,13 +11,15 @@ from serve_app.images import Pixels
 from serve_app.messages import CropStrategy
 from serve_app.paste import cut
 from serve_app.settings import WindowSettings
-from serve_app.windows import Box, Plan, bounding_box, plan
+from serve_app.windows import MAX_CANVAS_PX, Box, Plan, bounding_box, plan
 
 from .pictures import SMALL, blank, masks, spot
 
 CROP, RESIZE, ORIGINAL, AUTO = CropStrategy.CROP, CropStrategy.RESIZE, CropStrategy.ORIGINAL, CropStrategy.AUTO
 DEFAULT = WindowSettings()
 pixels = st.integers(0, 1023)
+#: From nothing through what unpacking takes on an L4 to more than any plan.
+further_tflop = st.sampled_from([0.0, 1.0, 11.0, 37.0, 1000.0])
 WHOLE_FRAME_TFLOP = forward_flops(1024, 1024) / 1e12
 
 window_settings = st.builds(
@@ -244,13 +246,41 @@ class TestAuto:
         assert [(box.x0, box.y0) for box in planned.windows] == sorted((box.x0, box.y0) for box in planned.windows)
 
     @settings(max_examples=60, deadline=None)
-    @given(start=st.tuples(pixels, pixels), end=st.tuples(pixels, pixels), thickness=st.integers(1, 80))
-    def test_a_further_window_saves_at_least_a_tflop(
-        self, start: tuple[int, int], end: tuple[int, int], thickness: int
+    @given(
+        start=st.tuples(pixels, pixels),
+        end=st.tuples(pixels, pixels),
+        thickness=st.integers(1, 80),
+        window_tflop=further_tflop,
+    )
+    def test_a_further_window_saves_at_least_what_it_costs(
+        self, start: tuple[int, int], end: tuple[int, int], thickness: int, window_tflop: float
     ) -> None:
         mask = line(1024, 1024, start, end, thickness)
-        windows = made(mask, AUTO).windows
-        assert tflop(windows) + len(windows) - 1 <= tflop(made(mask, CROP).windows) + 1e-6
+        windows = made(mask, AUTO, WindowSettings(window_tflop=window_tflop)).windows
+        spent = tflop(windows) + window_tflop * (len(windows) - 1)
+        assert spent <= tflop(made(mask, CROP).windows) + 1e-6
+
+    def test_where_unpacking_takes_long_a_diagonal_takes_the_whole_frame(self) -> None:
+        mask = line(1024, 1024, (0, 0), (1023, 1023))
+        windows = {tflop: made(mask, AUTO, WindowSettings(window_tflop=tflop)).windows for tflop in (5, 11)}
+        assert len(windows[5]) == 3
+        assert windows[11] == made(mask, RESIZE).windows
+
+    def test_the_dearer_a_further_window_the_fewer_and_the_coarser(self) -> None:
+        mask = line(4000, 3000, (0, 0), (3999, 2999), thickness=30)
+        plans = [made(mask, AUTO, WindowSettings(window_tflop=tflop)) for tflop in (0, 1, 11, 23, 37, 1000)]
+        for figures in ([scale_of(planned) for planned in plans], [len(planned.windows) for planned in plans]):
+            assert figures == sorted(figures, reverse=True) and figures[0] > figures[-1]
+
+    @settings(max_examples=100, deadline=None)
+    @given(mask=masks(), window_tflop=further_tflop)
+    def test_one_window_in_budget_is_taken_whatever_a_further_one_costs(
+        self, mask: Pixels, window_tflop: float
+    ) -> None:
+        window = SMALL.model_copy(update={"window_tflop": window_tflop})
+        auto, crop = made(mask, AUTO, window), made(mask, CROP, window)
+        rounding = 1 / auto.region.width + 1 / crop.region.width
+        assert scale_of(auto) >= scale_of(crop) / 1.03 - rounding
 
     def test_what_is_saved_is_spent_on_detail(self) -> None:
         planned = made(line(4000, 3000, (0, 0), (3999, 2999), thickness=30), AUTO)
@@ -271,13 +301,19 @@ class TestAuto:
         assert scale_of(auto) >= scale_of(whole) - rounding
 
     @settings(max_examples=200, deadline=None)
-    @given(mask=masks(), window=window_settings, budget_tflop=st.sampled_from([1.0, 8.0, 15.0, 74.5]))
+    @given(
+        mask=masks(),
+        window=window_settings,
+        budget_tflop=st.sampled_from([1.0, 8.0, 15.0, 74.5]),
+        window_tflop=further_tflop,
+    )
     def test_the_budget_is_kept_or_the_frame_at_its_coarsest_costs_no_less(
-        self, mask: Pixels, window: WindowSettings, budget_tflop: float
+        self, mask: Pixels, window: WindowSettings, budget_tflop: float, window_tflop: float
     ) -> None:
-        window = window.model_copy(update={"budget_tflop": budget_tflop})
+        window = window.model_copy(update={"budget_tflop": budget_tflop, "window_tflop": window_tflop})
         auto, whole = made(mask, AUTO, window), made(mask, RESIZE, window)
-        assert tflop(auto.windows) <= max(budget_tflop, tflop(whole.windows)) + 1e-6
+        spent = tflop(auto.windows) + window_tflop * (len(auto.windows) - 1)
+        assert spent <= max(budget_tflop, tflop(whole.windows)) + 1e-6
 
     @settings(max_examples=100, deadline=None)
     @given(mask=masks(longest_px=64))
@@ -289,6 +325,24 @@ class TestAuto:
 def test_a_small_mask_in_a_large_photo_touches_a_small_part_of_it() -> None:
     planned = made(spot(4000, 3000, 2000, 1500, size=100), AUTO)
     assert (planned.region.width, planned.region.height) == planned.canvas_size == planned.content_size == (256, 256)
+
+
+def two_specks(width: int, height: int) -> Pixels:
+    return np.maximum(spot(width, height, 0, 0), spot(width, height, width - 1, height - 1))
+
+
+@pytest.mark.parametrize("strategy", [ORIGINAL, AUTO])
+def test_a_canvas_too_large_is_made_coarser(strategy: CropStrategy) -> None:
+    planned = made(two_specks(10_000, 5_000), strategy)
+    assert [(box.width, box.height) for box in planned.windows] == [(256, 256)] * 2
+    width, height = planned.canvas_size
+    assert MAX_CANVAS_PX / 1.03**2 <= width * height <= MAX_CANVAS_PX
+
+
+@pytest.mark.parametrize("strategy", [ORIGINAL, AUTO])
+def test_two_specks_in_a_photo_of_12_megapixels_keep_its_scale(strategy: CropStrategy) -> None:
+    planned = made(two_specks(4000, 3000), strategy)
+    assert planned.canvas_size == planned.content_size == (4000, 3000) and len(planned.windows) == 2
 
 
 def test_windows_are_painted_along_the_longer_side() -> None:
