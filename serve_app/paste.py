@@ -82,15 +82,21 @@ class Share:
     #: falls by smoothstep, to 0 at the window's side or `FADE_PX` away; 0 elsewhere.
     opacity: npt.NDArray[np.float32]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pixel is the window's own: nothing of it would be kept."""
+        return not self.opacity.any()
+
 
 def share_out(mask: Pixels, windows: Sequence[Box]) -> list[Share]:
     """Each window's share of the canvas's `mask`, in painting order.
 
     A masked pixel is the own of one window: that in which it is deepest, by the distance to the window's sides, where
-    sides on the canvas's edge do not count; of equals the earlier.
+    sides on the canvas's edge do not count; of equals the earlier. A window without own pixels changes
+    no other's share. Takes memory for the windows, not for the canvas.
     """
-    owners = _owners(mask, windows)
-    return [_share(owners[box.slices], number, _depth(box, mask.shape)) for number, box in enumerate(windows)]
+    depths = [_depth(box, mask.shape) for box in windows]
+    return [_share(_owners(mask, box, windows, depths), number, depths[number]) for number, box in enumerate(windows)]
 
 
 def paste_window(canvas: Pixels, painted: Pixels, box: Box, share: Share) -> None:
@@ -102,16 +108,25 @@ def paste_window(canvas: Pixels, painted: Pixels, box: Box, share: Share) -> Non
 _NOBODY = -1
 
 
-def _owners(mask: Pixels, windows: Sequence[Box]) -> npt.NDArray[np.int16]:
-    """The number of the window whose own each pixel is."""
-    owners = np.full(mask.shape, _NOBODY, np.int16)
-    deepest = np.zeros(mask.shape, np.float32)
-    for number, box in enumerate(windows):
-        depth = _depth(box, mask.shape)
-        owned = (mask[box.slices] != 0) & (depth > deepest[box.slices])
-        owners[box.slices][owned] = number
-        deepest[box.slices][owned] = depth[owned]
+def _owners(
+    mask: Pixels, within: Box, windows: Sequence[Box], depths: Sequence[npt.NDArray[np.float32]]
+) -> npt.NDArray[np.int16]:
+    """The number of the window whose own each pixel of `within` is."""
+    owners = np.full((within.height, within.width), _NOBODY, np.int16)
+    deepest = np.zeros(owners.shape, np.float32)
+    for number, (box, depth) in enumerate(zip(windows, depths, strict=True)):
+        if (both := _overlap(box, within)) is None:
+            continue
+        here, depth = _within(both, within), depth[_within(both, box)]
+        owned = (mask[both.slices] != 0) & (depth > deepest[here])
+        owners[here][owned] = number
+        deepest[here][owned] = depth[owned]
     return owners
+
+
+def _overlap(a: Box, b: Box) -> Box | None:
+    x0, y0, x1, y1 = max(a.x0, b.x0), max(a.y0, b.y0), min(a.x1, b.x1), min(a.y1, b.y1)
+    return Box(x0=x0, y0=y0, x1=x1, y1=y1) if x0 < x1 and y0 < y1 else None
 
 
 def _depth(box: Box, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -133,7 +148,9 @@ def _share(owners: npt.NDArray[np.int16], number: int, depth: npt.NDArray[np.flo
     distance = _distance(own.view(np.uint8))
     # What is left of the way to the window's side, where that is nearer than the fade is long.
     fade = np.minimum(np.float32(FADE_PX), depth + distance - 1)
-    opacity = np.where(before & (distance <= fade), _smoothstep(1 - distance / (fade + 1)), own.astype(np.float32))
+    # Not below 0, because without own pixels the distance is too large to be cubed.
+    faded = _smoothstep(np.maximum(1 - distance / (fade + 1), np.float32(0)))
+    opacity = np.where(before & (distance <= fade), faded, own.astype(np.float32))
     return Share(np.where(owners >= number, np.uint8(255), np.uint8(0)), np.asarray(opacity, np.float32))
 
 

@@ -18,11 +18,13 @@ from serve_app.engine.tiny import TinyWeights
 from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ShuttingDown, UnknownVariant, VariantLoadFailed
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
+from serve_app.messages import CropStrategy
+from serve_app.paste import cut
 from serve_app.ports import Painted
-from serve_app.settings import VariantSettings
+from serve_app.settings import VariantSettings, WindowSettings
 from serve_app.telemetry import JsonFormatter
 from serve_app.variants import Variant
-from serve_app.windows import Box
+from serve_app.windows import Box, plan
 
 from .engine_fixtures import SIDE, flux_fill, photo, request, square_mask
 
@@ -96,6 +98,35 @@ def test_progress_counts_over_all_windows() -> None:
     assert painted.busy_s > 0
     assert painted.gpu_ms is None
     assert painted.where["compute_capability"] == "N/A"
+
+
+class Numbering(Recorder):
+    """Paints the first window in grey level 1, the next one in 2, and so on."""
+
+    def paint(self, window: Window) -> Pixels:
+        super().paint(window)
+        return np.full_like(window.pixels, len(self.seen))
+
+
+@pytest.mark.parametrize("seed", [2, 13, 35])
+def test_every_window_that_is_painted_is_seen_in_the_picture(seed: int) -> None:
+    mask, random = np.zeros((3000, 4000), np.uint8), np.random.default_rng(seed)
+    for x, y in zip(random.integers(0, 3900, 12), random.integers(0, 2900, 12), strict=True):
+        mask[y : y + 60, x : x + 60] = 255
+    planned = plan(mask, CropStrategy.ORIGINAL, WindowSettings())
+    assert planned is not None
+    canvas, canvas_mask = cut(np.zeros((*mask.shape, 3), np.uint8), mask, planned, WindowSettings().feather_px)
+    engine, told = Numbering(), list[Progress]()
+    given = request(canvas=canvas, mask=canvas_mask, windows=planned.windows, seed=5)
+    painted = paint_canvas(engine, given, told.append).canvas
+
+    numbers = range(1, len(engine.seen) + 1)
+    # Of these spots' four windows, one shows only what lies deeper in others.
+    assert (len(planned.windows), len(numbers)) == (4, 3)
+    assert set(numbers) <= set(np.unique(painted).tolist())
+    assert (painted[canvas_mask > 0] > 0).all() and not painted[canvas_mask == 0].any()
+    assert [seed for _, _, seed in engine.seen] == [5, 6, 7]
+    assert told[-1] == Progress(step=given.steps * 3, steps=given.steps * 3)
 
 
 def out_of_memory_at(*steps: int) -> Recorder:
@@ -272,7 +303,7 @@ async def test_what_on_progress_raises_stops_the_engine(error: Exception) -> Non
         raise error
 
     with pytest.raises(type(error)) as caught:
-        await LocalPainter({"v": engine}).paint("v", request(steps=100, windows=[WHOLE] * 100), refuse)
+        await LocalPainter({"v": engine}).paint("v", request(steps=10_000), refuse)
     assert caught.value is error
     assert engine.steps_begun < 10_000
 

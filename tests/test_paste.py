@@ -1,3 +1,5 @@
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
@@ -219,6 +221,31 @@ def test_windows_that_agree_on_the_overlap_leave_no_seam() -> None:
     for box, share in zip((LEFT, RIGHT), share_out(mask, [LEFT, RIGHT]), strict=True):
         paste_window(canvas, picture[box.slices], box, share)
     assert np.array_equal(canvas, picture)
+
+
+def test_a_window_without_own_pixels_changes_no_others_share() -> None:
+    mask, middle = np.full((40, 160), 255, np.uint8), Box(x0=60, y0=0, x1=100, y1=40)
+    left, empty, right = share_out(mask, [LEFT, middle, RIGHT])
+    assert (left.is_empty, empty.is_empty, right.is_empty) == (False, True, False)
+    for with_it, without in zip((left, right), share_out(mask, [LEFT, RIGHT]), strict=True):
+        assert np.array_equal(with_it.unpainted, without.unpainted)
+        assert np.array_equal(with_it.opacity, without.opacity)
+
+
+def peak_bytes(mask: Pixels) -> int:
+    """Of sharing it out to a window in each of two corners."""
+    height, width = mask.shape
+    corners = [Box(x0=0, y0=0, x1=64, y1=64), Box(x0=width - 64, y0=height - 64, x1=width, y1=height)]
+    tracemalloc.start()
+    share_out(mask, corners)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_sharing_out_takes_no_more_memory_for_a_larger_canvas() -> None:
+    small, large = np.full((200, 200), 255, np.uint8), np.full((4000, 3000), 255, np.uint8)
+    assert peak_bytes(large) < 2 * peak_bytes(small) < large.nbytes
 
 
 def test_a_window_changes_the_canvas_only_inside_its_box_and_mask() -> None:

@@ -39,16 +39,18 @@ def paint_canvas(
     on_out_of_memory: Callable[[], None] = _nobody_counts,
 ) -> Painted:
     """Paint the windows in order on a copy of the canvas; each sees what the ones before it left, and keeps its share.
+    Windows of which nothing would be kept are left out.
 
     `on_step` gets the progress over all windows: once before the first step, then after each. What it raises ends the
     painting and passes through. A window that runs out of memory is begun again, once, after `on_out_of_memory` was
     called and the engine has freed what it can. Raises as `Engine.paint` does.
     """
     canvas, shares = request.canvas.copy(), share_out(request.mask, request.windows)
+    windows = [(box, share) for box, share in zip(request.windows, shares, strict=True) if not share.is_empty]
     started_s, started_ms = _clock_s(engine), engine.device_ms()
-    total = request.steps * len(request.windows)
+    total = request.steps * len(windows)
     on_step(Progress(step=0, steps=total))
-    for number, (box, share) in enumerate(zip(request.windows, shares, strict=True)):
+    for number, (box, share) in enumerate(windows):
         done = 0
 
         def advance(step: int, before: int = number * request.steps) -> None:
@@ -63,8 +65,8 @@ def paint_canvas(
             advance(request.steps)
         paste_window(canvas, painted, box, share)
     ended_ms, busy_s = engine.device_ms(), _clock_s(engine) - started_s
-    extra = {"action": "painted", "windows": len(request.windows), "busy_s": round(busy_s, 3)}
-    log.info("Painted %d windows in %.2f s", len(request.windows), busy_s, extra=extra)
+    extra = {"action": "painted", "windows": len(windows), "busy_s": round(busy_s, 3)}
+    log.info("Painted %d windows in %.2f s", len(windows), busy_s, extra=extra)
     return Painted(
         canvas=canvas,
         busy_s=busy_s,
