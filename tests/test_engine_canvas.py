@@ -40,7 +40,7 @@ class Recorder(Pause):
     """Keeps what it was given; paints the mask white, and may fail to load or block between steps."""
 
     def __init__(self, on_paint: Callable[[], None] = lambda: None) -> None:
-        super().__init__(Variant(family="pause", pause_s=0), None, 1)
+        super().__init__(Variant(family="pause", pause_s=0), None, VariantSettings())
         self.seen: list[tuple[Pixels, Pixels, int]] = []
         self.steps_begun = 0
         self.times_freed = 0
