@@ -381,6 +381,16 @@ def test_a_file_is_hashed_again_where_its_note_does_not_fit_it(
     assert hashed_bytes(*verified) == 0
 
 
+def test_good_weights_are_good_where_no_note_can_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"weights")
+    (tmp_path / ".file.verified").mkdir()
+    locked = lock.describe(path)
+    assert hashed_bytes(path, locked) == 7
+    assert hashed_bytes(path, locked) == 7
+    assert {vars(record)["action"] for record in caplog.records} == {"note_not_kept"}
+
+
 def test_changed_content_is_found(verified: tuple[Path, lock.LockedFile]) -> None:
     path, locked = verified
     written_ns = path.stat().st_mtime_ns

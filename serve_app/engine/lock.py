@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CorruptWeights, SettingsError
 from .cold_start import timed
+
+log = logging.getLogger(__name__)
 
 
 class _Value(BaseModel):
@@ -70,17 +73,25 @@ def verify(path: Path, locked: LockedFile) -> None:
     """Hold the file against the lock. Raises CorruptWeights, naming the file.
 
     It is hashed once: a note beside it keeps what it was found good for, and by which size, time and inode the file is
-    known again. A change that keeps all three is not noticed.
+    known again. A change that keeps all three is not noticed. Where no note can be kept, it is hashed each time.
     """
     stat, note = path.stat(), path.with_name(f".{path.name}.verified")
     if stat.st_size != locked.size:
         raise CorruptWeights(f"{path} has {stat.st_size} bytes, and {locked.size} by the lock file", file=str(path))
     found_good = f"{locked.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode()
-    if note.exists() and note.read_bytes() == found_good:
+    if note.is_file() and note.read_bytes() == found_good:
         return
     sha256 = describe(path).sha256
     if sha256 != locked.sha256:
         raise CorruptWeights(f"{path} has SHA-256 {sha256}, and {locked.sha256} by the lock file", file=str(path))
+    _keep(note, found_good)
+
+
+def _keep(note: Path, found_good: bytes) -> None:
     beside = note.with_name(f"{note.name}.new")
-    beside.write_bytes(found_good)
-    beside.replace(note)
+    try:
+        beside.write_bytes(found_good)
+        beside.replace(note)
+    except OSError as e:
+        extra = {"action": "note_not_kept", "file": str(note)}
+        log.warning("Weights are good, and will be hashed again at the next load: %s", e, extra=extra)
