@@ -11,12 +11,12 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.engine import Engine, families, weights
+from serve_app.engine import Engine, compile_folder, families, weights
 from serve_app.engine.canvas import painting
 from serve_app.engine.cold_start import timed
 from serve_app.engine.seat import Seat
 from serve_app.engine.together import Together
-from serve_app.errors import GpuLost
+from serve_app.errors import FluxFillError, GpuLost
 from serve_app.jobs import Progress
 from serve_app.ports import Painted, PaintRequest
 from serve_app.settings import Settings
@@ -36,10 +36,32 @@ def open_engine(name: str, settings: Settings) -> Engine:
         engine = families.create(name, variant, files, settings.variants[name])
     if (levers := settings.variants[name].levers).max_batch > 1:
         engine = Together(engine, variant, levers)
-    engine.load()
-    with timed("warm_up"):
-        _warm_up(engine, name, settings)
+    try:
+        engine.load()
+        with timed("warm_up"):
+            _warm_up(engine, name, settings)
+    except BaseException:
+        # The next try must not meet this one's weights on the device.
+        _abandon(engine, name)
+        raise
     return engine
+
+
+def _abandon(engine: Engine, name: str) -> None:
+    """Close it, while the error that is under way stays the one that is told."""
+    try:
+        close_engine(engine)
+    except (FluxFillError, RuntimeError) as e:
+        extra = {"action": "engine_not_closed", "variant": name}
+        log.warning("The engine of %s, which did not load, could not be closed: %s", name, e, extra=extra)
+
+
+def close_engine(engine: Engine) -> None:
+    """With what was compiled for it: a replica has one engine. Raises what torch raises."""
+    try:
+        engine.close()
+    finally:
+        compile_folder.remove()
 
 
 def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
@@ -64,7 +86,7 @@ class Inpainter:
         self._counts_steps = settings.variant(name).counts_steps
         self._metrics = metrics or RayMetrics()
         self._loading: Loading[Engine] = Loading(
-            f"variant {name}", lambda: open_engine(name, settings), lambda engine: engine.close(), self._metrics
+            f"variant {name}", lambda: open_engine(name, settings), close_engine, self._metrics
         )
         # A pipeline keeps state between steps: two jobs must never be on it at once, but in one batch.
         self._seat = Seat(settings.variants[name].levers.max_batch)

@@ -2,19 +2,20 @@
 
 import logging
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
 from serve_app.adapters import blob_files, blob_store
-from serve_app.engine import compile_cache
+from serve_app.engine import compile_cache, compile_folder
 from serve_app.engine.cache import Sources
 from serve_app.engine.compile_cache import CompileCache
 from serve_app.engine.lock import Lock, LockedRepo
 from serve_app.engine.origins import Mirror
-from serve_app.errors import VariantLoadFailed
+from serve_app.errors import GpuLost, OutOfMemory, VariantLoadFailed
 from serve_app.settings import Levers, VariantSettings
 from serve_app.variants import BUILT_IN
 
@@ -22,8 +23,11 @@ ARCHIVE = "compiled/abc/inductor.zip"
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "another")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "another")
+    yield
+    compile_folder.remove()
 
 
 def folder() -> Path:
@@ -114,6 +118,21 @@ def test_a_damaged_archive_is_said_and_replaced(tmp_path: Path, caplog: pytest.L
     assert names() == {"fx/graph"}
 
 
+def test_whatever_is_damaged_in_an_archive_no_load_fails(tmp_path: Path) -> None:
+    kept = CompileCache(tmp_path, "abc")
+    kept.warm_up(writes("fx/graph", "c/kernel.so"))
+    whole, chance = (tmp_path / ARCHIVE).read_bytes(), random.Random(5)
+    loaded = []
+    for number in range(200):
+        changed = bytearray(whole)
+        for _ in range(chance.randint(1, 8)):
+            changed[chance.randrange(len(whole))] = chance.randrange(256)
+        (tmp_path / ARCHIVE).write_bytes(changed)
+        kept.warm_up(lambda number=number: loaded.append(number))  # type: ignore[misc]  # mypy infers no default
+        compile_folder.remove()
+    assert loaded == list(range(200))
+
+
 def test_an_archive_that_would_fill_the_disk_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,16 +153,31 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
     assert names() == {"outside", "tmp/absolute"}
 
 
-def test_what_is_found_and_does_not_work_is_compiled_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [VariantLoadFailed("another machine's code"), RuntimeError("no kernel image")])
+def test_what_is_found_and_does_not_work_is_compiled_anew(tmp_path: Path, error: Exception) -> None:
     kept = CompileCache(tmp_path, "abc")
     kept.warm_up(writes("fx/foreign"))
 
     def compile_all() -> None:
         if "fx/foreign" in names():
-            raise VariantLoadFailed("another machine's code")
+            raise error
         writes("fx/graph")()
 
     kept.warm_up(compile_all)
+    kept.warm_up(lambda: None)
+    assert names() == {"fx/graph"}
+
+
+@pytest.mark.parametrize("error", [GpuLost("an illegal memory access"), OutOfMemory("no memory left")])
+def test_a_failure_of_the_gpu_says_nothing_of_what_was_found(tmp_path: Path, error: Exception) -> None:
+    kept = CompileCache(tmp_path, "abc")
+    kept.warm_up(writes("fx/graph"))
+
+    def compile_all() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        kept.warm_up(compile_all)
     kept.warm_up(lambda: None)
     assert names() == {"fx/graph"}
 
@@ -163,6 +197,25 @@ def test_a_mirror_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog
     CompileCache(tmp_path, "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
     assert "compiled_not_kept" in [vars(record)["action"] for record in caplog.records]
     assert (tmp_path / ARCHIVE).is_file()
+
+
+def test_a_cache_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mirror").mkdir()
+    CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
+    (tmp_path / "two").write_text("a file, where a folder should be")
+    compiled: list[str] = []
+    CompileCache(tmp_path / "two", "abc", mirror(tmp_path / "mirror")).warm_up(lambda: compiled.append("fx/graph"))
+    assert compiled == ["fx/graph"]
+    assert "compiled_not_fetched" in [vars(record)["action"] for record in caplog.records]
+
+
+def test_triton_works_in_the_folder_too_and_its_part_is_not_kept(tmp_path: Path) -> None:
+    kept = CompileCache(tmp_path, "abc")
+    for _ in range(2):
+        kept.warm_up(writes("fx/graph", "triton/hash/kernel.cubin"))
+        assert Path(os.environ["TRITON_CACHE_DIR"]) == folder() / "triton"
+    with ZipFile(tmp_path / ARCHIVE) as packed:
+        assert packed.namelist() == ["fx/graph"]
 
 
 Q4, SERVED, BUCKETS = BUILT_IN["tiny-Q4_0"], VariantSettings(levers=Levers(compile=True)), ((64, 64), (96, 64))

@@ -4,19 +4,20 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from deployments.inpainter import open_engine
+from deployments.inpainter import close_engine, open_engine
 from serve_app.engine import compiled
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.tiny import TinyWeights
-from serve_app.errors import VariantLoadFailed
+from serve_app.errors import OutOfMemory, VariantLoadFailed
 from serve_app.settings import FirstBlockCache, Settings, TaylorSeerCache
 from serve_app.variants import BUILT_IN
 
@@ -134,6 +135,29 @@ def test_blocks_that_do_not_compile_are_a_variant_that_does_not_load(tiny: TinyW
         engine.warm_up(BUCKETS)
 
 
+def test_compilers_that_speak_of_cuda_are_no_failure_of_the_gpu(tiny: TinyWeights) -> None:
+    with pytest.raises(VariantLoadFailed, match=r"(?s)do not compile: .*CUDA driver version"):
+        warm_up_with(tiny, RuntimeError("CUDA driver version is insufficient"))
+
+
+def test_compilers_that_fill_the_device_are_out_of_memory(tiny: TinyWeights) -> None:
+    with pytest.raises(OutOfMemory):
+        warm_up_with(tiny, torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def warm_up_with(tiny: TinyWeights, error: Exception) -> None:
+    """Where the compiler raises this."""
+
+    def backend(*given: object) -> Callable[..., object]:
+        raise error
+
+    engine = flux_fill(tiny, compile=True)
+    engine.load()
+    block = engine._pipeline.transformer.transformer_blocks[0]
+    block.forward = torch.compile(type(block).forward.__get__(block), backend=backend)
+    engine.warm_up(BUCKETS)
+
+
 @pytest.mark.slow
 def test_a_replica_keeps_what_it_compiled_at_its_start(tiny: TinyWeights, tmp_path: Path) -> None:
     file, base = str(tiny.transformer("flux1-fill-dev-Q4_0.gguf")), str(tiny.base)
@@ -147,7 +171,8 @@ def test_a_replica_keeps_what_it_compiled_at_its_start(tiny: TinyWeights, tmp_pa
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "another")
-        open_engine("v", settings).close()
+        patch.setenv("TRITON_CACHE_DIR", "another")
+        close_engine(open_engine("v", settings))
     assert len(list(tmp_path.glob("compiled/*/inductor.zip"))) == 1
 
 
@@ -180,7 +205,8 @@ print(compiled.graphs(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
 
 @pytest.mark.slow
 def test_the_next_replica_takes_what_the_first_compiled(tiny: TinyWeights, tmp_path: Path) -> None:
-    """Also one on another machine, by way of the mirror; what is damaged is compiled anew."""
+    """Also one on another machine, by way of the mirror; what is damaged or does not work is compiled anew, and that is
+    of use to the next replica again."""
     url = f"files:{tmp_path / 'mirror'}"
 
     def start(machine: str) -> tuple[str, str]:
@@ -196,3 +222,17 @@ def test_the_next_replica_takes_what_the_first_compiled(tiny: TinyWeights, tmp_p
     assert printed == f"{GRAPHS} 0 {GRAPHS}"
     assert "compiled before is of no use" in logged
     assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
+    break_code(archive)
+    printed, logged = start("two")
+    assert printed == f"{GRAPHS} 0 {GRAPHS}"
+    assert "do not compile" in logged
+    assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
+
+
+def break_code(archive: Path) -> None:
+    """The archive stays whole."""
+    with ZipFile(archive) as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    with ZipFile(archive, "w") as packed:
+        for name, content in files.items():
+            packed.writestr(name, b"no code" if name.endswith(".so") else content)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.inpainter import Inpainter
-from serve_app.engine import Engine, Window
+from deployments.inpainter import Inpainter, open_engine
+from serve_app.engine import Engine, Window, compile_folder, families
 from serve_app.engine.pause import Pause
 from serve_app.engine.together import Together
 from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed, VariantNotReady
@@ -103,6 +103,48 @@ async def test_a_variant_that_did_not_load_says_why() -> None:
     with pytest.raises(VariantLoadFailed, match=r"nowhere\.gguf"):
         await anext(replica.paint(request()))
     replica.check_health()
+
+
+class Failing(Scripted):
+    """Fails at its warm-up, and then perhaps at its end."""
+
+    def __init__(self, at_the_end: Exception | None) -> None:
+        super().__init__(lambda: None)
+        self._at_the_end, self.closed = at_the_end, 0
+
+    def warm_up(self, buckets: object) -> None:
+        raise VariantLoadFailed("the variant's blocks do not compile")
+
+    def close(self) -> None:
+        self.closed += 1
+        if self._at_the_end is not None:
+            raise self._at_the_end
+
+
+@pytest.mark.parametrize(
+    ("at_the_end", "actions"), [(None, []), (PaintError("the GPU failed"), ["engine_not_closed"])], ids=repr
+)
+def test_an_engine_that_does_not_warm_up_is_closed(
+    at_the_end: Exception | None,
+    actions: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Failing(at_the_end)
+    monkeypatch.setattr(families, "create", lambda *given: engine)
+    with pytest.raises(VariantLoadFailed, match="do not compile"):
+        open_engine("v", settings())
+    assert engine.closed == 1
+    assert [vars(record)["action"] for record in caplog.records] == actions
+
+
+async def test_a_replica_that_ends_removes_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "another")
+    replica = Replica(settings())
+    folder = compile_folder.new()
+    await Inpainter.__del__(replica)
+    assert not folder.exists()
 
 
 async def test_as_many_jobs_as_a_batch_takes_are_in_hand_at_once_and_the_next_waits() -> None:

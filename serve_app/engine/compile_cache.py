@@ -1,33 +1,34 @@
 """What was compiled, kept for the next replica: the compiler's cache folder as one archive, under a fingerprint.
 
 The whole folder, because `torch.compiler.save_cache_artifacts` leaves out what the C++ compiler made: on a CPU that is
-most of the time. Its entries are found by hash, so it works wherever it is unpacked.
+most of the time. Its entries are found by hash, so it works wherever it is unpacked. Only Triton's own part stays out:
+its files name the folder they lie in, and each graph's entry brings its kernels along (see torch's triton_bundler.py;
+never run here on a GPU).
 
 An archive holds code that the replica runs: who can write to the weights cache or the mirror can run code there.
 """
 
 import asyncio
-import atexit
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
+from torch._inductor.utils import clear_caches
 
-from ..errors import CorruptWeights, FluxFillError, VariantLoadFailed
+from ..errors import CorruptWeights, FluxFillError, GpuLost, OutOfMemory
 from ..settings import VariantSettings
 from ..variants import Variant
+from . import compile_folder
 from .cache import Sources
 from .origins import Mirror
 
@@ -96,20 +97,27 @@ class CompileCache:
     def warm_up(self, compile_all: Callable[[], None]) -> None:
         """Call `compile_all` with what is in the archive, and put into the archive what was not in it yet.
 
-        Raises what `compile_all` raises. Sets TORCHINDUCTOR_CACHE_DIR for the process.
+        Raises what `compile_all` raises. The compiler works in a new `compile_folder`.
         """
-        folder = _working_folder()
+        folder = compile_folder.new()
         found = self._restore(folder)
-        try:
-            compile_all()
-        except VariantLoadFailed as e:
-            if not found:
-                raise
-            self._refuse(e)
-            folder, found = _working_folder(), {}
+        if not (found and self._works(compile_all)):
+            if found:
+                folder, found = _start_over(), {}
             compile_all()
         if new := _files(folder).keys() - found.keys():
             self._keep(folder, len(new))
+
+    def _works(self, compile_all: Callable[[], None]) -> bool:
+        try:
+            compile_all()
+        except (GpuLost, OutOfMemory):
+            raise
+        except Exception as e:
+            # What damaged or foreign code raises when it is loaded or run can be anything.
+            self._refuse(e)
+            return False
+        return True
 
     @property
     def _archive(self) -> Path:
@@ -123,7 +131,8 @@ class CompileCache:
             return {}
         try:
             _unpack(self._archive, folder)
-        except (CorruptWeights, BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as e:
+        except Exception as e:
+            # zipfile raises all sorts of errors for damaged archives.
             self._refuse(e)
             shutil.rmtree(folder)
             folder.mkdir()
@@ -136,7 +145,7 @@ class CompileCache:
             return
         try:
             asyncio.run(self.mirror.download(_FOLDER, self.fingerprint, _FILE, self._archive.parent))
-        except FluxFillError as e:
+        except (FluxFillError, OSError) as e:
             extra = {"action": "compiled_not_fetched", "fingerprint": self.fingerprint}
             log.info("Nothing compiled came from the mirror: %s", e, extra=extra)
 
@@ -157,18 +166,17 @@ class CompileCache:
         log.info("Kept %d newly compiled files", new, extra={"action": "compiled_kept", "files": new})
 
 
-def _working_folder() -> Path:
-    """A new one that the compiler works in from now on. It lasts as long as the process: code is loaded from it."""
-    folder = Path(tempfile.mkdtemp(prefix="compiled-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    return folder
+def _start_over() -> Path:
+    """Forget what was compiled in this process, so that what is compiled now gets the keys it has in a new one."""
+    torch._dynamo.reset()
+    clear_caches()
+    return compile_folder.new()
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """By name; without the compiler's notes of who is at work."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return {path.relative_to(folder).as_posix(): path for path in files}
+    """By name; without the compiler's notes of who is at work, and without Triton's own part."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in files.items() if path.suffix != ".lock" and not name.startswith("triton/")}
 
 
 def _pack(folder: Path, archive: Path) -> None:

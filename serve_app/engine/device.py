@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
-from ..errors import VariantLoadFailed
+from ..errors import OutOfMemory, PaintError, VariantLoadFailed
 from . import gpu_faults, quant
 
 #: Held while models are built: accelerate replaces `torch.nn.Module`'s methods meanwhile, for the whole process.
@@ -79,12 +80,21 @@ class Device:
         try:
             yield
         except RuntimeError as e:
-            kind = gpu_faults.kind_of(e)
+            kind = _kind_of(e)
             if kind is None:
                 raise
             # The frames that failed still hold what filled the memory.
             traceback.clear_frames(e.__traceback__)
             raise kind(f"{self.torch} failed: {_first_line(e)}") from e
+
+
+def _kind_of(error: RuntimeError) -> type[PaintError] | None:
+    if not isinstance(error, TorchDynamoException):
+        return gpu_faults.kind_of(error)
+    # The compiler's errors quote code, where "CUDA" says nothing of the GPU's health.
+    inner = getattr(error, "inner_exception", None)
+    is_full = isinstance(inner, RuntimeError) and gpu_faults.kind_of(inner) is OutOfMemory
+    return OutOfMemory if is_full else None
 
 
 def _describe_cpu() -> Mapping[str, Any]:
