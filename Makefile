@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo run test test-fast check fix bench chaos clean
+.PHONY: install demo run test test-fast check fix bench bench-gpu chaos clean
 
 install: $(INSTALLED)
 
@@ -42,6 +42,12 @@ bench: install  ## measure; figures into benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.serving --out benchmarks/results/serving.json
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.engine --out benchmarks/results/engine.json --chart benchmarks/results/engine.png
+
+bench-gpu: install  ## the engine at full size on a GPU of 24 GB or more, nothing downloaded; 40 GB of host memory, 25 of disk
+	mkdir -p benchmarks/results
+	set -e; for packing in Q8_0 Q4_0 Q5_K_S; do \
+	  $(BIN)/python -m benchmarks.engine --double 19 --single 38 --device cuda --steps 28 --runs 3 --packing $$packing \
+	    --out benchmarks/results/engine-gpu-$$packing.json --chart benchmarks/results/engine-gpu-$$packing.png; done
 
 chaos: install  ## 500 sessions while replicas are killed and the stores are cut off; figures and logs into out/chaos
 	mkdir -p out/chaos

@@ -14,9 +14,8 @@ _RECIPE, _SERVICE, _FLOPS = "#9aa5b1", "#1f6feb", "#57a773"
 _BAR = 0.38
 
 
-def draw(found: Mapping[str, Any], file: Path) -> None:
-    """`found` as `benchmarks.engine` prints it; the file's name says in which format."""
-    scenarios = {name: one for name, one in found.items() if name != "context"}
+def draw(scenarios: Mapping[str, Any], title: str, file: Path) -> None:
+    """`scenarios` as `benchmarks.engine` prints them; the file's name says in which format."""
     figure, (seconds, ratios) = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.8 * len(scenarios)), layout="constrained")
     steps = {side: [one[side]["step_s"]["median"] for one in scenarios.values()] for side in ("recipe", "service")}
     _bars(
@@ -35,7 +34,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     )
     ratios.axvline(1, color="black", linewidth=0.8)
     ratios.set_xlabel("times fewer than the replaced recipe")
-    figure.suptitle(found["context"]["title"])
+    figure.suptitle(title)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

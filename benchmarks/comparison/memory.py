@@ -4,14 +4,16 @@ Fake tensors have sizes and no content. The transformer with its packed weights,
 made of them, and the engine's own steps run: the modulation's weights leave for the host, its rows are computed, the
 VAE encodes, the transformer runs forward, the VAE decodes. `Storages` counts what is allocated and what is given up.
 
-It does not see what kernels take for themselves, the CUDA context (about 0.5 GB), nor what the allocator keeps unused.
-`measured` runs the same on real tensors, and lets the allocator count: on a CPU the transformer takes the same to the
-byte, and the VAE's decoder up to a third more, because convolutions there copy what they take and give.
+It does not see what kernels take for themselves, the CUDA context (about 0.5 GB), nor what the allocator keeps unused;
+of the modulation, neither the rows of earlier runs (at most 2 GB, on the host) nor the one unpacked weight (113 MB at
+full size) that is on the device, too, before it leaves for the host and while rows are computed. `measured` runs the
+same on real tensors, and lets the allocator count: on a CPU the transformer takes the same to the byte, and the VAE's
+decoder two thirds more, because convolutions there copy what they take and give.
 """
 
 import weakref
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -38,15 +40,16 @@ _STEPS = 28
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes."""
+    """Bytes of the device; of a CPU, where host and device are the same memory, with `host` in each figure."""
 
-    #: Weights that stay on the device.
+    #: Weights that stay.
     resident: int
-    peak: int
+    #: The peak until they are loaded.
+    loading: int
+    #: The peak of an edit afterwards, `resident` included.
+    painting: int
     #: Of the modulation, in host memory.
     host: int
-    #: Peak where device and host are the same memory, as on a CPU.
-    together: int
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not annotated its modes
@@ -85,15 +88,17 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         """Bytes."""
         return self._sums(self._elsewhere)[-1]
 
-    def peak(self) -> int:
-        return max(self._sums(self._elsewhere))
+    def happened(self) -> int:
+        """Births and deaths so far."""
+        return len(self._events)
 
-    def peak_together(self) -> int:
-        """With what is elsewhere."""
-        return max(self._sums(set()))
+    def peak(self, since: int = 0) -> int:
+        """Bytes; `since` as `happened` gave it."""
+        return max(self._sums(self._elsewhere)[since:])
 
     def _sums(self, without: Container[int]) -> list[int]:
-        return list(accumulate((size for number, size in self._events if number not in without), initial=0))
+        """After each event."""
+        return list(accumulate((0 if number in without else size for number, size in self._events), initial=0))
 
 
 class _NoKey(Conditions):
@@ -104,35 +109,48 @@ class _NoKey(Conditions):
         return ()
 
 
-def tracked(shape: Shape, packing: str, side_px: int) -> Memory:
-    """Of an edit of one window of `side_px` x `side_px`, under fake tensors."""
+def tracked(shape: Shape, packing: str, side_px: int, *, on_cpu: bool = False) -> Memory:
+    """Of an edit of one window of `side_px` x `side_px`, under fake tensors; `on_cpu` as `measured` counts."""
     transformer, vae = _unfilled(shape, packing)
     storages = Storages()
+    leaves: AbstractContextManager[None] = nullcontext() if on_cpu else storages.elsewhere()
     with FakeTensorMode(), torch.inference_mode(), storages:
         _fill(transformer, packing)
         _fill(vae, packing)
-        with storages.elsewhere():
+        with leaves:
             modulation = Modulation(transformer, _BF16)
-        resident = storages.now()
+        loaded, resident, loading = storages.happened(), storages.now(), storages.peak()
         _edit(shape, transformer, vae, modulation, side_px)
+    return Memory(resident=resident, loading=loading, painting=storages.peak(loaded), host=modulation.host_bytes)
+
+
+def measured(shape: Shape, packing: str, side_px: int) -> Memory:
+    """The same on real tensors of a CPU, as its allocator reports it to PyTorch's profiler."""
+    transformer, vae = _unfilled(shape, packing)
+    with torch.inference_mode():
+        with _allocations() as loading:
+            _fill(transformer, packing)
+            _fill(vae, packing)
+            modulation = Modulation(transformer, _BF16)
+        with _allocations() as painting:
+            _edit(shape, transformer, vae, modulation, side_px)
+    resident = sum(loading)
     return Memory(
-        resident=resident, peak=storages.peak(), host=modulation.host_bytes, together=storages.peak_together()
+        resident=resident,
+        loading=max(accumulate(loading)),
+        painting=max(accumulate(painting, initial=resident)),
+        host=modulation.host_bytes,
     )
 
 
-def measured(shape: Shape, packing: str, side_px: int) -> int:
-    """The same on real tensors: the peak in bytes, as the CPU's allocator reports it to PyTorch's profiler.
-
-    What leaves for the host is counted, too: on a CPU that is the same memory.
-    """
-    transformer, vae = _unfilled(shape, packing)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, torch.inference_mode():
-        _fill(transformer, packing)
-        _fill(vae, packing)
-        _edit(shape, transformer, vae, Modulation(transformer, _BF16), side_px)
+@contextmanager
+def _allocations() -> Iterator[list[int]]:
+    """Bytes taken inside, or given up where negative, in order; filled at the end."""
+    sizes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        yield sizes
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes: list[int] = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(sizes))
+    sizes.extend(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
 
 
 def _unfilled(shape: Shape, packing: str) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """The recipe that the service replaces: the whole frame at 1024, the prompt in words each time, nothing kept.
 
 diffusers' FluxFillPipeline as its documentation calls it, with GGUF weights and both text encoders. On a GPU its parts
-come and go (`enable_model_cpu_offload`): with the text encoders they do not fit on 24 GB together.
+come and go (`enable_model_cpu_offload`): with the text encoders they do not fit on 24 GB together. After an edit all of
+them are on the host.
 """
 
 from typing import Any

@@ -57,8 +57,10 @@ class Service:
         self._engine.load()
         self._prompts = PromptCache(MemoryBlobStore())
         self._device, self._dtype, self._meter = device, dtype, Meter(device)
-        # An engine shows nobody its pipeline; only a benchmark has to look inside.
-        self._pipeline = self._engine._pipeline
+        self._is_compiled = levers.compile
+        # An engine shows nobody its parts; only a benchmark has to look inside.
+        self._pipeline, modulation = self._engine._pipeline, self._engine._modulation
+        self._host_bytes = modulation.host_bytes if modulation is not None else 0
         self._meter.watch_pipeline(self._pipeline)
         self._meter.watch("text", self, "_encode")
 
@@ -75,6 +77,8 @@ class Service:
             windows=[(window.width, window.height) for window in planned(scenario).windows],
             device=self._device,
             dtype=self._dtype,
+            host_bytes=self._host_bytes,
+            is_compiled=self._is_compiled,
         )
 
     def _edit(self, photo: Pixels, mask: Pixels, scenario: Scenario, asked: Inference) -> Pixels:
