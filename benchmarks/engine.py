@@ -8,8 +8,8 @@ of an edit of 28 steps whatever `--steps` says; with step caching as if no step 
 `--steps 28` it says how many times faster than the replaced recipe an edit is.
 
 On a CPU the two run by turns. On a GPU the recipe runs first, alone on the card: FLUX.1's transformer in Q8_0 takes
-12.65 GB, two of them 25.3, and an L4 has 24.15. Afterwards the recipe is on the host, 23 GB of it with T5, and an engine
-takes its turn, with at most 12.65 GB of weights and about 2 to paint with.
+12.65 GB, two of them 25.3, and an L4 has 24.15. Afterwards the recipe is on the host, 23 GB of it with T5, and an
+engine takes its turn, with at most 12.65 GB of weights and about 2 to paint with.
 
     python -m benchmarks.engine                                        # random weights, one block of each kind: a CPU
     python -m benchmarks.engine --double 19 --single 38 --device cuda --steps 28  # full size, still nothing downloaded
