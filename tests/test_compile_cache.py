@@ -103,10 +103,11 @@ def damaged(tmp_path: Path) -> dict[str, bytes]:
         "no archive": b"something else",
         "cut short": whole[:-10],
         "a flipped bit": whole.replace(b"0123456789", b"1123456789"),
+        "no name": archive(tmp_path / "named.zip", gräph=b"x").replace(b"\xc3\xa4", b"\xff\xff"),
     }
 
 
-@pytest.mark.parametrize("how", ["empty", "no archive", "cut short", "a flipped bit"])
+@pytest.mark.parametrize("how", ["empty", "no archive", "cut short", "a flipped bit", "no name"])
 def test_a_damaged_archive_is_said_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
     (tmp_path / ARCHIVE).parent.mkdir(parents=True)
     (tmp_path / ARCHIVE).write_bytes(damaged(tmp_path)[how])
@@ -121,7 +122,7 @@ def test_a_damaged_archive_is_said_and_replaced(tmp_path: Path, caplog: pytest.L
 def test_whatever_is_damaged_in_an_archive_no_load_fails(tmp_path: Path) -> None:
     kept = CompileCache(tmp_path, "abc")
     kept.warm_up(writes("fx/graph", "c/kernel.so"))
-    whole, chance = (tmp_path / ARCHIVE).read_bytes(), random.Random(5)
+    whole, chance = (tmp_path / ARCHIVE).read_bytes(), random.Random(16)
     loaded = []
     for number in range(200):
         changed = bytearray(whole)
@@ -202,6 +203,7 @@ def test_a_mirror_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog
 def test_a_cache_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "mirror").mkdir()
     CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
+    caplog.set_level(logging.INFO)
     (tmp_path / "two").write_text("a file, where a folder should be")
     compiled: list[str] = []
     CompileCache(tmp_path / "two", "abc", mirror(tmp_path / "mirror")).warm_up(lambda: compiled.append("fx/graph"))
