@@ -223,16 +223,16 @@ def test_the_next_replica_takes_what_the_first_compiled(tiny: TinyWeights, tmp_p
     assert "compiled before is of no use" in logged
     assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
     break_code(archive)
-    printed, logged = start("two")
-    assert printed == f"{GRAPHS} 0 {GRAPHS}"
-    assert "do not compile" in logged
+    assert "do not compile" in start("two")[1]
     assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
 
 
 def break_code(archive: Path) -> None:
-    """The archive stays whole."""
+    """That of a graph compiled late: those before it work. The archive stays whole."""
     with ZipFile(archive) as packed:
+        code = [info for info in packed.infolist() if info.filename.endswith(".so")]
+        last = max(code, key=lambda info: info.date_time).filename
         files = {name: packed.read(name) for name in packed.namelist()}
     with ZipFile(archive, "w") as packed:
         for name, content in files.items():
-            packed.writestr(name, b"no code" if name.endswith(".so") else content)
+            packed.writestr(name, b"no code" if name == last else content)
