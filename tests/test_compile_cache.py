@@ -23,9 +23,9 @@ ARCHIVE = "compiled/abc/inductor.zip"
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "another")
-    monkeypatch.setenv("TRITON_CACHE_DIR", "another")
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
     yield
     compile_folder.remove()
 

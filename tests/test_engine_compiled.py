@@ -170,8 +170,8 @@ def test_a_replica_keeps_what_it_compiled_at_its_start(tiny: TinyWeights, tmp_pa
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "another")
-        patch.setenv("TRITON_CACHE_DIR", "another")
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
         close_engine(open_engine("v", settings))
     assert len(list(tmp_path.glob("compiled/*/inductor.zip"))) == 1
 

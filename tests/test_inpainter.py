@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,9 +139,9 @@ def test_an_engine_that_does_not_warm_up_is_closed(
     assert [vars(record)["action"] for record in caplog.records] == actions
 
 
-async def test_a_replica_that_ends_removes_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_replica_that_ends_removes_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "another")
+        monkeypatch.setenv(name, str(tmp_path / "another"))
     replica = Replica(settings())
     folder = compile_folder.new()
     await Inpainter.__del__(replica)
