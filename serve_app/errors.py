@@ -20,7 +20,9 @@
     │   ├── StoreUnavailable       blob or job store
     │   ├── BrokerUnavailable      Pub/Sub
     │   ├── WebhookFailed          a publisher's URL did not take the call
-    │   └── VariantNotReady        no replica of the variant paints yet, and enough jobs wait for one
+    │   ├── VariantNotReady        no replica of the variant paints yet, and enough jobs wait for one
+    │   ├── ReplicaTaken           the replica has as many audit cells in hand as it may
+    │   └── JobsUnavailable        Ray does not take jobs
     ├── MessageRefused             the broker will not take what is published, however often
     ├── AuthError                  the caller of an HTTP route may not
     │   ├── Unauthorized           no token, or none that holds
@@ -45,6 +47,11 @@
     │   ├── GatedRepo              the token's owner has not accepted the licence
     │   ├── UnknownWeights         no such repository, revision or file
     │   └── CorruptWeights         the file is there and is not what it should be
+    ├── AuditError                 an audit cannot be done as asked
+    │   ├── UnknownAudit           there is no such run
+    │   ├── AuditExists            the run id is taken, and it is no resume
+    │   ├── AuditRunning           another audit runs on this app
+    │   └── AuditImpossible        no GPU can become free for a variant
     └── SettingsError              the configuration is wrong
         └── InvalidCredentials     credentials were given and are none
 
@@ -181,6 +188,14 @@ class VariantNotReady(Unavailable):
     code = "variant_not_ready"
 
 
+class ReplicaTaken(Unavailable):
+    code = "replica_taken"
+
+
+class JobsUnavailable(Unavailable):
+    code = "jobs_unavailable"
+
+
 class MessageRefused(FluxFillError):
     code = "message_refused"
     http_status = 422
@@ -300,6 +315,31 @@ class UnknownWeights(WeightsError):
 
 class CorruptWeights(WeightsError):
     code = "corrupt_weights"
+
+
+class AuditError(FluxFillError):
+    code = "audit_refused"
+    http_status = 409
+    disposition = Disposition.DEAD_LETTER
+
+
+class UnknownAudit(AuditError):
+    code = "unknown_audit"
+    http_status = 404
+
+
+class AuditExists(AuditError):
+    code = "audit_exists"
+
+
+class AuditRunning(AuditError):
+    """`details["run_id"]`: the one that runs."""
+
+    code = "audit_running"
+
+
+class AuditImpossible(AuditError):
+    code = "audit_impossible"
 
 
 class SettingsError(FluxFillError):

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from .audits import Audit, Trial
 from .images import Pixels
 from .jobs import Change, Claim, Job, Progress, State
 from .windows import Box
@@ -251,6 +252,24 @@ class Painted:
     gpu_ms: float | None = None
     #: Where it ran: device, compute capability, replica, node.
     where: Mapping[str, Any] = field(default_factory=dict)
+    #: Those of the request that were painted: of the others nothing would have been kept.
+    windows: Sequence[Box] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One request painted several times for an audit."""
+
+    #: uint8 RGB, the request's canvas size: the last painting's.
+    canvas: Pixels
+    #: The first painting, then the warm ones.
+    trials: Sequence[Trial]
+    #: Whether all gave the same bytes.
+    repeats: bool
+    #: As in Painted, with `replica`, `node` and `pid`.
+    where: Mapping[str, Any]
+    #: As in Painted.
+    windows: Sequence[Box]
 
 
 OnProgress = Callable[[Progress], Awaitable[None]]
@@ -273,3 +292,19 @@ class PromptEncoder(Protocol):
 
         Raises UnknownVariant, VariantLoadFailed, ReplicaLost, StoreUnavailable.
         """
+
+
+#: `gone`: nobody knows such a job.
+LaunchState = Literal["pending", "running", "stopped", "succeeded", "failed", "gone"]
+
+
+class AuditLauncher(Protocol):
+    """Starts the job that works on a stored audit. Every method raises JobsUnavailable while jobs cannot be started."""
+
+    async def launch(self, audit: Audit) -> None:
+        """Submit the audit's job under `audit.job_name`. Launching it twice is no error, and starts one job."""
+
+    async def stop(self, audit: Audit) -> None:
+        """End the audit's job: it is told first, then killed. Stopping what does not run is no error."""
+
+    async def state(self, audit: Audit) -> LaunchState: ...

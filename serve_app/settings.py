@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
+from .audits import MAX_LINK_HOURS, Matrix, QualityBudget
 from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
 from .variants import BUILT_IN, Variant
 
@@ -299,6 +300,27 @@ class Work(_Frozen):
         return self
 
 
+class AuditSettings(_Frozen):
+    """What an audit is where its request says nothing, and what one may take."""
+
+    #: Whether `POST /audit` starts any.
+    enabled: bool = True
+    #: Whether one may start while another runs on the same app: their timings disturb each other.
+    several: bool = False
+    #: Cells in flight at once, over all variants. None: one for each replica that the variants may have.
+    max_in_flight: int | None = Field(None, ge=1, le=1000)
+    matrix: Matrix = Matrix()
+    budget: QualityBudget = QualityBudget()
+    link_hours: float = Field(72.0, gt=0, le=MAX_LINK_HOURS)
+    #: Of one replica's machine, in any one currency. None: costs are not given.
+    price_per_hour: float | None = Field(None, ge=0)
+    #: GPUs the cluster can have. None: those it has when an audit starts; a cluster that adds nodes may have more.
+    gpus: int | None = Field(None, ge=0)
+    #: How long a variant's replicas may take to be gone, and the devices' memory to be free again, before the next one
+    #: is given up; seconds.
+    settle_s: float = Field(900.0, gt=0)
+
+
 class WeightsSettings(_Frozen):
     #: Folder the hub's files are kept in.
     cache: Path = Path("var/weights")
@@ -334,6 +356,7 @@ class Settings(_Frozen):
     windows: WindowSettings = WindowSettings()
     work: Work = Work()
     weights: WeightsSettings = WeightsSettings()
+    audit: AuditSettings = AuditSettings()
 
     @model_validator(mode="after")
     def _known_variants(self) -> "Settings":

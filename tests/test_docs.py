@@ -40,6 +40,8 @@ def written(default: Any) -> str:
     """A default as the tables write it."""
     if default in (None, ()):
         return "none"
+    if isinstance(default, tuple):
+        return ", ".join(map(written, default))
     if isinstance(default, dict):
         return ", ".join(default)
     if isinstance(default, float) and default.is_integer():

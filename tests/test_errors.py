@@ -23,12 +23,15 @@ DISPOSITIONS = {
     Disposition.NACK: ["ShuttingDown"],
     Disposition.WAIT: [
         "Unavailable", "StoreUnavailable", "BrokerUnavailable", "WebhookFailed", "VariantNotReady", "ClaimError",
-        "Busy", "InvalidCredentials", "UnknownJob", "StaleClaim", "IllegalTransition",
+        "Busy", "InvalidCredentials", "UnknownJob", "StaleClaim", "IllegalTransition", "ReplicaTaken",
+        "JobsUnavailable",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
         "MaskMismatch", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound", "BlobTooLarge",
-        "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden",
+        "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError", "UnknownAudit",
+        "AuditExists",
+        "AuditRunning", "AuditImpossible",
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",

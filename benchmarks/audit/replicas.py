@@ -1,0 +1,42 @@
+"""The running app's painters, as an audit sees them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.ports import Measured, OnProgress, PaintRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaCounts:
+    """Of one variant, at this moment."""
+
+    running: int = 0
+    #: Wanted, and not up yet.
+    starting: int = 0
+    stopping: int = 0
+
+    @property
+    def is_zero(self) -> bool:
+        return not (self.running or self.starting or self.stopping)
+
+
+class Replicas(Protocol):
+    async def measure(
+        self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int, places: int
+    ) -> Measured:
+        """Paint the request `trials` times on one replica, behind all paintings that are no audit's. Progress is over
+        all trials; none comes before the engine begins with it. Cancelling the call stops the engine within one step.
+
+        Raises ReplicaTaken, at once, where the replica that was asked has `places` audit cells in hand already: ask
+        again; otherwise as `Painter.paint`.
+        """
+
+    async def counts(self) -> Mapping[str, ReplicaCounts]:
+        """By variant, all that the app serves. Asking wakes none."""
+
+    async def gpus(self) -> int:
+        """Those that the cluster has now."""
+
+    async def memory_used_bytes(self) -> int | None:
+        """Of all the cluster's GPUs together; None where there is none that can be asked."""

@@ -1,0 +1,349 @@
+"""What an audit is: the matrix of cells it paints, what each cell records, and the record of its run. Pure data.
+
+A cell is one edit of one session with one value of each axis. Everything a run has lies in the blob store under
+`audit/{run_id}/`: see `docs/audit.md`.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from itertools import product
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName
+
+#: Also a Ray submission id, and a folder of the blob store.
+RUN_ID_PATTERN = r"\A[A-Za-z0-9_-]{1,64}\z"
+RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+
+#: A matrix of an L4 takes about a minute a cell, twice.
+MAX_CELLS = 500
+#: V4 signed links live no longer.
+MAX_LINK_HOURS = 168
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cell(_Frozen):
+    """One value of each axis."""
+
+    variant: VariantName
+    guidance_scale: GuidanceScale
+    steps: Steps
+    seed: Seed
+    prompt: Prompt
+    crop: CropStrategy
+
+
+class Matrix(_Frozen):
+    """The axes. A cell is painted for every combination."""
+
+    variants: tuple[VariantName, ...] = Field(("Q4_0", "Q5_K_S", "Q8_0"), min_length=1)
+    guidance_scales: tuple[GuidanceScale, ...] = Field((2.0, 4.0, 10.0, 20.0, 30.0), min_length=1)
+    steps: tuple[Steps, ...] = Field((28,), min_length=1)
+    #: One for all cells by default: what differs between two pictures is then the axis, not the noise.
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    prompts: tuple[Prompt, ...] = Field(
+        ("empty ground, nothing here, just the natural ground surface continuing seamlessly",), min_length=1
+    )
+    crops: tuple[CropStrategy, ...] = Field((CropStrategy.AUTO,), min_length=1)
+
+    @model_validator(mode="after")
+    def _sound(self) -> "Matrix":
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: a value is given twice")
+        if (count := len(self.cells())) > MAX_CELLS:
+            raise ValueError(f"{count} cells are more than {MAX_CELLS}")
+        return self
+
+    def cells(self) -> list[Cell]:
+        """Variant by variant, in the order of the axes."""
+        axes = (self.variants, self.guidance_scales, self.steps, self.seeds, self.prompts, self.crops)
+        return [
+            Cell(variant=variant, guidance_scale=guidance, steps=steps, seed=seed, prompt=prompt, crop=crop)
+            for variant, guidance, steps, seed, prompt, crop in product(*axes)
+        ]
+
+    def name(self, cell: Cell) -> str:
+        """Of the cell's files, without their ending: `Q4_0_gs2`. An axis beyond variant and guidance scale joins the
+        name where it has several values: `Q4_0_gs2_st20_seed1_p2_crop`; prompts by their number, from 1."""
+        more = (
+            (self.steps, f"st{cell.steps}"),
+            (self.seeds, f"seed{cell.seed}"),
+            (self.prompts, f"p{self.prompts.index(cell.prompt) + 1}"),
+            (self.crops, str(cell.crop)),
+        )
+        parts = [cell.variant, f"gs{plain(cell.guidance_scale)}", *(part for axis, part in more if len(axis) > 1)]
+        return "_".join(parts)
+
+
+def plain(number: float) -> str:
+    """Without a fraction where there is none: 2, 2.5."""
+    return str(int(number)) if float(number).is_integer() else repr(float(number))
+
+
+class QualityBudget(_Frozen):
+    """How far from the reference variant, inside the mask, a smaller one may be and still be recommended."""
+
+    #: At least, mean over the variant's cells.
+    min_ssim: float = Field(0.95, ge=-1, le=1)
+    min_psnr_db: float = Field(30.0, ge=0)
+
+
+class AuditRequest(_Frozen):
+    """What is asked for. Stored with the run, so that a job's command line repeats no caller's words."""
+
+    user_id: Id
+    session_id: Id
+    matrix: Matrix = Matrix()
+    #: What pictures are compared with. None: the last variant of the matrix.
+    reference: VariantName | None = None
+    #: Paintings of each cell: the first is timed apart, `wall_s` is the median of the others.
+    runs: int = Field(2, ge=2, le=20)
+    #: Variants for which torch.compile is looked at. None: the recommended one.
+    compile_variants: tuple[VariantName, ...] | None = None
+    link_hours: float = Field(72.0, gt=0, le=MAX_LINK_HOURS)
+    budget: QualityBudget = QualityBudget()
+    #: Of one replica's machine, in any one currency; None: costs are not given.
+    price_per_hour: float | None = Field(None, ge=0)
+    #: GPUs the cluster can have. None: those it has when the audit starts.
+    gpus: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _among(self) -> "AuditRequest":
+        for name in (*((self.reference,) if self.reference else ()), *(self.compile_variants or ())):
+            if name not in self.matrix.variants:
+                raise ValueError(f"{name} is not among the matrix's variants: {', '.join(self.matrix.variants)}")
+        return self
+
+    @property
+    def reference_variant(self) -> str:
+        return self.reference or self.matrix.variants[-1]
+
+
+class AuditStatus(StrEnum):
+    #: Stored; its job has not begun.
+    QUEUED = "queued"
+    RUNNING = "running"
+    #: Every cell is painted, the report is written.
+    SUCCEEDED = "succeeded"
+    #: The report is written, and says which cells failed.
+    INCOMPLETE = "incomplete"
+    #: There is no report: `error` says why.
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def is_over(self) -> bool:
+        return self not in (AuditStatus.QUEUED, AuditStatus.RUNNING)
+
+
+class AuditFault(_Frozen):
+    code: str
+    message: str
+
+
+CellStatus = Literal["waiting", "running", "succeeded", "failed"]
+
+
+class CellProgress(_Frozen):
+    status: CellStatus = "waiting"
+    #: Of all its paintings.
+    step: int = 0
+    steps: int = 0
+    error: AuditFault | None = None
+
+
+class Trial(_Frozen):
+    """One painting of a cell, timed in the replica."""
+
+    #: From the painting's beginning to its end.
+    wall_s: float
+    #: By CUDA events; None where there is no GPU.
+    gpu_ms: float | None
+    #: Seconds: `prepare_s` (up to the first step: the photo is encoded), `denoise_s` (the steps), `decode_s` (what
+    #: follows the last step: decoding and blending). Summed over the windows.
+    stages: Mapping[str, float]
+    #: Bytes of device memory, allocated at most and reserved at most while it was painted; None where there is no GPU.
+    peak_bytes: int | None
+    reserved_bytes: int | None
+
+
+class Compared(_Frozen):
+    """A picture's figures; see `benchmarks.audit.metrics` for what each is. None where it cannot be had."""
+
+    #: Inside the mask, against the reference variant at the same other axes; for the reference itself: None.
+    psnr_db: float | None
+    ssim: float | None
+    #: Of 255.
+    mae: float | None
+    #: Against the photo, outside what may change; of 255. Must be 0.
+    outside_max: int
+    #: Along the seam, of the picture alone.
+    seam_gradient_ratio: float | None
+    #: CIE76 distance in CIELAB.
+    seam_colour_shift: float | None
+    #: Inside the mask's box; None where its weights are absent.
+    lpips: float | None
+
+
+class CellResult(_Frozen):
+    """What a cell came to, as it is stored: the run's own record, from which everything else is made."""
+
+    name: str
+    cell: Cell
+    status: Literal["succeeded", "failed"]
+    error: AuditFault | None = None
+    #: The first painting, then the warm ones.
+    trials: tuple[Trial, ...] = ()
+    #: Whether all paintings gave the same bytes.
+    repeats: bool | None = None
+    #: Medians of the warm paintings.
+    wall_s: float | None = None
+    gpu_ms: float | None = None
+    first_wall_s: float | None = None
+    #: Windows painted, and what a step of all of them costs, by `cost.forward_flops`: TFLOP.
+    windows: int | None = None
+    step_tflop: float | None = None
+    #: Denoising steps, of all windows, by the seconds of denoising.
+    steps_per_s: float | None = None
+    #: Achieved: `step_tflop` times the steps, by the seconds of denoising.
+    tflop_per_s: float | None = None
+    #: For one edit, warm, in the currency of `price_per_hour`.
+    cost: float | None = None
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    #: The device's name, or "CPU"; its compute capability, or "N/A".
+    gpu: str = "CPU"
+    sm: str = "N/A"
+    replica: str = ""
+    node: str = ""
+    #: Of packages, and of the weights' repositories.
+    versions: Mapping[str, str] = {}
+    revisions: Mapping[str, str] = {}
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    image_path: str | None = None
+    compared: Compared | None = None
+
+
+class MemoryReading(_Frozen):
+    """Used memory of the devices, between two variants that share a GPU. None where there is no GPU to ask."""
+
+    #: The variant that was gone by then; empty for the reading before the first.
+    after: str
+    used_bytes: int | None
+    floor_bytes: int | None
+    waited_s: float
+
+
+class CompileVerdict(_Frozen):
+    """torch.compile against eager, for one variant."""
+
+    variant: str
+    viable: bool
+    #: "proceed", or what is in the way, in a sentence.
+    verdict: str
+    graphs: int | None = None
+    breaks: int | None = None
+    #: Up to five.
+    break_reasons: tuple[str, ...] = ()
+    #: A step on the same inputs, medians, seconds.
+    eager_s: float | None = None
+    compiled_s: float | None = None
+    #: eager_s / compiled_s.
+    gain: float | None = None
+    compile_s: float | None = None
+    #: Largest difference of the outputs, absolute.
+    max_difference: float | None = None
+    #: Edits, of the matrix's first cell, until the seconds saved are those of compiling; None where none are saved.
+    pays_back_after: int | None = None
+
+
+class Recommendation(_Frozen):
+    variant: str
+    guidance_scale: float
+    steps: int
+    #: Each rule that led there, in order, with its figures.
+    reasons: tuple[str, ...]
+    #: Names of the cells that no other beats in both seconds and quality.
+    pareto: tuple[str, ...]
+
+
+class Audit(_Frozen):
+    """The record of a run."""
+
+    id: RunId
+    request: AuditRequest
+    status: AuditStatus = AuditStatus.QUEUED
+    #: Counts the jobs that worked on it: one, and one more for each resume.
+    attempt: int = 1
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    #: Until when its job is taken for alive: each write moves it on. A run that is not over and is not alive has died.
+    alive_until: datetime
+    #: What it is at, for a person.
+    stage: str = ""
+    error: AuditFault | None = None
+    #: By the cell's name.
+    cells: Mapping[str, CellProgress] = {}
+    gpu: str | None = None
+    sm: str | None = None
+    memory: tuple[MemoryReading, ...] = ()
+    compile: tuple[CompileVerdict, ...] = ()
+    recommended: Recommendation | None = None
+
+    @property
+    def job_name(self) -> str:
+        """The submission id of its Ray job: the run id, which Ray takes once, and for a resume one of its own."""
+        return self.id if self.attempt == 1 else f"{self.id}.{self.attempt}"
+
+    def is_alive(self, now: datetime) -> bool:
+        return not self.status.is_over and now < self.alive_until
+
+    @property
+    def compile_viable(self) -> bool | None:
+        """None while it has not been looked at."""
+        return any(verdict.viable for verdict in self.compile) if self.compile else None
+
+    @property
+    def result_count(self) -> int:
+        return sum(cell.status == "succeeded" for cell in self.cells.values())
+
+
+def folder(run_id: str) -> str:
+    """Where everything of a run is. The id must have passed RUN_ID_PATTERN."""
+    return f"audit/{run_id}"
+
+
+def image_path(run_id: str, name: str) -> str:
+    return f"{folder(run_id)}/{name}.png"
+
+
+def cell_path(run_id: str, name: str) -> str:
+    return f"{folder(run_id)}/cells/{name}.json"
+
+
+def record_path(run_id: str) -> str:
+    return f"{folder(run_id)}/run.json"
+
+
+def cancel_path(run_id: str) -> str:
+    """A blob that is there once the run is to stop."""
+    return f"{folder(run_id)}/cancel"
+
+
+#: Names the run that is the app's only one.
+LOCK_PATH = "locks/audit.json"
+
+
+#: File names in a run's folder.
+REPORT, PAGE, RESULTS, TABLE = "REPORT.md", "report.html", "results.json", "results.csv"
