@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from . import images, paste, windows
@@ -21,7 +22,7 @@ from .images import Photo, Pixels
 from .jobs import Job, Progress, Timings
 from .messages import CropStrategy
 from .ports import BlobStore, OnProgress, Painted, Painter, PaintRequest, PromptEncoder
-from .settings import Settings
+from .settings import Limits, Settings
 
 T = TypeVar("T")
 
@@ -36,6 +37,48 @@ CONFLICTS = 5
 def session_path(user_id: str, session_id: str, name: str) -> str:
     """Both ids must have passed `messages.ID_PATTERN`."""
     return f"users/{user_id}/sessions/{session_id}/{name}"
+
+
+async def read_input(blobs: BlobStore, user_id: str, session_id: str, role: str, limits: Limits) -> bytes:
+    """The session's `original` or `mask`. Raises MissingInput, ImageTooLarge, StoreUnavailable."""
+    path = session_path(user_id, session_id, INPUTS[role])
+    try:
+        data, _ = await blobs.get(path, max_bytes=limits.image_bytes)
+    except BlobNotFound as e:
+        raise MissingInput(f"{path} is not in the blob store", path=path) from e
+    except BlobTooLarge as e:
+        raise ImageTooLarge(e.message, path=path) from e
+    return data
+
+
+async def encode_within(prompts: PromptEncoder, variant: str, prompt: str, limit_s: float) -> bytes | None:
+    """The prompt's embeddings. Raises InferenceTimeout after `limit_s` seconds, and what the encoder raises."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await prompts.encode(variant, prompt)
+    except TimeoutError as e:
+        raise InferenceTimeout(f"encoding the prompt took longer than {limit_s:g} s", limit_s=limit_s) from e
+
+
+async def begun_within(
+    limit_s: float, variant: str, paint: Callable[[OnProgress], Awaitable[T]], on_progress: OnProgress
+) -> T:
+    """What `paint` returns. Raises InferenceTimeout once `limit_s` seconds have passed since its first report: waiting
+    for a replica is not inference."""
+    timeout = asyncio.timeout(None)
+    try:
+        async with timeout:
+
+            async def started(progress: Progress) -> None:
+                if timeout.when() is None:
+                    timeout.reschedule(asyncio.get_running_loop().time() + limit_s)
+                await on_progress(progress)
+
+            return await paint(started)
+    except TimeoutError as e:
+        if not timeout.expired():
+            raise
+        raise InferenceTimeout(f"painting on {variant} took longer than {limit_s:g} s", limit_s=limit_s) from e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +155,11 @@ class Editor:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     async def _read(self, job: Job, role: str) -> bytes:
-        path = session_path(job.user_id, job.session_id, INPUTS[role])
-        try:
-            data, _ = await self._blobs.get(path, max_bytes=self._settings.limits.image_bytes)
-        except BlobNotFound as e:
-            raise MissingInput(f"{path} is not in the blob store", path=path) from e
-        except BlobTooLarge as e:
-            raise ImageTooLarge(e.message, path=path) from e
-        return data
+        return await read_input(self._blobs, job.user_id, job.session_id, role, self._settings.limits)
 
     async def _embeddings(self, job: Job) -> bytes | None:
         limit_s = self._settings.work.inference_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self._prompts.encode(job.variant, job.parameters.prompt)
-        except TimeoutError as e:
-            raise InferenceTimeout(f"encoding the prompt took longer than {limit_s:g} s", limit_s=limit_s) from e
+        return await encode_within(self._prompts, job.variant, job.parameters.prompt, limit_s)
 
     def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy) -> _Prepared:
         photo = images.decode_photo(original, self._settings.limits)
@@ -155,28 +187,12 @@ class Editor:
             embeddings=embeddings,
         )
         started = time.perf_counter()
-        painted = await self._within_timeout(job.variant, request, on_progress)
+        limit_s = self._settings.work.inference_timeout_s
+        paint = partial(self._painter.paint, job.variant, request)
+        painted = await begun_within(limit_s, job.variant, paint, on_progress)
         clock.seconds["engine_s"] = painted.busy_s
         clock.seconds["wait_s"] = max(0.0, time.perf_counter() - started - painted.busy_s)
         return painted
-
-    async def _within_timeout(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
-        limit_s = self._settings.work.inference_timeout_s
-        timeout = asyncio.timeout(None)
-        try:
-            async with timeout:
-
-                async def started(progress: Progress) -> None:
-                    # The clock runs from the first report on: waiting for a replica is not inference.
-                    if timeout.when() is None:
-                        timeout.reschedule(asyncio.get_running_loop().time() + limit_s)
-                    await on_progress(progress)
-
-                return await self._painter.paint(variant, request, started)
-        except TimeoutError as e:
-            if not timeout.expired():
-                raise
-            raise InferenceTimeout(f"painting on {variant} took longer than {limit_s:g} s", limit_s=limit_s) from e
 
     def _encode(self, prepared: _Prepared, original: bytes, painted: Painted | None) -> dict[str, tuple[bytes, str]]:
         photo = prepared.photo
