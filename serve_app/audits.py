@@ -194,6 +194,20 @@ class Compared(_Frozen):
     lpips: float | None
 
 
+#: Which way a figure is better; `one`: the nearer to 1.
+Better = Literal["higher", "lower", "one"]
+#: Of each field of `Compared`.
+BETTER: Mapping[str, Better] = {
+    "psnr_db": "higher",
+    "ssim": "higher",
+    "mae": "lower",
+    "outside_max": "lower",
+    "seam_gradient_ratio": "one",
+    "seam_colour_shift": "lower",
+    "lpips": "lower",
+}
+
+
 class CellResult(_Frozen):
     """What a cell came to, as it is stored: the run's own record, from which everything else is made."""
 
