@@ -1,0 +1,126 @@
+"""Whether torch.compile would pay for a variant, done as its lever `compile` does it: one forward, timed and judged."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deployments.inpainter import close_engine, open_engine
+from serve_app.audits import CompileVerdict
+from serve_app.engine import Engine
+from serve_app.ports import PaintRequest
+from serve_app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: Gain up to which a difference of two medians is taken for noise.
+MIN_GAIN = 1.05
+#: Largest difference of the outputs, relative to the largest output. Fused kernels round at other places: a block of
+#: FLUX.1's width differs by 0.4 to 0.7% in bfloat16, whose own steps are 0.4%.
+MAX_DIFFERENCE = 0.05
+#: Of an error's text.
+_MAX_CHARS = 300
+#: Of an absolute path; a URL is none.
+_FOLDERS = re.compile(r"(?<![\w/:.])/(?:[\w.+-]+/)*(?=\w)")
+
+
+def verdict(name: str, settings: Settings, request: PaintRequest) -> CompileVerdict:
+    """torch.compile against eager for the variant `name`, on the first forward of the request's first window.
+
+    Loads the variant into this process, which should be one of its own with the device that the variant wants, and
+    compiles anew. Blocks for as long as that takes. Never raises for what fails: the verdict says so.
+    """
+    family = settings.variant(name).family
+    if family != "flux-fill":
+        return CompileVerdict(variant=name, viable=False, verdict=f"the {family} family has nothing to compile")
+    known: dict[str, Any] = {}
+    try:
+        for figures in _figures(name, settings, request):
+            known |= figures
+    except Exception as e:
+        # The loaders and compilers of torch's world raise anything; all of it is what is in the way.
+        what = "torch.compile fails" if known else "it could not be loaded and run"
+        extra = {"action": "compile_not_measured", "variant": name}
+        log.warning("torch.compile was not measured for %s: %s", name, what, exc_info=e, extra=extra)
+        known |= {"viable": False, "verdict": f"{what}: {_in_a_sentence(e)}"}
+    return CompileVerdict(variant=name, **known)
+
+
+def _figures(name: str, settings: Settings, request: PaintRequest) -> Iterator[Mapping[str, Any]]:
+    """Fields of a CompileVerdict, as they become known."""
+    engine = open_engine(name, _eager(name, settings, request))
+    try:
+        yield from _measured(engine, request)
+    finally:
+        close_engine(engine)
+
+
+def _measured(engine: Engine, request: PaintRequest) -> Iterator[Mapping[str, Any]]:
+    # Variants with nothing to compile run without torch.
+    from .forwards import Forward
+
+    forward = Forward(engine, request)  # type: ignore[arg-type]  # of this family, and batching is off
+    eager = forward.timed()
+    yield {"eager_s": eager.warm_s}
+    explained = forward.explained()
+    yield {"graphs": explained.graphs, "breaks": explained.breaks, "break_reasons": explained.reasons}
+    forward.compile()
+    compiled = forward.timed()
+    difference = (compiled.output.double() - eager.output.double()).abs().max().item()
+    yield judged(
+        eager_s=eager.warm_s,
+        compiled_s=compiled.warm_s,
+        compile_s=max(0.0, compiled.first_s - compiled.warm_s),
+        forwards=forward.per_edit,
+        difference=difference,
+        largest=eager.output.abs().max().item(),
+    )
+
+
+def judged(
+    *, eager_s: float, compiled_s: float, compile_s: float, forwards: int, difference: float, largest: float
+) -> Mapping[str, Any]:
+    """The verdict on compiled blocks, and its figures, as fields of a CompileVerdict.
+
+    `forwards` of an edit, of `eager_s` or `compiled_s` each; `difference` and `largest` are absolute, of the outputs.
+    """
+    gain, saved_s = eager_s / compiled_s, (eager_s - compiled_s) * forwards
+    obstacle = _obstacle(gain, difference, largest)
+    return {
+        "viable": obstacle is None,
+        "verdict": obstacle or "proceed",
+        "compiled_s": compiled_s,
+        "gain": gain,
+        "compile_s": compile_s,
+        "max_difference": difference if math.isfinite(difference) else None,
+        "pays_back_after": max(1, math.ceil(compile_s / saved_s)) if saved_s > 0 else None,
+    }
+
+
+def _obstacle(gain: float, difference: float, largest: float) -> str | None:
+    if not math.isfinite(difference):
+        return "eager or compiled, the output is not finite"
+    if difference > MAX_DIFFERENCE * largest:
+        relative = difference / largest if largest else math.inf
+        return (
+            f"the outputs differ by {relative:.1%} of the largest, more than the {MAX_DIFFERENCE:.0%} that rounding may"
+        )
+    if gain < MIN_GAIN:
+        return f"a compiled step is {gain:.2f} times as fast as an eager one; below {MIN_GAIN} that may be noise"
+    return None
+
+
+def _eager(name: str, settings: Settings, request: PaintRequest) -> Settings:
+    """The variant as served, but for one job, each step computed, nothing compiled; warmed up for the first window."""
+    served, box = settings.variants[name], request.windows[0]
+    levers = served.levers.model_copy(update={"compile": False, "step_cache": None, "max_batch": 1})
+    variants = {**settings.variants, name: served.model_copy(update={"levers": levers})}
+    windows = settings.windows.model_copy(update={"buckets": ((box.width, box.height),)})
+    return settings.model_copy(update={"variants": variants, "windows": windows})
+
+
+def _in_a_sentence(error: Exception) -> str:
+    """The first line of what it says, without the machine's folders."""
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return _FOLDERS.sub("", text)[:_MAX_CHARS]

@@ -1,0 +1,125 @@
+"""One forward of a served transformer, on the inputs of a real call: run, explained, and run compiled."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.utils import clear_caches
+
+from serve_app.engine import compile_folder, compiled
+from serve_app.engine.canvas import paint_canvas
+from serve_app.engine.diffusion import FluxFill
+from serve_app.ports import PaintRequest
+
+#: What the warm forwards may take together, in seconds, and how many there are at least and at most.
+_BUDGET_S, _LEAST, _MOST = 5.0, 3, 20
+_MAX_REASONS = 5
+
+
+class _Caught(Exception):
+    """The transformer was about to run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explained:
+    """What torch's compiler makes of the whole forward."""
+
+    graphs: int
+    breaks: int
+    #: Where its breaks come from, up to five, each once.
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timed:
+    #: Seconds of the first forward, and the median of the warm ones: by CUDA events where there is a GPU.
+    first_s: float
+    warm_s: float
+    #: The transformer's, of the last forward.
+    output: Tensor
+
+
+class Forward:
+    """The transformer's first forward in a painting, again and again. Compiles for good: close the engine after it."""
+
+    def __init__(self, engine: FluxFill, request: PaintRequest) -> None:
+        """Paints the request up to its first step. `engine` is loaded, and its blocks are not compiled.
+
+        Raises as `paint_canvas` does.
+        """
+        # An engine shows nobody its parts; only an audit has to look inside.
+        self._transformer: Any = engine._pipeline.transformer
+        self._modulation, self._device = engine._modulation, engine._device
+        #: Forwards of one edit: its steps times the windows that are painted.
+        self.per_edit = 0
+        self._inputs = self._caught(engine, request)
+
+    def _caught(self, engine: FluxFill, request: PaintRequest) -> Mapping[str, Any]:
+        inputs: dict[str, Any] = {}
+
+        def catch(_module: Any, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs.update(named)
+            raise _Caught
+
+        hook = self._transformer.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            paint_canvas(engine, request, lambda progress: setattr(self, "per_edit", progress.steps))
+        except _Caught:
+            pass
+        finally:
+            hook.remove()
+        return inputs
+
+    def explained(self) -> Explained:
+        """By `torch._dynamo.explain`. Raises what torch's compiler raises."""
+        self._at_first_step()
+        with torch.inference_mode():
+            found = torch._dynamo.explain(self._transformer.forward)(**self._inputs)
+        reasons = dict.fromkeys(_told(reason) for reason in found.break_reasons)
+        # It counts graphs less one, also where there is none.
+        breaks = max(0, found.graph_break_count)
+        return Explained(graphs=found.graph_count, breaks=breaks, reasons=tuple(reasons)[:_MAX_REASONS])
+
+    def compile(self) -> None:
+        """As `levers.compile` does, with nothing that was compiled before. The next forward takes the time."""
+        torch._dynamo.reset()
+        clear_caches()
+        compile_folder.new()
+        compiled.compile_blocks(self._transformer)
+
+    def timed(self) -> Timed:
+        """The first forward and then warm ones, for some seconds. Raises what torch raises."""
+        first_s, _ = self._lap()
+        lap_s, output = self._lap()
+        laps = [lap_s]
+        for _ in range(min(max(int(_BUDGET_S / lap_s), _LEAST), _MOST) - 1):
+            lap_s, output = self._lap()
+            laps.append(lap_s)
+        return Timed(first_s=first_s, warm_s=statistics.median(laps), output=output)
+
+    def _lap(self) -> tuple[float, Tensor]:
+        self._at_first_step()
+        self._device.synchronize()
+        started_s, before_ms = time.perf_counter(), self._device.ms
+        with torch.inference_mode(), self._device.timed():
+            output = self._transformer(**self._inputs)[0]
+        if self._device.is_gpu:
+            return (self._device.ms - before_ms) / 1000, output
+        return time.perf_counter() - started_s, output
+
+    def _at_first_step(self) -> None:
+        """Each forward takes the modulation of its run's next step; these are all the first."""
+        if self._modulation is not None:
+            self._modulation._step = 0
+
+
+def _told(reason: Any) -> str:
+    """The reason's first line, and the line of code without its folders."""
+    line = str(reason.reason).strip().partition("\n")[0]
+    frames = reason.user_stack
+    return f"{line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else line
