@@ -7,6 +7,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from serve_app.audits import AuditRequest
 from serve_app.settings import Inference, Scaling, Settings
 from serve_app.variants import Variant
 
@@ -17,6 +18,11 @@ from .text_encoder import TextEncoder
 
 #: Beside those that are painted, one request waits in the replica, so that the GPU never waits for a photo.
 READY_PER_REPLICA = 1
+#: Audit cells in a replica: one that is painted, and one that waits to be, which is the demand that starts another
+#: replica. In slots of their own, they keep no request of the others from the replica.
+AUDITS_PER_REPLICA = 2
+#: Times a cell is painted, unless more is asked for.
+PAINTINGS_PER_AUDIT: int = AuditRequest.model_fields["runs"].default
 #: What an ingress takes to stop, beside its grace, when the broker and the stores are down; seconds.
 STOP_S = 30
 
@@ -93,7 +99,12 @@ def _inpainter(name: str, settings: Settings) -> serve.Application:
         serve.deployment(Inpainter)
         .options(
             name=inpainter_name(name),
-            **_scaled(served, num_gpus=settings.variant(name).num_gpus, at_once=served.levers.max_batch),
+            **_scaled(
+                served,
+                num_gpus=settings.variant(name).num_gpus,
+                at_once=served.levers.max_batch,
+                audits=AUDITS_PER_REPLICA,
+            ),
         )
         .bind(name, settings)
     )
@@ -104,22 +115,24 @@ def _text_encoder(base: str, variant: Variant, settings: Settings) -> serve.Appl
         serve.deployment(TextEncoder)
         .options(
             name=text_encoder_name(base),
-            **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, at_once=1),
+            **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, at_once=1, audits=0),
         )
         .bind(variant, settings)
     )
 
 
-def _scaled(scaling: Scaling, *, num_gpus: int, at_once: int) -> dict[str, Any]:
-    """Deployment options for autoscaling by `scaling`; a replica works on `at_once` requests."""
+def _scaled(scaling: Scaling, *, num_gpus: int, at_once: int, audits: int) -> dict[str, Any]:
+    """Deployment options for autoscaling by `scaling`; a replica works on `at_once` requests, and has up to `audits`
+    audit cells in hand beside them."""
     ongoing = at_once + READY_PER_REPLICA
+    ahead = PAINTINGS_PER_AUDIT if audits else 0
     return {
-        "max_ongoing_requests": ongoing,
+        "max_ongoing_requests": ongoing + audits,
         # Three failures in a row, and a replica whose GPU is lost or whose engine hangs is replaced.
         "health_check_period_s": 2,
-        # Scaling down lets the usual paintings end: those in hand, of 38 s each on an L4. A hung engine keeps its GPU
-        # for as long.
-        "graceful_shutdown_timeout_s": 60 * ongoing,
+        # Scaling down lets the usual paintings end: those in hand, of 38 s each on an L4, and before them those of the
+        # cell that had begun; an audit paints again what is killed. A hung engine keeps its GPU for as long.
+        "graceful_shutdown_timeout_s": 60 * (ongoing + ahead),
         # While every replica is full the router asks again after a wait that doubles; by default up to 0.5 s, for
         # which a replica can stand idle.
         "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.04),

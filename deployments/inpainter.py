@@ -1,12 +1,16 @@
-"""One replica of one variant: a loaded engine, and as many jobs at once on it as are painted together."""
+"""One replica of one variant: a loaded engine, and as many jobs at once on it as are painted together.
+
+Audit cells are measured on it behind those jobs.
+"""
 
 import asyncio
 import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -16,9 +20,10 @@ from serve_app.engine.canvas import painting
 from serve_app.engine.cold_start import timed
 from serve_app.engine.seat import Seat
 from serve_app.engine.together import Together
+from serve_app.engine.trials import measuring
 from serve_app.errors import FluxFillError, GpuLost
 from serve_app.jobs import Progress
-from serve_app.ports import Painted, PaintRequest
+from serve_app.ports import Measured, Painted, PaintRequest
 from serve_app.settings import Settings
 from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_id
 
@@ -78,7 +83,7 @@ def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
 
 
 class Inpainter:
-    """Answers `paint` with progress and then the result. A variant that does not load says why."""
+    """Answers `paint` and `measure` with progress and then the result. A variant that does not load says why."""
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics | None = None) -> None:
         configure_logging()
@@ -98,12 +103,34 @@ class Inpainter:
         raises.
         """
         engine = self._loading.value
-        try:
+        with self._watched(request):
             async with aclosing(painting(engine, request, self._seat, self._out_of_memory)) as events:
                 async for event in events:
                     if isinstance(event, Painted):
                         self._note(request, event)
                     yield event
+
+    async def measure(
+        self, request: PaintRequest, trials: int, places: int
+    ) -> AsyncGenerator[Progress | Measured, None]:
+        """As `paint`, for an audit's cell: painted `trials` times, 1 or more, behind all paintings; at last the one
+        Measured. Its times and steps are in no metric and in no usage: they are no user's.
+
+        Also raises ReplicaTaken, at once, where `places` cells are in hand here already.
+        """
+        engine = self._loading.value
+        with self._watched(request):
+            cell = measuring(engine, request, self._seat, trials, places, self._out_of_memory)
+            async with aclosing(cell) as events:
+                async for event in events:
+                    if isinstance(event, Measured):
+                        event = replace(event, where={**event.where, **self._here()})
+                    yield event
+
+    @contextmanager
+    def _watched(self, request: PaintRequest) -> Iterator[None]:
+        try:
+            yield
         except GpuLost as e:
             self._lose(request, e)
             raise
@@ -116,7 +143,7 @@ class Inpainter:
         if used_bytes is not None:
             self._metrics.put("fluxfill_gpu_memory_bytes", used_bytes, variant=self._name)
         if self._counts_steps:
-            per_s = request.steps * len(request.windows) / painted.busy_s
+            per_s = request.steps * len(painted.windows) / painted.busy_s
             self._metrics.observe("fluxfill_steps_per_second", per_s, variant=self._name)
 
     def _lose(self, request: PaintRequest, error: GpuLost) -> None:
@@ -131,7 +158,7 @@ class Inpainter:
         RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
         self._loading.check_health()
         self._check(self._seat.stopping_since, self._work.stuck_s, "was told to stop")
-        # A worker that died tells nobody to stop.
+        # A worker that died tells nobody to stop. Each painting of an audit's cell may take as long.
         self._check(self._seat.taken_since, self._work.inference_timeout_s + self._work.stuck_s, "began to paint")
 
     def _check(self, since: float | None, limit_s: float, what: str) -> None:
@@ -145,10 +172,12 @@ class Inpainter:
     async def describe(self) -> dict[str, Any]:
         """Device, memory, process: for audits, benchmarks and people."""
         engine = self._loading.value
-        replica = serve.get_replica_context().replica_id.unique_id
         device = await asyncio.to_thread(engine.describe)
-        where = {"replica": replica, "node": socket.gethostname(), "pid": os.getpid()}
-        return {**device, **where, "usage": self._seat.usage.as_dict(), "cold_start": self._loading.parts}
+        return {**device, **self._here(), "usage": self._seat.usage.as_dict(), "cold_start": self._loading.parts}
+
+    def _here(self) -> dict[str, Any]:
+        replica = serve.get_replica_context().replica_id.unique_id
+        return {"replica": replica, "node": socket.gethostname(), "pid": os.getpid()}
 
     async def __del__(self) -> None:
         await self._loading.close()

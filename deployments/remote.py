@@ -1,21 +1,25 @@
-"""Painter and PromptEncoder over Serve handles."""
+"""Painter and PromptEncoder over Serve handles, and what an audit asks of the same replicas."""
 
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
+from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.engine.prompts import PromptCache
 from serve_app.engine.weights import base_revision
 from serve_app.errors import GpuLost, PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed, VariantNotReady
-from serve_app.ports import OnProgress, Painted, PaintRequest
+from serve_app.ports import Measured, OnProgress, Painted, PaintRequest
 from serve_app.settings import Settings
 
 from .loading import sources
 from .readiness import VariantWatch
+
+T = TypeVar("T")
 
 
 class RemotePainter:
@@ -31,26 +35,26 @@ class RemotePainter:
         return state is not None and state.state == "ready"
 
     async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
-        if variant not in self._paint:
-            raise UnknownVariant(f"variant {variant!r} is not served here; there are {', '.join(self._paint)}")
-        stream = self._paint[variant].remote(request)
-        painted: Painted | None = None
+        stream = _handle(self._paint, variant).remote(request)
         try:
-            with _typed_errors(f"the replica of {variant} that painted"):
-                async for item in stream:
-                    if isinstance(item, Painted):
-                        painted = item
-                    else:
-                        await on_progress(item)
-        except asyncio.CancelledError:
-            stream.cancel()
-            raise
+            return await _last(stream, variant, Painted, on_progress)
         except (VariantLoadFailed, VariantNotReady, GpuLost):
             self._watch.doubt(variant)
             raise
-        if painted is None:
-            raise PaintError(f"variant {variant} ended without a picture")
-        return painted
+
+
+class RemoteTrials:
+    """`Inpainter.measure` over one handle per variant."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
+        self._measure = {name: h.options(stream=True, method_name="measure") for name, h in handles.items()}
+
+    async def measure(
+        self, variant: str, request: PaintRequest | ObjectRef, on_progress: OnProgress, *, trials: int, places: int
+    ) -> Measured:
+        """As `Replicas.measure` of the audit says. The request may be one that was put into Ray's object store."""
+        stream = _handle(self._measure, variant).remote(request, trials, places)
+        return await _last(stream, variant, Measured, on_progress)
 
 
 class RemotePrompts:
@@ -66,15 +70,39 @@ class RemotePrompts:
             return None
 
         async def ask() -> bytes:
-            with _typed_errors(f"the text encoder of {row.base}"):
+            with typed_errors(f"the text encoder of {row.base}"):
                 embeddings: bytes = await self._encode[str(row.base)].remote(prompt, row.max_prompt_tokens)
             return embeddings
 
         return await self._cache.get_or_encode(row, base_revision(row, self._sources), prompt, ask)
 
 
+def _handle(handles: Mapping[str, DeploymentHandle], variant: str) -> DeploymentHandle:
+    if variant not in handles:
+        raise UnknownVariant(f"variant {variant!r} is not served here; there are {', '.join(handles)}")
+    return handles[variant]
+
+
+async def _last(stream: DeploymentResponseGenerator, variant: str, kind: type[T], on_progress: OnProgress) -> T:
+    """The result, of type `kind`, of a stream of progress that ends with it."""
+    result: T | None = None
+    try:
+        with typed_errors(f"the replica of {variant} that painted"):
+            async for item in stream:
+                if isinstance(item, kind):
+                    result = item
+                else:
+                    await on_progress(item)
+    except asyncio.CancelledError:
+        stream.cancel()
+        raise
+    if result is None:
+        raise PaintError(f"variant {variant} ended without a picture")
+    return result
+
+
 @contextmanager
-def _typed_errors(who: str) -> Iterator[None]:
+def typed_errors(who: str) -> Iterator[None]:
     """Ray's wrappers taken off: the application's own error where there is one, else ReplicaLost."""
     try:
         yield

@@ -70,6 +70,9 @@ class Scripted:
     def device_ms(self) -> float | None:
         return None
 
+    def peak_memory(self) -> tuple[int, int] | None:
+        return None
+
     def describe(self) -> Mapping[str, Any]:
         return self._telea.describe()
 

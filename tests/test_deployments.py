@@ -22,7 +22,7 @@ from deployments.config import load
 from deployments.ingress import Pushes
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
-from deployments.remote import RemotePainter, _typed_errors
+from deployments.remote import RemotePainter, typed_errors
 from deployments.text_encoder import TextEncoder
 from serve_app.api import VariantReadiness
 from serve_app.errors import (
@@ -283,14 +283,16 @@ def test_a_variant_scales_as_its_settings_say() -> None:
     found = q8_0._deployment_config.autoscaling_config
     assert {name: getattr(found, name) for name in (*scaling, *down)} == {**scaling, **down}
     assert q8_0.ray_actor_options == {"num_cpus": 3.0, "num_gpus": 1}
-    # The next job's pixels are in the replica when the last one is done.
-    assert q8_0.max_ongoing_requests == 2
+    # The next job's pixels are in the replica when the last one is done, also where two audit cells are.
+    assert q8_0.max_ongoing_requests == 2 + 2
+    # A minute for each of the two jobs, and for each painting of the cell before them.
+    assert q8_0._deployment_config.graceful_shutdown_timeout_s == 60 * (2 + 2)
 
 
 def test_a_replica_that_batches_has_a_batch_in_hand_and_one_request_more() -> None:
     settings = Settings(variants={"Q8_0": {"levers": {"max_batch": 4}, "max_replicas": 3}})
     parts = built(settings)
-    assert parts["Inpainter-Q8_0"].max_ongoing_requests == 5
+    assert parts["Inpainter-Q8_0"].max_ongoing_requests == 5 + 2
     assert parts["TextEncoder-FLUX.1-Fill-dev"].max_ongoing_requests == 2
     assert settings.in_flight() == 5 * 3 + 2
 
@@ -328,14 +330,14 @@ def task_error(cause: Exception) -> RayTaskError:
     "cause", [OutOfMemory("no memory", device="cuda:0"), GpuLost("an ECC error"), VariantLoadFailed("no file")]
 )
 def test_the_applications_own_error_comes_out_of_rays_wrapper(cause: FluxFillError) -> None:
-    with pytest.raises(FluxFillError) as caught, _typed_errors("the replica"):
+    with pytest.raises(FluxFillError) as caught, typed_errors("the replica"):
         raise task_error(cause)
     assert type(caught.value) is type(cause)
     assert (caught.value.message, caught.value.details) == (cause.message, cause.details)
 
 
 def test_an_error_of_nobodys_comes_out_as_it_is() -> None:
-    with pytest.raises(ValueError, match=r"^size$") as caught, _typed_errors("the replica"):
+    with pytest.raises(ValueError, match=r"^size$") as caught, typed_errors("the replica"):
         raise task_error(ValueError("size"))
     assert type(caught.value) is ValueError
 
@@ -351,7 +353,7 @@ def test_an_error_of_nobodys_comes_out_as_it_is() -> None:
     ],
 )
 def test_what_ray_itself_raises_is_a_lost_replica(error: Exception, told: str) -> None:
-    with pytest.raises(ReplicaLost, match=f"^the replica is gone: {told}") as caught, _typed_errors("the replica"):
+    with pytest.raises(ReplicaLost, match=f"^the replica is gone: {told}") as caught, typed_errors("the replica"):
         raise error
     assert "\n" not in caught.value.message
 

@@ -1,16 +1,17 @@
 """Painting one request: its windows in order on its own canvas, in a thread, stopped within a step.
 
-`paint_canvas` is the work, `painting` runs it from an event loop, `LocalPainter` is the Painter port over both without
-Ray. An engine is held by one request at a time, unless it is a `Together`.
+`paint_canvas` is the work, `painting` runs it from an event loop (`at_seat` does so with any work), `LocalPainter` is
+the Painter port over both without Ray. An engine is held by one request at a time, unless it is a `Together`.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import copy_context
 from functools import partial
+from typing import TypeVar
 
 from ..errors import FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
 from ..images import Pixels
@@ -18,25 +19,27 @@ from ..jobs import Progress
 from ..paste import paste_window, share_out
 from ..ports import OnProgress, Painted, PaintRequest
 from ..telemetry import logged_with, trace_id
-from . import Engine, Window
+from . import Clocked, Engine, JobEngine, Window
 from .seat import Seat, Sitting
-from .together import Place, Together
+from .together import Together
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Seeds are below this.
 _SEEDS = 2**63
 
 
-def _nobody_counts() -> None:
+def nobody_counts() -> None:
     """An `on_out_of_memory` for those who do not."""
 
 
 def paint_canvas(
-    engine: Engine | Place,
+    engine: JobEngine,
     request: PaintRequest,
     on_step: Callable[[Progress], None],
-    on_out_of_memory: Callable[[], None] = _nobody_counts,
+    on_out_of_memory: Callable[[], None] = nobody_counts,
 ) -> Painted:
     """Paint the windows in order on a copy of the canvas; each sees what the ones before it left, and keeps its share.
     Windows of which nothing would be kept are left out.
@@ -47,7 +50,7 @@ def paint_canvas(
     """
     canvas, shares = request.canvas.copy(), share_out(request.mask, request.windows)
     windows = [(box, share) for box, share in zip(request.windows, shares, strict=True) if not share.is_empty]
-    started_s, started_ms = _clock_s(engine), engine.device_ms()
+    started_s, started_ms = clock_s(engine), engine.device_ms()
     total = request.steps * len(windows)
     on_step(Progress(step=0, steps=total))
     for number, (box, share) in enumerate(windows):
@@ -64,7 +67,7 @@ def paint_canvas(
             # A family that knows fewer steps than were asked for has done all of them.
             advance(request.steps)
         paste_window(canvas, painted, box, share)
-    ended_ms, busy_s = engine.device_ms(), _clock_s(engine) - started_s
+    ended_ms, busy_s = engine.device_ms(), clock_s(engine) - started_s
     extra = {"action": "painted", "windows": len(windows), "busy_s": round(busy_s, 3)}
     log.info("Painted %d windows in %.2f s", len(windows), busy_s, extra=extra)
     return Painted(
@@ -72,15 +75,17 @@ def paint_canvas(
         busy_s=busy_s,
         gpu_ms=None if started_ms is None or ended_ms is None else ended_ms - started_ms,
         where=engine.describe(),
+        windows=[box for box, _ in windows],
     )
 
 
-def _clock_s(engine: Engine | Place) -> float:
-    return engine.clock_s() if isinstance(engine, Place) else time.perf_counter()
+def clock_s(engine: JobEngine) -> float:
+    """Seconds, from some moment on, in which the job did not wait for its turn."""
+    return engine.clock_s() if isinstance(engine, Clocked) else time.perf_counter()
 
 
 def _paint_window(
-    engine: Engine | Place,
+    engine: JobEngine,
     request: PaintRequest,
     number: int,
     pixels: Pixels,
@@ -101,7 +106,7 @@ def _paint_window(
     )
 
 
-def _twice_at_most(paint: Callable[[], Pixels], engine: Engine | Place, on_out_of_memory: Callable[[], None]) -> Pixels:
+def _twice_at_most(paint: Callable[[], Pixels], engine: JobEngine, on_out_of_memory: Callable[[], None]) -> Pixels:
     try:
         return paint()
     except OutOfMemory as e:
@@ -112,46 +117,61 @@ def _twice_at_most(paint: Callable[[], Pixels], engine: Engine | Place, on_out_o
     return paint()
 
 
-async def painting(
-    engine: Engine, request: PaintRequest, seat: Seat, on_out_of_memory: Callable[[], None] = _nobody_counts
+def painting(
+    engine: Engine, request: PaintRequest, seat: Seat, on_out_of_memory: Callable[[], None] = nobody_counts
 ) -> AsyncGenerator[Progress | Painted, None]:
-    """Run `paint_canvas` in a thread at the engine's seat: yields the latest progress, and at last what it painted.
-    Nothing is yielded before the engine begins with it.
+    """`paint_canvas` as `at_seat` runs it. It counts in the seat's usage."""
+
+    def paint(one: JobEngine, sitting: Sitting) -> Painted:
+        with seat.usage.painting():
+            return paint_canvas(one, request, sitting.report, on_out_of_memory)
+
+    return at_seat(engine, request, seat, seat.take, paint)
+
+
+async def at_seat(
+    engine: Engine,
+    request: PaintRequest,
+    seat: Seat,
+    take: Callable[[], Awaitable[Sitting]],
+    work: Callable[[JobEngine, Sitting], T],
+) -> AsyncGenerator[Progress | T, None]:
+    """Run `work` in a thread at the engine's seat, where `take` gives it a place: yields the latest progress that it
+    reports, and at last what it returns. Nothing is yielded before the engine begins with it.
 
     The place is free the moment the thread ends, however slowly the caller takes what is yielded.
     Closing the generator, or cancelling the task that iterates it, stops the engine within one step, and returns only
-    when the thread has stopped. The thread's log lines carry the job's id and its trace. Raises as `paint_canvas` does.
+    when the thread has stopped. The thread's log lines carry the request's job id and its trace. Raises as `take` and
+    `work` do.
     """
-    sitting = await seat.take()
+    sitting = await take()
     with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
-        thread = partial(copy_context().run, _paint_in_thread, engine, request, seat, sitting, on_out_of_memory)
-    work = asyncio.get_running_loop().run_in_executor(seat.threads, thread)
-    work.add_done_callback(lambda _: seat.leave(sitting))
-    work.add_done_callback(lambda _: sitting.wake())
+        thread = partial(copy_context().run, _in_thread, engine, sitting, work)
+    future = asyncio.get_running_loop().run_in_executor(seat.threads, thread)
+    future.add_done_callback(lambda _: seat.leave(sitting))
+    future.add_done_callback(lambda _: sitting.wake())
     try:
         ended = False
         while not ended:
             await sitting.changed()
-            ended = work.done()
+            ended = future.done()
             if (progress := sitting.take()) is not None:
                 yield progress
-        yield work.result()
+        yield future.result()
     finally:
-        await _ended(work, sitting)
+        await _ended(future, sitting)
 
 
-def _paint_in_thread(
-    engine: Engine, request: PaintRequest, seat: Seat, sitting: Sitting, on_out_of_memory: Callable[[], None]
-) -> Painted:
-    with seat.usage.painting():
-        if isinstance(engine, Together):
-            with engine.place(sitting.check, sitting.begin) as place:
-                return paint_canvas(place, request, sitting.report, on_out_of_memory)
-        sitting.begin()
-        return paint_canvas(engine, request, sitting.report, on_out_of_memory)
+def _in_thread(engine: Engine, sitting: Sitting, work: Callable[[JobEngine, Sitting], T]) -> T:
+    if isinstance(engine, Together):
+        # In a batch with others a cell's times would be theirs as well, and its bytes other ones.
+        with engine.place(sitting.check, sitting.begin, alone=sitting.is_audit) as place:
+            return work(place, sitting)
+    sitting.begin()
+    return work(engine, sitting)
 
 
-async def _ended(work: asyncio.Future[Painted], sitting: Sitting) -> None:
+async def _ended(work: asyncio.Future[T], sitting: Sitting) -> None:
     """Wait for the thread through any number of cancellations: its place is not free before."""
     canceled = False
     if not work.done():

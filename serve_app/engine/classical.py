@@ -40,6 +40,9 @@ class Telea:
     def device_ms(self) -> None:
         return None
 
+    def peak_memory(self) -> None:
+        return None
+
     def describe(self) -> Mapping[str, Any]:
         return {
             "device": platform.machine(),

@@ -59,6 +59,14 @@ class Device:
             with self.translated():
                 torch.cuda.empty_cache()
 
+    def peak_memory(self) -> tuple[int, int] | None:
+        """As `Engine.peak_memory`: what torch's allocator took, which leaves out CUDA's own context."""
+        if not self.is_gpu:
+            return None
+        peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the device time of what runs inside to `ms`, by CUDA events; on a CPU nothing is added."""

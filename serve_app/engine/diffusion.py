@@ -113,6 +113,9 @@ class FluxFill:
     def device_ms(self) -> float | None:
         return self._device.ms if self._device.is_gpu else None
 
+    def peak_memory(self) -> tuple[int, int] | None:
+        return self._device.peak_memory()
+
     def describe(self) -> Mapping[str, Any]:
         return {**self._device.describe(), "versions": _versions()}
 

@@ -38,6 +38,9 @@ class Pause:
     def device_ms(self) -> None:
         return None
 
+    def peak_memory(self) -> None:
+        return None
+
     def describe(self) -> Mapping[str, Any]:
         return {
             "device": "none: it sleeps",

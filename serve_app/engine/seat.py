@@ -1,13 +1,17 @@
-"""The places at an engine: which jobs are in its hands, since when, and how busy they have kept it."""
+"""The places at an engine: which jobs are in its hands, since when, and how busy they have kept it.
+
+A job is a painting for somebody, or a cell of an audit, which goes behind all of those.
+"""
 
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
-from ..errors import Canceled
+from ..errors import Canceled, ReplicaTaken
 from ..jobs import Progress
 
 
@@ -58,9 +62,10 @@ class Sitting:
     """One job at an engine: its latest progress on the way from the painting thread to the event loop (a slow reader
     sees the newest only), and whether anybody still wants it. Times are on the monotonic clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_audit: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+        self.is_audit = is_audit
         self._progress: Progress | None = None
         #: Since when it has been painted; None while it waits for its turn. Nothing is told before that.
         self.begun_at: float | None = None
@@ -72,6 +77,11 @@ class Sitting:
         if self.begun_at is None:
             self.begun_at = time.monotonic()
             self._loop.call_soon_threadsafe(self.wake)
+
+    def begin_another(self) -> None:
+        """For the thread: a painting of several begins, and from now on it is this one that has begun."""
+        if self.begun_at is not None:
+            self.begun_at = time.monotonic()
 
     def check(self) -> None:
         """For the thread. Raises Canceled once nobody wants the painting any more."""
@@ -102,12 +112,49 @@ class Sitting:
         return progress
 
 
+class Places:
+    """Given to those ahead before those behind, and among equals in the order in which they ask. For one event loop."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._ahead: deque[asyncio.Future[None]] = deque()
+        self._behind: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, *, behind: bool = False) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        (self._behind if behind else self._ahead).append(turn)
+        try:
+            await turn
+        except BaseException:
+            # What cannot be canceled, and was not, has been given a place in this very moment.
+            if not turn.cancel() and not turn.cancelled():
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        for waiting in (self._ahead, self._behind):
+            while waiting:
+                turn = waiting.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self._free += 1
+
+
 class Seat:
-    """As many places as jobs may be in the engine's hands at once, given in the order in which they are asked for."""
+    """As many places as jobs may be in the engine's hands at once. Audit cells get one that nobody else waits for, and
+    one of them has one at a time: each would slow the other's timed steps."""
 
     def __init__(self, places: int = 1) -> None:
-        self._places, self._free = places, asyncio.Semaphore(places)
-        self._sittings: set[Sitting] = set()
+        self._count, self._places = places, Places(places)
+        self._audit_turn = asyncio.Lock()
+        #: With what is to be undone when it leaves.
+        self._sittings: dict[Sitting, ExitStack] = {}
+        #: Audit cells in hand: painted, or waiting to be.
+        self.audits = 0
         #: One for each place: asyncio's own threads may be fewer.
         self.threads = ThreadPoolExecutor(places, thread_name_prefix="painting")
         self.usage = Usage()
@@ -123,24 +170,39 @@ class Seat:
         return min((one.stopping_since for one in self._sittings if one.stopping_since is not None), default=None)
 
     async def take(self) -> Sitting:
-        await self._free.acquire()
-        sitting = Sitting()
-        self._sittings.add(sitting)
-        return sitting
+        with ExitStack() as undo:
+            await self._places.take()
+            undo.callback(self._places.give_back)
+            return self._sit(Sitting(), undo)
+
+    async def take_behind(self, most: int) -> Sitting:
+        """For an audit cell. Raises ReplicaTaken, at once, where `most` of them are in hand already."""
+        if self.audits >= most:
+            raise ReplicaTaken(f"{self.audits} audit cells are in hand here already")
+        with ExitStack() as undo:
+            self._count_audit(1)
+            undo.callback(self._count_audit, -1)
+            await self._audit_turn.acquire()
+            undo.callback(self._audit_turn.release)
+            await self._places.take(behind=True)
+            undo.callback(self._places.give_back)
+            return self._sit(Sitting(is_audit=True), undo)
 
     def leave(self, sitting: Sitting) -> None:
-        self._sittings.remove(sitting)
-        self._free.release()
+        self._sittings.pop(sitting).close()
 
     @asynccontextmanager
     async def emptied(self) -> AsyncIterator[None]:
         """When all jobs in hand have ended, and until this is left none begins. For one caller at a time."""
-        taken = 0
-        try:
-            for _ in range(self._places):
-                await self._free.acquire()
-                taken += 1
+        with ExitStack() as undo:
+            for _ in range(self._count):
+                await self._places.take()
+                undo.callback(self._places.give_back)
             yield
-        finally:
-            for _ in range(taken):
-                self._free.release()
+
+    def _sit(self, sitting: Sitting, undo: ExitStack) -> Sitting:
+        self._sittings[sitting] = undo.pop_all()
+        return sitting
+
+    def _count_audit(self, change: int) -> None:
+        self.audits += change

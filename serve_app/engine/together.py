@@ -45,9 +45,13 @@ class _NobodyWants(Exception):
 class Place:
     """One job's engine: what `Engine` says of these methods holds. For the job's own thread."""
 
-    def __init__(self, together: "Together", check: Callable[[], None], begin: Callable[[], None]) -> None:
+    def __init__(
+        self, together: "Together", check: Callable[[], None], begin: Callable[[], None], *, alone: bool
+    ) -> None:
         self._together = together
         self.check, self.begin = check, begin
+        #: Whether its windows are never painted in a batch.
+        self.is_alone = alone
         self.waiting: _Waiting | None = None
         #: Whether memory is to be freed before its next window, which then has it to itself.
         self.is_short_of_memory = False
@@ -68,8 +72,11 @@ class Place:
         """The job's part of its batches' device time, which they share equally."""
         return None if self._together.device_ms() is None else self._device_ms
 
+    def peak_memory(self) -> tuple[int, int] | None:
+        """Of all jobs in hand."""
+        return self._together.peak_memory()
+
     def clock_s(self) -> float:
-        """A clock that stands still while the job waits for its turn."""
         return time.perf_counter() - self._waited_s
 
     def describe(self) -> Mapping[str, Any]:
@@ -102,7 +109,7 @@ class _Waiting:
     def _kind(self) -> tuple[object, ...]:
         # Embeddings of as many bytes are of as many tokens.
         prompt_bytes = None if self.window.embeddings is None else len(self.window.embeddings)
-        only = self if self.place.is_short_of_memory else None
+        only = self if self.place.is_short_of_memory or self.place.is_alone else None
         return self.size_px, self.window.steps, self.window.guidance_scale, prompt_bytes, only
 
     def ask(self, call: Callable[[], None]) -> None:
@@ -157,11 +164,11 @@ class Together:
 
     @contextmanager
     def place(
-        self, check: Callable[[], None] = lambda: None, begin: Callable[[], None] = lambda: None
+        self, check: Callable[[], None] = lambda: None, begin: Callable[[], None] = lambda: None, *, alone: bool = False
     ) -> Iterator[Place]:
         """For one job. `check` raises once nobody wants it; `begin` is called when its first turn has come, and may be
-        again. Both are called in the engine's thread, and must be quick."""
-        place = Place(self, check, begin)
+        again. Both are called in the engine's thread, and must be quick. `alone`: in no batch with others."""
+        place = Place(self, check, begin, alone=alone)
         with self._lock:
             self._places.append(place)
         try:
@@ -181,6 +188,9 @@ class Together:
 
     def device_ms(self) -> float | None:
         return self._engine.device_ms()
+
+    def peak_memory(self) -> tuple[int, int] | None:
+        return self._engine.peak_memory()
 
     def describe(self) -> Mapping[str, Any]:
         """The engine's, and `together`: how many `batches` of several windows there were, and the `windows` in them."""
