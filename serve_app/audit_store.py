@@ -1,14 +1,19 @@
 """Audits in the blob store: each run's record, its cells, and which run is the app's only one.
 
 A record is written by one job at a time: every write names the attempt it belongs to, and one of an older attempt is
-refused. What two processes may write at once is written by compare-and-set.
+refused. Records and the lock are written by compare-and-set. The lock counts for what the record that it names says,
+so a run is alive in its record before it asks for the lock: of two that are made at once, one gets it.
 """
 
+import asyncio
+import logging
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime, timedelta
+from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from .audits import (
     LOCK_PATH,
@@ -31,11 +36,16 @@ from .errors import (
     BlobConflict,
     BlobError,
     BlobNotFound,
+    FluxFillError,
     IllegalTransition,
+    InputError,
     StaleClaim,
     UnknownAudit,
 )
 from .ports import BlobStore, Clock
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: From asking for a job to its first write: Ray starts a driver, which imports torch.
 LAUNCH_S = 300.0
@@ -45,6 +55,10 @@ ALIVE_S = 60.0
 _MAX_BYTES = 4_000_000
 #: How often others may write between a read and the write that follows it.
 _CONFLICTS = 20
+#: Blobs that are read at once.
+_READS = 16
+#: In `Audit.error` of a run whose job ended, or fell silent, before the run was over.
+JOB_LOST = "job_lost"
 _JSON = "application/json"
 
 
@@ -56,7 +70,8 @@ Change = Callable[[Audit], Audit]
 
 
 class AuditStore:
-    """Every method raises StoreUnavailable while the store cannot be reached."""
+    """Every method raises StoreUnavailable while the store cannot be reached; those that change a run raise BlobError
+    where its record is damaged."""
 
     def __init__(self, blobs: BlobStore, clock: Clock) -> None:
         self._blobs, self._clock = blobs, clock
@@ -64,8 +79,10 @@ class AuditStore:
     # -- runs
 
     async def create(self, request: AuditRequest, run_id: str | None = None, *, several: bool = False) -> Audit:
-        """A queued run. Raises AuditExists for an id that is taken; AuditRunning while another run is alive, unless
-        `several` may be."""
+        """A queued run. Raises InputError for an id that is none; AuditExists for one that is taken; AuditRunning while
+        another run is alive, unless `several` may be. A dead run that is not over fails here."""
+        if run_id is not None and not _is_run_id(run_id):
+            raise InputError("run_id: 1 to 64 letters, digits, - and _ make one")
         now = self._clock()
         names = [request.matrix.name(cell) for cell in request.matrix.cells()]
         audit = Audit(
@@ -80,10 +97,9 @@ class AuditStore:
         except BlobConflict:
             what = f"there is a run {audit.id} already; resume it, or take another id"
             raise AuditExists(what, run_id=audit.id) from None
-        # Only now: a lock counts for what the record it names says.
         try:
             await self._lock(audit.id, several)
-        except AuditRunning:
+        except FluxFillError:
             await self._blobs.delete(record_path(audit.id))
             raise
         return audit
@@ -94,22 +110,27 @@ class AuditStore:
         Raises UnknownAudit; AuditRunning while it, or another one, is alive.
         """
 
+        before = await self.get(run_id)
+        if not before.is_alive(self._clock()):
+            # Not after: who cancels from then on means the new attempt.
+            await self._blobs.delete(cancel_path(run_id))
+
         def again(audit: Audit) -> Audit:
+            nonlocal before
             if audit.is_alive(self._clock()):
                 raise AuditRunning(f"{run_id} is {audit.status}", run_id=run_id)
+            before = audit
             kept = {n: c if c.status == "succeeded" else CellProgress() for n, c in audit.cells.items()}
             queued = {"status": AuditStatus.QUEUED, "attempt": audit.attempt + 1, "error": None, "finished_at": None}
-            return audit.model_copy(update={**queued, "cells": kept, **self._alive(LAUNCH_S)})
+            return audit.model_copy(update={**queued, "stage": "", "cells": kept, **self._alive(LAUNCH_S)})
 
-        before = await self.get(run_id)
         audit = await self._change(run_id, again)
         try:
             await self._lock(run_id, several)
-        except AuditRunning:
+        except FluxFillError:
             # As it was, but that the attempt is used.
             await self._change(run_id, lambda queued: before.model_copy(update={"attempt": queued.attempt}))
             raise
-        await self._blobs.delete(cancel_path(run_id))
         return audit
 
     async def begin(self, run_id: str, attempt: int) -> Audit:
@@ -141,37 +162,45 @@ class AuditStore:
 
     async def finish(self, run_id: str, attempt: int, status: AuditStatus, error: AuditFault | None = None) -> Audit:
         """The run is over. Raises as `update`."""
-        ended = {"status": status, "error": error, "finished_at": self._clock(), "stage": ""}
-        return await self.update(run_id, attempt, lambda audit: audit.model_copy(update=ended))
+        return await self.update(run_id, attempt, lambda audit: audit.model_copy(update=self._ended(status, error)))
+
+    async def bury(self, run_id: str) -> Audit:
+        """Fail the run where it is not over and its job is silent; the record, changed or not. Raises UnknownAudit."""
+
+        def buried(audit: Audit) -> Audit:
+            if audit.status.is_over or audit.is_alive(self._clock()):
+                return audit
+            why = f"its job was not heard of after {audit.alive_until:%Y-%m-%d %H:%M:%S} UTC"
+            fault = AuditFault(code=JOB_LOST, message=why)
+            return audit.model_copy(update=self._ended(AuditStatus.FAILED, fault))
+
+        return await self._change(run_id, buried)
 
     async def get(self, run_id: str) -> Audit:
         """Raises UnknownAudit."""
-        found = await self._find(run_id)
-        if found is None:
-            raise UnknownAudit(f"there is no run {run_id}", run_id=run_id)
-        return found[0]
+        return (await self._read(run_id))[0]
 
     async def list(self, limit: int = 50) -> list[Audit]:
-        """Newest first by `created_at`."""
-        ids = [info.path.split("/")[1] async for info in self._blobs.list("audit") if info.path.endswith("/run.json")]
-        found = [await self._find(run_id) for run_id in ids]
-        audits = sorted((one[0] for one in found if one), key=lambda audit: audit.created_at, reverse=True)
-        return audits[:limit]
+        """Newest first by `created_at`. Damaged records are left out."""
+        paths = [info.path async for info in self._blobs.list("audit")]
+        ids = [match[1] for path in paths if (match := _RECORD.fullmatch(path))]
+        audits = await _some(self._readable, ids)
+        return sorted(audits, key=lambda audit: (audit.created_at, audit.id), reverse=True)[:limit]
 
     async def cancel(self, run_id: str) -> Audit:
         """Ask the run to stop; its job ends it, and a run without a live job is over at once. Raises UnknownAudit;
         IllegalTransition where it is over."""
-        await self.get(run_id)
-        await self._blobs.put(cancel_path(run_id), b"", content_type="text/plain")
 
         def canceled(audit: Audit) -> Audit:
             if audit.status.is_over:
                 raise IllegalTransition(f"{run_id} is {audit.status}")
             if audit.status == AuditStatus.RUNNING and audit.is_alive(self._clock()):
                 return audit
-            ended = {"status": AuditStatus.CANCELED, "finished_at": self._clock(), "stage": ""}
-            return audit.model_copy(update=ended)
+            return audit.model_copy(update=self._ended(AuditStatus.CANCELED))
 
+        canceled(await self.get(run_id))
+        # Before the record is read again: a job that begins in between finds it.
+        await self._blobs.put(cancel_path(run_id), b"", content_type="text/plain")
         return await self._change(run_id, canceled)
 
     async def is_canceled(self, run_id: str) -> bool:
@@ -187,13 +216,17 @@ class AuditStore:
         await self._put(cell_path(run_id, result.name), result, None)
 
     async def cells(self, run_id: str) -> dict[str, CellResult]:
-        """Those that are stored, by name."""
-        results = {}
-        async for info in self._blobs.list(f"{folder(run_id)}/cells"):
-            data, _ = await self._blobs.get(info.path, max_bytes=_MAX_BYTES)
-            result = CellResult.model_validate_json(data)
-            results[result.name] = result
-        return results
+        """Those that are stored, by name. Damaged ones are left out, so that they are painted again."""
+        paths = [info.path async for info in self._blobs.list(f"{folder(run_id)}/cells")]
+        return {result.name: result for result in await _some(self._cell, paths)}
+
+    async def _cell(self, path: str) -> CellResult | None:
+        try:
+            data, _ = await self._blobs.get(path, max_bytes=_MAX_BYTES)
+            return CellResult.model_validate_json(data)
+        except (BlobNotFound, ValidationError) as e:
+            log.warning("Left %s out: %s", path, type(e).__name__, extra={"action": "record_unreadable"})
+            return None
 
     async def keep_image(self, run_id: str, name: str, png: bytes) -> str:
         """Its path."""
@@ -208,28 +241,28 @@ class AuditStore:
             return
         for _ in range(_CONFLICTS):
             holder, version = await self._holder()
-            if holder is not None and holder.id != run_id and holder.is_alive(self._clock()):
-                raise AuditRunning(
-                    f"{holder.id} is {holder.status} on this app; wait for it, or cancel it", run_id=holder.id
-                )
             try:
+                if holder is not None and holder.id != run_id:
+                    holder = await self.bury(holder.id)
+                    if not holder.status.is_over:
+                        what = f"{holder.id} is {holder.status} on this app; wait for it, or cancel it"
+                        raise AuditRunning(what, run_id=holder.id)
                 await self._put(LOCK_PATH, _Lock(run_id=run_id), version)
                 return
-            except BlobConflict:
+            except (BlobConflict, UnknownAudit):
                 continue
         raise AuditRunning("others start audits on this app at this moment")
 
     async def _holder(self) -> tuple[Audit | None, str]:
-        """The run that the lock names, and the lock's version."""
+        """The run that the lock names, if it can be read, and the lock's version."""
         try:
             data, info = await self._blobs.get(LOCK_PATH, max_bytes=_MAX_BYTES)
         except BlobNotFound:
             return None, ""
         try:
-            found = await self._find(_Lock.model_validate_json(data).run_id)
+            return await self._readable(_Lock.model_validate_json(data).run_id), info.version
         except ValidationError:
-            found = None
-        return found[0] if found else None, info.version
+            return None, info.version
 
     # -- bytes
 
@@ -240,29 +273,40 @@ class AuditStore:
         if audit.attempt != attempt:
             raise StaleClaim(f"{audit.id} is at attempt {audit.attempt}, and this is {attempt}")
 
+    def _ended(self, status: AuditStatus, error: AuditFault | None = None) -> dict[str, object]:
+        return {"status": status, "error": error, "finished_at": self._clock(), "stage": ""}
+
     async def _change(self, run_id: str, change: Change) -> Audit:
         for _ in range(_CONFLICTS):
-            found = await self._find(run_id)
-            if found is None:
-                raise UnknownAudit(f"there is no run {run_id}", run_id=run_id)
-            changed = change(found[0])
+            audit, version = await self._read(run_id)
+            changed = change(audit)
+            if changed is audit:
+                return audit
             try:
-                await self._put(record_path(run_id), changed, found[1])
+                await self._put(record_path(run_id), changed, version)
                 return changed
             except BlobConflict:
                 continue
         raise BlobConflict(f"the record of {run_id} was written {_CONFLICTS} times by others")
 
-    async def _find(self, run_id: str) -> tuple[Audit, str] | None:
+    async def _read(self, run_id: str) -> tuple[Audit, str]:
         """The record and its version."""
+        if not _is_run_id(run_id):
+            raise UnknownAudit("there is no such run")
         try:
             data, info = await self._blobs.get(record_path(run_id), max_bytes=_MAX_BYTES)
-        except BlobNotFound:
-            return None
-        try:
             return Audit.model_validate_json(data), info.version
+        except BlobNotFound:
+            raise UnknownAudit(f"there is no run {run_id}", run_id=run_id) from None
         except ValidationError as e:
             raise BlobError(f"the record of {run_id} cannot be read: {e.error_count()} fields are wrong") from e
+
+    async def _readable(self, run_id: str) -> Audit | None:
+        try:
+            return await self.get(run_id)
+        except (UnknownAudit, BlobError) as e:
+            log.warning("Left a run out: %s", e.message, extra={"action": "record_unreadable", "run_id": run_id})
+            return None
 
     async def _put(self, path: str, value: BaseModel, version: str | None) -> None:
         data = value.model_dump_json(indent=1).encode()
@@ -270,3 +314,26 @@ class AuditStore:
             await self._blobs.put(path, data, content_type=_JSON)
         else:
             await self._blobs.put(path, data, content_type=_JSON, if_version=version)
+
+
+_RECORD = re.compile(r"audit/([^/]+)/run\.json")
+# The pattern is pydantic's: Python's own re has no \z yet.
+_RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
+
+
+def _is_run_id(text: str) -> bool:
+    try:
+        return bool(_RUN_ID.validate_python(text))
+    except ValidationError:
+        return False
+
+
+async def _some(read: Callable[[str], Awaitable[T | None]], names: Iterable[str]) -> list[T]:
+    """What `read` finds, a few at a time."""
+    places = asyncio.Semaphore(_READS)
+
+    async def one(name: str) -> T | None:
+        async with places:
+            return await read(name)
+
+    return [found for found in await asyncio.gather(*map(one, names)) if found is not None]
