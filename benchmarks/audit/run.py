@@ -1,0 +1,243 @@
+"""One attempt at one run: from its stored request to its report. Knows nothing of Ray.
+
+What is stored is finished: a cell's picture first, then its record, and a run that is resumed paints only the cells
+that have no record, or one that says they failed. So the job may be killed at any line.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from serve_app.audit_store import AuditStore
+from serve_app.audits import Audit, AuditFault, AuditRequest, AuditStatus, CellProgress, CellResult
+from serve_app.engine import lock
+from serve_app.engine.lock import Lock
+from serve_app.errors import FluxFillError, StoreUnavailable
+from serve_app.ports import BlobLinks, BlobStore, Clock, PromptEncoder
+from serve_app.settings import Settings
+from serve_app.telemetry import logged_with
+
+from . import outage, record, settle
+from .matrix import MatrixPainter, devices, progress_of
+from .outage import waited_out
+from .painting import Easel
+from .record import Record, fault
+from .replicas import Replicas
+from .report import publish
+from .session import Session, read_session
+from .verdicts import Compiler, Verdicts
+from .waves import plan
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often and how long, in seconds."""
+
+    #: Looking whether the run was canceled.
+    cancel_poll_s: float = 1.0
+    #: Between two writes of the record.
+    write_s: float = record.EVERY_S
+    #: Looking whether GPUs are free.
+    settle_poll_s: float = settle.POLL_S
+    #: Before a cell that was lost with its replica is asked for again; doubles.
+    again_s: float = 2.0
+    #: A store that is down is waited for.
+    outage_s: float = outage.LIMIT_S
+
+
+@dataclass
+class _Run:
+    record: Record
+    #: By name: what succeeded in earlier attempts, and whatever became of the others in this one.
+    results: dict[str, CellResult] = field(default_factory=dict)
+    session: Session | None = None
+
+    @property
+    def request(self) -> AuditRequest:
+        return self.record.audit.request
+
+
+class Auditor:
+    def __init__(
+        self,
+        *,
+        store: AuditStore,
+        blobs: BlobStore,
+        links: BlobLinks,
+        replicas: Replicas,
+        prompts: PromptEncoder,
+        settings: Settings,
+        compiler: Compiler,
+        clock: Clock,
+        pace: Pace | None = None,
+    ) -> None:
+        self._store, self._blobs, self._links = store, blobs, links
+        self._replicas, self._prompts, self._compiler = replicas, prompts, compiler
+        self._settings, self._clock = settings, clock
+        self._pace = pace or Pace()
+        self._canceled = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Have `run` stop what it paints, and end the run as canceled. From the event loop's thread."""
+        self._canceled.set()
+
+    async def run(self, run_id: str, attempt: int) -> Audit:
+        """The run, when it is over: SUCCEEDED, INCOMPLETE, CANCELED, or FAILED with the reason.
+
+        Raises UnknownAudit; StaleClaim where a later attempt has been made, also in the middle; IllegalTransition
+        where the attempt has begun already or is over; StoreUnavailable where the store stays away.
+        """
+        with logged_with(run_id=run_id, attempt=attempt):
+            audit = await self._patiently(partial(self._store.begin, run_id, attempt))
+            log.info("Begun: %d cells", len(audit.cells), extra={"action": "audit_begun"})
+            audit = await self._ended(_Run(Record(self._store, audit, self._pace.write_s)))
+            extra = {"action": "audit_ended", "status": audit.status, "code": audit.error and audit.error.code}
+            log.info("The audit is %s", audit.status, extra=extra)
+            return audit
+
+    async def _ended(self, run: _Run) -> Audit:
+        work = asyncio.create_task(self._work(run))
+        keeping = asyncio.create_task(run.record.keep())
+        stopping = asyncio.create_task(self._until_canceled(run.record.audit.id))
+        tasks = {work, keeping, stopping}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _stop(tasks)
+        if keeping in done:
+            # Whose run this is no longer.
+            keeping.result()
+        return await (self._outcome(run, work) if work in done else self._stopped(run))
+
+    async def _outcome(self, run: _Run, work: asyncio.Task[AuditStatus]) -> Audit:
+        try:
+            return await self._finish(run, work.result())
+        except FluxFillError as e:
+            return await self._finish(run, AuditStatus.FAILED, fault(e))
+        except Exception as e:
+            await self._finish(run, AuditStatus.FAILED, fault(e))
+            raise
+
+    async def _stopped(self, run: _Run) -> Audit:
+        """Over first, then the report: the signal that came may be followed by one that nobody survives."""
+        audit = await self._finish(run, AuditStatus.CANCELED)
+        if run.results:
+            try:
+                await self._publish(run, audit)
+            except Exception as e:
+                log.exception("There is no report: %s", e, extra={"action": "audit_report_failed"})
+        return audit
+
+    async def _work(self, run: _Run) -> AuditStatus:
+        """Everything, up to the report. Raises what ends the run as FAILED."""
+        locked = lock.read(self._settings.weights.lock)
+        waves = plan(await self._left(run), self._settings, await self._gpus(run.request))
+        run.record.stage("reading the session")
+        read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
+        run.session = await self._patiently(partial(read, run.request))
+        await self._painter(run, run.session, locked).paint(waves)
+        await self._judge(run, run.session, locked)
+        run.record.stage("writing the report")
+        status = _status(run)
+        over = {"status": status, "stage": "", "finished_at": self._clock()}
+        await self._publish(run, run.record.audit.model_copy(update=over))
+        return status
+
+    async def _left(self, run: _Run) -> Counter[str]:
+        """Cells to paint, by variant; what is stored as succeeded is taken over into the run."""
+        stored = await self._patiently(partial(self._store.cells, run.record.audit.id))
+        cells = {run.request.matrix.name(cell): cell for cell in run.request.matrix.cells()}
+        for name, result in stored.items():
+            if name in cells and result.status == "succeeded":
+                run.results[name] = result
+                run.record.cell(name, progress_of(result))
+        run.record.change(**devices(run.results.values()))
+        return Counter(cell.variant for name, cell in cells.items() if name not in run.results)
+
+    async def _gpus(self, request: AuditRequest) -> int:
+        for given in (request.gpus, self._settings.audit.gpus):
+            if given is not None:
+                return given
+        return await self._replicas.gpus()
+
+    def _painter(self, run: _Run, session: Session, locked: Lock) -> MatrixPainter:
+        easel = Easel(
+            run_id=run.record.audit.id,
+            request=run.request,
+            session=session,
+            store=self._store,
+            settings=self._settings,
+            locked=locked,
+            clock=self._clock,
+            again_s=self._pace.again_s,
+            keep_s=self._pace.outage_s,
+        )
+        return MatrixPainter(run.record, easel, self._replicas, run.results, self._pace.settle_poll_s)
+
+    async def _judge(self, run: _Run, session: Session, locked: Lock) -> None:
+        verdicts = Verdicts(
+            run.record,
+            session,
+            run.results,
+            store=self._store,
+            blobs=self._blobs,
+            settings=self._settings,
+            locked=locked,
+        )
+        await verdicts.compare()
+        verdicts.recommend()
+        await verdicts.compile(self._compiler)
+
+    async def _publish(self, run: _Run, audit: Audit) -> None:
+        if run.session is None:
+            return
+        photo, mask = run.session.photo.pixels, run.session.mask
+        pages = partial(publish, audit, list(run.results.values()), photo, mask, blobs=self._blobs, links=self._links)
+        await self._patiently(pages)
+
+    async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
+        audit = run.record.audit
+        if status != AuditStatus.SUCCEEDED:
+            run.record.change(cells={name: _ended(progress) for name, progress in audit.cells.items()})
+        await self._patiently(run.record.write)
+        return await self._patiently(partial(self._store.finish, audit.id, audit.attempt, status, error))
+
+    async def _until_canceled(self, run_id: str) -> None:
+        """Returns when somebody asked, by `cancel` or in the store."""
+        while not self._canceled.is_set():
+            try:
+                if await self._store.is_canceled(run_id):
+                    return
+            except StoreUnavailable as e:
+                extra = {"action": "audit_cancel_unknown"}
+                log.warning("It cannot be looked whether the run was canceled: %s", e, extra=extra)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._canceled.wait(), self._pace.cancel_poll_s)
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await waited_out(call, self._pace.outage_s)
+
+
+async def _stop(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def _status(run: _Run) -> AuditStatus:
+    is_whole = all(result.status == "succeeded" for result in run.results.values())
+    return AuditStatus.SUCCEEDED if is_whole else AuditStatus.INCOMPLETE
+
+
+def _ended(progress: CellProgress) -> CellProgress:
+    """Of a run that is over: nothing is painted any more."""
+    return CellProgress() if progress.status == "running" else progress

@@ -1,0 +1,101 @@
+"""Which of an audit's variants are painted side by side, and how many replicas each may be expected to have. Pure.
+
+A served variant with `min_replicas` keeps its GPUs for ever. What is left is shared by the audited variants that come
+and go: all of them at once where each can have one, otherwise as many at a time as there are free GPUs, and each such
+wave begins when the one before has given its GPUs back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from serve_app.errors import AuditImpossible, UnknownVariant
+from serve_app.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wave:
+    #: Variant -> replicas that it may be expected to have, at least 1.
+    wanted: Mapping[str, int]
+    #: Whether GPUs must be free first that an earlier wave's variants take.
+    waits: bool = False
+
+
+def plan(cells: Mapping[str, int], settings: Settings, gpus: int) -> list[Wave]:
+    """Waves that paint `cells`: variant -> how many of it, at least one. `gpus` are those that the cluster can have.
+
+    Variants that need no waiting for, on the CPU or with replicas that never go, are in the first wave. Raises
+    UnknownVariant; AuditImpossible where a variant's replica can never start.
+    """
+    _check_served(cells, settings)
+    kept = kept_gpus(settings)
+    passing = [name for name in cells if _comes_and_goes(name, settings)]
+    free = gpus - sum(kept.values())
+    if any(settings.variant(name).num_gpus for name in cells):
+        _check_gpus(passing, kept, gpus)
+    groups = [list(cells)] if len(passing) <= free else _apart(cells, passing, free)
+    return [
+        Wave(wanted=_wanted(group, cells, settings, free), waits=len(groups) > 1 and group[0] in passing)
+        for group in groups
+        if group
+    ]
+
+
+def kept_gpus(settings: Settings) -> dict[str, int]:
+    """GPUs that never become free, by what holds them."""
+    kept = {
+        name: served.min_replicas
+        for name, served in settings.variants.items()
+        if settings.variant(name).num_gpus and served.min_replicas
+    }
+    encoder = settings.text_encoder
+    if encoder.num_gpus and encoder.min_replicas:
+        bases = {row.base for row in map(settings.variant, settings.variants) if row.takes_prompt}
+        kept |= {f"the text encoder of {base}": encoder.min_replicas for base in sorted(map(str, bases))}
+    return kept
+
+
+def _comes_and_goes(name: str, settings: Settings) -> bool:
+    return settings.variant(name).num_gpus > 0 and not settings.variants[name].min_replicas
+
+
+def _check_served(names: Mapping[str, int], settings: Settings) -> None:
+    if unknown := [name for name in names if name not in settings.variants]:
+        served = ", ".join(settings.variants)
+        raise UnknownVariant(f"{', '.join(unknown)}: not served here; there are {served}", variants=unknown)
+
+
+def _check_gpus(passing: Sequence[str], kept: Mapping[str, int], gpus: int) -> None:
+    """Raises AuditImpossible, which names what holds the GPUs."""
+    more = "give `audit.gpus` where it can have more"
+    if not gpus:
+        raise AuditImpossible(f"the cluster has no GPU, and the audited variants want one each; {more}", gpus=gpus)
+    holders = " and ".join(f"{name} keeps {count} (min_replicas {count})" for name, count in kept.items())
+    if sum(kept.values()) > gpus:
+        raise AuditImpossible(f"{holders} are more than the cluster's {_gpus(gpus)}; {more}", gpus=gpus)
+    if passing and sum(kept.values()) == gpus:
+        what = f"of the cluster's {_gpus(gpus)}, {holders}, so {', '.join(passing)} can never start"
+        raise AuditImpossible(f"{what}; set min_replicas to 0 for the time of the audit, or {more}", gpus=gpus)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
+
+def _apart(cells: Mapping[str, int], passing: Sequence[str], free: int) -> list[list[str]]:
+    staying = [name for name in cells if name not in passing]
+    return [staying, *(list(passing[at : at + free]) for at in range(0, len(passing), free))]
+
+
+def _wanted(group: Sequence[str], cells: Mapping[str, int], settings: Settings, free: int) -> dict[str, int]:
+    """What is left of `free` when each has one goes, one by one, to who has most cells for each replica."""
+    served = settings.variants
+    most = {name: min(served[name].max_replicas, cells[name]) for name in group}
+    on_gpu = [name for name in group if settings.variant(name).num_gpus]
+    wanted = most | {name: min(most[name], max(1, served[name].min_replicas)) for name in on_gpu}
+    free -= sum(_comes_and_goes(name, settings) for name in group)
+    for _ in range(free):
+        growing = [name for name in on_gpu if wanted[name] < most[name]]
+        if not growing:
+            break
+        wanted[max(growing, key=lambda name: cells[name] / wanted[name])] += 1
+    return wanted
