@@ -1,0 +1,89 @@
+"""The running app's painters over Serve handles, and the cluster's GPUs: the Replicas port."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.schema import DeploymentStatusOverview
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deployments.app import inpainter_name
+from deployments.remote import RemoteTrials
+from serve_app.ports import Measured, OnProgress, PaintRequest
+from serve_app.settings import Settings
+
+from . import gpu_memory
+from .replicas import ReplicaCounts
+
+log = logging.getLogger(__name__)
+
+#: How long the nodes may take to say what memory is used, in seconds: a worker is started for it.
+NVML_S = 60.0
+_STARTING = ("STARTING", "UPDATING", "RECOVERING")
+_RUNNING = ("RUNNING", "PENDING_MIGRATION")
+
+
+class RayReplicas:
+    """Of one app, in the Ray that this process is connected to."""
+
+    def __init__(self, app: str, settings: Settings) -> None:
+        self._app = app
+        self._trials = RemoteTrials(
+            {name: serve.get_deployment_handle(inpainter_name(name), app) for name in settings.variants}
+        )
+        self._variants = tuple(settings.variants)
+        #: By identity, which is the request's own for as long as it is kept here.
+        self._put: dict[int, tuple[PaintRequest, Any]] = {}
+
+    async def measure(
+        self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int, places: int
+    ) -> Measured:
+        stored = self._stored(request)
+        measured = await self._trials.measure(variant, stored, on_progress, trials=trials, places=places)
+        # Only now: what failed may be asked for again.
+        self._put.pop(id(request), None)
+        return measured
+
+    def _stored(self, request: PaintRequest) -> Any:
+        """The request in Ray's object store: megabytes, put there once however often it is refused."""
+        if id(request) not in self._put:
+            self._put[id(request)] = request, ray.put(request)
+        return self._put[id(request)][1]
+
+    async def counts(self) -> Mapping[str, ReplicaCounts]:
+        status = await asyncio.to_thread(serve.status)
+        deployments = status.applications[self._app].deployments
+        return {name: _counts(deployments.get(inpainter_name(name))) for name in self._variants}
+
+    async def gpus(self) -> int:
+        return int((await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0))
+
+    async def memory_used_bytes(self) -> int | None:
+        nodes = await asyncio.to_thread(ray.nodes)
+        asked = [_ask(node["NodeID"]) for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
+        try:
+            async with asyncio.timeout(NVML_S):
+                used = await asyncio.gather(*asked)
+        except (RayError, TimeoutError) as e:
+            extra = {"action": "gpu_memory_unknown"}
+            log.warning("The nodes did not say what GPU memory is used: %s", type(e).__name__, extra=extra)
+            return None
+        return sum(used) if used and None not in used else None
+
+
+def _ask(node_id: str) -> Any:
+    where = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(gpu_memory.used_bytes).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote()
+
+
+def _counts(deployment: DeploymentStatusOverview | None) -> ReplicaCounts:
+    states = deployment.replica_states if deployment else {}
+    return ReplicaCounts(
+        running=sum(states.get(state, 0) for state in _RUNNING),
+        starting=sum(states.get(state, 0) for state in _STARTING),
+        stopping=states.get("STOPPING", 0),
+    )
