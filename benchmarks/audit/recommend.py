@@ -1,0 +1,213 @@
+"""Which settings an audit would choose, by rules that it states with their figures.
+
+1. The variant: the smallest whose pictures are, in the mean over its cells, within the quality budget of the
+   reference's. The reference is within it.
+2. Its guidance scale: the one whose seam is least visible, in the mean over its cells; of several that are about equal
+   the nearest to the official one.
+3. Its steps, at that guidance scale: the fewest whose seam is about as invisible as that of any.
+
+Beside them the Pareto front of seconds and quality. What failed counts against nothing, and is named.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, log2
+from statistics import fmean
+
+from serve_app.audits import AuditRequest, CellResult, QualityBudget, Recommendation, plain
+
+#: Of FLUX.1-Fill. Source: its model card.
+OFFICIAL_GUIDANCE = 30.0
+#: A colour difference that is just noticeable, CIE76. Source: Mahy et al., as in `metrics.seam_colour_shift`.
+JUST_NOTICEABLE = 2.3
+#: Seams whose visibility differs by no more are about equal: a tenth of a just noticeable colour difference.
+TIE = 0.1
+
+_LIMITS = (
+    "What no figure here can judge: whether what was painted is right for the place. Likeness to the reference says "
+    "how much a smaller variant changes the picture, not which of the two is better; the seam says how well the edge "
+    "joins, not what is within it; and it is one session. Look at the pictures before you decide."
+)
+
+
+def recommend(
+    request: AuditRequest, results: Sequence[CellResult], sizes: Mapping[str, float]
+) -> Recommendation | None:
+    """The settings to use, and each rule that led there; None where nothing succeeded.
+
+    `sizes`: GB of each variant's weights; a variant that is not there counts as larger than all that are. Of equal
+    sizes the one the matrix names first is the smaller.
+    """
+    painted = [result for result in results if result.status == "succeeded"]
+    if not painted:
+        return None
+    variant, variant_reason = _variant(request, painted, sizes)
+    of_variant = [result for result in painted if result.cell.variant == variant]
+    guidance, guidance_reason = _guidance(of_variant)
+    steps, steps_reason = _steps([result for result in of_variant if result.cell.guidance_scale == guidance])
+    reasons = (variant_reason, guidance_reason, steps_reason, _failed(results), _changed_outside(painted), _LIMITS)
+    return Recommendation(
+        variant=variant,
+        guidance_scale=guidance,
+        steps=steps,
+        reasons=tuple(reason for reason in reasons if reason),
+        pareto=pareto(request, painted),
+    )
+
+
+def visibility(result: CellResult) -> float | None:
+    """Of the picture's seam: 0 is invisible, 1 is a just noticeable shift of colour, or gradients of twice or half
+    those beyond the seam. The sum of both; None where the mask has no seam.
+
+    The weights are this project's: both parts count their unit of visibility as 1.
+    """
+    compared = result.compared
+    if compared is None or compared.seam_gradient_ratio is None or compared.seam_colour_shift is None:
+        return None
+    return abs(log2(compared.seam_gradient_ratio)) + compared.seam_colour_shift / JUST_NOTICEABLE
+
+
+def pareto(request: AuditRequest, painted: Sequence[CellResult]) -> tuple[str, ...]:
+    """Names of the cells that no other beats, fastest first: no other is as fast and as near to the reference, and
+    faster or nearer. Nearness is SSIM, 1 for the reference; a cell without seconds or SSIM is not among them."""
+    points = sorted(
+        (result.wall_s, -quality, result.name)
+        for result in painted
+        if result.wall_s is not None and (quality := _quality(request, result)) is not None
+    )
+    front: list[tuple[float, float, str]] = []
+    for point in points:
+        # Sorted by seconds, so only what is nearer than all before it is not beaten; or its equal in both.
+        if not front or point[1] < front[-1][1] or point[:2] == front[-1][:2]:
+            front.append(point)
+    return tuple(name for _, _, name in front)
+
+
+@dataclass(frozen=True, slots=True)
+class _Likeness:
+    """A variant's means over those of its cells that could be compared with the reference."""
+
+    cells: int
+    ssim: float
+    psnr_db: float
+
+    def __str__(self) -> str:
+        return f"SSIM {self.ssim:.4f}, PSNR {self.psnr_db:.1f} dB over {_counted(self.cells, 'cell')}"
+
+
+def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mapping[str, float]) -> tuple[str, str]:
+    """The first rule's choice, and why."""
+    reference, order = request.reference_variant, request.matrix.variants
+    smallest_first = sorted(
+        {result.cell.variant for result in painted}, key=lambda name: (sizes.get(name, inf), order.index(name))
+    )
+    if reference not in smallest_first:
+        return smallest_first[-1], (
+            f"Variant {smallest_first[-1]}: the largest that painted. The reference {reference} did not, so no other "
+            "can be shown to be within the quality budget."
+        )
+    found = {name: _likeness(painted, name) for name in smallest_first}
+    chosen = next(name for name in smallest_first if name == reference or _is_within(request.budget, found[name]))
+    figures = (
+        f"{name}{_size(name, sizes)}: {'the reference' if name == reference else found[name] or 'not compared'}"
+        for name in smallest_first
+    )
+    return chosen, (
+        f"Variant {chosen}: the smallest within the quality budget, SSIM at least {request.budget.min_ssim:g} and PSNR "
+        f"at least {request.budget.min_psnr_db:g} dB against {reference} inside the mask, means over its cells. "
+        f"{'; '.join(figures)}."
+    )
+
+
+def _is_within(budget: QualityBudget, likeness: _Likeness | None) -> bool:
+    return likeness is not None and likeness.ssim >= budget.min_ssim and likeness.psnr_db >= budget.min_psnr_db
+
+
+def _likeness(painted: Sequence[CellResult], variant: str) -> _Likeness | None:
+    pairs = [
+        (result.compared.ssim, result.compared.psnr_db)
+        for result in painted
+        if result.cell.variant == variant and result.compared
+    ]
+    known = [(ssim, psnr_db) for ssim, psnr_db in pairs if ssim is not None and psnr_db is not None]
+    return _Likeness(len(known), *map(fmean, zip(*known, strict=True))) if known else None
+
+
+def _guidance(cells: Sequence[CellResult]) -> tuple[float, str]:
+    """The second rule's choice among one variant's cells, and why."""
+    values = sorted({result.cell.guidance_scale for result in cells})
+    if len(values) == 1:
+        return values[0], f"Guidance scale {plain(values[0])}: the only one with a picture."
+    seen = _by_value(cells, lambda result: result.cell.guidance_scale)
+    chosen = min(_about_best(seen) or values, key=lambda value: (abs(value - OFFICIAL_GUIDANCE), value))
+    official = f"the official {plain(OFFICIAL_GUIDANCE)}"
+    if not seen:
+        return chosen, f"Guidance scale {plain(chosen)}: the nearest to {official}; no seam was measured."
+    return chosen, (
+        f"Guidance scale {plain(chosen)}: of those whose seam is the least visible, or within {TIE:g} of it, the "
+        f"nearest to {official}. Visibility, |log2 gradient ratio| + colour shift / {JUST_NOTICEABLE:g}, 0 is "
+        f"invisible: {_listed(seen)}."
+    )
+
+
+def _steps(cells: Sequence[CellResult]) -> tuple[int, str]:
+    """The third rule's choice among the cells of one variant and guidance scale, and why; no reason where there was
+    no choice."""
+    values = sorted({result.cell.steps for result in cells})
+    seen = _by_value(cells, lambda result: result.cell.steps)
+    chosen = int(min(_about_best(seen) or values))
+    if len(values) == 1:
+        return chosen, ""
+    if not seen:
+        return chosen, f"{chosen} steps: the fewest; no seam was measured."
+    return chosen, f"{chosen} steps: the fewest whose seam is within {TIE:g} of the least visible: {_listed(seen)}."
+
+
+def _by_value(cells: Sequence[CellResult], value: Callable[[CellResult], float]) -> dict[float, float]:
+    """Mean visibility by an axis's value, ascending; without those that have none."""
+    scores: dict[float, list[float]] = {}
+    for result in sorted(cells, key=value):
+        if (score := visibility(result)) is not None:
+            scores.setdefault(value(result), []).append(score)
+    return {axis: fmean(of) for axis, of in scores.items()}
+
+
+def _about_best(seen: Mapping[float, float]) -> list[float]:
+    least = min(seen.values(), default=inf)
+    return [value for value, score in seen.items() if score <= least + TIE]
+
+
+def _quality(request: AuditRequest, result: CellResult) -> float | None:
+    if result.cell.variant == request.reference_variant:
+        return 1.0
+    return result.compared.ssim if result.compared else None
+
+
+def _failed(results: Sequence[CellResult]) -> str:
+    failed = [
+        f"{result.name} ({result.error.code if result.error else 'no error given'})"
+        for result in results
+        if result.status == "failed"
+    ]
+    return f"Failed, and counted against nothing: {', '.join(failed)}." if failed else ""
+
+
+def _changed_outside(painted: Sequence[CellResult]) -> str:
+    changed = [
+        f"{result.name} (by {result.compared.outside_max} of 255)"
+        for result in painted
+        if result.compared and result.compared.outside_max
+    ]
+    return f"A defect: the photo was changed outside what may change by {', '.join(changed)}." if changed else ""
+
+
+def _size(variant: str, sizes: Mapping[str, float]) -> str:
+    return f" ({sizes[variant]:.3g} GB)" if variant in sizes else ""
+
+
+def _listed(seen: Mapping[float, float]) -> str:
+    return ", ".join(f"{plain(value)}: {score:.2f}" for value, score in seen.items())
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
