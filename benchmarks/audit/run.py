@@ -113,9 +113,9 @@ class Auditor:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(tasks)
-        if keeping in done:
-            # Whose run this is no longer.
-            keeping.result()
+        for guard in done & {keeping, stopping}:
+            # The first raises where the run is this job's no longer.
+            guard.result()
         return await (self._outcome(run, work) if work in done else self._stopped(run))
 
     async def _outcome(self, run: _Run, work: asyncio.Task[AuditStatus]) -> Audit:
