@@ -7,6 +7,9 @@ for the next photo to be downloaded, decoded and cut. The asleep share counts th
 it that a painting replica does as well.
 
     python -m benchmarks.serving [--sessions 60] [--out FILE]
+    python -m benchmarks.serving --audit [--out FILE]
+
+With `--audit` it measures instead how busy an audit's job keeps several replicas: see `benchmarks.fan_out`.
 
 Prints a table a scenario and, last, a JSON object.
 """
@@ -17,6 +20,8 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,31 +151,51 @@ def show(scenario: Scenario, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=60)
+    parser.add_argument("--audit", action="store_true", help="measure the audit's fan-out instead")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
     args = parser.parse_args()
+    with own_ray() as folder:
+        found = audit(folder) if args.audit else serving(folder, args.sessions)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found))
+
+
+@contextmanager
+def own_ray() -> Iterator[Path]:
+    """Serve without an app, and a folder for the app's stores."""
     os.environ.update(ray_environment())
     import ray
     from ray import serve
 
-    from deployments.app import build
-
     ray.init(include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = settings(folder)
-        serve.run(build(config))
-        results = {}
-        for scenario in SCENARIOS:
-            results[scenario.key] = asyncio.run(measure(scenario, config, folder, args.sessions))
-            show(scenario, results[scenario.key])
+        yield Path(name)
         serve.shutdown()
     ray.shutdown()
+
+
+def serving(folder: Path, sessions: int) -> dict[str, Any]:
+    from ray import serve
+
+    from deployments.app import build
+
+    config = settings(folder)
+    serve.run(build(config))
+    results = {}
+    for scenario in SCENARIOS:
+        results[scenario.key] = asyncio.run(measure(scenario, config, folder, sessions))
+        show(scenario, results[scenario.key])
     shares = {key: round(result["busy_share"], 4) for key, result in results.items()}
-    found = {**shares, **context(results, args.sessions)}
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found))
+    return {**shares, **context(results, sessions)}
+
+
+def audit(folder: Path) -> dict[str, Any]:
+    from . import fan_out
+
+    shares = {replicas: round(share, 4) for replicas, share in fan_out.measure(folder).items()}
+    return {"fan_out": shares, "cells": fan_out.CELLS, "pause_s": fan_out.PAUSE_S, **machine(("ray",))}
 
 
 def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]:

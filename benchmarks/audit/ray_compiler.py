@@ -1,0 +1,86 @@
+"""torch.compile looked at in a process, and on a GPU, of its own: a Ray task."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from serve_app.audits import CompileVerdict
+from serve_app.ports import PaintRequest
+from serve_app.settings import Settings
+
+from .compiling import verdict
+from .waves import kept_gpus
+
+
+class RayCompiler:
+    """Called with a served variant's name and a request of the matrix."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def __call__(self, name: str, request: PaintRequest) -> CompileVerdict:
+        """Waits `audit.settle_s` at most for what a replica of the variant would take: the variant's own replicas may
+        hold the GPU until they are scaled down. What stands in the way is a verdict, too. Cancelling the call ends
+        the task."""
+        if self._settings.variant(name).num_gpus and await self._are_kept():
+            return _not_looked_at(name, "other variants keep every GPU (min_replicas)")
+        wait_s, needs = self._settings.audit.settle_s, self._needs(name)
+        async with _reserved(needs, wait_s) as group:
+            if group is None:
+                what = " and ".join(f"{amount:g} {resource}" for resource, amount in needs.items())
+                return _not_looked_at(name, f"{what} did not become free within {wait_s:g} s")
+            try:
+                found: CompileVerdict = await self._start(name, request, group)
+            except RayError as e:
+                why = str(e).strip().rpartition("\n")[2]
+                return CompileVerdict(variant=name, viable=False, verdict=f"its process ended: {why}")
+            return found
+
+    def _needs(self, name: str) -> dict[str, float]:
+        gpus = self._settings.variant(name).num_gpus
+        return {"CPU": self._settings.variants[name].num_cpus, **({"GPU": gpus} if gpus else {})}
+
+    async def _are_kept(self) -> bool:
+        there: float = (await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0)
+        return sum(kept_gpus(self._settings).values()) >= max(there, self._settings.audit.gpus or 0)
+
+    def _start(self, name: str, request: PaintRequest, group: PlacementGroup) -> Any:
+        needs = self._needs(name)
+        task = ray.remote(verdict).options(
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU", 0),
+            # A retry would take as long again, and most likely end the same way.
+            max_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        )
+        return task.remote(name, self._settings, request)
+
+
+def _not_looked_at(name: str, why: str) -> CompileVerdict:
+    return CompileVerdict(variant=name, viable=False, verdict=f"not looked at: {why}")
+
+
+@asynccontextmanager
+async def _reserved(needs: dict[str, float], wait_s: float) -> AsyncIterator[PlacementGroup | None]:
+    """The resources, for as long as the context lasts: what runs on them then is killed. None where they do not become
+    free in time."""
+    group = placement_group([needs])
+    try:
+        yield group if await _is_free(group, wait_s) else None
+    finally:
+        remove_placement_group(group)
+
+
+async def _is_free(group: PlacementGroup, wait_s: float) -> bool:
+    try:
+        async with asyncio.timeout(wait_s):
+            await group.ready()
+    except TimeoutError:
+        return False
+    return True
