@@ -1,0 +1,92 @@
+"""The audit's Ray job; see docs/audit.md.
+
+    ray job submit --working-dir . -- python -m benchmarks.audit --user U --session S
+
+Its output names paths in the blob store, and no signed link.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import ray
+from rich.console import Console
+
+from serve_app import adapters
+from serve_app.audit_store import AuditStore
+from serve_app.audits import PAGE, Audit, AuditStatus, folder
+from serve_app.errors import FluxFillError, JobsUnavailable
+from serve_app.settings import Settings
+from serve_app.telemetry import configure_logging
+from serve_app.worker import utc_now
+
+from . import app, arguments
+from .queued import queued
+from .ray_compiler import RayCompiler
+from .ray_replicas import RayReplicas
+from .run import Auditor
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0 only where every cell is painted and the report is written."""
+    given = arguments.parse(argv, os.environ)
+    configure_logging()
+    try:
+        _connect()
+        audit = asyncio.run(_audit(given))
+    except FluxFillError as e:
+        err.print(f"{e.code}: {e.message}", markup=False)
+        return 1
+    _tell(audit)
+    return 0 if audit.status == AuditStatus.SUCCEEDED else 1
+
+
+def _connect() -> None:
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except ConnectionError as e:
+        raise JobsUnavailable("there is no Ray here: start this as a job, with ray job submit") from e
+
+
+async def _audit(given: argparse.Namespace) -> Audit:
+    name = app.find(given.app)
+    settings = await app.settings(name)
+    blobs = adapters.blob_store(settings.blobs)
+    store = AuditStore(blobs, utc_now)
+    run_id, attempt = given.launched or await _new(given, store, settings)
+    auditor = Auditor(
+        store=store,
+        blobs=blobs,
+        links=adapters.blob_links(settings),
+        replicas=RayReplicas(name, settings),
+        prompts=app.prompts(name, settings, blobs),
+        settings=settings,
+        compiler=RayCompiler(settings),
+        clock=utc_now,
+    )
+    # After ray.init, which takes this signal to end the process at once.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, auditor.cancel)
+    return await auditor.run(run_id, attempt)
+
+
+async def _new(given: argparse.Namespace, store: AuditStore, settings: Settings) -> tuple[str, int]:
+    audit = await queued(given, store, settings, utc_now, out.print)
+    out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
+    return audit.id, audit.attempt
+
+
+def _tell(audit: Audit) -> None:
+    why = f": {audit.error.message}" if audit.error else ""
+    out.print(f"{audit.id}: {audit.status}{why}; {audit.result_count} of {len(audit.cells)} cells", markup=False)
+    if audit.status != AuditStatus.FAILED:
+        out.print(f"report: {folder(audit.id)}/{PAGE}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""The stored run that this job works on, where nobody launched the job with one."""
+
+import argparse
+import asyncio
+from collections.abc import Callable
+
+from serve_app.audit_store import AuditStore
+from serve_app.audits import Audit
+from serve_app.errors import UnknownVariant
+from serve_app.ports import Clock
+from serve_app.settings import Settings
+
+from . import arguments
+
+
+async def queued(
+    given: argparse.Namespace, store: AuditStore, settings: Settings, clock: Clock, say: Callable[[str], None]
+) -> Audit:
+    """A new run, or the one to resume. Raises as AuditStore's `create` and `resume`; AuditError for a wrong argument;
+    UnknownVariant."""
+    several = settings.audit.several
+    if given.resume is not None:
+        await _out_waited(given.resume, store, clock, say)
+        return await store.resume(given.resume, several=several)
+    wanted = arguments.request(given, settings.audit)
+    for name in wanted.matrix.variants:
+        if name not in settings.variants:
+            raise UnknownVariant(f"variant {name!r} is not served; there are {', '.join(settings.variants)}")
+    return await store.create(wanted, given.run_id, several=several)
+
+
+async def _out_waited(run_id: str, store: AuditStore, clock: Clock, say: Callable[[str], None]) -> None:
+    """A job that was killed told nobody. One that lives moves the moment on, and the resume is refused."""
+    audit = await store.get(run_id)
+    if audit.is_alive(clock()):
+        left_s = (audit.alive_until - clock()).total_seconds()
+        say(f"{run_id} is {audit.status}: waiting {left_s:.0f} s for a sign of life of its last job")
+        await asyncio.sleep(left_s)

@@ -1,0 +1,191 @@
+"""The audit job's arguments and the stored run it works on, without Ray."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+import pytest
+
+from benchmarks.audit.arguments import APP, ATTEMPT, RUN, parse, request
+from benchmarks.audit.queued import queued
+from serve_app.adapters.memory import MemoryBlobStore
+from serve_app.audit_store import ALIVE_S, LAUNCH_S, AuditStore
+from serve_app.audits import AuditRequest, AuditStatus
+from serve_app.errors import AuditError, AuditExists, AuditRunning, UnknownAudit, UnknownVariant
+from serve_app.settings import AuditSettings, Settings
+from serve_app.worker import utc_now
+
+WHOSE = ("--user", "u", "--session", "s")
+SETTINGS = Settings(
+    variants={"telea": {}, "sleeper": {"definition": {"family": "pause"}}},
+    audit={
+        "matrix": {"variants": ("telea", "sleeper"), "guidance_scales": (3,)},
+        "link_hours": 5,
+        "price_per_hour": 2,
+        "gpus": 4,
+        "budget": {"min_ssim": 0.5},
+    },
+)
+
+
+def asked(*argv: str, defaults: AuditSettings = SETTINGS.audit) -> AuditRequest:
+    return request(parse([*WHOSE, *argv], {}), defaults)
+
+
+def clock_at(shift_s: float) -> Callable[[], datetime]:
+    return lambda: utc_now() + timedelta(seconds=shift_s)
+
+
+@pytest.fixture
+def blobs() -> MemoryBlobStore:
+    return MemoryBlobStore(f"memory:{utc_now().isoformat()}")
+
+
+# -- arguments
+
+
+def test_what_is_not_said_is_as_the_settings_say() -> None:
+    audit = SETTINGS.audit
+    assert asked() == AuditRequest(
+        user_id="u",
+        session_id="s",
+        matrix=audit.matrix,
+        link_hours=5,
+        price_per_hour=2,
+        gpus=4,
+        budget=audit.budget,
+    )
+
+
+def test_every_axis_and_option_can_be_said() -> None:
+    said = asked(
+        *("--variants", "Q4_0, Q8_0", "--guidance", "2,4.5", "--steps", "20,28", "--seeds", "0,7"),
+        *("--prompt", "grass, dry", "--prompt", "", "--crop", "auto,original", "--reference", "Q4_0", "--runs", "3"),
+        *("--compile", "Q4_0", "--link-hours", "1.5", "--price-per-hour", "0.7", "--gpus", "0"),
+    )
+    matrix = said.matrix
+    assert (matrix.variants, matrix.guidance_scales) == (("Q4_0", "Q8_0"), (2.0, 4.5))
+    assert (matrix.steps, matrix.seeds, matrix.crops) == ((20, 28), (0, 7), ("auto", "original"))
+    assert matrix.prompts == ("grass, dry", "")
+    assert (said.reference, said.runs, said.compile_variants) == ("Q4_0", 3, ("Q4_0",))
+    assert (said.link_hours, said.price_per_hour, said.gpus) == (1.5, 0.7, 0)
+
+
+def test_every_field_of_a_request_can_be_said_or_is_a_setting() -> None:
+    """A field that is added to the contract is not forgotten here."""
+    options = set(vars(parse(list(WHOSE), {})))
+    assert set(AuditRequest.model_fields) - {"matrix"} <= options | set(AuditSettings.model_fields)
+    assert set(type(SETTINGS.audit.matrix).model_fields) <= options
+
+
+def test_no_variant_is_compiled_where_none_is_said() -> None:
+    assert (asked("--compile", "none").compile_variants, asked().compile_variants) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("--guidance", "101"), "guidance_scales"),
+        (("--guidance", "2,2"), "guidance_scales: a value is given twice"),
+        (("--crop", "square"), "crops"),
+        (("--runs", "1"), "runs"),
+        (("--link-hours", "200"), "link_hours"),
+        (("--reference", "Q8_0"), "Q8_0 is not among"),
+        (("--variants", "a/b"), "variants"),
+        (("--variants", ""), "variants"),
+    ],
+)
+def test_a_wrong_value_is_named(argv: tuple[str, ...], named: str) -> None:
+    with pytest.raises(AuditError, match=named):
+        asked(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ((), "name --user and --session, or --resume RUN"),
+        (("--user", "u"), "name --user and --session"),
+        (("--resume", "r", "--guidance", "2"), "--resume takes what the run was asked for"),
+        ((*WHOSE, "--run-id", "../r"), "'../r' is not 1 to 64 letters"),
+        (("--resume", "r\n"), "is not 1 to 64 letters"),
+        ((*WHOSE, "--guidance", "much"), "invalid"),
+        ((*WHOSE, "--speed", "1"), "--speed"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_says_so(
+    argv: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(list(argv), {})
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_launched_job_takes_its_run_from_the_environment() -> None:
+    given = parse([], {RUN: "-r", ATTEMPT: "3", APP: "fluxfill"})
+    assert (given.launched, given.app) == (("-r", 3), "fluxfill")
+
+
+def test_a_command_line_counts_for_more_than_the_environment() -> None:
+    assert parse([*WHOSE], {RUN: "r", ATTEMPT: "1"}).launched is None
+
+
+# -- the run
+
+
+async def of(store: AuditStore, *argv: str, say: Callable[[str], None] = print) -> str:
+    audit = await queued(parse(list(argv), {}), store, SETTINGS, utc_now, say)
+    return f"{audit.id} {audit.attempt} {audit.status}"
+
+
+async def test_a_new_run_is_stored(blobs: MemoryBlobStore) -> None:
+    store = AuditStore(blobs, utc_now)
+    assert await of(store, *WHOSE, "--run-id", "mine", "--guidance", "2,4") == "mine 1 queued"
+    assert set((await store.get("mine")).cells) == {"telea_gs2", "telea_gs4", "sleeper_gs2", "sleeper_gs4"}
+    with pytest.raises(AuditExists):
+        await of(store, *WHOSE, "--run-id", "mine")
+
+
+async def test_a_variant_that_is_not_served_stores_nothing(blobs: MemoryBlobStore) -> None:
+    store = AuditStore(blobs, utc_now)
+    with pytest.raises(UnknownVariant, match="'Q8_0' is not served; there are telea, sleeper"):
+        await of(store, *WHOSE, "--variants", "telea,Q8_0")
+    assert await store.list() == []
+
+
+async def test_a_run_that_does_not_exist_cannot_be_resumed(blobs: MemoryBlobStore) -> None:
+    with pytest.raises(UnknownAudit):
+        await of(AuditStore(blobs, utc_now), "--resume", "nobody")
+
+
+async def test_a_run_that_is_over_is_resumed_at_once(blobs: MemoryBlobStore) -> None:
+    store, said = AuditStore(blobs, utc_now), list[str]()
+    await of(store, *WHOSE, "--run-id", "r")
+    await store.begin("r", 1)
+    await store.finish("r", 1, AuditStatus.INCOMPLETE)
+    assert await of(store, "--resume", "r", say=said.append) == "r 2 queued"
+    assert said == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_the_resume_of_a_dead_job_waits_until_it_counts_as_dead(blobs: MemoryBlobStore, begun: bool) -> None:
+    # Its job was killed when it had half a second to its next sign of life.
+    then = AuditStore(blobs, clock_at(0.5 - (ALIVE_S if begun else LAUNCH_S)))
+    await of(then, *WHOSE, "--run-id", "r")
+    if begun:
+        await then.begin("r", 1)
+    said = list[str]()
+    assert await of(AuditStore(blobs, utc_now), "--resume", "r", say=said.append) == "r 2 queued"
+    assert [line.split(":")[0] for line in said] == [f"r is {'running' if begun else 'queued'}"]
+
+
+async def test_a_job_that_lives_is_not_taken_over(blobs: MemoryBlobStore) -> None:
+    then, now = AuditStore(blobs, clock_at(0.2 - LAUNCH_S)), AuditStore(blobs, utc_now)
+    await of(then, *WHOSE, "--run-id", "r")
+
+    said = asyncio.Queue[str]()
+    waiting = asyncio.create_task(of(now, "--resume", "r", say=said.put_nowait))
+    assert "waiting" in await said.get()
+    await now.begin("r", 1)
+    with pytest.raises(AuditRunning, match="r is running"):
+        await waiting
