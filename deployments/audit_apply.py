@@ -1,0 +1,161 @@
+"""What an audit recommends, written into a Serve config file: the file stays what the app is deployed from."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import unified_diff
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from serve_app.api import Readiness
+from serve_app.audits import AuditStatus, RunId
+from serve_app.errors import AuditError, SettingsError
+from serve_app.messages import GuidanceScale, Steps, VariantName
+from serve_app.settings import Inference
+
+from .config import Config, check, load, position
+from .yaml_text import Keys, put
+
+
+class _Choice(BaseModel):
+    variant: VariantName
+    guidance_scale: GuidanceScale
+    steps: Steps
+
+
+class _Results(BaseModel):
+    """What is read of results.json."""
+
+    run_id: RunId
+    status: AuditStatus
+    recommended: _Choice | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    config: Path
+    #: What edits use where their messages say nothing, by the file.
+    before: Inference
+    after: Inference
+    #: Of the file's text, unified; empty where it says all of it already and was left alone.
+    diff: str
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(self.diff)
+
+    @property
+    def next_step(self) -> str:
+        """For a person: how what the file says reaches the app."""
+        if not self.is_changed:
+            return f"{self.config} says this already: nothing was changed."
+        return (
+            f"Deploy it with: serve deploy {self.config}\n"
+            "Only user_config differs: it takes effect on the next claimed job, and nothing restarts. (Where the app "
+            "runs in the foreground by `serve run`, the same command reaches it.)\n"
+            "With KubeRay, make the same change under spec.serveConfigV2 of the RayService and kubectl apply it: the "
+            "cluster stays, too."
+        )
+
+
+def apply(results: Mapping[str, Any], config: Path) -> Applied:
+    """Write the recommended variant, guidance scale and steps into the `user_config` of the file's Ingress; all else in
+    the file keeps its every character. `results` is a run's results.json. Doing it again changes nothing.
+
+    The file is replaced whole, and only by one that `config.check` finds sound.
+
+    Raises AuditError for a run that is not over, failed, or recommends nothing; SettingsError for a file that is not
+    sound, cannot be written, or does not serve the variant.
+    """
+    choice = _choice(results)
+    before = load(config)
+    if choice.variant not in before.settings.variants:
+        served = ", ".join(before.settings.variants)
+        raise SettingsError(f"{config}: the recommended variant {choice.variant} is not served; there are {served}")
+    old = config.read_bytes().decode()
+    new = _written(old, choice, config)
+    if new != old:
+        _replace(config, new)
+    name, lines = str(config), [text.splitlines(keepends=True) for text in (old, new)]
+    diff = "".join(unified_diff(lines[0], lines[1], name, name))
+    after = before.inference.model_copy(update=choice.model_dump())
+    return Applied(config=config, before=before.inference, after=after, diff=diff)
+
+
+def drift(config: Config, running: Mapping[str, Any]) -> list[str]:
+    """What the running app has otherwise than the file, a sentence each, by the body of its `GET /ready`. That names
+    the default variant and those that are served; of steps and guidance scale it knows nothing."""
+    app, default, named = Readiness.model_validate(running), config.inference.variant, config.settings.variants
+    found = [f"{name} is in the file, and not served" for name in named if name not in app.variants]
+    found += [f"{name} is served, and not in the file" for name in app.variants if name not in named]
+    if app.default_variant != default:
+        found.append(f"the default variant is {default} in the file, and {app.default_variant} in the app")
+    if app.defaults_error:
+        found.append(f"the app refused its last defaults: {app.defaults_error}")
+    return found
+
+
+def _choice(results: Mapping[str, Any]) -> _Choice:
+    try:
+        run = _Results.model_validate(results)
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(map(str, error["loc"])) or "the whole"
+        raise AuditError(f"this is not an audit's results.json: {where}: {error['msg']}") from e
+    if run.status not in (AuditStatus.SUCCEEDED, AuditStatus.INCOMPLETE):
+        raise AuditError(f"run {run.run_id} is {run.status}: there is nothing to apply", run_id=run.run_id)
+    if run.recommended is None:
+        raise AuditError(f"run {run.run_id} recommends nothing", run_id=run.run_id)
+    return run.recommended
+
+
+def _written(text: str, choice: _Choice, config: Path) -> str:
+    wanted = choice.model_dump()
+    try:
+        for keys, value in _changes(yaml.safe_load(text), wanted):
+            text = put(text, keys, value)
+    except ValueError as e:
+        raise SettingsError(f"{config}: {e}; set user_config of Ingress to {wanted} by hand") from e
+    return text
+
+
+def _changes(raw: dict[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[Keys, Any]]:
+    """All of `wanted` is written out, also what is the default: without a `user_config` the default variant is another
+    than where one leaves it out."""
+    app = position(raw)
+    at: Keys = ("applications", app, "deployments")
+    deployments = raw["applications"][app].get("deployments") or []
+    number = next((i for i, one in enumerate(deployments) if one["name"] == "Ingress"), len(deployments))
+    if number == len(deployments):
+        yield (*at, number), {"name": "Ingress", "user_config": wanted}
+    elif (current := deployments[number].get("user_config")) is None:
+        yield (*at, number, "user_config"), wanted
+    else:
+        yield from (
+            ((*at, number, "user_config", key), value) for key, value in wanted.items() if current.get(key) != value
+        )
+
+
+def _replace(config: Path, text: str) -> None:
+    """Whole or not at all. A link stays one."""
+    target = config.resolve()
+    try:
+        with NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            part = Path(file.name)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            shutil.copymode(target, part)
+            if problems := check(part):
+                raise SettingsError(f"{config} would be wrong then, and stays: {'; '.join(map(str, problems))}")
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as e:
+        raise SettingsError(f"{config} cannot be written: {e.strerror}") from e
