@@ -98,6 +98,7 @@ def test_progress_counts_over_all_windows() -> None:
     assert painted.busy_s > 0
     assert painted.gpu_ms is None
     assert painted.where["compute_capability"] == "N/A"
+    assert painted.windows == [LEFT, RIGHT]
 
 
 class Numbering(Recorder):
@@ -118,11 +119,13 @@ def test_every_window_that_is_painted_is_seen_in_the_picture(seed: int) -> None:
     canvas, canvas_mask = cut(np.zeros((*mask.shape, 3), np.uint8), mask, planned, WindowSettings().feather_px)
     engine, told = Numbering(), list[Progress]()
     given = request(canvas=canvas, mask=canvas_mask, windows=planned.windows, seed=5)
-    painted = paint_canvas(engine, given, told.append).canvas
+    result = paint_canvas(engine, given, told.append)
+    painted = result.canvas
 
     numbers = range(1, len(engine.seen) + 1)
     # Of these spots' four windows, one shows only what lies deeper in others.
-    assert (len(planned.windows), len(numbers)) == (4, 3)
+    assert (len(planned.windows), len(result.windows), len(numbers)) == (4, 3, 3)
+    assert [canvas[box.slices].shape for box in result.windows] == [pixels.shape for pixels, _, _ in engine.seen]
     assert set(numbers) <= set(np.unique(painted).tolist())
     assert (painted[canvas_mask > 0] > 0).all() and not painted[canvas_mask == 0].any()
     assert [seed for _, _, seed in engine.seen] == [5, 6, 7]

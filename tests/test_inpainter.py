@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from deployments.inpainter import Inpainter, open_engine
 from serve_app.engine import Engine, Window, compile_folder, families
 from serve_app.engine.pause import Pause
 from serve_app.engine.together import Together
-from serve_app.errors import GpuLost, OutOfMemory, PaintError, VariantLoadFailed, VariantNotReady
+from serve_app.errors import (
+    GpuLost,
+    OutOfMemory,
+    PaintError,
+    ReplicaTaken,
+    VariantLoadFailed,
+    VariantNotReady,
+)
 from serve_app.jobs import Progress
-from serve_app.ports import Painted, PaintRequest
+from serve_app.ports import Measured, Painted, PaintRequest
 from serve_app.settings import Levers, Settings
 from serve_app.windows import Box
 
@@ -49,8 +57,14 @@ class Replica(Inpainter):
     def __del__(self) -> None:
         self._loading._again.cancel()
 
+    def _here(self) -> dict[str, Any]:
+        return {"replica": "r", "node": "n", "pid": 1}
+
     async def events(self, request: PaintRequest) -> list[Progress | Painted]:
         return [event async for event in self.paint(request)]
+
+    async def cell(self, request: PaintRequest, trials: int = 2, places: int = 1) -> list[Progress | Measured]:
+        return [event async for event in self.measure(request, trials, places)]
 
 
 class Scripted(Pause):
@@ -234,6 +248,99 @@ async def _second(replica: Inpainter) -> Any:
         yield await anext(events)
 
 
+# -- audit cells
+
+
+async def test_a_cell_streams_progress_over_its_paintings_and_then_what_they_took() -> None:
+    replica = Replica(settings())
+    events = await replica.cell(request(), trials=3)
+    measured = events[-1]
+    assert isinstance(measured, Measured) and len(measured.trials) == 3 and measured.repeats
+    assert measured.canvas.mean() == 127 and measured.windows == request().windows
+    assert {name: measured.where[name] for name in ("replica", "node", "pid")} == {
+        "replica": "r",
+        "node": "n",
+        "pid": 1,
+    }
+    assert measured.where["compute_capability"] == "N/A"
+    assert [event for event in events if isinstance(event, Progress)][-1] == Progress(step=12, steps=12)
+
+
+async def test_a_cell_leaves_no_figures_among_the_jobs_of_users() -> None:
+    replica = Replica(settings(), Scripted(fail_with()))
+    assert isinstance((await replica.cell(request()))[-1], Measured)
+    assert {name for name, *_ in replica.counters.values} == {"fluxfill_load_seconds"}
+    assert replica._seat.usage.as_dict() == {"jobs": 0, "busy_s": 0.0, "wall_s": 0.0}
+
+
+@pytest.mark.parametrize("places", [1, 2])
+async def test_a_replica_takes_so_many_cells_and_refuses_the_next_at_once(places: int) -> None:
+    engine = Stubborn()
+    replica = Replica(settings(), engine)
+    cells = [asyncio.create_task(replica.cell(request(), places=places)) for _ in range(places)]
+    await until(lambda: engine.entered.is_set() and replica._seat.audits == places)
+    with pytest.raises(ReplicaTaken):
+        await anext(replica.measure(request(), 2, places))
+    job = asyncio.create_task(replica.events(request()))
+    engine.let_go.set()
+    assert isinstance((await job)[-1], Painted)
+    assert all(isinstance(events[-1], Measured) for events in await asyncio.gather(*cells))
+    # What has ended has left when its figures are there.
+    assert isinstance((await replica.cell(request()))[-1], Measured)
+
+
+async def test_a_variant_that_did_not_load_measures_nothing() -> None:
+    replica = Replica(settings(family="flux-fill", file="nowhere.gguf", base="tiny:base"))
+    with pytest.raises(VariantLoadFailed, match=r"nowhere\.gguf"):
+        await replica.cell(request())
+
+
+async def test_a_cell_that_is_closed_stops_within_a_step() -> None:
+    replica = Replica(settings(pause_s=60))
+    async with aclosing(_measure(replica, trials=20)) as events, asyncio.timeout(60):
+        await anext(events)
+    assert replica._seat.audits == 0 and replica._seat.taken_since is None
+    assert not replica._seat.threads._work_queue.qsize()
+
+
+def _measure(replica: Replica, trials: int) -> AsyncGenerator[Progress | Measured, None]:
+    """Of so many steps that each is short."""
+    return replica.measure(replace(request(), steps=100), trials, 1)
+
+
+async def test_a_cell_may_paint_for_as_long_as_each_of_its_paintings_may() -> None:
+    """Two paintings, each within the limit, take longer than it; a third exceeds it by itself."""
+    hung, seen = threading.Event(), list[float]()
+    engine = Scripted(lambda: seen.append(replica._seat.taken_since or 0.0) or len(seen) < 3 or hung.wait(30))
+    replica = Replica(settings({"stuck_s": 1e-6, "inference_timeout_s": 0.2}), engine)
+    cell = asyncio.create_task(replica.cell(request(), trials=3))
+    await until(lambda: len(seen) == 3)
+    assert seen[0] < seen[1] < seen[2]
+    await until(lambda: _is_unhealthy(replica))
+    hung.set()
+    assert isinstance((await cell)[-1], Measured)
+    replica.check_health()
+
+
+def _is_unhealthy(replica: Replica) -> bool:
+    try:
+        replica.check_health()
+    except RuntimeError as e:
+        return "began to paint more than" in str(e)
+    return False
+
+
+async def test_a_cell_that_meets_a_lost_gpu_has_the_replica_replaced() -> None:
+    replica = Replica(settings(), Scripted(fail_with(None, GpuLost("an illegal memory access"))))
+    with pytest.raises(GpuLost, match="illegal memory access"):
+        await replica.cell(request())
+    with pytest.raises(VariantNotReady, match="illegal memory access"):
+        await replica.cell(request())
+    with pytest.raises(GpuLost):
+        replica.check_health()
+    assert replica.counters.total("fluxfill_gpu_lost_total", "v") == 1
+
+
 # -- GPUs that fail
 
 
@@ -289,6 +396,14 @@ async def test_a_painting_leaves_its_figures() -> None:
     painted = (await replica.events(request()))[-1]
     assert isinstance(painted, Painted)
     assert replica.counters.total("fluxfill_gpu_memory_bytes", "v") == 11_000_000_000
+    assert replica.counters.total("fluxfill_steps_per_second", "v") == 4 / painted.busy_s
+
+
+async def test_steps_per_second_count_what_was_painted() -> None:
+    replica = Replica(settings(), Scripted(fail_with()))
+    inside = Box(x0=8, y0=8, x1=16, y1=16)
+    painted = (await replica.events(replace(request(), windows=[*request().windows, inside])))[-1]
+    assert isinstance(painted, Painted) and painted.windows == request().windows
     assert replica.counters.total("fluxfill_steps_per_second", "v") == 4 / painted.busy_s
 
 

@@ -149,12 +149,12 @@ async def at_seat(
         thread = partial(copy_context().run, _in_thread, engine, sitting, work)
     future = asyncio.get_running_loop().run_in_executor(seat.threads, thread)
     future.add_done_callback(lambda _: seat.leave(sitting))
-    future.add_done_callback(lambda _: sitting.wake())
+    future.add_done_callback(lambda _: sitting.end())
     try:
-        ended = False
-        while not ended:
+        is_over = False
+        while not is_over:
             await sitting.changed()
-            ended = future.done()
+            is_over = sitting.is_over
             if (progress := sitting.take()) is not None:
                 yield progress
         yield future.result()
@@ -176,9 +176,9 @@ async def _ended(work: asyncio.Future[T], sitting: Sitting) -> None:
     canceled = False
     if not work.done():
         sitting.stop()
-    while not work.done():
+    while not sitting.is_over:
         try:
-            await asyncio.wait({work})
+            await sitting.changed()
         except asyncio.CancelledError:
             canceled = True
     # Asked for here, so that asyncio does not report it as never looked at.

@@ -71,6 +71,8 @@ class Sitting:
         self.begun_at: float | None = None
         #: Since when it is to stop; None where it is not.
         self.stopping_since: float | None = None
+        #: Whether the thread has ended and the place is somebody else's.
+        self.is_over = False
 
     def begin(self) -> None:
         """For the thread: its turn has come, if it had not before."""
@@ -97,6 +99,10 @@ class Sitting:
     def stop(self) -> None:
         if self.stopping_since is None:
             self.stopping_since = time.monotonic()
+
+    def end(self) -> None:
+        self.is_over = True
+        self.wake()
 
     def wake(self) -> None:
         self._news.set()

@@ -1,0 +1,165 @@
+"""Who is given the next place at an engine: jobs in their order, audit cells behind them, and nobody who has left."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.engine.seat import Seat
+from serve_app.errors import ReplicaTaken
+
+# A place that is lost is waited for in vain.
+pytestmark = pytest.mark.timeout(30)
+
+
+class Crowd:
+    """Tasks that take places at one seat and note the order in which they are given them."""
+
+    def __init__(self, places: int = 1) -> None:
+        self.seat = Seat(places)
+        self.given: list[str] = []
+        self.leave = asyncio.Event()
+        self.painting = self.audits_painting = 0
+
+    async def start(self, name: str, *, audits: int | None = None) -> "asyncio.Task[None]":
+        """`audits`: a cell, where fewer than so many are in hand."""
+        task = asyncio.create_task(self.use(name, audits))
+        await asyncio.sleep(0)
+        return task
+
+    async def use(self, name: str, audits: int | None = None) -> None:
+        async with self._seated(audits):
+            self.given.append(name)
+            await self.leave.wait()
+
+    @asynccontextmanager
+    async def _seated(self, audits: int | None) -> AsyncIterator[None]:
+        sitting = await (self.seat.take() if audits is None else self.seat.take_behind(audits))
+        try:
+            yield
+        finally:
+            self.seat.leave(sitting)
+
+    async def all_places_are_free(self) -> bool:
+        async with asyncio.timeout(10), self.seat.emptied():
+            return self.seat.audits == 0
+
+
+async def test_jobs_go_before_audit_cells_and_each_in_their_order() -> None:
+    crowd = Crowd()
+    tasks = [await crowd.start("first")]
+    tasks += [await crowd.start(name, audits=2) for name in ("cell 1", "cell 2")]
+    tasks += [await crowd.start(name) for name in ("second", "third")]
+    crowd.leave.set()
+    await asyncio.gather(*tasks)
+    assert crowd.given == ["first", "second", "third", "cell 1", "cell 2"]
+    assert await crowd.all_places_are_free()
+
+
+async def test_a_job_that_comes_while_a_cell_is_painted_is_next_whatever_cells_wait() -> None:
+    crowd = Crowd()
+    tasks = [await crowd.start(name, audits=2) for name in ("cell 1", "cell 2")]
+    tasks.append(await crowd.start("job"))
+    crowd.leave.set()
+    await asyncio.gather(*tasks)
+    assert crowd.given == ["cell 1", "job", "cell 2"]
+
+
+async def test_one_cell_is_painted_at_a_time_however_many_places_are_free() -> None:
+    crowd = Crowd(places=3)
+    tasks = [await crowd.start(name, audits=2) for name in ("cell 1", "cell 2")]
+    tasks += [await crowd.start(name) for name in ("a", "b")]
+    assert crowd.given == ["cell 1", "a", "b"]
+    crowd.leave.set()
+    await asyncio.gather(*tasks)
+    assert crowd.given[-1] == "cell 2" and await crowd.all_places_are_free()
+
+
+@pytest.mark.parametrize("most", [1, 2])
+async def test_no_more_audit_cells_are_in_hand_than_may_be(most: int) -> None:
+    crowd = Crowd()
+    tasks = [await crowd.start(str(number), audits=most) for number in range(most)]
+    assert crowd.seat.audits == most
+    with pytest.raises(ReplicaTaken, match=f"^{most} audit cells are in hand here already$"):
+        await crowd.use("too many", most)
+    tasks.pop().cancel()
+    await asyncio.sleep(0)
+    tasks.append(await crowd.start("instead", audits=most))
+    crowd.leave.set()
+    await asyncio.gather(*tasks)
+    assert "instead" in crowd.given and await crowd.all_places_are_free()
+
+
+async def test_a_place_is_not_lost_with_whom_it_was_just_given_to() -> None:
+    crowd = Crowd()
+    first, gone, last = await crowd.start("first"), await crowd.start("gone"), await crowd.start("last")
+    first.cancel()
+    await asyncio.sleep(0)
+    # It has been given the place by now, and has not run since.
+    gone.cancel()
+    crowd.leave.set()
+    await last
+    assert crowd.given == ["first", "last"] and await crowd.all_places_are_free()
+
+
+async def test_nobody_is_given_a_place_while_the_seat_is_emptied() -> None:
+    crowd = Crowd(places=2)
+    tasks = [await crowd.start("a"), await crowd.start("cell", audits=1)]
+    emptied = asyncio.create_task(crowd.all_places_are_free())
+    await asyncio.sleep(0)
+    tasks.append(await crowd.start("b"))
+    assert not emptied.done() and crowd.given == ["a", "cell"]
+    crowd.leave.set()
+    assert await emptied
+    await asyncio.gather(*tasks)
+    assert crowd.given == ["a", "cell", "b"]
+
+
+async def test_who_gives_up_emptying_leaves_all_places() -> None:
+    crowd = Crowd(places=2)
+    job = await crowd.start("job")
+    emptied = asyncio.create_task(crowd.all_places_are_free())
+    await asyncio.sleep(0)
+    emptied.cancel()
+    crowd.leave.set()
+    await job
+    assert await crowd.all_places_are_free()
+
+
+class Restless(Crowd):
+    """Jobs and cells that stay for some turns of the event loop. Those that hold places are watched."""
+
+    async def visit(self, audits: int | None, turns: int) -> None:
+        sitting = await (self.seat.take() if audits is None else self.seat.take_behind(audits))
+        self.painting, self.audits_painting = self.painting + 1, self.audits_painting + sitting.is_audit
+        assert self.painting <= self.seat._count and self.audits_painting <= 1 and self.seat.audits <= 2
+        try:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        finally:
+            self.painting, self.audits_painting = self.painting - 1, self.audits_painting - sitting.is_audit
+            self.seat.leave(sitting)
+
+
+@settings(max_examples=150, deadline=None)
+@given(places=st.integers(1, 3), seed=st.integers(0, 2**32))
+def test_no_place_is_lost_whoever_is_canceled_whenever(places: int, seed: int) -> None:
+    async def run() -> None:
+        chance, crowd, tasks = random.Random(seed), Restless(places), list[asyncio.Task[None]]()
+        for _ in range(60):
+            cell = chance.choice([None, 1, 2])
+            tasks.append(asyncio.create_task(crowd.visit(cell, chance.randrange(4))))
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+            if chance.random() < 0.5:
+                chance.choice(tasks).cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, (asyncio.CancelledError, ReplicaTaken))
+        assert (crowd.painting, crowd.audits_painting) == (0, 0)
+        assert await crowd.all_places_are_free()
+
+    asyncio.run(run())

@@ -1,0 +1,295 @@
+"""What an audit's cell is measured to take: on engines that work by a clock of the test's own, and on the real one."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.engine import Window
+from serve_app.engine.canvas import paint_canvas, painting
+from serve_app.engine.classical import Telea
+from serve_app.engine.pause import Pause
+from serve_app.engine.seat import Seat
+from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.together import Together
+from serve_app.engine.trials import STAGES, measure, measuring, split
+from serve_app.errors import OutOfMemory
+from serve_app.images import Pixels
+from serve_app.jobs import Progress
+from serve_app.ports import Measured
+from serve_app.settings import Levers, VariantSettings
+from serve_app.variants import Variant
+from serve_app.windows import Box
+
+from .backends import until
+from .engine_fixtures import SIDE, flux_fill, request
+
+LEFT, RIGHT = Box(x0=0, y0=0, x1=80, y1=SIDE), Box(x0=48, y0=0, x1=SIDE, y1=SIDE)
+CORNER = Box(x0=0, y0=0, x1=16, y1=16)
+
+
+def stages(*seconds: float) -> dict[str, float]:
+    return dict(zip(STAGES, seconds, strict=True))
+
+
+# -- a window's stages
+
+
+def test_what_comes_before_a_first_step_as_long_as_the_others_is_preparing() -> None:
+    assert split(100.0, [107.0, 109.0, 111.0, 113.0], 116.0) == stages(5.0, 8.0, 3.0)
+    # The median: one step that was held up tells nothing of the first.
+    assert split(100.0, [107.0, 109.0, 119.0, 121.0], 121.0) == stages(5.0, 16.0, 0.0)
+
+
+def test_a_first_step_shorter_than_the_others_leaves_nothing_to_preparing() -> None:
+    assert split(100.0, [101.0, 104.0, 107.0], 108.0) == stages(0.0, 7.0, 1.0)
+
+
+def test_one_step_cannot_be_told_from_preparing_and_none_from_anything() -> None:
+    assert split(100.0, [107.0], 109.0) == stages(0.0, 7.0, 2.0)
+    assert split(100.0, [], 109.0) == stages(0.0, 9.0, 0.0)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=12).map(sorted))
+def test_stages_are_never_negative_and_add_up(moments: list[int]) -> None:
+    began_s, *steps_s, ended_s = moments
+    found = split(began_s, steps_s, ended_s)
+    assert min(found.values()) >= 0
+    assert sum(found.values()) == pytest.approx(ended_s - began_s)
+
+
+# -- trials by the clock
+
+
+class Clockwork(Pause):
+    """Takes 3 s to prepare a window, 2 s for a step, 1 s to decode, and 50 s more the first time; its device is at work
+    for the steps. Says that it is a GPU of which every window takes more memory than the last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(Variant(family="pause", pause_s=0), None, VariantSettings())
+        self.now_s, self.ms, self.painted, self.peak_bytes = 1000.0, 0.0, 0, 7_000
+        self.script: Callable[[int], None] = lambda step: None
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now_s)
+
+    def device_ms(self) -> float:  # type: ignore[override]  # Pause has none.
+        return self.ms
+
+    def peak_memory(self) -> tuple[int, int]:  # type: ignore[override]  # Pause has none.
+        peak, self.peak_bytes = self.peak_bytes, 0
+        return peak, 2 * peak
+
+    def paint(self, window: Window) -> Pixels:
+        self.painted += 1
+        self.now_s += 3 if self.painted > 1 else 53
+        for step in range(1, window.steps + 1):
+            self.now_s += 2
+            self.ms += 2000
+            self.script(step)
+            window.on_step(step)
+        self.now_s += 1
+        self.peak_bytes = 100 * self.painted
+        return np.full_like(window.pixels, 9)
+
+
+def test_each_trial_has_its_own_times_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, begun = list[Progress](), list[int]()
+    engine = Clockwork(monkeypatch)
+    measured = measure(
+        engine,
+        request(windows=[LEFT, RIGHT, CORNER], steps=4),
+        3,
+        told.append,
+        on_trial=lambda: begun.append(engine.painted),
+    )
+    assert [one.wall_s for one in measured.trials] == [74.0, 24.0, 24.0]
+    assert [one.gpu_ms for one in measured.trials] == [16_000.0] * 3
+    assert [one.stages for one in measured.trials] == [stages(56, 16, 2), stages(6, 16, 2), stages(6, 16, 2)]
+    assert [(one.peak_bytes, one.reserved_bytes) for one in measured.trials] == [(200, 400), (400, 800), (600, 1200)]
+    assert [progress.step for progress in told] == [*range(9), *range(8, 17), *range(16, 25)]
+    assert {progress.steps for progress in told} == {24}
+    assert begun == [0, 2, 4]
+    # Nothing of the corner is to be painted.
+    assert measured.windows == [LEFT, RIGHT]
+    assert measured.repeats and measured.where["compute_capability"] == "N/A"
+
+
+def test_one_trial_is_a_measurement_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measure(Clockwork(monkeypatch), request(steps=4), 1, lambda progress: None)
+    assert [one.wall_s for one in measured.trials] == [62.0] and measured.repeats
+
+
+def test_a_window_begun_again_for_want_of_memory_counts_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, counted = Clockwork(monkeypatch), list[str]()
+
+    def fail_once(step: int) -> None:
+        if engine.painted == 2 and step == 2:
+            raise OutOfMemory("no memory left")
+
+    engine.script = fail_once
+    measured = measure(engine, request(steps=4), 2, lambda p: None, lambda: counted.append("once"))
+    assert counted == ["once"]
+    assert measured.trials[1].wall_s == 3 + 2 * 2 + 12
+    assert measured.trials[1].stages == stages(3, 8, 1)
+
+
+def test_pictures_that_differ_do_not_repeat() -> None:
+    class Drifting(Pause):
+        painted = 0
+
+        def paint(self, window: Window) -> Pixels:
+            self.painted += 1
+            return np.full_like(window.pixels, min(self.painted, 2))
+
+    engine = Drifting(Variant(family="pause"), None, VariantSettings())
+    measured = measure(engine, request(), 3, lambda progress: None)
+    assert not measured.repeats
+    # The last one's, which is like the one before it.
+    assert np.array_equal(measured.canvas, paint_canvas(engine, request(), lambda progress: None).canvas)
+
+
+def test_without_a_gpu_and_without_steps_nothing_is_invented() -> None:
+    engine = Telea(Variant(family="telea"), None, VariantSettings())
+    told: list[Progress] = []
+    measured = measure(engine, request(windows=[LEFT, RIGHT], steps=5), 2, told.append)
+    for one in measured.trials:
+        assert one.gpu_ms is one.peak_bytes is one.reserved_bytes is None
+        assert one.stages["prepare_s"] == 0 and 0 < one.stages["denoise_s"] <= one.wall_s
+    assert told[-1] == Progress(step=20, steps=20) and measured.repeats
+
+
+def test_the_real_pipeline_is_measured_and_repeats(tiny: TinyWeights, embeddings: bytes) -> None:
+    engine = flux_fill(tiny)
+    engine.load()
+    given = request(embeddings=embeddings, steps=3)
+    measured = measure(engine, given, 2, lambda progress: None)
+    engine.close()
+    assert measured.repeats and len(measured.trials) == 2
+    for one in measured.trials:
+        assert one.gpu_ms is one.peak_bytes is None
+        assert min(one.stages.values()) > 0 and sum(one.stages.values()) <= one.wall_s
+    assert measured.where["versions"]["torch"]
+
+
+def test_peak_memory_begins_anew_each_time_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from serve_app.engine.device import Device
+
+    device, calls = Device(wants_gpu=False), list[str]()
+    assert device.peak_memory() is None
+    device.is_gpu = True
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    assert device.peak_memory() == (5, 8) and calls == ["reset"]
+
+
+# -- at a seat, with others
+
+
+class Stopped(Pause):
+    """Stops before each step until the test lets it go on; notes whose windows it begins with, by their seed."""
+
+    def __init__(self) -> None:
+        super().__init__(Variant(family="pause", pause_s=0), None, VariantSettings())
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.begun: list[int] = []
+        self.steps = 0
+
+    def paint(self, window: Window) -> Pixels:
+        self.begun.append(window.seed)
+        for step in range(1, window.steps + 1):
+            self.steps += 1
+            self.entered.set()
+            assert self.let_go.wait(30)
+            window.on_step(step)
+        return window.pixels
+
+
+async def all_of(events: AsyncGenerator[Any, None]) -> list[Any]:
+    async with aclosing(events):
+        return [event async for event in events]
+
+
+def task_of(events: AsyncGenerator[Any, None]) -> "asyncio.Task[list[Any]]":
+    return asyncio.create_task(all_of(events))
+
+
+async def test_paintings_go_between_the_cells_and_only_they_are_usage() -> None:
+    engine, seat = Stopped(), Seat()
+    cells = [task_of(measuring(engine, request(seed=seed), seat, 2, 2)) for seed in (1, 2)]
+    await until(engine.entered.is_set)
+    jobs = [task_of(painting(engine, request(seed=seed), seat)) for seed in (8, 9)]
+    await until(lambda: len(seat._places._ahead) == 2)
+    engine.let_go.set()
+    told = await asyncio.gather(*cells, *jobs)
+    assert engine.begun == [1, 1, 8, 9, 2, 2]
+    assert [isinstance(events[-1], Measured) for events in told] == [True, True, False, False]
+    assert seat.usage.as_dict()["jobs"] == 2
+
+
+async def test_each_painting_of_a_cell_has_begun_by_itself() -> None:
+    seat, begun = Seat(), list[float | None]()
+
+    class Looking(Stopped):
+        def paint(self, window: Window) -> Pixels:
+            begun.append(seat.taken_since)
+            return super().paint(window)
+
+    engine = Looking()
+    engine.let_go.set()
+    await all_of(measuring(engine, request(), seat, 3, 1))
+    assert all(begun) and len(set(begun)) == 3 and seat.taken_since is None
+
+
+async def test_a_cell_that_nobody_wants_any_more_ends_within_a_step() -> None:
+    engine, seat = Stopped(), Seat()
+    cell = task_of(measuring(engine, request(steps=50), seat, 20, 1))
+    await until(engine.entered.is_set)
+    cell.cancel()
+    await until(lambda: seat.stopping_since is not None)
+    engine.let_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await cell
+    assert (engine.steps, seat.audits) == (1, 0)
+
+
+class Weaving(Stopped):
+    """Can batch."""
+
+    def paint_together(self, windows: list[Window]) -> list[Pixels]:
+        return [self.paint(one) for one in windows]
+
+    def warm_up_batch(self, width: int, height: int, windows: int) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "device": "CPU of a test"}
+
+
+async def test_a_cell_is_painted_in_no_batch_and_does_not_count_the_wait_for_its_turn() -> None:
+    engine = Weaving()
+    together = Together(engine, Variant(family="flux-fill", file="Q4_0"), Levers(max_batch=4))
+    together.load()
+    seat = Seat(4)
+    jobs = [task_of(painting(together, request(seed=seed, steps=1), seat)) for seed in (8, 9)]
+    await until(engine.entered.is_set)
+    cell = task_of(measuring(together, request(seed=1, steps=1), seat, 2, 1))
+    jobs.append(task_of(painting(together, request(seed=7, steps=1), seat)))
+    await until(lambda: len(together._places) == 4)
+    waited_from_s = time.perf_counter()
+    engine.let_go.set()
+    measured = (await cell)[-1]
+    waited_s = time.perf_counter() - waited_from_s
+    await asyncio.gather(*jobs)
+    assert isinstance(measured, Measured) and measured.repeats
+    assert sorted(engine.begun) == [1, 1, 7, 8, 9]
+    for one in measured.trials:
+        assert sum(one.stages.values()) <= one.wall_s <= waited_s
+    together.close()
