@@ -1,6 +1,8 @@
 """Two runs' results.json against each other: verdicts, noise, thresholds, and what cannot be compared."""
 
 import io
+import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -8,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks.audit.results import as_json, document
 from deployments.audit_compare import MIN_NOISE, TIMES, TOLERANCES, Comparison, Row, Thresholds, compare, table
-from serve_app.audits import BETTER, Compared
+from serve_app.audits import BETTER, Audit, AuditRequest, CellResult, Compared, Matrix, Trial
 from serve_app.errors import AuditError
 
 Results = dict[str, Any]
@@ -230,6 +233,29 @@ def test_a_runs_words_are_no_markup() -> None:
 def test_the_table_can_show_everything() -> None:
     text = printed(changed(), everything=True)
     assert all(figure in text for figure in (*TIMES, *BETTER))
+
+
+def test_what_the_report_writes_is_what_is_read() -> None:
+    request = AuditRequest(user_id="u", session_id="s", matrix=Matrix(variants=("Q4_0", "Q8_0"), guidance_scales=(2,)))
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    audit = Audit(id="audit-1", request=request, created_at=now, alive_until=now)
+    times = (3.0, 2.0, 2.4)
+    trials = tuple(Trial(wall_s=s, gpu_ms=None, stages={}, peak_bytes=None, reserved_bytes=None) for s in times)
+    figures = {name: value for name, value in FIGURES.items() if name in Compared.model_fields}
+    of = [
+        CellResult(
+            name=request.matrix.name(each), cell=each, status="succeeded", wall_s=2.2, trials=trials,
+            compared=Compared.model_validate(figures),
+        )
+        for each in request.matrix.cells()
+    ]  # fmt: skip
+    written = json.loads(as_json(document(audit, of, {})))
+    got = compare(written, written)
+    assert [(each.cell, each.figure) for each in got.rows] == [
+        (name, figure) for name in ("Q4_0_gs2", "Q8_0_gs2") for figure in ("wall_s", *BETTER)
+    ]
+    assert row(compare(written, written | {"cells": written["cells"][:1]}), "wall_s").noise == pytest.approx(0.4)
+    assert {each.before for each in got.rows} == {2.2, *figures.values()}
 
 
 amounts = st.floats(0.1, 10)
