@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo run test test-fast check fix bench bench-gpu chaos clean
+.PHONY: install demo audit run test test-fast check fix bench bench-gpu chaos clean
 
 install: $(INSTALLED)
 
@@ -17,6 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install  ## edit a photo with two engines through the whole app; pictures in out/demo
 	$(BIN)/fluxfill demo
+
+audit: install  ## three tiny variants at five guidance scales, by a Ray job against the app; the report in out/audit
+	$(BIN)/fluxfill audit demo
 
 run: install  ## serve on this machine; then `fluxfill submit` from a second terminal
 	$(RAY) $(BIN)/serve run serve_config.yaml

@@ -1,4 +1,4 @@
-"""The command line: `fluxfill demo | submit | jobs | deadletters | check | weights`."""
+"""The command line: `fluxfill demo | submit | jobs | deadletters | audit | check | weights`."""
 
 import asyncio
 import uuid
@@ -19,6 +19,7 @@ from serve_app.messages import CropStrategy, EditMessage
 from serve_app.settings import Settings
 from serve_app.variants import BUILT_IN, Variant
 
+from .audits import audit_app
 from .deadletters import deadletters_app
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ weights_app = typer.Typer(no_args_is_help=True, help="Model weights.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(weights_app, name="weights")
 app.add_typer(deadletters_app, name="deadletters")
+app.add_typer(audit_app, name="audit")
 
 out = Console()
 err = Console(stderr=True)

@@ -1,0 +1,147 @@
+"""A run from the outside: start it, follow it, cancel it, bring its report here. Needs the stores, and Ray's job server
+to start or stop one; no HTTP."""
+
+import asyncio
+import itertools
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from serve_app import adapters, audits
+from serve_app.audit_runs import Audits, page_path
+from serve_app.audit_store import AuditStore
+from serve_app.audits import Audit
+from serve_app.errors import BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
+from serve_app.ports import AuditLauncher, LaunchState
+from serve_app.settings import Settings
+from serve_app.worker import utc_now
+
+#: Seconds between two looks at a run's record; every so many-th time its job is looked at, too.
+POLL_S, JOB_EVERY = 0.5, 10
+#: What a run's folder has for people: no cells, no record.
+_FILES = re.compile(r"[^/]+\.(md|html|csv|png)|" + re.escape(audits.RESULTS))
+
+
+class AuditClient:
+    """Over the blob store that the settings name."""
+
+    def __init__(self, settings: Settings, launcher: AuditLauncher | None = None) -> None:
+        """Without a `launcher` none can be started, and a job that died is known by its silence only."""
+        self._blobs = adapters.blob_store(settings.blobs)
+        self._max_bytes = settings.limits.stored_bytes
+        self.store = AuditStore(self._blobs, utc_now)
+        self.runs = Audits(
+            blobs=self._blobs,
+            links=adapters.blob_links(settings),
+            launcher=launcher or _NoJobs(),
+            settings=settings,
+            clock=utc_now,
+        )
+
+    async def resume(self, run_id: str) -> Audit:
+        """A further attempt at a run that is over, or whose job has died. Raises as `Audits.resume`."""
+        request = (await self.store.get(run_id)).request
+        return await self.runs.resume(run_id, request.user_id, request.session_id)
+
+    async def follow(
+        self,
+        run_id: str,
+        on_change: Callable[[Audit], None],
+        look: Callable[[str], Awaitable[Audit]] | None = None,
+    ) -> Audit:
+        """The run once it is over; one whose job has died meanwhile has failed. `look` finds that out, and does what
+        `Audits.look` does, which it is when left out. Raises UnknownAudit."""
+        for turn in itertools.count(1):
+            audit = await _patient(self.store.get if turn % JOB_EVERY else look or self.runs.look, run_id)
+            on_change(audit)
+            if audit.status.is_over:
+                return audit
+            await asyncio.sleep(POLL_S)
+        raise AssertionError("counting does not end")
+
+    async def cancel(self, run_id: str, patience_s: float) -> Audit:
+        """Ask the run to stop; the run when it is over, or as it is after `patience_s`. Raises UnknownAudit;
+        IllegalTransition where it is over already."""
+        audit = await self.runs.cancel(run_id)
+        if not audit.status.is_over:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    return await self.follow(run_id, lambda _: None)
+        return audit
+
+    async def fetch(self, run_id: str, folder: Path) -> list[Path]:
+        """Write the report's files and the pictures into `folder`. Raises UnknownAudit."""
+        await self.store.get(run_id)
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        written = []
+        async for info in self._blobs.list(audits.folder(run_id)):
+            name = info.path.removeprefix(f"{audits.folder(run_id)}/")
+            if _FILES.fullmatch(name):
+                data, _ = await self._blobs.get(info.path, max_bytes=self._max_bytes)
+                await asyncio.to_thread((folder / name).write_bytes, data)
+                written.append(folder / name)
+        return written
+
+    async def results(self, run: str) -> Mapping[str, Any]:
+        """results.json of a run, or of a file. Raises UnknownAudit where there is none."""
+        if Path(run).is_file():
+            return _mapping(Path(run).read_bytes(), run)
+        if not is_run_id(run):
+            raise UnknownAudit(f"{run!r} is neither a run's id nor a file")
+        path = f"{audits.folder(run)}/{audits.RESULTS}"
+        try:
+            data, _ = await self._blobs.get(path, max_bytes=self._max_bytes)
+        except BlobNotFound:
+            audit = await self.store.get(run)
+            raise UnknownAudit(f"{run} is {audit.status} and has no results", run_id=run) from None
+        return _mapping(data, path)
+
+    async def has_report(self, audit: Audit) -> bool:
+        with suppress(BlobNotFound):
+            await self._blobs.head(page_path(audit))
+            return True
+        return False
+
+
+class _NoJobs:
+    """Where jobs are somebody else's."""
+
+    async def launch(self, audit: Audit) -> None:
+        raise JobsUnavailable("no job can be started from here")
+
+    async def stop(self, audit: Audit) -> None:
+        raise JobsUnavailable("no job can be stopped from here")
+
+    async def state(self, audit: Audit) -> LaunchState:
+        raise JobsUnavailable("no job can be seen from here")
+
+
+@retry(retry=retry_if_exception_type(StoreUnavailable), stop=stop_after_delay(60), wait=wait_fixed(2), reraise=True)
+async def _patient(look: Callable[[str], Awaitable[Audit]], run_id: str) -> Audit:
+    """A run takes up to an hour: a store that is away for a moment is no reason to stop looking."""
+    return await look(run_id)
+
+
+def is_run_id(text: str) -> bool:
+    # By pydantic, because Python's own expressions have no `\z`.
+    try:
+        TypeAdapter(audits.RunId).validate_python(text)
+    except ValidationError:
+        return False
+    return True
+
+
+def _mapping(data: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        read = json.loads(data)
+    except ValueError as e:
+        raise UnknownAudit(f"{where} is no results.json: {e}") from e
+    if not isinstance(read, dict):
+        raise UnknownAudit(f"{where} is no results.json: not an object")
+    return read

@@ -1,0 +1,271 @@
+"""`fluxfill audit`: start a run and follow it; list, show, cancel, compare, apply, fetch."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from serve_app.audit_runs import GRACE_S, page_path
+from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix
+from serve_app.errors import InputError
+from serve_app.messages import CropStrategy
+from serve_app.ports import AuditLauncher
+from serve_app.settings import AuditSettings, Settings
+
+from .audit_client import AuditClient, is_run_id
+from .audit_screen import following, list_table, results_table, run_table
+
+audit_app = typer.Typer(help="Audits: a matrix of variants and guidance scales on one session, measured and compared.")
+out = Console()
+err = Console(stderr=True)
+
+T = TypeVar("T")
+#: A path or a link that is broken over lines cannot be copied.
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+
+CONFIG = Path("serve_config.yaml")
+ADDRESS = "http://127.0.0.1:8265"
+AddressOption = Annotated[str, typer.Option(help="Ray's job server.", envvar="RAY_API_SERVER_ADDRESS")]
+#: How long `cancel` looks on: what is stopped by force is told first.
+CANCEL_S = GRACE_S + 15
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve config file of the app.")]
+ResultsArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or a results.json file.")]
+
+
+def _run_id(text: str) -> str:
+    if not is_run_id(text):
+        raise typer.BadParameter(f"{text!r} is not 1 to 64 letters, digits, '-' and '_'")
+    return text
+
+
+RunArgument = Annotated[str, typer.Argument(parser=_run_id, metavar="RUN", help="The run's id.")]
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Values with commas between them."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part.strip()) for part in text.split(","))
+
+    return parse
+
+
+@audit_app.callback(invoke_without_command=True)
+def audit(
+    context: typer.Context,
+    user: Annotated[str | None, typer.Option(help="User id.")] = None,
+    session: Annotated[str | None, typer.Option(help="Session id: its photo and mask are in the blob store.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option(parser=_run_id, metavar="RUN", help="Of the new run; audit-{8 hex} when left out.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(parser=_run_id, metavar="RUN", help="Paint what a run that ended lacks.")
+    ] = None,
+    variants: Annotated[Any, typer.Option(parser=_list_of(str), metavar="A,B", help="Variants.")] = None,
+    guidance: Annotated[Any, typer.Option(parser=_list_of(float), metavar="2,4", help="Guidance scales.")] = None,
+    steps: Annotated[Any, typer.Option(parser=_list_of(int), metavar="20,28", help="Denoising steps.")] = None,
+    seeds: Annotated[Any, typer.Option(parser=_list_of(int), metavar="0,1", help="Seeds.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What is to be seen there; may be given again.")] = None,
+    crop: Annotated[
+        Any, typer.Option(parser=_list_of(CropStrategy), metavar=",".join(CropStrategy), help="How much is shown.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Variant that pictures are compared with.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Paintings of each cell, the first of them cold.")] = None,
+    compiled: Annotated[
+        Any, typer.Option("--compile", parser=_list_of(str), metavar="A,B|none", help="Variants to compile.")
+    ] = None,
+    link_hours: Annotated[float | None, typer.Option(help="How long the report's links hold.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one replica's machine.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs that the cluster can have.")] = None,
+    address: AddressOption = ADDRESS,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Run the matrix on a session's photo, follow it, say where the report is. Exit status 0: every cell is done."""
+    if context.invoked_subcommand:
+        return
+    if resume is None and (user is None or session is None):
+        raise typer.BadParameter("name --user and --session, or --resume RUN; see fluxfill audit --help")
+    _take_tokens()
+    settings = _settings(config)
+    client = AuditClient(settings, _launcher(address))
+    asked = {
+        "user_id": user,
+        "session_id": session,
+        "variants": variants,
+        "guidance_scales": guidance,
+        "steps": steps,
+        "seeds": seeds,
+        "prompts": prompt,
+        "crops": crop,
+        "reference": reference,
+        "runs": runs,
+        "compile_variants": () if compiled == ("none",) else compiled,
+        "link_hours": link_hours,
+        "price_per_hour": price_per_hour,
+        "gpus": gpus,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    if resume is None:
+        begun = client.runs.start(_request(settings.audit, given), run_id)
+    elif given or run_id:
+        raise typer.BadParameter("--resume goes on with a run as it was asked for: name nothing else")
+    else:
+        begun = client.resume(resume)
+    _followed(client, begun, config)
+
+
+def _request(defaults: AuditSettings, given: Mapping[str, Any]) -> AuditRequest:
+    """`given` by the names of AuditRequest's and Matrix's fields. Raises InputError that names the field."""
+    axes = {name: value for name, value in given.items() if name in Matrix.model_fields}
+    others = {name: value for name, value in given.items() if name not in axes}
+    unsaid = defaults.model_dump(include=set(AuditRequest.model_fields) - {"matrix"})
+    matrix = {**defaults.matrix.model_dump(), **axes}
+    try:
+        return AuditRequest.model_validate({**unsaid, **others, "matrix": matrix})
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise InputError(f"{'.'.join(map(str, first['loc'])) or 'audit'}: {first['msg']}") from e
+
+
+def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Path) -> None:
+    """Follow the run to its end, and say what came of it. The exit status says it, too."""
+    options = "" if config == CONFIG else f" -c {config}"
+
+    async def follow() -> Audit:
+        audit = await begun
+        out.print(f"run {audit.id}, {len(audit.cells)} cells", highlight=False)
+        try:
+            with following(out) as follower:
+                audit = await client.follow(audit.id, follower.show)
+        except asyncio.CancelledError:
+            told = f"{audit.id} goes on. Follow it: fluxfill audit show --follow {audit.id}{options}"
+            out.print(told, f"Stop it: fluxfill audit cancel {audit.id}{options}", sep="\n", **_PLAIN)
+            raise
+        await _tell(client, audit)
+        return audit
+
+    try:
+        audit = _run(follow())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if audit.status != AuditStatus.SUCCEEDED:
+        err.print(f"go on with it: fluxfill audit --resume {audit.id}{options}", **_PLAIN)
+        raise typer.Exit(1)
+
+
+async def _tell(client: AuditClient, audit: Audit) -> None:
+    """The run, its figures, where its report is. A link is for a person who looks, and for no log."""
+    has_report = await client.has_report(audit)
+    if has_report:
+        out.print(results_table(await client.results(audit.id)))
+    out.print(run_table(audit))
+    if has_report:
+        out.print(f"report: {page_path(audit)}; fetch it: fluxfill audit fetch {audit.id} FOLDER", **_PLAIN)
+    if has_report and out.is_terminal:
+        out.print(await client.runs.link(audit), **_PLAIN)
+
+
+@audit_app.command("list")
+def list_runs(
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 20, config: ConfigOption = CONFIG
+) -> None:
+    """The newest runs."""
+    out.print(list_table(_run(AuditClient(_settings(config)).store.list(limit))))
+
+
+@audit_app.command()
+def show(
+    run: RunArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it is over, with a progress bar.")] = False,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """One run: how far it is, what failed, what it recommends, where its report is."""
+    client = AuditClient(_settings(config))
+    if follow:
+        _followed(client, client.store.get(run), config)
+    else:
+        _run(_shown(client, run))
+
+
+async def _shown(client: AuditClient, run: str) -> None:
+    await _tell(client, await client.store.get(run))
+
+
+@audit_app.command()
+def cancel(run: RunArgument, address: AddressOption = ADDRESS, config: ConfigOption = CONFIG) -> None:
+    """Stop a run: within a denoising step, and after half a minute by force. What is painted stays."""
+    _take_tokens()
+    canceled = _run(AuditClient(_settings(config), _launcher(address)).cancel(run, CANCEL_S))
+    if not canceled.status.is_over:
+        err.print(f"{run} was asked to stop, and has not yet", **_PLAIN)
+        raise typer.Exit(1)
+    out.print(f"{run} is {canceled.status}", **_PLAIN)
+
+
+@audit_app.command()
+def fetch(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Argument(help="Where the files go.", file_okay=False)],
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Write a run's report and pictures into a folder."""
+    for path in _run(AuditClient(_settings(config)).fetch(run, folder)):
+        out.print(f"wrote {path}", **_PLAIN)
+
+
+@audit_app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the report goes.", file_okay=False)] = Path("out/audit"),
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Start the app, audit three tiny variants at five guidance scales, bring the report here, stop everything."""
+    from .audit_demo import audited, brought, sample, window_sizes
+    from .config import load
+    from .demo import config_beside
+    from .own_ray import serving
+
+    started = time.monotonic()
+    load(config)
+    files, own = sample(folder), config_beside(config, folder)
+    loaded = load(own)
+    sizes = ", ".join(f"{width} x {height}" for width, height in window_sizes(files, loaded.settings))
+    out.print(f"a cat with a leash, to be painted in one window of {sizes}", **_PLAIN)
+    out.print(f"starting the app: serve run {own} (log: {folder / 'serve.log'})", **_PLAIN)
+    with serving(own, loaded.url, folder / "serve.log"), following(out) as follower:
+        audit = _run(audited(loaded.settings, loaded.url, files, follower))
+    written = brought(loaded.settings, audit, folder)
+    out.print(results_table(_run(AuditClient(loaded.settings).results(audit.id))))
+    out.print(run_table(audit))
+    out.print(f"done in {time.monotonic() - started:.0f} s; the app is stopped. Look at:", **_PLAIN)
+    for path in sorted(written):
+        out.print(f"  {path}", **_PLAIN)
+    out.print("The tiny-* models have random weights and paint noise: the figures are real, the pictures are not good.")
+    out.print("The links of this report led to the app, and are dead now; the pictures lie beside it.")
+
+
+def _take_tokens() -> None:
+    """Ray asks for a token by default, and its clients send theirs in this mode only; read when Ray is imported."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _launcher(address: str) -> AuditLauncher:
+    from .launcher import RayJobs
+
+    return RayJobs(address)
+
+
+def _settings(config: Path) -> Settings:
+    from .app import absolute
+    from .config import load
+
+    return absolute(load(config).settings)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)

@@ -1,0 +1,471 @@
+"""`fluxfill audit` as a user meets it: a real store, and in place of Ray a launcher whose jobs run in this process."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from benchmarks.audit import results
+from deployments import audit_client, audits, cli
+from deployments.audit_demo import PART, sample, window_sizes
+from deployments.config import load
+from serve_app import adapters
+from serve_app.audit_store import AuditStore
+from serve_app.audits import (
+    PAGE,
+    REPORT,
+    RESULTS,
+    TABLE,
+    Audit,
+    AuditFault,
+    AuditRequest,
+    AuditStatus,
+    Cell,
+    CellProgress,
+    CellResult,
+    Compared,
+    CompileVerdict,
+    Recommendation,
+    Trial,
+    folder,
+    image_path,
+)
+from serve_app.edit import INPUTS, session_path
+from serve_app.errors import JobsUnavailable, UnknownAudit
+from serve_app.ports import LaunchState
+from serve_app.settings import Settings
+from serve_app.worker import utc_now
+
+from .backends import until
+from .rig import jpeg, line_mask, photo, png
+from .test_cli import SOUND, Command, Ended, settings_in, write_config
+
+Job = Callable[[AuditStore, Audit], Awaitable[None]]
+
+
+@dataclass
+class LocalLauncher:
+    """Keeps what AuditLauncher promises, with jobs that are tasks of this process."""
+
+    store: AuditStore
+    work: Job
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    is_up: bool = True
+
+    async def launch(self, audit: Audit) -> None:
+        if not self.is_up:
+            raise JobsUnavailable("Ray's job server does not answer")
+        if audit.job_name not in self.tasks:
+            # A job never ends with an exception of its own here: what it died of would be told by its state.
+            self.tasks[audit.job_name] = asyncio.create_task(self._run(audit))
+
+    async def _run(self, audit: Audit) -> None:
+        await self.work(self.store, audit)
+
+    async def stop(self, audit: Audit) -> None:
+        if task := self.tasks.get(audit.job_name):
+            task.cancel()
+
+    async def state(self, audit: Audit) -> LaunchState:
+        task = self.tasks.get(audit.job_name)
+        if task is None:
+            return "gone"
+        if not task.done():
+            return "running"
+        return "stopped" if task.cancelled() else "failed" if task.exception() else "succeeded"
+
+
+def cell_result(name: str, cell: Cell, *, wall_s: float = 1.0, ssim: float = 0.9) -> CellResult:
+    trial = Trial(wall_s=wall_s, gpu_ms=None, stages={"denoise_s": wall_s}, peak_bytes=None, reserved_bytes=None)
+    compared = Compared(
+        psnr_db=30.0, ssim=ssim, mae=2.0, outside_max=0, seam_gradient_ratio=1.0, seam_colour_shift=1.0, lpips=None
+    )
+    return CellResult(
+        name=name,
+        cell=cell,
+        status="succeeded",
+        trials=(trial, trial, trial),
+        wall_s=wall_s,
+        first_wall_s=2 * wall_s,
+        compared=compared,
+    )
+
+
+async def painted(store: AuditStore, audit: Audit, **figures: float) -> list[CellResult]:
+    """Every cell stored with a picture, one after another."""
+    matrix, done = audit.request.matrix, []
+    for cell in matrix.cells():
+        name = matrix.name(cell)
+        await store.keep_image(audit.id, name, png(photo()))
+        done.append(cell_result(name, cell, **figures))
+        await store.keep_cell(audit.id, done[-1])
+    progress = {one.name: CellProgress(status="succeeded", step=8, steps=8) for one in done}
+
+    def more(audit: Audit) -> Audit:
+        return audit.model_copy(update={"cells": {**audit.cells, **progress}, "stage": "painting"})
+
+    await store.update(audit.id, audit.attempt, more)
+    return done
+
+
+def done_job(blobs_url: str, **figures: float) -> Job:
+    """A job that paints every cell and writes a report."""
+
+    async def work(store: AuditStore, audit: Audit) -> None:
+        await store.begin(audit.id, audit.attempt)
+        done = await painted(store, audit, **figures)
+        best = Recommendation(variant="tiny-Q4_0", guidance_scale=4.0, steps=8, reasons=("it is small",), pareto=())
+        verdict = CompileVerdict(variant="tiny-Q4_0", viable=True, verdict="proceed")
+        found = {"recommended": best, "compile": (verdict,), "gpu": "CPU", "sm": "N/A"}
+        audit = await store.update(audit.id, audit.attempt, lambda audit: audit.model_copy(update=found))
+        ended = audit.model_copy(update={"status": AuditStatus.SUCCEEDED})
+        files = {
+            PAGE: b"<!doctype html>",
+            REPORT: b"# report",
+            TABLE: b"variant\n",
+            RESULTS: results.as_json(results.document(ended, done, {})),
+        }
+        blobs = adapters.blob_store(blobs_url)
+        for name, data in files.items():
+            await blobs.put(f"{folder(audit.id)}/{name}", data, content_type="text/plain")
+        await store.finish(audit.id, audit.attempt, AuditStatus.SUCCEEDED)
+
+    return work
+
+
+@dataclass
+class Bench:
+    """A config with a session in its store, and where jobs go."""
+
+    config: Path
+    settings: Settings
+    store: AuditStore
+    launcher: LocalLauncher
+    fluxfill: Command
+
+    def audit(self, *options: object) -> Ended:
+        return self.fluxfill("audit", "-c", self.config, *options)
+
+    def start(self, *options: object) -> Ended:
+        return self.audit("--user", "u", "--session", "s", *options)
+
+    def get(self, run_id: str) -> Audit:
+        return asyncio.run(self.store.get(run_id))
+
+    def sub(self, command: str, *arguments: object) -> Ended:
+        return self.fluxfill("audit", command, *arguments, "-c", self.config)
+
+
+@pytest.fixture
+def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The console script, in this process."""
+    for console in (audits.out, audits.err, cli.err):
+        monkeypatch.setattr(console, "width", 300)
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["fluxfill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        screen = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), screen.out, screen.err)
+
+    return run
+
+
+@pytest.fixture
+def bench(tmp_path: Path, fluxfill: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    matrix = {"variants": ["tiny-Q4_0", "tiny-Q8_0"], "guidance_scales": [2.0, 4.0], "steps": [8]}
+    config = write_config(tmp_path, audit={"matrix": matrix, "link_hours": 5})
+    settings = settings_in(config)
+    blobs = adapters.blob_store(settings.blobs)
+    for name, data in ((INPUTS["original"], jpeg(photo())), (INPUTS["mask"], png(line_mask()))):
+        asyncio.run(blobs.put(session_path("u", "s", name), data, content_type="image/png"))
+    store = AuditStore(blobs, utc_now)
+    launcher = LocalLauncher(store, done_job(settings.blobs))
+    monkeypatch.setattr(audits, "_launcher", lambda address: launcher)
+    monkeypatch.setattr(audit_client, "POLL_S", 0.01)
+    monkeypatch.setattr(audit_client, "JOB_EVERY", 4)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    yield Bench(config, settings, store, launcher, fluxfill)
+
+
+# -- start and follow
+
+
+def test_a_run_is_started_followed_and_its_report_named(bench: Bench) -> None:
+    ended = bench.start("--run-id", "first")
+    assert (ended.status, ended.err) == (0, "")
+    audit = bench.get("first")
+    assert audit.status == AuditStatus.SUCCEEDED
+    told = ("run first, 4 cells", "4/4 cells", "tiny-Q4_0, guidance 4, 8 steps", f"report: {folder('first')}/{PAGE}")
+    assert [one for one in told if one not in ended.out] == []
+    assert audit.request == AuditRequest(user_id="u", session_id="s", matrix=bench.settings.audit.matrix, link_hours=5)
+
+
+def test_the_axes_are_those_that_are_given(bench: Bench) -> None:
+    more = ("--variants", "tiny-Q5_K_S,telea", "--guidance", "2.5, 30", "--steps", "4,8", "--seeds", "0,7")
+    others = ("--prompt", "grass, wet", "--prompt", "sand", "--crop", "crop,auto", "--reference", "tiny-Q5_K_S")
+    rest = ("--runs", 3, "--compile", "none", "--link-hours", 1.5, "--price-per-hour", 0.7, "--gpus", 2)
+    assert bench.start("--run-id", "axes", *more, *others, *rest).status == 0
+    assert bench.get("axes").request.model_dump(mode="json", exclude={"budget"}) == {
+        "user_id": "u",
+        "session_id": "s",
+        "matrix": {
+            "variants": ["tiny-Q5_K_S", "telea"],
+            "guidance_scales": [2.5, 30.0],
+            "steps": [4, 8],
+            "seeds": [0, 7],
+            "prompts": ["grass, wet", "sand"],
+            "crops": ["crop", "auto"],
+        },
+        "reference": "tiny-Q5_K_S",
+        "runs": 3,
+        "compile_variants": [],
+        "link_hours": 1.5,
+        "price_per_hour": 0.7,
+        "gpus": 2,
+    }
+
+
+def test_the_link_is_shown_to_a_person_and_to_no_log(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "http" not in bench.start("--run-id", "logged").out
+    monkeypatch.setattr(audits.out, "_force_terminal", True)
+    shown = bench.sub("show", "logged").out
+    local = adapters.local_links(bench.settings)
+    found = re.search(r"http://\S+", shown)
+    assert local is not None and found is not None
+    assert local.path_of(found[0].rpartition("/")[2]) == f"{folder('logged')}/{PAGE}"
+
+
+def test_a_terminal_has_a_bar_for_each_variant(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audits.out, "_force_terminal", True)
+    shown = bench.start().out
+    assert re.search(r"tiny-Q4_0 .*2/2", shown) and re.search(r"tiny-Q8_0 .*2/2", shown)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--guidance", "nan"), "matrix.guidance_scales.0"),
+        (("--guidance", "high"), "--guidance"),
+        (("--steps", "0"), "matrix.steps.0"),
+        (("--steps", "8,8"), "a value is given twice"),
+        (("--seeds", "-1"), "matrix.seeds.0"),
+        (("--crop", "zoom"), "--crop"),
+        (("--reference", "telea"), "telea is not among the matrix's variants"),
+        (("--runs", "1"), "runs"),
+        (("--link-hours", "169"), "link_hours"),
+        (("--run-id", "../x"), "--run-id"),
+        (("--variants", "Q9"), "Q9 is not served here"),
+        (("--session", "none"), "users/u/sessions/none/original.jpg is not in the blob store"),
+        (("--session", ".."), "session_id"),
+        (("--resume", "r"), "--resume goes on with a run"),
+    ],
+)
+def test_a_wrong_value_is_named_and_nothing_is_started(bench: Bench, options: tuple[str, ...], told: str) -> None:
+    ended = bench.start(*options)
+    assert ended.status in (1, 2)
+    assert told in ended.err
+    assert asyncio.run(bench.store.list()) == [] and bench.launcher.tasks == {}
+
+
+def test_a_session_must_be_named(bench: Bench) -> None:
+    assert "name --user and --session" in bench.audit("--user", "u").err
+
+
+def test_a_run_whose_job_cannot_be_started_is_over(bench: Bench) -> None:
+    bench.launcher.is_up = False
+    ended = bench.start("--run-id", "r")
+    assert (ended.status, ended.err) == (
+        1,
+        "jobs_unavailable: Ray's job server does not answer; r has failed, and can be resumed\n",
+    )
+    audit = bench.get("r")
+    assert audit.status == AuditStatus.FAILED
+    assert audit.error is not None and audit.error.code == "jobs_unavailable"
+    bench.launcher.is_up = True
+    assert bench.audit("--resume", "r").status == 0
+
+
+def test_a_taken_id_is_refused(bench: Bench) -> None:
+    assert bench.start("--run-id", "r").status == 0
+    assert bench.start("--run-id", "r").err.startswith("audit_exists: ")
+
+
+# -- what goes wrong on the way
+
+
+async def dies(store: AuditStore, audit: Audit) -> None:
+    await store.begin(audit.id, audit.attempt)
+    await painted(store, audit.model_copy(update={"request": one_guidance(audit.request)}))
+    raise SystemError("killed")
+
+
+def one_guidance(request: AuditRequest) -> AuditRequest:
+    first = request.matrix.guidance_scales[:1]
+    return request.model_copy(update={"matrix": request.matrix.model_copy(update={"guidance_scales": first})})
+
+
+def test_a_job_that_died_is_noticed_and_the_run_resumed(bench: Bench) -> None:
+    bench.launcher.work = dies
+    ended = bench.start("--run-id", "r")
+    assert ended.status == 1
+    assert "job_died: its job has failed" in ended.out
+    assert f"fluxfill audit --resume r -c {bench.config}" in ended.err
+    assert bench.get("r").result_count == 2
+    bench.launcher.work = done_job(bench.settings.blobs)
+    assert bench.audit("--resume", "r").status == 0
+    assert (bench.get("r").attempt, set(bench.launcher.tasks)) == (2, {"r", "r.2"})
+
+
+async def ends_incomplete(store: AuditStore, audit: Audit) -> None:
+    await store.begin(audit.id, audit.attempt)
+    fault = AuditFault(code="out_of_memory", message="the device was full")
+    failed = {name: CellProgress(status="failed", error=fault) for name in list(audit.cells)[:1]}
+    await store.update(
+        audit.id, audit.attempt, lambda audit: audit.model_copy(update={"cells": {**audit.cells, **failed}})
+    )
+    await store.finish(audit.id, audit.attempt, AuditStatus.INCOMPLETE)
+
+
+def test_an_incomplete_run_says_what_failed_and_is_no_success(bench: Bench) -> None:
+    bench.launcher.work = ends_incomplete
+    ended = bench.start()
+    assert ended.status == 1
+    assert re.search(r"tiny-Q4_0_gs2 .*out_of_memory: the device was full", ended.out)
+
+
+async def interrupts(store: AuditStore, audit: Audit) -> None:
+    await store.begin(audit.id, audit.attempt)
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(60)
+
+
+def test_who_stops_looking_is_told_that_the_run_goes_on(bench: Bench) -> None:
+    bench.launcher.work = interrupts
+    ended = bench.start("--run-id", "r")
+    assert ended.status == 130
+    assert f"r goes on. Follow it: fluxfill audit show --follow r -c {bench.config}" in ended.out
+    assert f"Stop it: fluxfill audit cancel r -c {bench.config}" in ended.out
+    assert bench.get("r").status == AuditStatus.RUNNING
+
+
+# -- stored runs
+
+
+def request_of(bench: Bench) -> AuditRequest:
+    return AuditRequest(user_id="u", session_id="s", matrix=bench.settings.audit.matrix)
+
+
+def stored(bench: Bench, run_id: str, **figures: float) -> None:
+    """A finished run."""
+
+    async def put() -> None:
+        audit = await bench.store.create(request_of(bench), run_id)
+        await done_job(bench.settings.blobs, **figures)(bench.store, audit)
+
+    asyncio.run(put())
+
+
+def test_runs_are_listed(bench: Bench) -> None:
+    stored(bench, "one")
+    stored(bench, "two")
+    ended = bench.sub("list")
+    assert re.findall(r"\b(one|two)\b", ended.out) == ["two", "one"]
+    assert "u/s" in ended.out and "4/4" in ended.out
+    assert "one" not in bench.sub("list", "--limit", 1).out
+
+
+def test_a_run_is_shown_with_its_figures(bench: Bench) -> None:
+    stored(bench, "one", wall_s=1.25)
+    ended = bench.sub("show", "one")
+    assert ended.status == 0
+    told = ("4 of 4 succeeded", "u/s", "proceed", "tiny-Q4_0, guidance 4, 8 steps", "1.25", "30.0", "0.900")
+    assert [one for one in told if one not in ended.out] == []
+    assert bench.sub("show", "--follow", "one").status == 0
+
+
+def test_a_run_is_canceled(bench: Bench) -> None:
+    asyncio.run(bench.store.create(request_of(bench), "waits"))
+    assert bench.sub("cancel", "waits").out == "waits is canceled\n"
+    assert bench.get("waits").status == AuditStatus.CANCELED
+    again = bench.sub("cancel", "waits")
+    assert (again.status, again.out) == (1, "")
+    assert again.err.startswith("illegal_transition: ")
+
+
+async def stops_when_asked(store: AuditStore, audit: Audit) -> None:
+    await store.begin(audit.id, audit.attempt)
+    while not await store.is_canceled(audit.id):
+        await asyncio.sleep(0.01)
+    await store.finish(audit.id, audit.attempt, AuditStatus.CANCELED)
+
+
+async def test_a_running_run_stops_by_itself(bench: Bench) -> None:
+    bench.launcher.work = stops_when_asked
+    client = audit_client.AuditClient(bench.settings, bench.launcher)
+    audit = await client.runs.start(request_of(bench), "runs")
+    await until(lambda: bench.launcher.tasks)
+    ended = await client.cancel(audit.id, 30)
+    assert ended.status == AuditStatus.CANCELED
+    await client.runs.close()
+
+
+def test_a_run_that_does_not_stop_in_time_is_said_to_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = asyncio.run(bench.store.create(request_of(bench), "runs"))
+    asyncio.run(bench.store.begin(audit.id, audit.attempt))
+    monkeypatch.setattr(audits, "CANCEL_S", 0.1)
+    ended = bench.sub("cancel", "runs")
+    assert (ended.status, ended.err) == (1, "runs was asked to stop, and has not yet\n")
+    assert asyncio.run(bench.store.is_canceled("runs"))
+
+
+def test_the_report_is_fetched(bench: Bench, tmp_path: Path) -> None:
+    stored(bench, "one")
+    to = tmp_path / "report"
+    ended = bench.sub("fetch", "one", to)
+    pictures = {f"tiny-{quant}_gs{scale}.png" for quant in ("Q4_0", "Q8_0") for scale in (2, 4)}
+    assert {path.name for path in to.iterdir()} == {PAGE, REPORT, RESULTS, TABLE, *pictures}
+    assert ended.out.count("wrote ") == 8
+    blobs = adapters.blob_store(bench.settings.blobs)
+    data, _ = asyncio.run(blobs.get(image_path("one", "tiny-Q4_0_gs2"), max_bytes=10**6))
+    assert (to / "tiny-Q4_0_gs2.png").read_bytes() == data
+    assert json.loads((to / RESULTS).read_text())["run_id"] == "one"
+
+
+@pytest.mark.parametrize("command", ["show", "cancel", "fetch"])
+def test_an_unknown_run_is_said_to_be_unknown(bench: Bench, command: str, tmp_path: Path) -> None:
+    more = (tmp_path / "x",) if command == "fetch" else ()
+    ended = bench.sub(command, "none", *more)
+    assert (ended.status, ended.out, ended.err) == (1, "", "unknown_audit: there is no run none\n")
+    assert bench.sub(command, "../none", *more).status == 2
+
+
+async def test_results_of_what_has_none(bench: Bench, tmp_path: Path) -> None:
+    client = audit_client.AuditClient(bench.settings)
+    await bench.store.create(request_of(bench), "waits")
+    (tmp_path / "no.json").write_text("[")
+    (tmp_path / "list.json").write_text("[]")
+    for run in ("waits", "none", "a/b", str(tmp_path / "no.json"), str(tmp_path / "list.json")):
+        with pytest.raises(UnknownAudit):
+            await client.results(run)
+
+
+# -- the demo
+
+
+def test_the_sample_is_one_window_of_the_smallest_size(tmp_path: Path) -> None:
+    assert window_sizes(sample(tmp_path), load(SOUND).settings) == [(256, 256)] == [(PART[2] - PART[0],) * 2]
+
+
+def test_a_laptops_default_audit_is_one_that_its_config_can_run() -> None:
+    settings = load(SOUND).settings
+    assert set(settings.audit.matrix.variants) <= set(settings.variants)
+    assert all(settings.variant(name).num_gpus == 0 for name in settings.audit.matrix.variants)
