@@ -10,11 +10,14 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import adapters
 from serve_app.adapters.webhooks import Webhooks
 from serve_app.api import Readiness, create_app
+from serve_app.audit_runs import Audits
 from serve_app.auth import Access
 from serve_app.cancel import Canceler
 from serve_app.engine.prompts import PromptCache
@@ -26,6 +29,7 @@ from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
 from serve_app.worker import Worker, utc_now
 
+from .launcher import RayJobs
 from .metrics import RayMetrics
 from .readiness import VariantWatch
 from .remote import RemotePainter, RemotePrompts
@@ -98,6 +102,14 @@ class Ingress:
         self._watch = VariantWatch(painters, deployments, self.metrics)
         self._blobs = adapters.blob_store(settings.blobs)
         self._links = adapters.local_links(settings)
+        self.audits = Audits(
+            blobs=self._blobs,
+            links=adapters.blob_links(settings),
+            launcher=RayJobs(app=serve.get_replica_context().app_name),
+            settings=settings,
+            clock=utc_now,
+            is_stopping=_an_ingress_stops,
+        )
         job_store, cancellations = adapters.job_store(settings.jobs), adapters.cancellations(settings.jobs)
         self._canceler = Canceler(job_store=job_store, cancellations=cancellations, clock=utc_now)
         mirror = adapters.session_mirror(settings.sessions_url)
@@ -191,6 +203,12 @@ class Ingress:
         path = self._links.path_of(token)
         return await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
 
+    # -- what an audit's job asks for, by handle
+
+    async def settings(self) -> Settings:
+        """Those the app runs with, whatever its config file says by now."""
+        return self._settings
+
     # -- life and death
 
     async def _show_subscriptions(self) -> None:
@@ -213,8 +231,23 @@ class Ingress:
         for task in self._tasks:
             task.cancel()
         self._worker.close()
+        await self.audits.close()
         await self._courier.close(grace_s=TELL_GRACE_S)
         await self._webhooks.close()
+
+
+async def _an_ingress_stops() -> bool:
+    """Whether a replica is being stopped that may be this one: Serve waits for the requests in hand, and kills what is
+    not stopped by then."""
+    here = serve.get_replica_context()
+    try:
+        status = await asyncio.to_thread(serve.status)
+    except (RayError, RayServeException) as e:
+        log.warning("Could not ask Serve for its status: %s", e, extra={"action": "status_unknown"})
+        return False
+    app = status.applications.get(here.app_name)
+    ingress = app.deployments.get(here.deployment) if app else None
+    return ingress is None or ingress.replica_states.get("STOPPING", 0) > 0
 
 
 def _first_line(e: ValueError) -> str:

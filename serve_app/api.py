@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Path, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from .audit_api import routes as audit_routes
+from .audit_runs import Audits
+from .audits import PAGE
 from .auth import Access
-from .errors import BodyTooLarge, FluxFillError, MalformedMessage, Unauthorized, VariantNotReady
+from .errors import FluxFillError, MalformedMessage, VariantNotReady
 from .jobs import Job, State
 from .messages import ID_PATTERN, Id, parse_edit, parse_envelope
 from .ports import BlobInfo, Delivery, Verdict
+from .problems import answer_problems, problem, read_body
 from .settings import Limits
 from .telemetry import Metrics
 
@@ -76,6 +79,9 @@ class Service(Protocol):
     @property
     def metrics(self) -> Metrics: ...
 
+    @property
+    def audits(self) -> Audits: ...
+
     async def work(self, delivery: Delivery) -> Verdict: ...
 
     def readiness(self) -> Readiness: ...
@@ -96,12 +102,10 @@ Services = Callable[[], Service]
 
 def create_app(service: Services) -> FastAPI:
     app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None)
-    app.add_exception_handler(FluxFillError, _problem)
-    app.add_exception_handler(HTTPException, _http_problem)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(Exception, _internal_error)
+    answer_problems(app)
     for routes in (_state_routes, _push_routes, _job_routes, _blob_routes):
         app.include_router(routes(service))
+    app.include_router(audit_routes(lambda: service().access, lambda: service().audits))
     return app
 
 
@@ -144,7 +148,7 @@ def _push_routes(service: Services) -> APIRouter:
 async def _work_on_push(request: Request, service: Service) -> Verdict:
     # Before the body is read: strangers cost a header.
     await service.access.check_push(request.headers.get("Authorization"))
-    envelope = parse_envelope(await _body(request, MAX_ENVELOPE_BYTES))
+    envelope = parse_envelope(await read_body(request, MAX_ENVELOPE_BYTES))
     delivery = Delivery(
         data=envelope.payload(),
         attributes=envelope.message.attributes,
@@ -159,7 +163,7 @@ def _job_routes(service: Services) -> APIRouter:
     def client(
         authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
     ) -> None:
-        service().access.check_client(authorization, x_api_key)
+        service().access.check_client(authorization, x_api_key, scope="jobs")
 
     routes = APIRouter(prefix="/v1", dependencies=[Depends(client)])
 
@@ -186,6 +190,13 @@ _BLOB_HEADERS: Mapping[str, str] = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+#: An audit's page runs what it brings, in an origin of its own, and fetches nothing. Its name is one that only audits
+#: write: a user's blob is never such a page, whatever it says that it is.
+_PAGE_PATH = re.compile(rf"audit/[A-Za-z0-9_-]{{1,64}}/{re.escape(PAGE)}")
+_PAGE_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
+)
 
 
 def _blob_routes(service: Services) -> APIRouter:
@@ -197,9 +208,15 @@ def _blob_routes(service: Services) -> APIRouter:
         data, info = await service().blob(token)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
         headers = {**_BLOB_HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
+        if _is_page(info):
+            headers["Content-Security-Policy"] = _PAGE_POLICY
         return Response(data, media_type=info.content_type, headers=headers)
 
     return routes
+
+
+def _is_page(info: BlobInfo) -> bool:
+    return _PAGE_PATH.fullmatch(info.path) is not None and info.content_type.partition(";")[0].strip() == "text/html"
 
 
 def _refuse_early(delivery: Delivery, readiness: Readiness, limits: Limits) -> None:
@@ -220,47 +237,3 @@ def _answer(verdict: Verdict) -> JSONResponse:
         return JSONResponse({"outcome": verdict.reason})
     headers = {"Retry-After": str(max(1, round(verdict.delay_s)))}
     return problem(503, "held_back", f"not done: {verdict.reason}", headers=headers)
-
-
-async def _body(request: Request, max_bytes: int) -> bytes:
-    """Reads no more than `max_bytes`, whatever the Content-Length says."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
-    return bytes(body)
-
-
-def problem(
-    status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any
-) -> JSONResponse:
-    """An `application/problem+json` answer (RFC 9457) with a stable `code`."""
-    body = {"type": "about:blank", "title": code.replace("_", " "), "status": status, "code": code, "detail": detail}
-    return JSONResponse(
-        {**body, **more}, status_code=status, headers=headers and dict(headers), media_type="application/problem+json"
-    )
-
-
-async def _problem(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, FluxFillError)
-    headers = {"WWW-Authenticate": "Bearer"} if isinstance(e, Unauthorized) else None
-    return problem(e.http_status, e.code, e.message, headers=headers)
-
-
-async def _http_problem(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "http_error")
-    return problem(e.status_code, code, str(e.detail), headers=e.headers)
-
-
-async def _invalid_request(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, RequestValidationError)
-    # Without the input, which may be a token.
-    first = e.errors()[0]
-    return problem(422, "invalid_request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-
-
-async def _internal_error(_request: Request, _e: Exception) -> Response:
-    # What happened is raised on, and logged by the server.
-    return problem(500, FluxFillError.code, "something went wrong here; the log says what")

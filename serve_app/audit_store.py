@@ -58,7 +58,7 @@ _CONFLICTS = 20
 #: Blobs that are read at once.
 _READS = 16
 #: In `Audit.error` of a run whose job ended, or fell silent, before the run was over.
-JOB_LOST = "job_lost"
+JOB_DIED = "job_died"
 _JSON = "application/json"
 
 
@@ -171,7 +171,7 @@ class AuditStore:
             if audit.status.is_over or audit.is_alive(self._clock()):
                 return audit
             why = f"its job was not heard of after {audit.alive_until:%Y-%m-%d %H:%M:%S} UTC"
-            fault = AuditFault(code=JOB_LOST, message=why)
+            fault = AuditFault(code=JOB_DIED, message=why)
             return audit.model_copy(update=self._ended(AuditStatus.FAILED, fault))
 
         return await self._change(run_id, buried)

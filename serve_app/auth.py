@@ -1,4 +1,4 @@
-"""Who may call: Pub/Sub's pushes by Google's OIDC token, the job API's clients by their keys.
+"""Who may call: Pub/Sub's pushes by Google's OIDC token, clients by their keys.
 
 What is refused says why in one sentence, which never repeats any part of a token or a key.
 """
@@ -8,13 +8,13 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jwt
 from jwt import PyJWK, PyJWKClient
 from pydantic import SecretStr
 
-from .errors import Forbidden, Unauthorized, Unavailable
+from .errors import Forbidden, SettingsError, Unauthorized, Unavailable
 from .settings import PushSettings, Secrets, Settings
 
 #: A Google token with its claims has about 1,000 characters, and servers commonly take 8 KiB of headers.
@@ -143,29 +143,50 @@ def _bearer(authorization: str | None) -> str:
     return credential.strip()
 
 
+#: What a client's key may be good for: the jobs of `/v1`, and audits, which take GPUs for an hour.
+Scope = Literal["jobs", "audit"]
+_SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
 class ApiKeys:
-    """The keys of the job API's clients, separated by commas. Without any, everybody may call where nobody else can:
-    not in production."""
+    """The keys of clients, separated by commas: `KEY`, which is good for jobs, `KEY:audit` or `KEY:jobs+audit`. Without
+    any, everybody may call where nobody else can: not in production."""
 
     def __init__(self, keys: SecretStr | None, *, is_production: bool) -> None:
+        """Raises SettingsError for a key that is empty, or that is to be good for something else."""
         given = keys.get_secret_value().split(",") if keys else []
-        # Digests have one length, so that comparing them tells nothing of the keys'.
-        self._digests = [_digest(key.strip()) for key in given if key.strip()]
+        self._keys = [_key(entry.strip(), place) for place, entry in enumerate(given, 1) if entry.strip()]
         self._is_open = keys is None and not is_production
 
-    def check(self, authorization: str | None, api_key: str | None) -> None:
+    def check(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
         """The values of `Authorization: Bearer KEY` and `X-API-Key: KEY`; the second counts where both are there.
 
-        Raises Unauthorized without a key that is one of ours; Forbidden where there is no key that could be.
+        Raises Unauthorized without a key that is one of ours; Forbidden for one of another scope, and where there is no
+        key that could be.
         """
         if self._is_open:
             return
-        if not self._digests:
+        if not self._keys:
             raise Forbidden("API_KEYS names no key: nobody may call this")
         given = _digest(api_key if api_key is not None else _bearer(authorization))
         # Each is compared, so that the time taken does not tell which one it was.
-        if not any([hmac.compare_digest(given, digest) for digest in self._digests]):
+        good = [scopes for digest, scopes in self._keys if hmac.compare_digest(given, digest)]
+        if not good:
             raise Unauthorized("the API key is not one of ours")
+        if not any(scope in scopes for scopes in good):
+            raise Forbidden(f"the API key has not the scope {scope}")
+
+
+def _key(entry: str, place: int) -> tuple[bytes, frozenset[str]]:
+    """A key's digest, and its scopes. Digests have one length, so that comparing them tells nothing of the keys'."""
+    key, colon, named = entry.rpartition(":")
+    scopes = frozenset(named.split("+")) if colon else frozenset({"jobs"})
+    # Not repeated, not even what follows the colon: it may be a part of the key.
+    if not scopes <= set(_SCOPES):
+        raise SettingsError(f"API_KEYS, key {place}: what follows its last colon is not of {', '.join(_SCOPES)}")
+    if colon and not key:
+        raise SettingsError(f"API_KEYS, key {place}: there is nothing before the colon")
+    return _digest(key if colon else entry), scopes
 
 
 def _digest(key: str) -> bytes:
@@ -185,6 +206,6 @@ class Access:
         if self._pushes is not None:
             await self._pushes.verify(authorization)
 
-    def check_client(self, authorization: str | None, api_key: str | None) -> None:
+    def check_client(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
         """See `ApiKeys.check`."""
-        self._keys.check(authorization, api_key)
+        self._keys.check(authorization, api_key, scope=scope)

@@ -5,7 +5,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from serve_app.adapters.links import LocalLinks
 from serve_app.api import Readiness, VariantReadiness, VariantState
+from serve_app.audit_runs import Audits
 from serve_app.auth import Access
 from serve_app.cancel import Canceler
 from serve_app.errors import InvalidLink
@@ -14,10 +16,13 @@ from serve_app.ports import BlobInfo, Delivery, Verdict
 from serve_app.settings import PushSettings, Secrets, Settings
 from serve_app.telemetry import Metrics
 
+from .audit_jobs import LocalJobs
 from .rig import Rig
 
 #: Tokens of links, in front of the blobs they read.
 LINKS = {"good.token": "users/u1/sessions/s1/original.jpg", "odd.token": 'x/a "b"\u00e9;.svg', "gone.token": "x/none"}
+LINKS |= {"page.token": "audit/run-1/report.html", "user.token": "users/u1/sessions/s1/audit/run-1/report.html"}
+LINKS |= {"deep.token": "audit/run-1/cells/report.html", "above.token": "x/audit/run-1/report.html"}
 
 
 def settings(*, is_production: bool = False, **push: Any) -> Settings:
@@ -42,11 +47,24 @@ class Process:
         self.access = Access(settings(), Secrets())
         self.limits = rig.settings.limits
         self.worked = 0
+        self.jobs = LocalJobs()
+        self.is_stopping = False
+        self.audits = Audits(
+            blobs=rig.blobs,
+            links=LocalLinks(rig.settings.blobs, "http://app.example.org"),
+            launcher=self.jobs,
+            settings=rig.settings,
+            clock=rig.clock,
+            is_stopping=self._stops,
+        )
         self._canceler = Canceler(job_store=rig.jobs, cancellations=rig.jobs, clock=rig.clock)
 
     def guard(self, *, api_keys: str | None = None, **changes: Any) -> None:
         keys = None if api_keys is None else SecretStr(api_keys)
         self.access = Access(settings(**changes), Secrets(api_keys=keys))
+
+    async def _stops(self) -> bool:
+        return self.is_stopping
 
     async def work(self, delivery: Delivery) -> Verdict:
         self.worked += 1

@@ -5,7 +5,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,7 +22,7 @@ from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused,
 from serve_app.images import Pixels
 from serve_app.jobs import Job
 from serve_app.outbox import Courier
-from serve_app.ports import Delivery, Verdict
+from serve_app.ports import BlobInfo, Delivery, Verdict
 from serve_app.settings import Inference, Settings, VariantSettings
 from serve_app.telemetry import METRICS
 from serve_app.variants import Variant
@@ -129,6 +129,16 @@ class Outage:
             return result
 
         return call
+
+
+class BlobOutage(Outage):
+    """Blobs are listed one by one."""
+
+    async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+        if self.is_down and (not self.only or "list" in self.only):
+            raise self._error("switched off")
+        async for info in self._inner.list(prefix):
+            yield info
 
 
 class Topics:
@@ -242,7 +252,7 @@ class Rig:
             work={**FAST, **self.work_settings},
             messages={"completion_topic": "session-completed"},
         )
-        self.blobs = Outage(MemoryBlobStore(self.settings.blobs), StoreUnavailable)
+        self.blobs = BlobOutage(MemoryBlobStore(self.settings.blobs), StoreUnavailable)
         self.jobs = Outage(MemoryJobStore(self.settings.jobs), StoreUnavailable)
         self.mirror = Outage(MemorySessionMirror(self.settings.jobs), StoreUnavailable)
         self.topics = Topics()

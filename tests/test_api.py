@@ -312,6 +312,37 @@ async def test_an_odd_name_is_made_safe(client: TestClient, process: Process) ->
     assert response.headers["content-disposition"] == 'inline; filename="a__b___.svg"'
 
 
+async def test_an_audits_page_runs_what_it_brings_and_fetches_nothing(client: TestClient, process: Process) -> None:
+    await process.rig.blobs.put(LINKS["page.token"], b"<html>", content_type="text/html; charset=utf-8")
+    response = client.get("/blobs/page.token")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.strip().partition(" ")[::2] for part in response.headers["content-security-policy"].split(";"))
+    assert policy == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": "'unsafe-inline'",
+        "sandbox": "allow-scripts allow-popups allow-popups-to-escape-sandbox",
+    }
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["cache-control"] == "private, no-store"
+
+
+@pytest.mark.parametrize("token", ["user.token", "deep.token", "above.token", "good.token"])
+async def test_whatever_else_says_that_it_is_a_page_runs_nothing(
+    client: TestClient, process: Process, token: str
+) -> None:
+    await process.rig.blobs.put(LINKS[token], b"<script>", content_type="text/html")
+    response = client.get(f"/blobs/{token}")
+    assert response.headers["content-security-policy"] == "default-src 'none'; sandbox"
+
+
+async def test_in_a_pages_place_only_a_page_runs(client: TestClient, process: Process) -> None:
+    await process.rig.blobs.put(LINKS["page.token"], b"<svg/>", content_type="image/svg+xml")
+    response = client.get("/blobs/page.token")
+    assert response.headers["content-security-policy"] == "default-src 'none'; sandbox"
+
+
 @pytest.mark.parametrize(
     ("token", "status", "code"),
     [

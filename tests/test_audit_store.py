@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serve_app import adapters
-from serve_app.audit_store import ALIVE_S, JOB_LOST, LAUNCH_S, AuditStore
+from serve_app.audit_store import ALIVE_S, JOB_DIED, LAUNCH_S, AuditStore
 from serve_app.audits import (
     LOCK_PATH,
     Audit,
@@ -213,7 +213,7 @@ async def test_a_dead_run_is_taken_over_and_its_job_told_so(store: AuditStore, c
     await store.create(REQUEST, "next")
     dead = await store.get("dead")
     assert dead.status == AuditStatus.FAILED
-    assert dead.error is not None and dead.error.code == JOB_LOST
+    assert dead.error is not None and dead.error.code == JOB_DIED
     with pytest.raises(IllegalTransition, match="dead is failed"):
         await store.update("dead", 1, staged("back again"))
 

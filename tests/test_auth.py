@@ -6,20 +6,21 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import jwt
 import pytest
+from pydantic import SecretStr
 
 from serve_app import auth
 from serve_app.api import create_app
-from serve_app.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, PushVerifier
-from serve_app.errors import Unauthorized, Unavailable
-from serve_app.settings import PushSettings
+from serve_app.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, Access, ApiKeys, PushVerifier, Scope
+from serve_app.errors import Forbidden, SettingsError, Unauthorized, Unavailable
+from serve_app.settings import PushSettings, Secrets
 
 from . import jwks_server
-from .http_service import Process
+from .http_service import Process, settings
 from .jwks_server import ACCOUNT, AUDIENCE, KeyServer, SigningKey, google_claims, segment
 from .rig import Rig
 
@@ -334,3 +335,54 @@ async def test_a_port_where_nobody_listens(process: Process) -> None:
         process.guard(is_production=True, jwks_url=f"http://127.0.0.1:{unused.getsockname()[1]}/certs")
         response, _ = await push(process, bearer(KEY.token()))
     assert response.status_code == 503
+
+
+# Scopes of clients' keys
+
+KEYS = "plain, auditor:audit, both:jobs+audit, jobber:jobs, with:colon:audit, twice, twice:audit"
+
+
+@pytest.mark.parametrize(
+    ("key", "scopes"),
+    [
+        ("plain", {"jobs"}),
+        ("jobber", {"jobs"}),
+        ("auditor", {"audit"}),
+        ("both", {"jobs", "audit"}),
+        ("twice", {"jobs", "audit"}),
+        ("with:colon", {"audit"}),
+    ],
+)
+def test_a_key_is_good_for_its_scopes_and_no_other(key: str, scopes: set[str]) -> None:
+    keys = ApiKeys(SecretStr(KEYS), is_production=True)
+    for scope in get_args(Scope):
+        if scope in scopes:
+            keys.check(f"Bearer {key}", None, scope=scope)
+            keys.check(None, key, scope=scope)
+        else:
+            with pytest.raises(Forbidden, match=f"the API key has not the scope {scope}"):
+                keys.check(f"Bearer {key}", None, scope=scope)
+
+
+@pytest.mark.parametrize("key", ["auditor:audit", "both:jobs+audit", "with", "jobs", "audit", ""])
+def test_a_scope_is_no_part_of_a_key(key: str) -> None:
+    keys = ApiKeys(SecretStr(KEYS), is_production=True)
+    for scope in get_args(Scope):
+        with pytest.raises(Unauthorized):
+            keys.check(None, key, scope=scope)
+
+
+@pytest.mark.parametrize(
+    "entry", ["secret:", "secret:Audit", "secret:audit+", "sec:ret", "se:jobs+cret", ":audit", ":"]
+)
+def test_what_is_no_scope_is_refused_at_the_start_and_not_repeated(entry: str) -> None:
+    with pytest.raises(SettingsError, match="API_KEYS, key 2: ") as refused:
+        Access(settings(), Secrets(api_keys=SecretStr(f"fine,{entry}")))
+    assert not any(part in refused.value.message.split(": ", 1)[1] for part in ("secret", "ret", "Audit", "sec"))
+
+
+def test_without_keys_everybody_has_every_scope_where_nobody_else_can_call() -> None:
+    for scope in get_args(Scope):
+        ApiKeys(None, is_production=False).check(None, None, scope=scope)
+        with pytest.raises(Forbidden, match="names no key"):
+            ApiKeys(None, is_production=True).check(None, None, scope=scope)

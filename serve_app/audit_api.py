@@ -1,0 +1,248 @@
+"""HTTP routes of audits. Knows no store, no launcher and no Ray."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+
+from .audit_runs import Audits, page_path
+from .audits import (
+    MAX_LINK_HOURS,
+    RUN_ID_PATTERN,
+    Audit,
+    AuditFault,
+    AuditRequest,
+    AuditStatus,
+    CellProgress,
+    MemoryReading,
+    Recommendation,
+    RunId,
+    Seed,
+)
+from .auth import Access
+from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName
+from .problems import problem, read_body
+from .settings import AuditSettings
+
+MAX_BODY_BYTES = 64_000
+#: Of a field's name that a sender made up, in errors.
+_NAME_CHARS = 100
+
+_AXES = ("variants", "guidance_scales", "steps", "seeds", "prompts", "crops")
+_OPTIONS = ("reference", "runs", "compile_variants", "link_hours", "price_per_hour")
+
+
+class AuditBody(BaseModel):
+    """The body of `POST /audit`. What is not given is as `settings.audit` says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    user_id: Id
+    session_id: Id
+    #: None: one is made.
+    run_id: RunId | None = None
+    #: Paint what run `run_id` lacks. It takes no axis, because the run has them.
+    resume: Annotated[bool, Field(strict=True)] = False
+    variants: tuple[VariantName, ...] | None = None
+    guidance_scales: tuple[GuidanceScale, ...] | None = None
+    steps: tuple[Steps, ...] | None = None
+    seeds: tuple[Seed, ...] | None = None
+    prompts: tuple[Prompt, ...] | None = None
+    crops: tuple[CropStrategy, ...] | None = None
+    reference: VariantName | None = None
+    runs: Annotated[int, Field(strict=True)] | None = None
+    compile_variants: tuple[VariantName, ...] | None = None
+    link_hours: float | None = Field(None, gt=0, le=MAX_LINK_HOURS)
+    price_per_hour: float | None = None
+
+    def given(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def request(self, unsaid: AuditSettings) -> AuditRequest:
+        """Raises ValidationError for axes that do not go together."""
+        matrix = {**unsaid.matrix.model_dump(), **self.given(_AXES)}
+        named = {"budget", "link_hours", "price_per_hour", "gpus"}
+        whose = {"user_id": self.user_id, "session_id": self.session_id}
+        fields = {**unsaid.model_dump(include=named), **self.given(_OPTIONS), **whose, "matrix": matrix}
+        return AuditRequest.model_validate(fields)
+
+
+class AuditReport(BaseModel):
+    """What a run came to."""
+
+    status: AuditStatus
+    run_id: str
+    #: A signed link to the page, good for the run's `link_hours`, and its path in the blob store; None where there is
+    #: no report.
+    report_url: str | None
+    report_path: str | None
+    #: None before the first cell was painted.
+    gpu: str | None
+    sm: str | None
+    #: None where torch.compile was not looked at.
+    compile_viable: bool | None
+    #: Cells that succeeded.
+    result_count: int
+
+
+class AuditLine(BaseModel):
+    """A run in the list of all."""
+
+    run_id: str
+    status: AuditStatus
+    stage: str
+    attempt: int
+    user_id: str
+    session_id: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    #: Cells by their status.
+    counts: Mapping[str, int]
+    error: AuditFault | None
+
+
+class AuditView(AuditLine, AuditReport):
+    """A run with its cells."""
+
+    cells: Mapping[str, CellProgress]
+    memory: Sequence[MemoryReading]
+    recommended: Recommendation | None
+
+
+def _line(audit: Audit) -> dict[str, Any]:
+    return {
+        "run_id": audit.id,
+        "status": audit.status,
+        "stage": audit.stage,
+        "attempt": audit.attempt,
+        "user_id": audit.request.user_id,
+        "session_id": audit.request.session_id,
+        "created_at": audit.created_at,
+        "started_at": audit.started_at,
+        "finished_at": audit.finished_at,
+        "counts": Counter(cell.status for cell in audit.cells.values()),
+        "error": audit.error,
+    }
+
+
+async def _report(audit: Audit, audits: Audits) -> dict[str, Any]:
+    has_report = audit.status in (AuditStatus.SUCCEEDED, AuditStatus.INCOMPLETE)
+    return {
+        "status": audit.status,
+        "run_id": audit.id,
+        "report_url": await audits.link(audit) if has_report else None,
+        "report_path": page_path(audit) if has_report else None,
+        "gpu": audit.gpu,
+        "sm": audit.sm,
+        "compile_viable": audit.compile_viable,
+        "result_count": audit.result_count,
+    }
+
+
+async def _view(audit: Audit, audits: Audits) -> AuditView:
+    more = {"cells": audit.cells, "memory": audit.memory, "recommended": audit.recommended}
+    return AuditView(**{**_line(audit), **await _report(audit, audits), **more})
+
+
+_Run = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
+
+
+def routes(access: Callable[[], Access], audits: Callable[[], Audits]) -> APIRouter:
+    """Both are asked at each request, because Serve makes the app before the replica."""
+
+    def client(
+        authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
+    ) -> None:
+        access().check_client(authorization, x_api_key, scope="audit")
+
+    made = APIRouter(dependencies=[Depends(client)])
+
+    @made.post("/audit")
+    async def audit(request: Request) -> Response:
+        """Start an audit, and answer when it is over; with `Prefer: respond-async` at once."""
+        started = await _start(request, audits())
+        if _prefers_async(request.headers.getlist("Prefer")):
+            return await _accepted(request, started, audits(), {"Preference-Applied": "respond-async"})
+        ended = await audits().wait(started.id)
+        if not ended.status.is_over:
+            # This process is about to end, and the job goes on.
+            return await _accepted(request, ended, audits(), {})
+        if ended.status == AuditStatus.FAILED:
+            return _failed(ended)
+        return JSONResponse(AuditReport(**await _report(ended, audits())).model_dump(mode="json"))
+
+    @made.get("/audits")
+    async def listed(limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Sequence[AuditLine]:
+        """Runs, newest first."""
+        return [AuditLine(**_line(one)) for one in await audits().list(limit)]
+
+    @made.get("/audits/{run_id}")
+    async def look(run_id: _Run) -> AuditView:
+        """A run, with the progress of each cell."""
+        return await _view(await audits().look(run_id), audits())
+
+    @made.post("/audits/{run_id}/cancel")
+    async def cancel(run_id: _Run) -> AuditView:
+        """Stop a run: a waiting one never begins, a running one stops within a step. 409 where it is over."""
+        return await _view(await audits().cancel(run_id), audits())
+
+    return made
+
+
+async def _start(request: Request, audits: Audits) -> Audit:
+    if not audits.settings.audit.enabled:
+        raise HTTPException(404, "this app starts no audits: audit.enabled is false")
+    data = await read_body(request, MAX_BODY_BYTES)
+    try:
+        body = AuditBody.model_validate_json(data)
+        asked = None if body.resume else body.request(audits.settings.audit)
+    except ValidationError as e:
+        raise _invalid(e) from None
+    if asked is not None:
+        return await audits.start(asked, body.run_id)
+    if body.run_id is None:
+        raise _wrong("run_id", "a resume names its run")
+    if extra := next(iter(body.given([*_AXES, *_OPTIONS])), None):
+        raise _wrong(extra, "a resume goes by what its run was asked for")
+    return await audits.resume(body.run_id, body.user_id, body.session_id)
+
+
+def _invalid(e: ValidationError) -> RequestValidationError:
+    """With the caller's own name of the field."""
+    first = e.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "matrix")
+    return _wrong(where[:_NAME_CHARS], first["msg"])
+
+
+def _wrong(field: str, why: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", *([field] if field else [])), "msg": why}])
+
+
+async def _accepted(request: Request, audit: Audit, audits: Audits, headers: Mapping[str, str]) -> Response:
+    """202, and where to look."""
+    view = await _view(audit, audits)
+    place = f"{request.scope.get('root_path', '')}/audits/{audit.id}"
+    return JSONResponse(view.model_dump(mode="json"), status_code=202, headers={**headers, "Location": place})
+
+
+def _failed(audit: Audit) -> Response:
+    """500, whatever ended the run: nothing is wrong with the request any more, and there is no report."""
+    fault = audit.error or AuditFault(code="internal_error", message="nobody said why it failed")
+    return problem(500, fault.code, fault.message, run_id=audit.id)
+
+
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
+
+
+def _prefers_async(headers: Sequence[str]) -> bool:
+    """Whether `respond-async` is among the preferences (RFC 7240, section 2)."""
+    preferences = _QUOTED.sub("", ",".join(headers)).split(",")
+    return any(re.split("[;=]", one)[0].strip().lower() == "respond-async" for one in preferences)

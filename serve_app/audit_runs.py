@@ -1,0 +1,225 @@
+"""Audits as clients see them: started, looked at, waited for, canceled. The job itself works elsewhere."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from contextvars import Context
+from typing import Any, TypeVar
+
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from .audit_store import JOB_DIED, AuditStore
+from .audits import PAGE, Audit, AuditFault, AuditRequest, AuditStatus, folder
+from .edit import INPUTS, session_path
+from .errors import (
+    BlobNotFound,
+    ClaimError,
+    InputError,
+    JobsUnavailable,
+    MissingInput,
+    StoreUnavailable,
+    Unavailable,
+    UnknownAudit,
+    UnknownVariant,
+)
+from .ports import AuditLauncher, BlobLinks, BlobStore, Clock, LaunchState
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Between two looks at a run that somebody waits for, in seconds.
+POLL_S = 1.0
+#: How long a job that was asked to stop may take to do so by itself, in seconds: one step of the largest window takes
+#: seconds on an L4, and then it writes what it has.
+GRACE_S = 30.0
+#: How long the store may be away from those who wait.
+OUTAGE_S = 60.0
+
+_ENDED: tuple[LaunchState, ...] = ("stopped", "succeeded", "failed")
+_GOING: tuple[LaunchState, ...] = ("pending", "running")
+
+
+async def _never() -> bool:
+    return False
+
+
+class Audits:
+    """Every method that names a run raises UnknownAudit; all raise StoreUnavailable while the store is away."""
+
+    def __init__(
+        self,
+        *,
+        blobs: BlobStore,
+        links: BlobLinks,
+        launcher: AuditLauncher,
+        settings: Settings,
+        clock: Clock,
+        is_stopping: Callable[[], Awaitable[bool]] = _never,
+    ) -> None:
+        """`is_stopping`: whether this process is about to end, so that nobody may wait here any longer."""
+        self._store = AuditStore(blobs, clock)
+        self._blobs, self._links, self._launcher, self._clock = blobs, links, launcher, clock
+        self.settings, self._is_stopping = settings, is_stopping
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def start(self, request: AuditRequest, run_id: str | None) -> Audit:
+        """A new run and its job. Goes on to its end even where the caller hangs up.
+
+        Raises UnknownVariant; MissingInput; InputError for links of such a life; AuditExists; AuditRunning;
+        JobsUnavailable: then the run has failed, and can be resumed.
+        """
+        await self._check(request)
+        return await self._to_the_end(self._create(request, run_id))
+
+    async def resume(self, run_id: str, user_id: str, session_id: str) -> Audit:
+        """As `start`, for what a run of this session lacks. Raises UnknownAudit for a run of another session, too."""
+        # A job that died just now is in nobody's way.
+        audit = await self.look(run_id)
+        if (audit.request.user_id, audit.request.session_id) != (user_id, session_id):
+            raise UnknownAudit(f"there is no run {run_id} of this session", run_id=run_id)
+        await self._check(audit.request)
+        return await self._to_the_end(self._resume(run_id))
+
+    async def look(self, run_id: str) -> Audit:
+        """The run. One whose job has died has failed."""
+        audit = await self._store.get(run_id)
+        if audit.status.is_over:
+            return audit
+        state = await self._job_state(audit)
+        if state in _ENDED:
+            return await self._end(audit, await self._how(audit), f"its job has {state} before the run was over")
+        # A job that runs and cannot write is not dead; nor is one that nobody knows here while it writes: it may have
+        # been submitted by hand.
+        if state not in _GOING and not audit.is_alive(self._clock()):
+            return await self._store.bury(run_id)
+        return audit
+
+    async def wait(self, run_id: str) -> Audit:
+        """The run when it is over, or as it is when this process is about to end."""
+        while not (audit := await self._patient_look(run_id)).status.is_over and not await self._is_stopping():
+            await asyncio.sleep(POLL_S)
+        return audit
+
+    async def list(self, limit: int) -> Sequence[Audit]:
+        """Newest first."""
+        return await self._store.list(limit)
+
+    async def cancel(self, run_id: str) -> Audit:
+        """Ask the run's job to stop, and stop it where it does not. Raises IllegalTransition where the run is over."""
+        audit = await self._store.cancel(run_id)
+        log.info("Canceling %s", run_id, extra={"action": "audit_canceled", "run_id": run_id})
+        self._spawn(self._stop(audit))
+        return audit
+
+    async def link(self, audit: Audit) -> str:
+        """A signed link to the report's page, which is a secret: never log it."""
+        return await self._links.link(page_path(audit), expires_s=_link_s(audit.request))
+
+    async def close(self) -> None:
+        """Jobs that were asked to stop see that for themselves."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- starting
+
+    async def _check(self, request: AuditRequest) -> None:
+        for variant in request.matrix.variants:
+            if variant not in self.settings.variants:
+                served = ", ".join(self.settings.variants)
+                raise UnknownVariant(f"variant {variant} is not served here; there are {served}")
+        paths = [session_path(request.user_id, request.session_id, name) for name in INPUTS.values()]
+        await asyncio.gather(*map(self._check_there, paths))
+        try:
+            # Rather now than after an hour of painting.
+            await self._links.link(paths[0], expires_s=_link_s(request))
+        except ValueError as e:
+            raise InputError(f"link_hours: {e}") from e
+
+    async def _check_there(self, path: str) -> None:
+        try:
+            await self._blobs.head(path)
+        except BlobNotFound as e:
+            raise MissingInput(f"{path} is not in the blob store", path=path) from e
+
+    async def _create(self, request: AuditRequest, run_id: str | None) -> Audit:
+        return await self._launch(await self._store.create(request, run_id, several=self.settings.audit.several))
+
+    async def _resume(self, run_id: str) -> Audit:
+        return await self._launch(await self._store.resume(run_id, several=self.settings.audit.several))
+
+    async def _launch(self, audit: Audit) -> Audit:
+        try:
+            await self._launcher.launch(audit)
+        except JobsUnavailable as e:
+            # Kept, because Ray may have taken the job and not said so: an attempt that is over begins nothing.
+            fault = AuditFault(code=e.code, message=e.message)
+            await self._store.finish(audit.id, audit.attempt, AuditStatus.FAILED, fault)
+            raise JobsUnavailable(f"{e.message}; {audit.id} has failed, and can be resumed", run_id=audit.id) from e
+        extra = {"action": "audit_started", "run_id": audit.id, "attempt": audit.attempt, "cells": len(audit.cells)}
+        log.info("Started the job of %s", audit.id, extra=extra)
+        return audit
+
+    # -- ending
+
+    async def _job_state(self, audit: Audit) -> LaunchState | None:
+        """None where it cannot be had."""
+        with suppress(JobsUnavailable):
+            return await self._launcher.state(audit)
+        return None
+
+    async def _how(self, audit: Audit) -> AuditStatus:
+        return AuditStatus.CANCELED if await self._store.is_canceled(audit.id) else AuditStatus.FAILED
+
+    async def _end(self, audit: Audit, status: AuditStatus, why: str) -> Audit:
+        """The run ends, unless its job has ended it, or it was resumed, in the meantime."""
+        fault = AuditFault(code=JOB_DIED, message=f"{why}; its log says more") if status == AuditStatus.FAILED else None
+        with suppress(ClaimError):
+            return await self._store.finish(audit.id, audit.attempt, status, fault)
+        return await self._store.get(audit.id)
+
+    async def _stop(self, audit: Audit) -> None:
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_S):
+                    while not (await self._store.get(audit.id)).status.is_over:
+                        await asyncio.sleep(POLL_S)
+            await self._launcher.stop(audit)
+            await self._end(audit, AuditStatus.CANCELED, "it was canceled")
+        except Unavailable as e:
+            extra = {"action": "audit_not_stopped", "run_id": audit.id, "code": e.code}
+            log.warning("Could not stop the job of %s: %s", audit.id, e.message, extra=extra)
+
+    async def _patient_look(self, run_id: str) -> Audit:
+        @retry(
+            retry=retry_if_exception_type(StoreUnavailable),
+            wait=wait_fixed(POLL_S),
+            stop=stop_after_delay(OUTAGE_S),
+            reraise=True,
+        )
+        async def patient() -> Audit:
+            return await self.look(run_id)
+
+        return await patient()
+
+    # -- apart from who asked
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.shield(self._spawn(work))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        # In a context of its own: Serve cancels what a request began when its client disconnects.
+        task = asyncio.create_task(work, context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def page_path(audit: Audit) -> str:
+    return f"{folder(audit.id)}/{PAGE}"
+
+
+def _link_s(request: AuditRequest) -> int:
+    return max(1, round(request.link_hours * 3600))
