@@ -50,6 +50,10 @@ class LocalReplicas:
         #: What was awake whenever a cell began.
         self.beside: list[tuple[str, frozenset[str]]] = []
 
+    def seat(self, variant: str) -> Seat:
+        """The first replica's."""
+        return self._replicas[variant][0].seat
+
     async def measure(
         self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int, places: int
     ) -> Measured:

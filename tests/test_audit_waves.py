@@ -66,6 +66,12 @@ def test_no_more_replicas_than_cells() -> None:
     assert planned(served(a=gpu(0, 9), b=cpu(9)), 9, a=2, b=3) == [({"a": 2, "b": 3}, False)]
 
 
+def test_variants_of_which_serve_would_start_too_many_are_known() -> None:
+    (wave,) = plan({"a": 5, "b": 5}, served(a=gpu(0, 3), b=gpu(0, 1)), 3)
+    assert wave.wanted == {"a": 2, "b": 1}
+    assert wave.growing == {"a"}
+
+
 def test_a_variant_that_is_painted_already_takes_no_part() -> None:
     assert planned(THREE, 1, b=1) == [({"b": 1}, False)]
     assert planned(THREE, 1) == []

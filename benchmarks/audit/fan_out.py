@@ -15,7 +15,8 @@ from .waves import Wave
 
 log = logging.getLogger(__name__)
 
-#: Cells that ask although every replica has one: the next is there when a replica is free.
+#: Cells that ask although every replica has one: the next is there when a replica is free. Serve counts it as load, so
+#: there is none where that would start a replica too many.
 SPARE = 1
 COUNT_S = 1.0
 #: Full jitter, so that several that ask do not meet again.
@@ -25,11 +26,12 @@ _WAIT = wait_random_exponential(multiplier=0.01, min=0.01, max=0.1)
 class FanOut:
     """Made by `fan_out`."""
 
-    def __init__(self, replicas: Replicas, wanted: Mapping[str, int], max_in_flight: int | None) -> None:
-        self._replicas, self._wanted = replicas, wanted
-        self._asking = {name: asyncio.Semaphore(count + SPARE) for name, count in wanted.items()}
-        self._all = asyncio.Semaphore(max_in_flight or sum(wanted.values()) + SPARE * len(wanted))
-        self._running: Mapping[str, int] = dict.fromkeys(wanted, 0)
+    def __init__(self, replicas: Replicas, wave: Wave, max_in_flight: int | None) -> None:
+        self._replicas, self._wanted = replicas, wave.wanted
+        asking = {name: count + SPARE * (name not in wave.growing) for name, count in wave.wanted.items()}
+        self._asking = {name: asyncio.Semaphore(count) for name, count in asking.items()}
+        self._all = asyncio.Semaphore(max_in_flight or sum(asking.values()))
+        self._running: Mapping[str, int] = dict.fromkeys(wave.wanted, 0)
 
     async def measure(self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int) -> Measured:
         """As `Replicas.measure`, but that it waits for its turn, and asks again until a replica takes it."""
@@ -62,7 +64,7 @@ class FanOut:
 @asynccontextmanager
 async def fan_out(replicas: Replicas, wave: Wave, max_in_flight: int | None = None) -> AsyncIterator[FanOut]:
     """Over the replicas of the wave's variants; at most `max_in_flight` cells ask at once, over all of them."""
-    fan = FanOut(replicas, wave.wanted, max_in_flight)
+    fan = FanOut(replicas, wave, max_in_flight)
     await fan.count()
     census = asyncio.create_task(fan.keep_counting())
     try:

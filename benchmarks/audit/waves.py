@@ -18,6 +18,8 @@ class Wave:
     wanted: Mapping[str, int]
     #: Whether GPUs must be free first that an earlier wave's variants take.
     waits: bool = False
+    #: Of which Serve would start more, if more were asked for: on GPUs that are another's.
+    growing: frozenset[str] = frozenset()
 
 
 def plan(cells: Mapping[str, int], settings: Settings, gpus: int) -> list[Wave]:
@@ -34,10 +36,15 @@ def plan(cells: Mapping[str, int], settings: Settings, gpus: int) -> list[Wave]:
         _check_gpus(passing, kept, gpus)
     groups = [list(cells)] if len(passing) <= free else _apart(cells, passing, free)
     return [
-        Wave(wanted=_wanted(group, cells, settings, free), waits=len(groups) > 1 and group[0] in passing)
+        _wave(_wanted(group, cells, settings, free), settings, waits=len(groups) > 1 and group[0] in passing)
         for group in groups
         if group
     ]
+
+
+def _wave(wanted: Mapping[str, int], settings: Settings, *, waits: bool) -> Wave:
+    growing = frozenset(name for name, count in wanted.items() if count < settings.variants[name].max_replicas)
+    return Wave(wanted=wanted, waits=waits, growing=growing)
 
 
 def kept_gpus(settings: Settings) -> dict[str, int]:
