@@ -71,18 +71,21 @@ def test_the_inputs_are_those_of_a_real_call_and_it_can_be_repeated(engine: Flux
     """More often than the run has steps, with the same output."""
     forward = Forward(engine, given)
     assert forward.per_edit == 4 * 1
-    once, again = forward.timed(), forward.timed()
-    assert once.output.shape == (1, (SIDE // 16) ** 2, 64)
-    assert torch.equal(once.output, again.output)
-    assert once.output.abs().max() > 0
-    assert min(once.first_s, once.warm_s) > 0
+    laps = [forward.lap() for _ in range(given.steps + 1)]
+    outputs = [output for _, output in laps]
+    assert outputs[0].shape == (1, (SIDE // 16) ** 2, 64)
+    assert outputs[0].abs().max() > 0
+    assert all(torch.equal(outputs[0], output) for output in outputs)
+    assert min(seconds for seconds, _ in laps) > 0
 
 
+@pytest.mark.slow
 def test_the_forward_is_one_graph(engine: FluxFill, given: PaintRequest) -> None:
     found = Forward(engine, given).explained()
     assert (found.graphs, found.breaks, found.reasons) == (1, 0, ())
 
 
+@pytest.mark.slow
 def test_what_breaks_the_graph_is_named_once_without_its_folder(engine: FluxFill, given: PaintRequest) -> None:
     forward = Forward(engine, given)
     for block in engine._pipeline.transformer.transformer_blocks:

@@ -61,20 +61,21 @@ def _measured(engine: Engine, request: PaintRequest) -> Iterator[Mapping[str, An
     from .forwards import Forward
 
     forward = Forward(engine, request)  # type: ignore[arg-type]  # of this family, and batching is off
-    eager = forward.timed()
-    yield {"eager_s": eager.warm_s}
+    forward.lap()
+    eager_s, expected = forward.lap()
+    yield {"eager_s": eager_s}
     explained = forward.explained()
     yield {"graphs": explained.graphs, "breaks": explained.breaks, "break_reasons": explained.reasons}
     forward.compile()
-    compiled = forward.timed()
-    difference = (compiled.output.double() - eager.output.double()).abs().max().item()
+    first_s, output = forward.lap()
+    eager_s, compiled_s = forward.by_turns()
     yield judged(
-        eager_s=eager.warm_s,
-        compiled_s=compiled.warm_s,
-        compile_s=max(0.0, compiled.first_s - compiled.warm_s),
+        eager_s=eager_s,
+        compiled_s=compiled_s,
+        compile_s=max(0.0, first_s - compiled_s),
         forwards=forward.per_edit,
-        difference=difference,
-        largest=eager.output.abs().max().item(),
+        difference=(output.double() - expected.double()).abs().max().item(),
+        largest=expected.abs().max().item(),
     )
 
 
@@ -90,6 +91,7 @@ def judged(
     return {
         "viable": obstacle is None,
         "verdict": obstacle or "proceed",
+        "eager_s": eager_s,
         "compiled_s": compiled_s,
         "gain": gain,
         "compile_s": compile_s,

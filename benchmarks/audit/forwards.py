@@ -16,7 +16,7 @@ from serve_app.engine.canvas import paint_canvas
 from serve_app.engine.diffusion import FluxFill
 from serve_app.ports import PaintRequest
 
-#: What the warm forwards may take together, in seconds, and how many there are at least and at most.
+#: What all turns may take together, in seconds, and how many there are at least and at most.
 _BUDGET_S, _LEAST, _MOST = 5.0, 3, 20
 _MAX_REASONS = 5
 
@@ -33,15 +33,6 @@ class Explained:
     breaks: int
     #: Where its breaks come from, up to five, each once.
     reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timed:
-    #: Seconds of the first forward, and the median of the warm ones: by CUDA events where there is a GPU.
-    first_s: float
-    warm_s: float
-    #: The transformer's, of the last forward.
-    output: Tensor
 
 
 class Forward:
@@ -92,17 +83,8 @@ class Forward:
         compile_folder.new()
         compiled.compile_blocks(self._transformer)
 
-    def timed(self) -> Timed:
-        """The first forward and then warm ones, for some seconds. Raises what torch raises."""
-        first_s, _ = self._lap()
-        lap_s, output = self._lap()
-        laps = [lap_s]
-        for _ in range(min(max(int(_BUDGET_S / lap_s), _LEAST), _MOST) - 1):
-            lap_s, output = self._lap()
-            laps.append(lap_s)
-        return Timed(first_s=first_s, warm_s=statistics.median(laps), output=output)
-
-    def _lap(self) -> tuple[float, Tensor]:
+    def lap(self) -> tuple[float, Tensor]:
+        """Seconds of one forward, by CUDA events where there is a GPU, and its output. Raises what torch raises."""
         self._at_first_step()
         self._device.synchronize()
         started_s, before_ms = time.perf_counter(), self._device.ms
@@ -111,6 +93,20 @@ class Forward:
         if self._device.is_gpu:
             return (self._device.ms - before_ms) / 1000, output
         return time.perf_counter() - started_s, output
+
+    def by_turns(self) -> tuple[float, float]:
+        """Seconds of a warm forward, eager and compiled, medians: taken by turns, so that what else the machine does
+        meets both alike. Raises what torch raises."""
+        turns = [self._turn()]
+        for _ in range(min(max(int(_BUDGET_S / sum(turns[0])), _LEAST), _MOST) - 1):
+            turns.append(self._turn())
+        return statistics.median(eager for eager, _ in turns), statistics.median(compiled for _, compiled in turns)
+
+    def _turn(self) -> tuple[float, float]:
+        with torch.compiler.set_stance("force_eager"):
+            eager_s, _ = self.lap()
+        compiled_s, _ = self.lap()
+        return eager_s, compiled_s
 
     def _at_first_step(self) -> None:
         """Each forward takes the modulation of its run's next step; these are all the first."""
