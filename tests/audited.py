@@ -137,7 +137,7 @@ def results(request: AuditRequest = REQUEST) -> list[CellResult]:
     return [result(request, cell) for cell in request.matrix.cells()]
 
 
-def photo_and_mask(width: int = 640, height: int = 480) -> tuple[Pixels, Pixels]:
+def photo_and_mask(width: int = 240, height: int = 180) -> tuple[Pixels, Pixels]:
     """A gradient with a line drawn over it, and the mask of the line."""
     across, down = np.meshgrid(np.linspace(40, 220, width), np.linspace(60, 200, height))
     photo = np.stack([across, down, (across + down) / 2], axis=2).astype(np.uint8)
@@ -177,7 +177,7 @@ class Published:
         return data.decode()
 
 
-async def published(run: Audit, results: Sequence[CellResult], size: tuple[int, int] = (640, 480)) -> Published:
+async def published(run: Audit, results: Sequence[CellResult], size: tuple[int, int] = (240, 180)) -> Published:
     """The run's report, with the pictures it is about."""
     report, (photo, mask) = Published(), photo_and_mask(*size)
     await report.keep(results, photo, mask)

@@ -13,4 +13,4 @@ for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLO
 # Ray reads these when it is first imported.
 os.environ.update(ray_environment(), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
-pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures"]
+pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures", "tests.browser"]

@@ -24,6 +24,8 @@ class Axis:
 @dataclass(frozen=True, slots=True)
 class Column:
     head: str
+    #: Empty where it has none.
+    unit: str
     #: In a line.
     words: str
     value: Value
@@ -37,9 +39,11 @@ class Column:
 
 
 def _metric(metric: Metric) -> Column:
-    head = f"{metric.title} {metric.unit}".strip()
     # What is measured against the reference is not there for it, and LPIPS not without its weights.
-    return Column(head, metric.words, lambda result: getattr(result.compared, metric.name, None), metric.decimals)
+    def value(result: CellResult) -> float | None:
+        return getattr(result.compared, metric.name, None)
+
+    return Column(metric.title, metric.unit, metric.words, value, metric.decimals)
 
 
 def gigabytes(count: int | None) -> float | None:
@@ -47,14 +51,14 @@ def gigabytes(count: int | None) -> float | None:
 
 
 _COLUMNS = (
-    Column("Wall s", "Seconds of a warm painting, median.", lambda result: result.wall_s, 2, is_fixed=True),
-    Column("First s", "Seconds of the first painting.", lambda result: result.first_wall_s, 2, is_fixed=True),
-    Column("GPU ms", "Device time of a warm painting, median.", lambda result: result.gpu_ms, 1, is_fixed=True),
+    Column("Wall", "s", "Seconds of a warm painting, median.", lambda result: result.wall_s, 2, is_fixed=True),
+    Column("First", "s", "Seconds of the first painting.", lambda result: result.first_wall_s, 2, is_fixed=True),
+    Column("GPU", "ms", "Device time of a warm painting, median.", lambda result: result.gpu_ms, 1, is_fixed=True),
     *map(_metric, METRICS),
-    Column("Steps/s", "Denoising steps a second.", lambda result: result.steps_per_s, 2),
-    Column("TFLOP/s", "Achieved while denoising.", lambda result: result.tflop_per_s, 2),
-    Column("Peak GB", "Device memory, allocated at most.", lambda result: gigabytes(result.peak_bytes), 2),
-    Column("Cost", "Of a warm edit, in the currency of the price.", lambda result: result.cost, 5),
+    Column("Steps/s", "", "Denoising steps a second.", lambda result: result.steps_per_s, 2),
+    Column("TFLOP/s", "", "Achieved while denoising.", lambda result: result.tflop_per_s, 2),
+    Column("Peak", "GB", "Device memory, allocated at most.", lambda result: gigabytes(result.peak_bytes), 2),
+    Column("Cost", "", "Of a warm edit, in the currency of the price.", lambda result: result.cost, 5),
 )
 
 

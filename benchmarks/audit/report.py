@@ -52,7 +52,7 @@ async def publish(
     `[height, width]`, not 0 where it was edited. A picture that cannot be read back is named in the page. Raises
     StoreUnavailable.
     """
-    results = _ordered(audit, results)
+    results = _stored(audit, results)
     expires_s = max(1, round(audit.request.link_hours * 3600))
     paths = [path for result in results if (path := result.image_path)]
     files = {name: f"{folder(audit.id)}/{name}" for name in _CONTENT_TYPES}
@@ -87,9 +87,9 @@ class Peak:
     reserved: float | None
 
 
-def _ordered(audit: Audit, results: Sequence[CellResult]) -> list[CellResult]:
-    """As the matrix has them."""
-    found = {result.cell: result for result in results}
+def _stored(audit: Audit, results: Sequence[CellResult]) -> list[CellResult]:
+    """As the store has them, where what is not finite is None, in the matrix's order."""
+    found = {result.cell: CellResult.model_validate_json(result.model_dump_json()) for result in results}
     return [found[cell] for cell in audit.request.matrix.cells() if cell in found]
 
 

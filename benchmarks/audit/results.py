@@ -63,7 +63,7 @@ def joined(mappings: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _cell(result: CellResult, signed: Mapping[str, str]) -> dict[str, Any]:
-    # Through JSON: what is not finite is null here exactly where it is null in the store.
+    # Through JSON, as the store writes it.
     record = json.loads(result.model_dump_json(exclude={"versions", "revisions"}))
     cell, compared, trials = (record.pop(name) for name in ("cell", "compared", "trials"))
     return {
