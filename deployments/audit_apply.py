@@ -90,7 +90,11 @@ def apply(results: Mapping[str, Any], config: Path) -> Applied:
 def drift(config: Config, running: Mapping[str, Any]) -> list[str]:
     """What the running app has otherwise than the file, a sentence each, by the body of its `GET /ready`. That names
     the default variant and those that are served; of steps and guidance scale it knows nothing."""
-    app, default, named = Readiness.model_validate(running), config.inference.variant, config.settings.variants
+    try:
+        app = Readiness.model_validate(running)
+    except ValidationError:
+        return [f"what answers at {config.url}/ready is not this app"]
+    default, named = config.inference.variant, config.settings.variants
     found = [f"{name} is in the file, and not served" for name in named if name not in app.variants]
     found += [f"{name} is served, and not in the file" for name in app.variants if name not in named]
     if app.default_variant != default:

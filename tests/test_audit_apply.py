@@ -223,3 +223,9 @@ def test_drift_names_what_the_app_has_otherwise() -> None:
         "the default variant is telea in the file, and Q8_0 in the app",
         "the app refused its last defaults: steps: wrong",
     ]
+
+
+def test_what_is_not_the_app_is_told() -> None:
+    """Another server at its port, or an error in place of the answer."""
+    (told,) = drift(load(REPOSITORY), {"code": "internal_error"})
+    assert "http://127.0.0.1:8000/ready is not this app" in told
