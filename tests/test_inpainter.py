@@ -309,10 +309,14 @@ def _measure(replica: Replica, trials: int) -> AsyncGenerator[Progress | Measure
 
 
 async def test_a_cell_may_paint_for_as_long_as_each_of_its_paintings_may() -> None:
-    """Two paintings, each within the limit, take longer than it; a third exceeds it by itself."""
+    """Each counts from its own beginning; the third hangs."""
     hung, seen = threading.Event(), list[float]()
-    engine = Scripted(lambda: seen.append(replica._seat.taken_since or 0.0) or len(seen) < 3 or hung.wait(30))
-    replica = Replica(settings({"stuck_s": 1e-6, "inference_timeout_s": 0.2}), engine)
+
+    def hang_at_the_third() -> None:
+        seen.append(replica._seat.taken_since or 0.0)
+        assert len(seen) < 3 or hung.wait(30)
+
+    replica = Replica(settings({"stuck_s": 1e-6, "inference_timeout_s": 0.2}), Scripted(hang_at_the_third))
     cell = asyncio.create_task(replica.cell(request(), trials=3))
     await until(lambda: len(seen) == 3)
     assert seen[0] < seen[1] < seen[2]
