@@ -1,5 +1,6 @@
 """An audit over memory stores and real engines in this process, without Ray: counts and memory are scripted."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -23,6 +24,16 @@ from .rig import SESSION, USER, Clock, Prompts, Scripted, jpeg, line_mask, photo
 
 #: Every wait as short as it can be.
 QUICK = Pace(cancel_poll_s=0.02, write_s=0.02, settle_poll_s=0.01, again_s=0.01, outage_s=0.5)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when it is true; the test's own time limit ends it otherwise."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+#: Of the cells of a run as `AuditRig.queued` makes it.
+NAMES = ["a_gs2", "a_gs4", "b_gs2", "b_gs4"]
 
 
 class Replica:

@@ -206,8 +206,7 @@ class Auditor:
 
     async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
         audit = run.record.audit
-        if status != AuditStatus.SUCCEEDED:
-            run.record.change(cells={name: _ended(progress) for name, progress in audit.cells.items()})
+        run.record.change(cells={name: _ended(progress) for name, progress in audit.cells.items()})
         await self._patiently(run.record.write)
         return await self._patiently(partial(self._store.finish, audit.id, audit.attempt, status, error))
 

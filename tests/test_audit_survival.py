@@ -1,0 +1,178 @@
+"""What survives a cancel, an outage, and a kill at any moment."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serve_app.audits import AuditStatus, cell_path, folder, image_path
+from serve_app.errors import (
+    IllegalTransition,
+    OutOfMemory,
+    StaleClaim,
+    StoreUnavailable,
+)
+
+from .audit_rig import NAMES, QUICK, AuditRig, until
+from .rig import Held
+
+# -- cancel
+
+
+async def held_in(rig: AuditRig, name: str) -> tuple[asyncio.Task[Any], Held]:
+    """A run whose variant `name` is being painted."""
+    held = Held()
+    rig.scripted[name][0].on_step = lambda step: held()
+    running = asyncio.create_task(rig.run())
+    await asyncio.to_thread(held.entered.wait)
+    return running, held
+
+
+@pytest.mark.parametrize("way", ["signal", "store"])
+async def test_a_canceled_run_stops_what_it_paints_and_keeps_what_is_painted(way: str) -> None:
+    rig = AuditRig()
+    running, held = await held_in(rig, "b")
+    await until(lambda: {"a_gs2", "a_gs4"} <= set(_stored(rig)))
+    if way == "signal":
+        rig.auditor.cancel()
+    else:
+        await rig.store.cancel("run")
+    held.let_go.set()
+    audit = await running
+    assert audit.status == AuditStatus.CANCELED
+    assert {name: cell.status for name, cell in audit.cells.items()} == {
+        "a_gs2": "succeeded", "a_gs4": "succeeded", "b_gs2": "waiting", "b_gs4": "waiting",
+    }  # fmt: skip
+    assert rig.scripted["b"][0].painted == 1
+    assert f"{folder('run')}/REPORT.md" in await rig.paths()
+
+    again = rig.beside()
+    assert (await again.resume()).status == AuditStatus.SUCCEEDED
+    assert sorted(again.replicas.begun) == ["b_gs2", "b_gs4"]
+
+
+def _stored(rig: AuditRig) -> list[str]:
+    found = rig.plain._content.blobs
+    return [name for name in NAMES if cell_path("run", name) in found]
+
+
+async def test_a_run_that_was_canceled_before_its_job_began_paints_nothing() -> None:
+    rig = AuditRig()
+    await rig.put_session()
+    await rig.queued()
+    await rig.store.cancel("run")
+    with pytest.raises(IllegalTransition):
+        await rig.auditor.run("run", 1)
+    assert rig.replicas.begun == []
+
+
+async def test_a_run_that_another_attempt_has_taken_over_is_left_alone() -> None:
+    rig = AuditRig()
+    running, held = await held_in(rig, "b")
+    rig.clock.advance(3600)
+    await rig.store.resume("run")
+    rig.scripted["b"][0].on_step = lambda step: None
+    held.let_go.set()
+    with pytest.raises(StaleClaim):
+        await running
+    assert (await rig.store.get("run")).status == AuditStatus.QUEUED
+
+
+# -- outages and kills
+
+
+class Down:
+    """A store that is down for the next so many calls whose path starts with the prefix."""
+
+    def __init__(self, prefix: str, calls: int, method: str = "put") -> None:
+        self.prefix, self.calls, self.method = prefix, calls, method
+
+    def __call__(self, method: str, path: str) -> None:
+        if method == self.method and path.startswith(self.prefix) and self.calls:
+            self.calls -= 1
+            raise StoreUnavailable("switched off")
+
+
+@pytest.mark.parametrize("file", ["a_gs2.png", "cells/a_gs2.json", "run.json", "REPORT.md"])
+async def test_a_store_that_is_down_for_a_moment_costs_nothing(file: str) -> None:
+    rig = AuditRig()
+    rig.blobs.before = Down(f"audit/run/{file}", 1)
+    assert (await rig.run()).status == AuditStatus.SUCCEEDED
+
+
+async def test_a_cell_that_cannot_be_stored_fails() -> None:
+    rig = AuditRig()
+    rig.blobs.before = Down("audit/run/a_gs2.png", 1000)
+    audit = await rig.run()
+    assert audit.status == AuditStatus.INCOMPLETE
+    error = audit.cells["a_gs2"].error
+    assert error is not None
+    assert error.code == "store_unavailable"
+
+
+class Killed(BaseException):
+    """What a process that is gone does not catch."""
+
+
+class KilledAt:
+    """The process is killed at its nth call of the store: nothing is stored from then on. Looking whether the run was
+    canceled goes on all the time, and is not counted."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self, method: str, path: str) -> None:
+        self.left -= method != "head"
+        if self.left < 0:
+            raise Killed
+
+
+async def test_killed_anywhere_a_resume_completes_the_rest_and_paints_no_stored_cell_again() -> None:
+    number, kills = 0, 0
+    while True:
+        rig = AuditRig(pace=replace(QUICK, write_s=0.2))
+        rig.blobs.before = KilledAt(number)
+        try:
+            audit = await rig.run(matrix={"guidance_scales": (2.0,)})
+            break
+        except BaseExceptionGroup as e:
+            assert e.subgroup(Killed) is not None
+        except Killed:
+            pass
+        kills += 1
+        stored = await rig.cells()
+        again = rig.beside()
+        audit = await again.resume()
+        assert audit.status == AuditStatus.SUCCEEDED, f"killed at call {number}"
+        assert not set(stored) & set(again.replicas.begun)
+        assert sorted([*stored, *again.replicas.begun]) == ["a_gs2", "b_gs2"]
+        number += 1
+    assert audit.status == AuditStatus.SUCCEEDED
+    assert kills > 20
+
+
+async def test_a_resume_paints_what_failed_again() -> None:
+    rig = AuditRig()
+    rig.replicas.errors["a_gs4"] = [OutOfMemory("full")]
+    await rig.run()
+    again = rig.beside()
+    audit = await again.resume()
+    assert (audit.status, audit.attempt) == (AuditStatus.SUCCEEDED, 2)
+    assert again.replicas.begun == ["a_gs4"]
+    assert again.compiled == []
+
+
+async def test_a_stored_cell_has_its_picture() -> None:
+    rig = AuditRig()
+    seen: list[tuple[str, bool]] = []
+
+    def look(method: str, path: str) -> None:
+        if method == "put" and "/cells/" in path:
+            name = path.rpartition("/")[2].removesuffix(".json")
+            seen.append((name, image_path("run", name) in rig.plain._content.blobs))
+
+    rig.blobs.before = look
+    await rig.run()
+    assert {name for name, _ in seen} == set(NAMES)
+    assert all(is_there for _, is_there in seen)
