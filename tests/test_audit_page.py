@@ -13,6 +13,7 @@ import jwt
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from serve_app.api import _BLOB_HEADERS, _PAGE_POLICY
 from serve_app.audits import Audit, AuditRequest, CellResult, Matrix
 
 from . import audited
@@ -21,13 +22,7 @@ from .browser import Watched, served
 pytestmark = pytest.mark.emulator
 
 #: What the app sends with a report.
-HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
-    ),
-    "X-Content-Type-Options": "nosniff",
-}
+HEADERS = {**_BLOB_HEADERS, "Content-Security-Policy": _PAGE_POLICY}
 REQUEST = audited.REQUEST
 DESKTOP, PHONE = (1280, 900), (390, 844)
 

@@ -25,7 +25,7 @@ from . import chart
 from .columns import NONE, axes, columns, gigabytes
 from .pictures import Pictures, show_all
 from .results import as_csv, as_json, document, joined
-from .sheets import is_recommended, sheets
+from .sheets import is_recommended, shared, sheets
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def _said(
         "axes": axes(request),
         "columns": columns(results),
         "sheets": sheets(request, results, choice),
+        "shared": shared(request.matrix),
         "chosen": chosen,
         "has_lpips": any(result.compared and result.compared.lpips is not None for result in results),
         "timings": chart.timings(request, results, chosen),

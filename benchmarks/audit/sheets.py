@@ -52,11 +52,22 @@ def is_recommended(cell: Cell, recommended: Recommendation | None) -> bool:
     return chosen == (cell.variant, cell.guidance_scale, cell.steps)
 
 
+def shared(matrix: Matrix) -> str:
+    """The further axes' values that all cells have, but the prompt."""
+    cell = matrix.cells()[0]
+    return ", ".join(
+        text for values, text in _further(matrix, cell) if len(values) == 1 and values is not matrix.prompts
+    )
+
+
 def _title(matrix: Matrix, cell: Cell) -> str:
-    parts = (
+    return ", ".join(text for values, text in _further(matrix, cell) if len(values) > 1)
+
+
+def _further(matrix: Matrix, cell: Cell) -> Sequence[tuple[Sequence[object], str]]:
+    return (
         (matrix.steps, f"{cell.steps} steps"),
         (matrix.seeds, f"seed {cell.seed}"),
         (matrix.prompts, f"prompt p{matrix.prompts.index(cell.prompt) + 1}"),
         (matrix.crops, f"crop {cell.crop}"),
     )
-    return ", ".join(text for values, text in parts if len(values) > 1)
