@@ -1,0 +1,225 @@
+"""Jobs of audits: what every launcher guarantees, a job server that is not well, and a real job of the real app."""
+
+import asyncio
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.job_submission import JobSubmissionClient
+
+from deployments import launcher
+from deployments.launcher import RayJobs
+from serve_app import adapters
+from serve_app.audits import Audit, AuditRequest
+from serve_app.edit import session_path
+from serve_app.errors import JobsUnavailable
+from serve_app.ports import AuditLauncher, LaunchState
+
+from .audit_jobs import LocalJobs
+from .backends import free_port
+from .blob_servers import Answer, answering
+from .rig import jpeg, line_mask, photo, png
+from .serving import App, running
+
+SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
+
+
+def queued(run_id: str | None = None, attempt: int = 1) -> Audit:
+    now = datetime.now(UTC)
+    request = AuditRequest(user_id="u", session_id="s")
+    until = now + timedelta(minutes=5)
+    return Audit(
+        id=run_id or f"run-{uuid.uuid4().hex}", request=request, attempt=attempt, created_at=now, alive_until=until
+    )
+
+
+async def until_state(jobs: AuditLauncher, audit: Audit, *states: LaunchState) -> LaunchState:
+    async with asyncio.timeout(90):
+        while (state := await jobs.state(audit)) not in states:
+            await asyncio.sleep(0.1)
+    return state
+
+
+# -- what every launcher guarantees
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    yield from running(tmp_path_factory.mktemp("app"))
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.serve)])
+async def jobs(request: pytest.FixtureRequest) -> AsyncIterator[AuditLauncher]:
+    if request.param == "local":
+        local = LocalJobs()
+        yield local
+        await local.close()
+        return
+    request.getfixturevalue("app")
+    # The Ray that this process is connected to.
+    yield RayJobs(entrypoint=SLEEP)
+
+
+async def test_a_job_that_nobody_knows_is_gone_and_stopping_it_is_no_error(jobs: AuditLauncher) -> None:
+    audit = queued()
+    assert await jobs.state(audit) == "gone"
+    await jobs.stop(audit)
+    assert await jobs.state(audit) == "gone"
+
+
+async def test_a_job_runs_until_it_is_stopped(jobs: AuditLauncher) -> None:
+    audit = queued()
+    await jobs.launch(audit)
+    await until_state(jobs, audit, "running")
+    await jobs.stop(audit)
+    await until_state(jobs, audit, "stopped")
+    await jobs.stop(audit)
+    await jobs.launch(audit)
+    assert await jobs.state(audit) == "stopped"
+
+
+async def test_launching_twice_starts_one_job(jobs: AuditLauncher) -> None:
+    audit = queued()
+    await asyncio.gather(jobs.launch(audit), jobs.launch(audit), jobs.launch(audit))
+    await until_state(jobs, audit, "running")
+    await jobs.launch(audit)
+    if isinstance(jobs, RayJobs):
+        client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
+        assert len([job for job in client.list_jobs() if job.submission_id == audit.job_name]) == 1
+    await jobs.stop(audit)
+    await until_state(jobs, audit, "stopped")
+
+
+async def test_each_attempt_has_a_job_of_its_own(jobs: AuditLauncher) -> None:
+    first = queued()
+    second = queued(first.id, attempt=2)
+    await jobs.launch(first)
+    assert await jobs.state(second) == "gone"
+    await jobs.launch(second)
+    await jobs.stop(first)
+    await until_state(jobs, first, "stopped")
+    await until_state(jobs, second, "running")
+    await jobs.stop(second)
+
+
+# -- a job server that is not well
+
+
+async def refused(url: str) -> str:
+    with pytest.raises(JobsUnavailable) as refusal:
+        await RayJobs(url).launch(queued())
+    return refusal.value.message
+
+
+async def test_where_nobody_listens_there_are_no_jobs() -> None:
+    assert "Failed to connect" in await refused(f"http://127.0.0.1:{free_port()}")
+
+
+def says(status: str, body: str) -> Answer:
+    async def answer(_request: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        ("401 Unauthorized", "Unauthorized: Missing authentication token"),
+        ("403 Forbidden", "Forbidden: Invalid authentication token"),
+        ("404 Not Found", ""),
+        ("500 Internal Server Error", "Traceback"),
+        ("503 Service Unavailable", ""),
+        ("200 OK", "<html>"),
+    ],
+)
+async def test_a_server_that_takes_no_jobs_is_unavailable(status: str, body: str) -> None:
+    async with answering(says(status, body)) as port:
+        message = await refused(f"http://127.0.0.1:{port}")
+    assert message.startswith("Ray takes no jobs: ")
+    assert "\n" not in message
+
+
+async def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "ANSWER_S", 0.2)
+    asked = asyncio.Event()
+
+    async def hang(_request: str, _writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async with answering(hang) as port:
+        assert await refused(f"http://127.0.0.1:{port}") == "Ray's job server did not answer within 0.2 s"
+        assert asked.is_set()
+
+
+# -- the real app
+
+
+@pytest.fixture
+async def client(app: App) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=app.http, timeout=60) as client:
+        yield client
+
+
+async def put_session(app: App) -> dict[str, Any]:
+    session = uuid.uuid4().hex
+    blobs = adapters.blob_store(app.settings.blobs)
+    for name, data in (("original.jpg", jpeg(photo())), ("mask_auto.png", png(line_mask()))):
+        await blobs.put(session_path("u", session, name), data, content_type="image/jpeg")
+    return {"user_id": "u", "session_id": session, "variants": ["telea"], "guidance_scales": [2], "steps": [2]}
+
+
+async def seen(client: httpx.AsyncClient, place: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    async with asyncio.timeout(120):
+        view: dict[str, Any] = {}
+        while not view or not reached(view):
+            await asyncio.sleep(0.3)
+            view = (await client.get(place)).json()
+    return view
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(240)
+async def test_a_post_starts_a_job_of_ray(app: App, client: httpx.AsyncClient) -> None:
+    body = await put_session(app)
+    response = await client.post("/audit", json=body, headers={"Prefer": "respond-async"})
+    assert response.status_code == 202, response.text
+    run_id = response.json()["run_id"]
+    job = JobSubmissionClient(app.dashboard).get_job_info(run_id)
+    assert job.entrypoint == launcher.ENTRYPOINT
+    # What shows in the dashboard says which run it is, and nothing else.
+    assert job.runtime_env == {
+        "env_vars": {"FLUXFILL_AUDIT_RUN": run_id, "FLUXFILL_AUDIT_ATTEMPT": "1", "FLUXFILL_AUDIT_APP": "fluxfill"}
+    }
+    assert job.metadata == {"audit": run_id, "attempt": "1", "app": "fluxfill"}
+    second = await client.post("/audit", json=body)
+    assert (second.status_code, second.json()["code"]) == (409, "audit_running")
+    view = await seen(client, response.headers["Location"], lambda view: view["finished_at"] is not None)
+    assert view["status"] == "succeeded", view
+    page = await client.get(view["report_url"])
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "allow-scripts" in page.headers["content-security-policy"]
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(240)
+async def test_a_canceled_audit_ends_its_job(app: App, client: httpx.AsyncClient) -> None:
+    body = {**await put_session(app), "variants": ["slow"], "steps": [50]}
+    run_id = (await client.post("/audit", json=body, headers={"Prefer": "respond-async"})).json()["run_id"]
+    assert (await client.post(f"/audits/{run_id}/cancel")).status_code == 200
+    await seen(client, f"/audits/{run_id}", lambda view: view["status"] == "canceled")
+    state = await until_state(RayJobs(), queued(run_id), "stopped", "failed", "succeeded")
+    assert state in ("stopped", "failed")
+
+
+@pytest.mark.serve
+async def test_the_running_apps_settings_are_had_by_handle(app: App) -> None:
+    settings = await serve.get_app_handle("fluxfill").settings.remote()
+    assert (settings.blobs, settings.variants) == (app.settings.blobs, app.settings.variants)
