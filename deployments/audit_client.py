@@ -89,18 +89,16 @@ class AuditClient:
         return written
 
     async def results(self, run: str) -> Mapping[str, Any]:
-        """results.json of a run, or of a file. Raises UnknownAudit where there is none."""
-        if Path(run).is_file():
-            return _mapping(Path(run).read_bytes(), run)
+        """Its results.json. Raises UnknownAudit where there is none."""
         if not is_run_id(run):
-            raise UnknownAudit(f"{run!r} is neither a run's id nor a file")
+            raise UnknownAudit(f"{run!r} is neither a run's id nor a results.json file")
         path = f"{audits.folder(run)}/{audits.RESULTS}"
         try:
             data, _ = await self._blobs.get(path, max_bytes=self._max_bytes)
         except BlobNotFound:
             audit = await self.store.get(run)
             raise UnknownAudit(f"{run} is {audit.status} and has no results", run_id=run) from None
-        return _mapping(data, path)
+        return read_results(data, path)
 
     async def has_report(self, audit: Audit) -> bool:
         with suppress(BlobNotFound):
@@ -137,7 +135,8 @@ def is_run_id(text: str) -> bool:
     return True
 
 
-def _mapping(data: bytes, where: str) -> Mapping[str, Any]:
+def read_results(data: bytes, where: str) -> Mapping[str, Any]:
+    """Raises UnknownAudit where `data`, found at `where`, is no results.json."""
     try:
         read = json.loads(data)
     except ValueError as e:

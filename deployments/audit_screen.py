@@ -2,14 +2,23 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from serve_app.audits import Audit, CellProgress, plain
+
+CONFIG = Path("serve_config.yaml")
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve config file of the app.")]
+out = Console()
+err = Console(stderr=True)
+#: A path or a link that is broken over lines cannot be copied.
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 class Follower:

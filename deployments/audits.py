@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from serve_app.audit_runs import GRACE_S, page_path
 from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix
@@ -19,23 +18,18 @@ from serve_app.ports import AuditLauncher
 from serve_app.settings import AuditSettings, Settings
 
 from .audit_client import AuditClient, is_run_id
-from .audit_screen import following, list_table, results_table, run_table
+from .audit_releases import apply, compare
+from .audit_screen import CONFIG, PLAIN, ConfigOption, err, following, list_table, out, results_table, run_table
 
 audit_app = typer.Typer(help="Audits: a matrix of variants and guidance scales on one session, measured and compared.")
-out = Console()
-err = Console(stderr=True)
-
+audit_app.command()(compare)
+audit_app.command()(apply)
 T = TypeVar("T")
-#: A path or a link that is broken over lines cannot be copied.
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
-CONFIG = Path("serve_config.yaml")
 ADDRESS = "http://127.0.0.1:8265"
 AddressOption = Annotated[str, typer.Option(help="Ray's job server.", envvar="RAY_API_SERVER_ADDRESS")]
 #: How long `cancel` looks on: what is stopped by force is told first.
 CANCEL_S = GRACE_S + 15
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve config file of the app.")]
-ResultsArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or a results.json file.")]
 
 
 def _run_id(text: str) -> str:
@@ -145,7 +139,7 @@ def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Pa
                 audit = await client.follow(audit.id, follower.show)
         except asyncio.CancelledError:
             told = f"{audit.id} goes on. Follow it: fluxfill audit show --follow {audit.id}{options}"
-            out.print(told, f"Stop it: fluxfill audit cancel {audit.id}{options}", sep="\n", **_PLAIN)
+            out.print(told, f"Stop it: fluxfill audit cancel {audit.id}{options}", sep="\n", **PLAIN)
             raise
         await _tell(client, audit)
         return audit
@@ -155,7 +149,7 @@ def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Pa
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if audit.status != AuditStatus.SUCCEEDED:
-        err.print(f"go on with it: fluxfill audit --resume {audit.id}{options}", **_PLAIN)
+        err.print(f"go on with it: fluxfill audit --resume {audit.id}{options}", **PLAIN)
         raise typer.Exit(1)
 
 
@@ -166,9 +160,9 @@ async def _tell(client: AuditClient, audit: Audit) -> None:
         out.print(results_table(await client.results(audit.id)))
     out.print(run_table(audit))
     if has_report:
-        out.print(f"report: {page_path(audit)}; fetch it: fluxfill audit fetch {audit.id} FOLDER", **_PLAIN)
+        out.print(f"report: {page_path(audit)}; fetch it: fluxfill audit fetch {audit.id} FOLDER", **PLAIN)
     if has_report and out.is_terminal:
-        out.print(await client.runs.link(audit), **_PLAIN)
+        out.print(await client.runs.link(audit), **PLAIN)
 
 
 @audit_app.command("list")
@@ -203,9 +197,9 @@ def cancel(run: RunArgument, address: AddressOption = ADDRESS, config: ConfigOpt
     _take_tokens()
     canceled = _run(AuditClient(_settings(config), _launcher(address)).cancel(run, CANCEL_S))
     if not canceled.status.is_over:
-        err.print(f"{run} was asked to stop, and has not yet", **_PLAIN)
+        err.print(f"{run} was asked to stop, and has not yet", **PLAIN)
         raise typer.Exit(1)
-    out.print(f"{run} is {canceled.status}", **_PLAIN)
+    out.print(f"{run} is {canceled.status}", **PLAIN)
 
 
 @audit_app.command()
@@ -216,7 +210,7 @@ def fetch(
 ) -> None:
     """Write a run's report and pictures into a folder."""
     for path in _run(AuditClient(_settings(config)).fetch(run, folder)):
-        out.print(f"wrote {path}", **_PLAIN)
+        out.print(f"wrote {path}", **PLAIN)
 
 
 @audit_app.command()
@@ -235,16 +229,16 @@ def demo(
     files, own = sample(folder), config_beside(config, folder)
     loaded = load(own)
     sizes = ", ".join(f"{width} x {height}" for width, height in window_sizes(files, loaded.settings))
-    out.print(f"a cat with a leash, to be painted in one window of {sizes}", **_PLAIN)
-    out.print(f"starting the app: serve run {own} (log: {folder / 'serve.log'})", **_PLAIN)
+    out.print(f"a cat with a leash, to be painted in one window of {sizes}", **PLAIN)
+    out.print(f"starting the app: serve run {own} (log: {folder / 'serve.log'})", **PLAIN)
     with serving(own, loaded.url, folder / "serve.log"), following(out) as follower:
         audit = _run(audited(loaded.settings, loaded.url, files, follower))
     written = brought(loaded.settings, audit, folder)
     out.print(results_table(_run(AuditClient(loaded.settings).results(audit.id))))
     out.print(run_table(audit))
-    out.print(f"done in {time.monotonic() - started:.0f} s; the app is stopped. Look at:", **_PLAIN)
+    out.print(f"done in {time.monotonic() - started:.0f} s; the app is stopped. Look at:", **PLAIN)
     for path in sorted(written):
-        out.print(f"  {path}", **_PLAIN)
+        out.print(f"  {path}", **PLAIN)
     out.print("The tiny-* models have random weights and paint noise: the figures are real, the pictures are not good.")
     out.print("The links of this report led to the app, and are dead now; the pictures lie beside it.")
 

@@ -1,4 +1,4 @@
-"""`fluxfill audit` as a user meets it: a real store, and in place of Ray a launcher whose jobs run in this process."""
+"""`fluxfill audit` as a user meets it: a real store, and in place of Ray jobs that run in this process."""
 
 import asyncio
 import json
@@ -6,17 +6,23 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from benchmarks.audit import results
-from deployments import audit_client, audits, cli
+from deployments import audit_client, audit_screen, audits, cli
 from deployments.audit_demo import PART, sample, window_sizes
 from deployments.config import load
+from deployments.own_ray import free_port
 from serve_app import adapters
+from serve_app.api import Readiness, VariantReadiness
 from serve_app.audit_store import AuditStore
 from serve_app.audits import (
     PAGE,
@@ -38,48 +44,16 @@ from serve_app.audits import (
     image_path,
 )
 from serve_app.edit import INPUTS, session_path
-from serve_app.errors import JobsUnavailable, UnknownAudit
-from serve_app.ports import LaunchState
+from serve_app.errors import UnknownAudit
 from serve_app.settings import Settings
 from serve_app.worker import utc_now
 
+from .audit_jobs import LocalJobs
 from .backends import until
 from .rig import jpeg, line_mask, photo, png
 from .test_cli import SOUND, Command, Ended, settings_in, write_config
 
 Job = Callable[[AuditStore, Audit], Awaitable[None]]
-
-
-@dataclass
-class LocalLauncher:
-    """Keeps what AuditLauncher promises, with jobs that are tasks of this process."""
-
-    store: AuditStore
-    work: Job
-    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    is_up: bool = True
-
-    async def launch(self, audit: Audit) -> None:
-        if not self.is_up:
-            raise JobsUnavailable("Ray's job server does not answer")
-        if audit.job_name not in self.tasks:
-            # A job never ends with an exception of its own here: what it died of would be told by its state.
-            self.tasks[audit.job_name] = asyncio.create_task(self._run(audit))
-
-    async def _run(self, audit: Audit) -> None:
-        await self.work(self.store, audit)
-
-    async def stop(self, audit: Audit) -> None:
-        if task := self.tasks.get(audit.job_name):
-            task.cancel()
-
-    async def state(self, audit: Audit) -> LaunchState:
-        task = self.tasks.get(audit.job_name)
-        if task is None:
-            return "gone"
-        if not task.done():
-            return "running"
-        return "stopped" if task.cancelled() else "failed" if task.exception() else "succeeded"
 
 
 def cell_result(name: str, cell: Cell, *, wall_s: float = 1.0, ssim: float = 0.9) -> CellResult:
@@ -147,7 +121,7 @@ class Bench:
     config: Path
     settings: Settings
     store: AuditStore
-    launcher: LocalLauncher
+    jobs: LocalJobs
     fluxfill: Command
 
     def audit(self, *options: object) -> Ended:
@@ -166,7 +140,7 @@ class Bench:
 @pytest.fixture
 def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The console script, in this process."""
-    for console in (audits.out, audits.err, cli.err):
+    for console in (audit_screen.out, audit_screen.err, cli.err):
         monkeypatch.setattr(console, "width", 300)
 
     def run(*arguments: object) -> Ended:
@@ -180,20 +154,22 @@ def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def bench(tmp_path: Path, fluxfill: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(tmp_path: Path, fluxfill: Command, monkeypatch: pytest.MonkeyPatch) -> Bench:
     matrix = {"variants": ["tiny-Q4_0", "tiny-Q8_0"], "guidance_scales": [2.0, 4.0], "steps": [8]}
     config = write_config(tmp_path, audit={"matrix": matrix, "link_hours": 5})
+    # Where nobody listens.
+    config.write_text(config.read_text().replace("port: 8000", f"port: {free_port()}"))
     settings = settings_in(config)
     blobs = adapters.blob_store(settings.blobs)
     for name, data in ((INPUTS["original"], jpeg(photo())), (INPUTS["mask"], png(line_mask()))):
         asyncio.run(blobs.put(session_path("u", "s", name), data, content_type="image/png"))
     store = AuditStore(blobs, utc_now)
-    launcher = LocalLauncher(store, done_job(settings.blobs))
-    monkeypatch.setattr(audits, "_launcher", lambda address: launcher)
+    jobs = LocalJobs(partial(done_job(settings.blobs), store))
+    monkeypatch.setattr(audits, "_launcher", lambda address: jobs)
     monkeypatch.setattr(audit_client, "POLL_S", 0.01)
     monkeypatch.setattr(audit_client, "JOB_EVERY", 4)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    yield Bench(config, settings, store, launcher, fluxfill)
+    return Bench(config, settings, store, jobs, fluxfill)
 
 
 # -- start and follow
@@ -236,7 +212,7 @@ def test_the_axes_are_those_that_are_given(bench: Bench) -> None:
 
 def test_the_link_is_shown_to_a_person_and_to_no_log(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "http" not in bench.start("--run-id", "logged").out
-    monkeypatch.setattr(audits.out, "_force_terminal", True)
+    monkeypatch.setattr(audit_screen.out, "_force_terminal", True)
     shown = bench.sub("show", "logged").out
     local = adapters.local_links(bench.settings)
     found = re.search(r"http://\S+", shown)
@@ -245,7 +221,7 @@ def test_the_link_is_shown_to_a_person_and_to_no_log(bench: Bench, monkeypatch: 
 
 
 def test_a_terminal_has_a_bar_for_each_variant(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audits.out, "_force_terminal", True)
+    monkeypatch.setattr(audit_screen.out, "_force_terminal", True)
     shown = bench.start().out
     assert re.search(r"tiny-Q4_0 .*2/2", shown) and re.search(r"tiny-Q8_0 .*2/2", shown)
 
@@ -273,7 +249,7 @@ def test_a_wrong_value_is_named_and_nothing_is_started(bench: Bench, options: tu
     ended = bench.start(*options)
     assert ended.status in (1, 2)
     assert told in ended.err
-    assert asyncio.run(bench.store.list()) == [] and bench.launcher.tasks == {}
+    assert asyncio.run(bench.store.list()) == [] and bench.jobs.tasks == {}
 
 
 def test_a_session_must_be_named(bench: Bench) -> None:
@@ -281,16 +257,16 @@ def test_a_session_must_be_named(bench: Bench) -> None:
 
 
 def test_a_run_whose_job_cannot_be_started_is_over(bench: Bench) -> None:
-    bench.launcher.is_up = False
+    bench.jobs.is_down = True
     ended = bench.start("--run-id", "r")
     assert (ended.status, ended.err) == (
         1,
-        "jobs_unavailable: Ray's job server does not answer; r has failed, and can be resumed\n",
+        "jobs_unavailable: switched off; r has failed, and can be resumed\n",
     )
     audit = bench.get("r")
     assert audit.status == AuditStatus.FAILED
     assert audit.error is not None and audit.error.code == "jobs_unavailable"
-    bench.launcher.is_up = True
+    bench.jobs.is_down = False
     assert bench.audit("--resume", "r").status == 0
 
 
@@ -314,15 +290,15 @@ def one_guidance(request: AuditRequest) -> AuditRequest:
 
 
 def test_a_job_that_died_is_noticed_and_the_run_resumed(bench: Bench) -> None:
-    bench.launcher.work = dies
+    bench.jobs.work = partial(dies, bench.store)
     ended = bench.start("--run-id", "r")
     assert ended.status == 1
     assert "job_died: its job has failed" in ended.out
     assert f"fluxfill audit --resume r -c {bench.config}" in ended.err
     assert bench.get("r").result_count == 2
-    bench.launcher.work = done_job(bench.settings.blobs)
+    bench.jobs.work = partial(done_job(bench.settings.blobs), bench.store)
     assert bench.audit("--resume", "r").status == 0
-    assert (bench.get("r").attempt, set(bench.launcher.tasks)) == (2, {"r", "r.2"})
+    assert (bench.get("r").attempt, set(bench.jobs.tasks)) == (2, {"r", "r.2"})
 
 
 async def ends_incomplete(store: AuditStore, audit: Audit) -> None:
@@ -336,7 +312,7 @@ async def ends_incomplete(store: AuditStore, audit: Audit) -> None:
 
 
 def test_an_incomplete_run_says_what_failed_and_is_no_success(bench: Bench) -> None:
-    bench.launcher.work = ends_incomplete
+    bench.jobs.work = partial(ends_incomplete, bench.store)
     ended = bench.start()
     assert ended.status == 1
     assert re.search(r"tiny-Q4_0_gs2 .*out_of_memory: the device was full", ended.out)
@@ -349,7 +325,7 @@ async def interrupts(store: AuditStore, audit: Audit) -> None:
 
 
 def test_who_stops_looking_is_told_that_the_run_goes_on(bench: Bench) -> None:
-    bench.launcher.work = interrupts
+    bench.jobs.work = partial(interrupts, bench.store)
     ended = bench.start("--run-id", "r")
     assert ended.status == 130
     assert f"r goes on. Follow it: fluxfill audit show --follow r -c {bench.config}" in ended.out
@@ -409,10 +385,10 @@ async def stops_when_asked(store: AuditStore, audit: Audit) -> None:
 
 
 async def test_a_running_run_stops_by_itself(bench: Bench) -> None:
-    bench.launcher.work = stops_when_asked
-    client = audit_client.AuditClient(bench.settings, bench.launcher)
+    bench.jobs.work = partial(stops_when_asked, bench.store)
+    client = audit_client.AuditClient(bench.settings, bench.jobs)
     audit = await client.runs.start(request_of(bench), "runs")
-    await until(lambda: bench.launcher.tasks)
+    await until(lambda: bench.jobs.tasks)
     ended = await client.cancel(audit.id, 30)
     assert ended.status == AuditStatus.CANCELED
     await client.runs.close()
@@ -448,14 +424,98 @@ def test_an_unknown_run_is_said_to_be_unknown(bench: Bench, command: str, tmp_pa
     assert bench.sub(command, "../none", *more).status == 2
 
 
-async def test_results_of_what_has_none(bench: Bench, tmp_path: Path) -> None:
+async def test_results_of_what_has_none(bench: Bench) -> None:
     client = audit_client.AuditClient(bench.settings)
-    await bench.store.create(request_of(bench), "waits")
-    (tmp_path / "no.json").write_text("[")
-    (tmp_path / "list.json").write_text("[]")
-    for run in ("waits", "none", "a/b", str(tmp_path / "no.json"), str(tmp_path / "list.json")):
+    for run in ("none", "a/b"):
         with pytest.raises(UnknownAudit):
             await client.results(run)
+    with pytest.raises(UnknownAudit):
+        audit_client.read_results(b"[", "here")
+
+
+# -- what runs are good for
+
+
+def test_a_slower_run_passes_no_gate(bench: Bench, tmp_path: Path) -> None:
+    stored(bench, "old", wall_s=1.0)
+    stored(bench, "slow", wall_s=1.5)
+    same = bench.sub("compare", "old", "old")
+    assert (same.status, same.err) == (0, "")
+    ended = bench.sub("compare", "old", "slow")
+    assert ended.status == 1
+    assert re.search(r"tiny-Q4_0_gs2 .*wall_s .*\+50\.0%.*slower", ended.out)
+    assert "tiny-Q4_0_gs2: wall_s went from 1 to 1.5 (+50.0%)." in ended.err
+    assert bench.sub("compare", "old", "slow", "--max-slower-percent", 60).status == 0
+    bench.sub("fetch", "slow", tmp_path / "fetched")
+    file = tmp_path / "fetched" / RESULTS
+    assert bench.fluxfill("audit", "compare", file, file, "-c", "nowhere.yaml").status == 0
+    assert bench.sub("compare", file, "old").status == 0
+
+
+def test_a_worse_picture_passes_no_gate(bench: Bench) -> None:
+    stored(bench, "old", ssim=0.95)
+    stored(bench, "worse", ssim=0.9)
+    assert "ssim went from 0.95 to 0.9" in bench.sub("compare", "old", "worse").err
+    assert bench.sub("compare", "old", "worse", "--max-ssim-drop", 0.1).status == 0
+    assert "0.0%" in bench.sub("compare", "old", "worse", "--max-ssim-drop", 0.1, "--all").out
+
+
+def test_what_is_recommended_is_written_into_a_config(bench: Bench, tmp_path: Path) -> None:
+    stored(bench, "one")
+    ended = bench.fluxfill("audit", "apply", "one", bench.config)
+    assert (ended.status, ended.err) == (0, "")
+    assert re.search(r"^- +variant: telea$", ended.out, re.M) and re.search(
+        r"^\+ +variant: tiny-Q4_0$", ended.out, re.M
+    )
+    assert f"serve deploy {bench.config}" in ended.out
+    inference = load(bench.config).inference
+    assert (inference.variant, inference.guidance_scale, inference.steps) == ("tiny-Q4_0", 4.0, 8)
+    assert "nothing was changed" in bench.fluxfill("audit", "apply", "one", bench.config).out
+
+
+@contextmanager
+def answering(port: int, body: bytes) -> Iterator[None]:
+    """Who answers every GET there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_app_that_is_not_as_the_file_says_is_told_apart(bench: Bench) -> None:
+    stored(bench, "one")
+    port = load(bench.config).port
+    other = Readiness(ready=True, default_variant="gone", variants={"gone": VariantReadiness(state="ready")})
+    with answering(port, other.model_dump_json().encode()):
+        ended = bench.fluxfill("audit", "apply", "one", bench.config)
+    assert ended.status == 0
+    assert "the default variant is telea in the file, and gone in the app" in ended.err
+    with answering(port, b"<!doctype html>"):
+        assert bench.fluxfill("audit", "apply", "one", bench.config).status == 0
+
+
+@pytest.mark.parametrize("command", ["compare", "apply"])
+def test_a_run_without_results_says_so(bench: Bench, command: str, tmp_path: Path) -> None:
+    asyncio.run(bench.store.create(request_of(bench), "waits"))
+    other = bench.config if command == "apply" else "waits"
+    more = () if command == "apply" else ("-c", bench.config)
+    ended = bench.fluxfill("audit", command, "waits", other, *more)
+    assert (ended.status, ended.err) == (1, "unknown_audit: waits is queued and has no results\n")
+    (tmp_path / "no.json").write_text("[]")
+    assert "is no results.json" in bench.fluxfill("audit", command, tmp_path / "no.json", other, *more).err
 
 
 # -- the demo
