@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.audit.replicas import ReplicaCounts
@@ -159,6 +159,8 @@ class AuditRig:
     variants: dict[str, Any] = field(default_factory=lambda: scripted("a", "b"))
     audit: dict[str, Any] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)
+    #: Further settings.
+    more: dict[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Sequence[Engine]] = field(default_factory=dict)
     prompts: PromptEncoder = field(default_factory=Prompts)
     clock: Clock = field(default_factory=Clock)
@@ -167,7 +169,8 @@ class AuditRig:
 
     def __post_init__(self) -> None:
         url = f"memory:{self.name}"
-        self.settings = Settings(variants=self.variants, blobs=url, jobs=url, audit=self.audit, work=self.work)
+        given = {"variants": self.variants, "audit": self.audit, "work": self.work, **self.more}
+        self.settings = Settings(blobs=url, jobs=url, **given)
         self.plain = MemoryBlobStore(url)
         self.blobs = WatchedBlobs(self.plain)
         self.store = AuditStore(self.plain, self.clock)
@@ -187,8 +190,7 @@ class AuditRig:
         )
 
     def beside(self) -> "AuditRig":
-        again = (self.variants, self.audit, self.work, self.engines, self.prompts, self.clock, self.name, self.pace)
-        return AuditRig(*again)
+        return replace(self)
 
     async def _compile(self, name: str, request: PaintRequest) -> CompileVerdict:
         self.compiled.append((name, request))
