@@ -161,9 +161,20 @@ def test_damaged_files_are_refused(cache: Path, tmp_path: Path, name: str, damag
     assert isinstance(caught.value, WeightsError)
 
 
-def test_a_pickle_that_runs_code_is_refused(cache: Path, tmp_path: Path) -> None:
+class Touching:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def test_a_pickle_that_runs_code_runs_none(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "lpips").mkdir()
     (tmp_path / "lpips" / ALEXNET).write_bytes((cache / "lpips" / ALEXNET).read_bytes())
-    torch.save({"lin0.model.1.weight": Path("x").touch}, tmp_path / "lpips" / HEADS)
+    torch.save({"lin0.model.1.weight": Touching(tmp_path / "ran")}, tmp_path / "lpips" / HEADS)
     with pytest.raises(CorruptWeights):
         load(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -151,7 +151,8 @@ def seam_gradient_ratio(pictures: Pictures) -> float | None:
     if seam is None or not seam.is_measurable:
         return None
     luma = rgb2gray(seam.picture)
-    gradient = np.hypot(scharr_h(luma), scharr_v(luma))
+    # Halved: scikit-image's operator takes the difference over two pixels.
+    gradient = np.hypot(scharr_h(luma), scharr_v(luma)) / 2
     along, beyond = (max(float(gradient[band].mean()), _GREY_LEVEL) for band in (seam.band, seam.outer))
     return along / beyond
 
