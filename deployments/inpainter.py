@@ -21,7 +21,7 @@ from serve_app.engine.cold_start import timed
 from serve_app.engine.seat import Seat
 from serve_app.engine.together import Together
 from serve_app.engine.trials import measuring
-from serve_app.errors import FluxFillError, GpuLost
+from serve_app.errors import FluxFillError, GpuLost, ReplicaTaken
 from serve_app.jobs import Progress
 from serve_app.ports import Measured, Painted, PaintRequest
 from serve_app.settings import Settings
@@ -112,20 +112,24 @@ class Inpainter:
 
     async def measure(
         self, request: PaintRequest, trials: int, places: int
-    ) -> AsyncGenerator[Progress | Measured, None]:
+    ) -> AsyncGenerator[Progress | Measured | ReplicaTaken, None]:
         """As `paint`, for an audit's cell: painted `trials` times, 1 or more, behind all paintings; at last the one
         Measured. Its times and steps are in no metric and in no usage: they are no user's.
 
-        Also raises ReplicaTaken, at once, where `places` cells are in hand here already.
+        Where `places` cells are in hand here already, the one answer, at once, is ReplicaTaken. It is not raised: that
+        is nothing out of the ordinary, and Serve would log it with its traceback each time.
         """
         engine = self._loading.value
-        with self._watched(request):
-            cell = measuring(engine, request, self._seat, trials, places, self._out_of_memory)
-            async with aclosing(cell) as events:
-                async for event in events:
-                    if isinstance(event, Measured):
-                        event = replace(event, where={**event.where, **self._here()})
-                    yield event
+        cell = measuring(engine, request, self._seat, trials, places, self._out_of_memory)
+        try:
+            with self._watched(request):
+                async with aclosing(cell) as events:
+                    async for event in events:
+                        if isinstance(event, Measured):
+                            event = replace(event, where={**event.where, **self._here()})
+                        yield event
+        except ReplicaTaken as e:
+            yield e
 
     @contextmanager
     def _watched(self, request: PaintRequest) -> Iterator[None]:

@@ -12,7 +12,15 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.engine.prompts import PromptCache
 from serve_app.engine.weights import base_revision
-from serve_app.errors import GpuLost, PaintError, ReplicaLost, UnknownVariant, VariantLoadFailed, VariantNotReady
+from serve_app.errors import (
+    FluxFillError,
+    GpuLost,
+    PaintError,
+    ReplicaLost,
+    UnknownVariant,
+    VariantLoadFailed,
+    VariantNotReady,
+)
 from serve_app.ports import Measured, OnProgress, Painted, PaintRequest
 from serve_app.settings import Settings
 
@@ -84,18 +92,20 @@ def _handle(handles: Mapping[str, DeploymentHandle], variant: str) -> Deployment
 
 
 async def _last(stream: DeploymentResponseGenerator, variant: str, kind: type[T], on_progress: OnProgress) -> T:
-    """The result, of type `kind`, of a stream of progress that ends with it."""
-    result: T | None = None
+    """The result, of type `kind`, of a stream of progress that ends with it, or with an error that is to be raised."""
+    result: T | FluxFillError | None = None
     try:
         with typed_errors(f"the replica of {variant} that painted"):
             async for item in stream:
-                if isinstance(item, kind):
+                if isinstance(item, (kind, FluxFillError)):
                     result = item
                 else:
                     await on_progress(item)
     except asyncio.CancelledError:
         stream.cancel()
         raise
+    if isinstance(result, FluxFillError):
+        raise result
     if result is None:
         raise PaintError(f"variant {variant} ended without a picture")
     return result

@@ -22,7 +22,7 @@ from deployments.config import load
 from deployments.ingress import Pushes
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
-from deployments.remote import RemotePainter, typed_errors
+from deployments.remote import RemotePainter, RemoteTrials, typed_errors
 from deployments.text_encoder import TextEncoder
 from serve_app.api import VariantReadiness
 from serve_app.errors import (
@@ -31,13 +31,14 @@ from serve_app.errors import (
     OutOfMemory,
     PaintError,
     ReplicaLost,
+    ReplicaTaken,
     Unavailable,
     UnknownVariant,
     VariantLoadFailed,
     VariantNotReady,
 )
 from serve_app.jobs import Progress
-from serve_app.ports import Painted, PaintRequest, Verdict
+from serve_app.ports import Measured, Painted, PaintRequest, Verdict
 from serve_app.settings import Settings
 from serve_app.variants import Variant
 
@@ -365,13 +366,18 @@ def test_what_ray_itself_raises_is_a_lost_replica(error: Exception, told: str) -
 class Replica:
     """Streams what it is told to."""
 
-    def __init__(self, events: list[Progress | Painted | Exception]) -> None:
+    def __init__(self, events: list[Progress | Painted | Measured | Exception]) -> None:
         self._events = events
 
-    async def paint(self, request: PaintRequest) -> AsyncIterator[Progress | Painted]:
+    async def paint(self, request: PaintRequest) -> AsyncIterator[Progress | Painted | Measured]:
         for event in self._events:
             if isinstance(event, Exception):
                 raise event
+            yield event
+
+    async def measure(self, request: PaintRequest, trials: int, places: int) -> AsyncIterator[Any]:
+        assert (trials, places) == (2, 1)
+        for event in self._events:
             yield event
 
     async def status(self) -> str:
@@ -381,7 +387,10 @@ class Replica:
 PICTURE = Painted(canvas=np.zeros((2, 2, 3), np.uint8), busy_s=1.0)
 
 
-def handle_of(*events: Progress | Painted | Exception) -> DeploymentHandle:
+MEASURED = Measured(canvas=PICTURE.canvas, trials=[], repeats=True, where={}, windows=[])
+
+
+def handle_of(*events: Progress | Painted | Measured | Exception) -> DeploymentHandle:
     return serve.run(Replica.bind(list(events)), _local_testing_mode=True)
 
 
@@ -425,6 +434,24 @@ async def test_a_variant_whose_replica_cannot_paint_is_asked_again(error: FluxFi
 
 
 async def _ignore(_: Progress) -> None: ...
+
+
+async def test_a_cell_s_figures_come_through_a_handle_and_a_refusal_is_raised_here() -> None:
+    told: list[Progress] = []
+
+    async def note(step: Progress) -> None:
+        told.append(step)
+
+    async def measure(variant: str, *events: Progress | Measured | Exception) -> Measured:
+        trials = RemoteTrials({"v": handle_of(*events)})
+        return await trials.measure(variant, request(), note, trials=2, places=1)
+
+    assert (await measure("v", Progress(step=1, steps=2), MEASURED)).repeats
+    assert told == [Progress(step=1, steps=2)]
+    with pytest.raises(ReplicaTaken, match=r"^audit cells in hand here: 1$"):
+        await measure("v", ReplicaTaken("audit cells in hand here: 1"))
+    with pytest.raises(UnknownVariant, match=r"^variant 'w' is not served here; there are v$"):
+        await measure("w", MEASURED)
 
 
 # -- readiness

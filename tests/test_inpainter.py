@@ -63,7 +63,9 @@ class Replica(Inpainter):
     async def events(self, request: PaintRequest) -> list[Progress | Painted]:
         return [event async for event in self.paint(request)]
 
-    async def cell(self, request: PaintRequest, trials: int = 2, places: int = 1) -> list[Progress | Measured]:
+    async def cell(
+        self, request: PaintRequest, trials: int = 2, places: int = 1
+    ) -> list[Progress | Measured | ReplicaTaken]:
         return [event async for event in self.measure(request, trials, places)]
 
 
@@ -279,8 +281,8 @@ async def test_a_replica_takes_so_many_cells_and_refuses_the_next_at_once(places
     replica = Replica(settings(), engine)
     cells = [asyncio.create_task(replica.cell(request(), places=places)) for _ in range(places)]
     await until(lambda: engine.entered.is_set() and replica._seat.audits == places)
-    with pytest.raises(ReplicaTaken):
-        await anext(replica.measure(request(), 2, places))
+    (refusal,) = await replica.cell(request(), places=places)
+    assert isinstance(refusal, ReplicaTaken)
     job = asyncio.create_task(replica.events(request()))
     engine.let_go.set()
     assert isinstance((await job)[-1], Painted)
@@ -303,7 +305,7 @@ async def test_a_cell_that_is_closed_stops_within_a_step() -> None:
     assert not replica._seat.threads._work_queue.qsize()
 
 
-def _measure(replica: Replica, trials: int) -> AsyncGenerator[Progress | Measured, None]:
+def _measure(replica: Replica, trials: int) -> AsyncGenerator[Progress | Measured | ReplicaTaken, None]:
     """Of so many steps that each is short."""
     return replica.measure(replace(request(), steps=100), trials, 1)
 

@@ -184,7 +184,7 @@ class Seat:
     async def take_behind(self, most: int) -> Sitting:
         """For an audit cell. Raises ReplicaTaken, at once, where `most` of them are in hand already."""
         if self.audits >= most:
-            raise ReplicaTaken(f"{self.audits} audit cells are in hand here already")
+            raise ReplicaTaken(f"audit cells in hand here: {self.audits}")
         with ExitStack() as undo:
             self._count_audit(1)
             undo.callback(self._count_audit, -1)
