@@ -1,6 +1,7 @@
 """What an audit recommends, written into a Serve config file: the file stays what the app is deployed from."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,9 +56,9 @@ class Applied:
         if not self.is_changed:
             return f"{self.config} says this already: nothing was changed."
         return (
-            f"Deploy it with: serve deploy {self.config}\n"
-            "Only user_config differs: it takes effect on the next claimed job, and nothing restarts. (Where the app "
-            "runs in the foreground by `serve run`, the same command reaches it.)\n"
+            f"Deploy it with: serve deploy {shlex.quote(str(self.config))}   (RAY_AUTH_MODE=token where Ray wants one)\n"
+            "Only user_config differs: it takes effect on the next claimed job, and nothing restarts. An app that runs in "
+            "the foreground by `serve run` takes it the same way.\n"
             "With KubeRay, make the same change under spec.serveConfigV2 of the RayService and kubectl apply it: the "
             "cluster stays, too."
         )
