@@ -13,6 +13,7 @@ from .audit_store import JOB_DIED, AuditStore
 from .audits import PAGE, Audit, AuditFault, AuditRequest, AuditStatus, folder
 from .edit import INPUTS, session_path
 from .errors import (
+    AuditRunning,
     BlobNotFound,
     ClaimError,
     InputError,
@@ -71,16 +72,17 @@ class Audits:
         JobsUnavailable: then the run has failed, and can be resumed.
         """
         await self._check(request)
-        return await self._to_the_end(self._create(request, run_id))
+        several = self.settings.audit.several
+        return await self._to_the_end(self._queued(lambda: self._store.create(request, run_id, several=several)))
 
     async def resume(self, run_id: str, user_id: str, session_id: str) -> Audit:
         """As `start`, for what a run of this session lacks. Raises UnknownAudit for a run of another session, too."""
-        # A job that died just now is in nobody's way.
-        audit = await self.look(run_id)
+        audit = await self._store.get(run_id)
         if (audit.request.user_id, audit.request.session_id) != (user_id, session_id):
             raise UnknownAudit(f"there is no run {run_id} of this session", run_id=run_id)
         await self._check(audit.request)
-        return await self._to_the_end(self._resume(run_id))
+        several = self.settings.audit.several
+        return await self._to_the_end(self._queued(lambda: self._store.resume(run_id, several=several)))
 
     async def look(self, run_id: str) -> Audit:
         """The run. One whose job has died has failed."""
@@ -144,11 +146,16 @@ class Audits:
         except BlobNotFound as e:
             raise MissingInput(f"{path} is not in the blob store", path=path) from e
 
-    async def _create(self, request: AuditRequest, run_id: str | None) -> Audit:
-        return await self._launch(await self._store.create(request, run_id, several=self.settings.audit.several))
-
-    async def _resume(self, run_id: str) -> Audit:
-        return await self._launch(await self._store.resume(run_id, several=self.settings.audit.several))
+    async def _queued(self, queue: Callable[[], Awaitable[Audit]]) -> Audit:
+        """What `queue` gives, with its job. Where another run is in the way whose job has died just now, that one has
+        failed, and is not in the way."""
+        try:
+            audit = await queue()
+        except AuditRunning as e:
+            if "run_id" not in e.details or not (await self.look(e.details["run_id"])).status.is_over:
+                raise
+            audit = await queue()
+        return await self._launch(audit)
 
     async def _launch(self, audit: Audit) -> Audit:
         try:

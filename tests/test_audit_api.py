@@ -429,6 +429,14 @@ async def test_a_run_whose_job_was_killed_just_now_is_resumed_at_once(site: Site
     assert (await site.client.post("/audit", json=resume(run_id))).status_code == 200
 
 
+async def test_a_run_whose_job_was_killed_just_now_is_in_nobodys_way(site: Site) -> None:
+    run_id = await site.started()
+    site.process.jobs.tasks[run_id].cancel()
+    assert (await site.post(headers=ASYNC)).status_code == 202
+    killed = await site.store.get(run_id)
+    assert killed.status == AuditStatus.FAILED and killed.error is not None and killed.error.code == "job_died"
+
+
 async def test_a_run_with_a_live_job_is_not_resumed(site: Site) -> None:
     response = await site.client.post("/audit", json=resume(await site.started()))
     assert (response.status_code, problem_code(response)) == (409, "audit_running")
@@ -582,6 +590,7 @@ async def test_a_job_that_does_not_stop_is_stopped(site: Site, monkeypatch: pyte
     run_id = await site.started()
     assert (await site.client.post(f"/audits/{run_id}/cancel")).json()["status"] == "running"
     await site.until(run_id, AuditStatus.CANCELED)
+    await asyncio.gather(site.process.jobs.tasks[run_id], return_exceptions=True)
     assert site.process.jobs.tasks[run_id].cancelled()
 
 

@@ -223,3 +223,23 @@ async def test_a_canceled_audit_ends_its_job(app: App, client: httpx.AsyncClient
 async def test_the_running_apps_settings_are_had_by_handle(app: App) -> None:
     settings = await serve.get_app_handle("fluxfill").settings.remote()
     assert (settings.blobs, settings.variants) == (app.settings.blobs, app.settings.variants)
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(240)
+async def test_who_waits_while_the_app_is_deployed_again_is_told_where_to_look(
+    app: App, client: httpx.AsyncClient
+) -> None:
+    body = {**await put_session(app), "variants": ["slow"], "guidance_scales": list(range(1, 41))}
+    waiting = asyncio.create_task(client.post("/audit", json=body, timeout=200))
+    async with asyncio.timeout(60):
+        while not (runs := (await client.get("/audits", params={"limit": 1})).json()) or runs[0]["finished_at"]:
+            await asyncio.sleep(0.1)
+    # The app's args: every replica is replaced.
+    app.raw["applications"][0]["args"]["audit"] = {"link_hours": 71}
+    await asyncio.to_thread(app.deploy, variant="telea", steps=12)
+    response = await waiting
+    assert (response.status_code, response.headers["Location"]) == (202, f"/audits/{runs[0]['run_id']}"), response.text
+    app.wait_ready()
+    await client.post(f"{response.headers['Location']}/cancel")
+    await seen(client, response.headers["Location"], lambda view: view["finished_at"] is not None)

@@ -15,7 +15,8 @@ OPERATIONS = Path("docs/operations.md").read_text()
 SOURCES = [path for package in ("serve_app", "deployments", "benchmarks") for path in Path(package).rglob("*.py")]
 #: Codes that are no error's own, by where they come from.
 OTHER_CODES = {"attempts_exhausted", "superseded", "held_back", "not_found", "method_not_allowed", "http_error"} | {
-    "invalid_request"
+    "invalid_request",
+    "job_died",
 }
 
 
