@@ -56,9 +56,9 @@ class Applied:
         if not self.is_changed:
             return f"{self.config} says this already: nothing was changed."
         return (
-            f"Deploy it with: serve deploy {shlex.quote(str(self.config))}   (RAY_AUTH_MODE=token where Ray wants one)\n"
-            "Only user_config differs: it takes effect on the next claimed job, and nothing restarts. An app that runs in "
-            "the foreground by `serve run` takes it the same way.\n"
+            f"Deploy it with: serve deploy {shlex.quote(str(self.config))}   (RAY_AUTH_MODE=token if Ray asks for it)\n"
+            "Only user_config differs: it takes effect on the next claimed job, and nothing restarts. An app that runs "
+            "in the foreground by `serve run` takes it the same way.\n"
             "With KubeRay, make the same change under spec.serveConfigV2 of the RayService and kubectl apply it: the "
             "cluster stays, too."
         )
