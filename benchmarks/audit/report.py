@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -139,7 +139,7 @@ def _among(values: Any) -> str:
 
 
 def _moment(moment: datetime | None) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC" if moment else NONE
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if moment else NONE
 
 
 def _figure(value: float | None, decimals: int = 2) -> str:
