@@ -61,6 +61,9 @@ class LocalReplicas:
         #: What was awake whenever a cell began.
         self.beside: list[tuple[str, frozenset[str]]] = []
 
+    def in_hand(self, variant: str) -> int:
+        return sum(replica.in_hand for replica in self._replicas[variant])
+
     def seat(self, variant: str) -> Seat:
         """The first replica's."""
         return self._replicas[variant][0].seat
@@ -95,7 +98,7 @@ class LocalReplicas:
         raise AssertionError("measuring ends with what was measured, or raises")
 
     async def counts(self) -> Mapping[str, ReplicaCounts]:
-        for name in [name for name in self.awake if not self._is_busy(name)]:
+        for name in [name for name in self.awake if not self.in_hand(name)]:
             left = self.awake[name]
             if left == 0:
                 del self.awake[name]
@@ -104,9 +107,6 @@ class LocalReplicas:
         return {
             name: ReplicaCounts(running=len(own) if name in self.awake else 0) for name, own in self._replicas.items()
         }
-
-    def _is_busy(self, name: str) -> bool:
-        return any(replica.in_hand for replica in self._replicas[name])
 
     async def gpus(self) -> int:
         return self.gpu_count

@@ -6,19 +6,40 @@ from typing import Any
 
 import pytest
 
+from benchmarks.audit.fan_out import fan_out
+from benchmarks.audit.waves import Wave
 from serve_app.audits import AuditStatus
+from serve_app.engine.pause import Pause
+from serve_app.jobs import Progress
+from serve_app.settings import VariantSettings
+from serve_app.variants import Variant
 
-from .audit_rig import AuditRig, scripted, until
+from .audit_rig import AuditRig, LocalReplicas, scripted, until
+from .engine_fixtures import request
 from .rig import Held, Scripted
 
 
-async def test_a_replica_that_is_taken_is_asked_again() -> None:
-    rig = AuditRig(variants=scripted("a"))
+def up(count: int, **audit: Any) -> AuditRig:
+    """A variant whose replicas all run."""
+    engines = {"a": [Scripted() for _ in range(count)]}
+    rig = AuditRig(variants=scripted("a", max_replicas=count), engines=engines, audit=audit)
     rig.replicas.awake["a"] = None
-    rig.scripted["a"][0].on_paint = held = Held()
-    running = asyncio.create_task(rig.run(matrix={"guidance_scales": (1.0, 2.0, 4.0)}))
+    return rig
+
+
+def cells(count: int) -> dict[str, Any]:
+    return {"guidance_scales": tuple(float(number) for number in range(1, count + 1))}
+
+
+async def test_a_replica_that_is_taken_is_asked_again() -> None:
+    rig = up(2)
+    held = Held()
+    for engine in rig.engines["a"]:
+        assert isinstance(engine, Scripted)
+        engine.on_paint = held
+    running = asyncio.create_task(rig.run(matrix=cells(3)))
     await until(lambda: len(rig.replicas.asked) > 5)
-    assert len(rig.replicas.begun) == 1
+    assert len(rig.replicas.begun) == 2
     held.let_go.set()
     assert (await running).status == AuditStatus.SUCCEEDED
     assert len(rig.replicas.begun) == 3
@@ -63,11 +84,32 @@ async def test_no_more_cells_ask_at_once_than_the_settings_allow(max_in_flight: 
     assert max_in_flight is None or most == at_once
 
 
+async def test_a_second_cell_waits_at_a_replica_while_there_is_one_for_each() -> None:
+    few, many = up(3), up(3)
+    await few.run(matrix=cells(5))
+    assert {places for _, places in few.replicas.asked} == {1}
+    await many.run(matrix=cells(9))
+    assert {places for _, places in many.replicas.asked} == {1, 2}
+
+
 async def test_a_second_cell_may_wait_at_a_replica_until_all_run() -> None:
-    rig = AuditRig(variants=scripted("a"))
-    await rig.run()
+    rig = up(3)
+    del rig.replicas.awake["a"]
+    await rig.run(matrix=cells(3))
     assert rig.replicas.asked[0][1] == 2
-    awake = AuditRig(variants=scripted("a"))
-    awake.replicas.awake["a"] = None
-    await awake.run()
-    assert {places for _, places in awake.replicas.asked} == {1}
+
+
+@pytest.mark.parametrize(("growing", "most"), [(frozenset("a"), 3), (frozenset(), 6)])
+async def test_where_more_replicas_could_be_started_no_more_is_asked_for(growing: frozenset[str], most: int) -> None:
+    replicas = LocalReplicas({"a": [Pause(Variant(family="pause", pause_s=0.01), None, VariantSettings())] * 3})
+    replicas.awake["a"] = None
+    wave = Wave(wanted={"a": 3}, growing=growing)
+    in_hand: list[int] = []
+
+    async def count(progress: Progress) -> None:
+        in_hand.append(replicas.in_hand("a"))
+
+    async with fan_out(replicas, wave) as fan:
+        await asyncio.gather(*(fan.measure("a", request(job_id=f"run/{n}"), count, trials=1) for n in range(9)))
+    assert max(in_hand) == most
+    assert len(replicas.begun) == 9

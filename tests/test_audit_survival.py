@@ -2,10 +2,12 @@
 
 import asyncio
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from benchmarks.audit.record import Record
 from serve_app.audits import AuditStatus, cell_path, folder, image_path
 from serve_app.errors import (
     IllegalTransition,
@@ -14,7 +16,7 @@ from serve_app.errors import (
     StoreUnavailable,
 )
 
-from .audit_rig import NAMES, QUICK, AuditRig, until
+from .audit_rig import NAMES, QUICK, AuditRig, scripted, until
 from .rig import Held
 
 # -- cancel
@@ -77,6 +79,56 @@ async def test_a_run_that_another_attempt_has_taken_over_is_left_alone() -> None
     with pytest.raises(StaleClaim):
         await running
     assert (await rig.store.get("run")).status == AuditStatus.QUEUED
+
+
+async def test_a_signal_before_the_job_begins_cancels_the_run() -> None:
+    rig = AuditRig()
+    rig.auditor.cancel()
+    audit = await rig.run()
+    assert audit.status == AuditStatus.CANCELED
+    assert rig.replicas.begun == []
+
+
+# -- the record
+
+
+async def test_the_record_says_how_far_a_cell_is() -> None:
+    rig = AuditRig(variants=scripted("a"))
+    held = Held()
+    rig.scripted["a"][0].on_step = lambda step: held() if step == 3 else None
+    running = asyncio.create_task(rig.run(matrix={"guidance_scales": (2.0,)}))
+    await asyncio.to_thread(held.entered.wait)
+    while (cell := (await rig.store.get("run")).cells["a_gs2"]).step < 2:
+        await asyncio.sleep(0.005)
+    assert (cell.status, cell.step, cell.steps) == ("running", 2, 8)
+    held.let_go.set()
+    assert (await running).status == AuditStatus.SUCCEEDED
+
+
+async def test_a_job_that_has_nothing_to_say_says_that_it_is_alive() -> None:
+    rig = AuditRig()
+    audit = await rig.queued()
+    record = Record(rig.store, await rig.store.begin(audit.id, 1), every_s=0.01, at_least_s=0.02)
+    keeping = asyncio.create_task(record.keep())
+    rig.clock.advance(30)
+    while (await rig.store.get("run")).alive_until < rig.clock() + timedelta(seconds=30):
+        await asyncio.sleep(0.005)
+    keeping.cancel()
+    await asyncio.wait({keeping})
+
+
+async def test_an_error_that_nobody_foresaw_fails_the_run_and_is_raised() -> None:
+    class Broken:
+        async def encode(self, variant: str, prompt: str) -> bytes | None:
+            raise ZeroDivisionError("by zero")
+
+    rig = AuditRig(prompts=Broken())
+    with pytest.raises(ZeroDivisionError):
+        await rig.run()
+    audit = await rig.store.get("run")
+    assert audit.status == AuditStatus.FAILED
+    assert audit.error is not None
+    assert audit.error.message == "ZeroDivisionError: by zero"
 
 
 # -- outages and kills

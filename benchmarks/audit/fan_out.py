@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -15,9 +16,8 @@ from .waves import Wave
 
 log = logging.getLogger(__name__)
 
-#: Cells that ask although every replica has one: the next is there when a replica is free. Serve counts it as load, so
-#: there is none where that would start a replica too many.
-SPARE = 1
+#: Cells in a replica's hands at most: one is painted, and the next one is there when that ends.
+_IN_HAND = 2
 COUNT_S = 1.0
 #: Full jitter, so that several that ask do not meet again.
 _WAIT = wait_random_exponential(multiplier=0.01, min=0.01, max=0.1)
@@ -27,38 +27,48 @@ class FanOut:
     """Made by `fan_out`."""
 
     def __init__(self, replicas: Replicas, wave: Wave, max_in_flight: int | None) -> None:
-        self._replicas, self._wanted = replicas, wave.wanted
-        asking = {name: count + SPARE * (name not in wave.growing) for name, count in wave.wanted.items()}
+        self._replicas, self._wave = replicas, wave
+        # Serve counts what is in hand as load: twice as much would start more replicas where there can be more.
+        asking = {name: count * (1 if name in wave.growing else _IN_HAND) for name, count in wave.wanted.items()}
         self._asking = {name: asyncio.Semaphore(count) for name, count in asking.items()}
         self._all = asyncio.Semaphore(max_in_flight or sum(asking.values()))
         self._running: Mapping[str, int] = dict.fromkeys(wave.wanted, 0)
+        #: Cells asked for and not finished.
+        self._left: Counter[str] = Counter()
 
     async def measure(self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int) -> Measured:
         """As `Replicas.measure`, but that it waits for its turn, and asks again until a replica takes it."""
-        async with self._asking[variant], self._all:
-            async for attempt in AsyncRetrying(retry=retry_if_exception_type(ReplicaTaken), wait=_WAIT):
-                with attempt:
-                    return await self._replicas.measure(
-                        variant, request, on_progress, trials=trials, places=self._places(variant)
-                    )
+        self._left[variant] += 1
+        try:
+            async with self._asking[variant], self._all:
+                async for attempt in AsyncRetrying(retry=retry_if_exception_type(ReplicaTaken), wait=_WAIT):
+                    with attempt:
+                        return await self._replicas.measure(
+                            variant, request, on_progress, trials=trials, places=self._places(variant)
+                        )
+        finally:
+            self._left[variant] -= 1
         raise AssertionError("it is asked for until there is an answer")
 
     def _places(self, variant: str) -> int:
-        """A second cell that waits at a replica is what has another one started, and only until all are there: then it
-        would wait where another replica is free."""
-        return 2 if self._running[variant] < self._wanted[variant] else 1
+        """A second cell that waits at a replica is what has another one started. When all are there it may wait while
+        there is one for each: then the last ones go to whichever replica is free."""
+        running = self._running[variant]
+        is_plenty = variant not in self._wave.growing and self._left[variant] >= _IN_HAND * running
+        return _IN_HAND if running < self._wave.wanted[variant] or is_plenty else 1
 
     async def count(self) -> None:
-        counts = await self._replicas.counts()
-        self._running = {name: counts[name].running if name in counts else 0 for name in self._wanted}
+        try:
+            counts = await self._replicas.counts()
+        except FluxFillError as e:
+            log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
+            return
+        self._running = {name: counts[name].running if name in counts else 0 for name in self._wave.wanted}
 
     async def keep_counting(self) -> None:
         while True:
             await asyncio.sleep(COUNT_S)
-            try:
-                await self.count()
-            except FluxFillError as e:
-                log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
+            await self.count()
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from serve_app.audit_store import AuditStore
 from serve_app.audits import AuditRequest, Cell, CellResult
 from serve_app.edit import begun_within
 from serve_app.engine.lock import Lock
-from serve_app.errors import FluxFillError, GpuLost, ReplicaLost, StoreUnavailable, VariantNotReady
+from serve_app.errors import FluxFillError, GpuLost, ReplicaLost, VariantNotReady
 from serve_app.images import Pixels
 from serve_app.ports import Clock, Measured, OnProgress
 from serve_app.settings import Settings
@@ -81,7 +81,7 @@ class Easel:
         result = CellResult(name=name, cell=cell, status="failed", error=fault(error), finished_at=self.clock())
         try:
             await self.store.keep_cell(self.run_id, result)
-        except StoreUnavailable as e:
+        except FluxFillError as e:
             log.warning(
                 "A failed cell could not be noted: %s", e, extra={"action": "audit_cell_not_kept", "cell": name}
             )

@@ -21,8 +21,10 @@ _OURS = ("stage", "cells", "gpu", "sm", "memory", "compile", "recommended")
 class Record:
     """`audit` is the run as this job has it; `keep` must run beside what changes it."""
 
-    def __init__(self, store: AuditStore, audit: Audit, every_s: float = EVERY_S) -> None:
-        self._store, self._every_s = store, every_s
+    def __init__(
+        self, store: AuditStore, audit: Audit, every_s: float = EVERY_S, at_least_s: float = AT_LEAST_S
+    ) -> None:
+        self._store, self._every_s, self._at_least_s = store, every_s, at_least_s
         self.audit = audit
         self._news = asyncio.Event()
 
@@ -45,7 +47,7 @@ class Record:
         UnknownAudit where it is gone: whoever works on it must stop. A store that is down is waited out."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(AT_LEAST_S - self._every_s):
+                async with asyncio.timeout(self._at_least_s - self._every_s):
                     await self._news.wait()
             self._news.clear()
             try:

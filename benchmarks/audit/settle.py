@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from serve_app.audits import MemoryReading
-from serve_app.errors import AuditImpossible
+from serve_app.errors import AuditImpossible, FluxFillError
 from serve_app.settings import Settings
 
 from .replicas import Replicas
@@ -62,7 +62,12 @@ class Settling:
         return reading, error
 
     async def _is_settled(self) -> bool:
-        counts = await self._replicas.counts()
+        try:
+            counts = await self._replicas.counts()
+        except FluxFillError as e:
+            log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
+            self._left = ["nobody knows which"]
+            return False
         self._left = [
             f"{name} has {there} of its {kept}"
             for name, kept in self._kept.items()
