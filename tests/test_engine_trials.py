@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -262,10 +262,21 @@ async def test_a_cell_that_nobody_wants_any_more_ends_within_a_step() -> None:
 
 
 class Weaving(Stopped):
-    """Can batch."""
+    """Can batch. Each step takes a second, by a clock of the test's own."""
 
-    def paint_together(self, windows: list[Window]) -> list[Pixels]:
-        return [self.paint(one) for one in windows]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.now_s, self.batches = 1000.0, list[list[int]]()
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now_s)
+
+    def paint_together(self, windows: Sequence[Window]) -> list[Pixels]:
+        self.batches.append([one.seed for one in windows])
+        self.entered.set()
+        assert self.let_go.wait(30)
+        self.now_s += 1
+        for one in windows:
+            one.on_step(1)
+        return [one.pixels for one in windows]
 
     def warm_up_batch(self, width: int, height: int, windows: int) -> None: ...
 
@@ -273,23 +284,31 @@ class Weaving(Stopped):
         return {**super().describe(), "device": "CPU of a test"}
 
 
-async def test_a_cell_is_painted_in_no_batch_and_does_not_count_the_wait_for_its_turn() -> None:
-    engine = Weaving()
+async def test_a_cell_is_painted_in_no_batch_and_does_not_count_the_wait_for_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, seat = Weaving(monkeypatch), Seat(4)
     together = Together(engine, Variant(family="flux-fill", file="Q4_0"), Levers(max_batch=4))
     together.load()
-    seat = Seat(4)
-    jobs = [task_of(painting(together, request(seed=seed, steps=1), seat)) for seed in (8, 9)]
+
+    async def waiting(events: AsyncGenerator[Any, None], count: int) -> "asyncio.Task[list[Any]]":
+        task = task_of(events)
+        await until(lambda: sum(place.waiting is not None for place in together._places) == count)
+        return task
+
+    def job(seed: int) -> AsyncGenerator[Any, None]:
+        return painting(together, request(seed=seed, steps=1), seat)
+
+    first = task_of(job(7))
     await until(engine.entered.is_set)
-    cell = task_of(measuring(together, request(seed=1, steps=1), seat, 2, 1))
-    jobs.append(task_of(painting(together, request(seed=7, steps=1), seat)))
-    await until(lambda: len(together._places) == 4)
-    waited_from_s = time.perf_counter()
+    second = await waiting(job(8), 1)
+    cell = await waiting(measuring(together, request(seed=1, steps=1), seat, 2, 1), 2)
+    third = await waiting(job(9), 3)
+    engine.now_s += 1000
     engine.let_go.set()
     measured = (await cell)[-1]
-    waited_s = time.perf_counter() - waited_from_s
-    await asyncio.gather(*jobs)
-    assert isinstance(measured, Measured) and measured.repeats
-    assert sorted(engine.begun) == [1, 1, 7, 8, 9]
-    for one in measured.trials:
-        assert sum(one.stages.values()) <= one.wall_s <= waited_s
+    await asyncio.gather(first, second, third)
+    assert isinstance(measured, Measured)
+    assert engine.batches == [[7], [8, 9], [1], [1]]
+    assert [(one.wall_s, one.stages) for one in measured.trials] == [(1.0, stages(0, 1, 0))] * 2
     together.close()
