@@ -40,6 +40,7 @@ async def test_a_canceled_run_stops_what_it_paints_and_keeps_what_is_painted(way
         rig.auditor.cancel()
     else:
         await rig.store.cancel("run")
+    await until(lambda: rig.replicas.seat("b").stopping_since is not None)
     held.let_go.set()
     audit = await running
     assert audit.status == AuditStatus.CANCELED
