@@ -2,9 +2,11 @@
 
 import base64
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ APP = "fluxfill"
 
 #: Of the test session's app.
 WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a key of the tests' own, 32 byte").decode()
+
+#: Seconds from a job's SIGTERM to its SIGKILL: Ray's own 3 are too few on a machine that tests keep busy.
+STOP_WAIT_S = 30
 
 
 def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
@@ -139,15 +144,27 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def running(folder: Path) -> Iterator[App]:
-    """Start Ray, deploy, wait until the default variant can serve; stop everything at the end."""
+def running(
+    folder: Path, variants: Mapping[str, Any] | None = None, *, variant: str = "telea", num_gpus: int = 0
+) -> Iterator[App]:
+    """Start Ray, deploy, wait until the default `variant` can serve; stop everything at the end. `variants` are served
+    in place of the usual ones; GPUs are a number that Ray believes."""
     import ray
     from ray import serve
 
     dashboard, http, receiver = free_port(), free_port(), free_port()
     # Ray's processes inherit it.
-    os.environ["WEBHOOK_SECRET"] = WEBHOOK_SECRET
-    ray.init(num_cpus=8, include_dashboard=True, dashboard_port=dashboard, log_to_driver=False)
+    os.environ |= {"WEBHOOK_SECRET": WEBHOOK_SECRET, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    # Ray finds the cluster of a job by its folder: in the usual one, that of another Ray on this machine.
+    own = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    ray.init(
+        num_cpus=8,
+        num_gpus=num_gpus,
+        include_dashboard=True,
+        dashboard_port=dashboard,
+        log_to_driver=False,
+        _temp_dir=own,
+    )
     raw = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": http},
@@ -156,7 +173,7 @@ def running(folder: Path) -> Iterator[App]:
                 "name": APP,
                 "route_prefix": "/",
                 "import_path": "deployments.app:build",
-                "args": args(folder, free_port(), http, receiver),
+                "args": args(folder, free_port(), http, receiver) | ({"variants": variants} if variants else {}),
             }
         ],
     }
@@ -168,10 +185,11 @@ def running(folder: Path) -> Iterator[App]:
         receiver_port=receiver,
     )
     try:
-        app.deploy(variant="telea", steps=12)
+        app.deploy(variant=variant, steps=12)
         app.wait_ready()
         yield app
     finally:
         serve.shutdown()
         ray.shutdown()
-        del os.environ["WEBHOOK_SECRET"]
+        shutil.rmtree(own, ignore_errors=True)
+        del os.environ["WEBHOOK_SECRET"], os.environ["RAY_JOB_STOP_WAIT_TIME_S"]

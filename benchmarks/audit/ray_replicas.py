@@ -12,7 +12,8 @@ from ray.serve.schema import DeploymentStatusOverview
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.app import inpainter_name
-from deployments.remote import RemoteTrials
+from deployments.remote import RemoteTrials, typed_errors
+from serve_app.errors import ReplicaLost
 from serve_app.ports import Measured, OnProgress, PaintRequest
 from serve_app.settings import Settings
 
@@ -55,7 +56,11 @@ class RayReplicas:
         return self._put[id(request)][1]
 
     async def counts(self) -> Mapping[str, ReplicaCounts]:
-        status = await asyncio.to_thread(serve.status)
+        """Raises ReplicaLost where Serve, or the app, is gone."""
+        with typed_errors("Serve's controller"):
+            status = await asyncio.to_thread(serve.status)
+        if self._app not in status.applications:
+            raise ReplicaLost(f"the app {self._app} is gone")
         deployments = status.applications[self._app].deployments
         return {name: _counts(deployments.get(inpainter_name(name))) for name in self._variants}
 

@@ -1,0 +1,228 @@
+"""The audit's Ray job against the running app: what it leaves, what is killed in its middle, too few GPUs."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray import serve
+from ray.job_submission import JobSubmissionClient
+
+from benchmarks.audit.arguments import RUN
+from deployments.app import absolute, build
+from deployments.launcher import RayJobs
+from deployments.own_ray import free_port
+from serve_app import adapters
+from serve_app.audit_store import AuditStore
+from serve_app.audits import Audit, AuditRequest, AuditStatus, folder
+from serve_app.edit import INPUTS, session_path
+from serve_app.settings import Settings
+from serve_app.worker import utc_now
+
+from .serving import APP, App, running
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
+
+_QUICK = {"upscale_delay_s": 0.1, "num_cpus": 0.1}
+
+
+def sleeper(pause_s: float, *, num_gpus: int = 0, **scaling: Any) -> dict[str, Any]:
+    return {"definition": {"family": "pause", "pause_s": pause_s, "num_gpus": num_gpus}, **_QUICK, **scaling}
+
+
+VARIANTS = {
+    "telea": {"min_replicas": 1, **_QUICK},
+    "nap": sleeper(0.5, min_replicas=2, max_replicas=2),
+    "gpu-a": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
+    "gpu-b": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    yield from running(tmp_path_factory.mktemp("audited"), VARIANTS, num_gpus=1)
+
+
+class Audited:
+    """Runs on the app: its stores, its jobs, one session."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.blobs = adapters.blob_store(app.settings.blobs)
+        self.store = AuditStore(self.blobs, utc_now)
+        self.jobs = RayJobs(app.dashboard, app=APP)
+
+    async def upload(self) -> None:
+        for role, path in zip(INPUTS, self.app.photo_files(), strict=True):
+            where = session_path("u", "s", INPUTS[role])
+            await self.blobs.put(where, path.read_bytes(), content_type="image/png")
+
+    async def launch(self, run_id: str, **matrix: Any) -> Audit:
+        request = AuditRequest(user_id="u", session_id="s", matrix={"steps": (4,), **matrix}, compile_variants=())
+        audit = await self.store.create(request, run_id)
+        await self.jobs.launch(audit)
+        return audit
+
+    async def when(self, run_id: str, met: Callable[[Audit], bool]) -> Audit:
+        try:
+            async with asyncio.timeout(90):
+                while not met(audit := await self.store.get(run_id)):
+                    await asyncio.sleep(0.1)
+                return audit
+        except TimeoutError:
+            log = JobSubmissionClient(self.app.dashboard).get_job_logs(audit.job_name)
+            raise AssertionError(f"{audit.status}, {audit.stage}; the job's log:\n{log}") from None
+
+    async def over(self, run_id: str) -> Audit:
+        return await self.when(run_id, lambda audit: audit.status.is_over)
+
+    async def painted(self, run_id: str) -> dict[str, Any]:
+        """When each stored cell was painted, and how long each painting took."""
+        return {name: (cell.finished_at, cell.trials) for name, cell in (await self.store.cells(run_id)).items()}
+
+    async def in_the_middle(self, run_id: str) -> dict[str, Any]:
+        """Once a cell is stored and another one is being painted: those that are stored."""
+        await self.when(run_id, lambda audit: "running" in {cell.status for cell in audit.cells.values()})
+        async with asyncio.timeout(60):
+            while not (painted := await self.painted(run_id)):
+                await asyncio.sleep(0.05)
+        return painted
+
+    def driver(self, run_id: str) -> psutil.Process:
+        found = [p for p in psutil.process_iter() if "benchmarks.audit" in _command(p) and _run(p) == run_id]
+        # The job's shell, where there is one, has the same words.
+        return max(found, key=lambda process: process.create_time())
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _run(process: psutil.Process) -> str | None:
+    return process.environ().get(RUN)
+
+
+@pytest.fixture
+async def audited(app: App) -> AsyncIterator[Audited]:
+    audited = Audited(app)
+    await audited.upload()
+    yield audited
+
+
+def submit(app: App, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit --working-dir . -- python -m benchmarks.audit ARGUMENTS`, until the job ends."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    job = [ray, "job", "submit", "--address", app.dashboard, "--working-dir", "."]
+    command = [*job, "--", sys.executable, "-m", "benchmarks.audit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+async def test_a_submitted_job_leaves_pictures_records_and_a_report(audited: Audited) -> None:
+    done = await asyncio.to_thread(
+        submit,
+        audited.app,
+        *("--user", "u", "--session", "s", "--run-id", "first", "--variants", "telea,nap", "--guidance", "2,30"),
+        *("--steps", "4", "--reference", "telea", "--compile", "nap", "--app", APP),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    audit = await audited.store.get("first")
+    names = {"telea_gs2", "telea_gs30", "nap_gs2", "nap_gs30"}
+    assert (audit.status, set(audit.cells), audit.result_count) == (AuditStatus.SUCCEEDED, names, 4)
+    assert [verdict.verdict for verdict in audit.compile] == ["the pause family has nothing to compile"]
+    stored = {info.path.removeprefix(f"{folder('first')}/") async for info in audited.blobs.list(folder("first"))}
+    pictures = {f"{name}.png" for name in names} | {f"cells/{name}.json" for name in names}
+    assert stored == pictures | {"run.json", "REPORT.md", "report.html", "results.json", "results.csv"}
+    results = json.loads((await audited.blobs.get("audit/first/results.json", max_bytes=10**6))[0])
+    assert {cell["status"] for cell in results["cells"]} == {"succeeded"}
+    links = [cell["signed_url"] for cell in results["cells"]]
+    assert "first: succeeded; 4 of 4 cells" in done.stdout
+    assert not [link for link in links if link in done.stdout + done.stderr], "links are secrets"
+
+
+async def test_a_killed_replica_costs_no_cell(audited: Audited) -> None:
+    await audited.launch("replica", variants=("nap",), guidance_scales=(1, 2, 3, 4, 5, 6))
+    before = await audited.in_the_middle("replica")
+    victim = min(audited.app.pids("Inpainter-nap"))
+    os.kill(victim, signal.SIGKILL)
+    audit = await audited.over("replica")
+    assert (audit.status, audit.result_count) == (AuditStatus.SUCCEEDED, 6)
+    after = await audited.painted("replica")
+    assert {name: after[name] for name in before} == before
+
+
+async def test_a_killed_job_is_resumed_and_paints_nothing_again(audited: Audited) -> None:
+    await audited.launch("job", variants=("nap",), guidance_scales=(1, 2, 3, 4, 5, 6))
+    before = await audited.in_the_middle("job")
+    audited.driver("job").kill()
+    # Ten minutes later.
+    later = AuditStore(audited.blobs, lambda: utc_now() + timedelta(minutes=10))
+    again = await later.resume("job")
+    await audited.jobs.launch(again)
+    audit = await audited.over("job")
+    assert (audit.status, audit.attempt, audit.result_count) == (AuditStatus.SUCCEEDED, 2, 6)
+    after = await audited.painted("job")
+    assert 0 < len(before) < len(after)
+    assert {name: after[name] for name in before} == before
+
+
+async def test_a_stopped_job_ends_its_run_as_canceled(audited: Audited) -> None:
+    audit = await audited.launch("stopped", variants=("nap",), guidance_scales=(1, 2, 3, 4, 5, 6))
+    before = await audited.in_the_middle("stopped")
+    await audited.jobs.stop(audit)
+    audit = await audited.over("stopped")
+    assert (audit.status, audit.result_count < 6) == (AuditStatus.CANCELED, True)
+    after = await audited.painted("stopped")
+    assert {name: after[name] for name in before} == before
+
+
+async def test_variants_that_share_a_gpu_wait_for_each_other(audited: Audited) -> None:
+    await audited.launch("waves", variants=("gpu-a", "gpu-b"), guidance_scales=(1, 2))
+    audit = await audited.over("waves")
+    assert (audit.status, audit.result_count) == (AuditStatus.SUCCEEDED, 4), audit.error
+    assert [reading.after for reading in audit.memory] == ["", "gpu-a"]
+    assert {reading.used_bytes for reading in audit.memory} == {None}, "Ray only believes in this GPU"
+    cells = await audited.store.cells("waves")
+    last_a = max(cell.finished_at for name, cell in cells.items() if name.startswith("gpu-a") and cell.finished_at)
+    assert audit.memory[1].waited_s > 0
+    assert all(cell.started_at > last_a for name, cell in cells.items() if name.startswith("gpu-b") and cell.started_at)
+
+
+async def test_a_gpu_that_never_becomes_free_is_said_at_once(audited: Audited, tmp_path: Path) -> None:
+    """A second app in the same Ray, one of whose variants keeps the GPU."""
+    keeping = {**VARIANTS, "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)}
+    raw = audited.app.settings.model_dump()
+    settings = Settings.model_validate(
+        raw
+        | {
+            "variants": {name: keeping[name] for name in ("gpu-a", "keeper")},
+            "blobs": f"files:{tmp_path}/blobs",
+            "jobs": f"sqlite:{tmp_path}/jobs.db",
+            "messages": {"url": f"embedded://127.0.0.1:{free_port()}"},
+        }
+    )
+    await asyncio.to_thread(serve.run, build(absolute(settings)), name="keeping", route_prefix="/keeping")
+    done = await asyncio.to_thread(
+        submit,
+        audited.app,
+        *("--user", "u", "--session", "s", "--run-id", "never", "--app", "keeping"),
+        *("--variants", "gpu-a"),
+    )
+    serve.delete("keeping")
+    assert done.returncode == 1
+    blobs = adapters.blob_store(settings.blobs)
+    audit = await AuditStore(blobs, utc_now).get("never")
+    assert (audit.status, audit.error and audit.error.code) == (AuditStatus.FAILED, "audit_impossible")
+    assert "keeper keeps 1" in str(audit.error)
+    stored = {info.path async for info in blobs.list("")}
+    assert stored == {"audit/never/run.json", "locks/audit.json"}
