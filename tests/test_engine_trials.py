@@ -94,7 +94,7 @@ class Clockwork(Pause):
             self.script(step)
             window.on_step(step)
         self.now_s += 1
-        self.peak_bytes = 100 * self.painted
+        self.peak_bytes = max(self.peak_bytes, 100 * self.painted)
         return np.full_like(window.pixels, 9)
 
 
