@@ -40,18 +40,21 @@ class Follower:
             self._told = line
 
     def _draw(self, audit: Audit, bars: Progress) -> None:
-        self._bar(bars, "", audit.stage or str(audit.status), list(audit.cells.values()))
+        # After the cells comes the report: a bar that is full stands still.
+        rest = int(not audit.status.is_over)
+        self._bar(bars, "", audit.stage or str(audit.status), list(audit.cells.values()), rest)
         for variant, cells in by_variant(audit).items():
             self._bar(bars, variant, f"  {variant}", cells)
 
-    def _bar(self, bars: Progress, name: str, description: str, cells: Sequence[CellProgress]) -> None:
+    def _bar(self, bars: Progress, name: str, description: str, cells: Sequence[CellProgress], rest: int = 0) -> None:
         if name not in self._tasks:
-            self._tasks[name] = bars.add_task(description, total=len(cells), said="")
+            self._tasks[name] = bars.add_task(description, said="")
         failed = sum(cell.status == "failed" for cell in cells)
         said = f"{sum(cell.status == 'succeeded' for cell in cells)}/{len(cells)}" + (
-            f", {failed} failed" * bool(failed)
+            f", {failed} failed" if failed else ""
         )
-        bars.update(self._tasks[name], description=description, completed=sum(map(fraction, cells)), said=said)
+        done = sum(map(fraction, cells))
+        bars.update(self._tasks[name], description=description, completed=done, total=len(cells) + rest, said=said)
 
 
 @contextmanager
