@@ -129,7 +129,7 @@ def _request(defaults: AuditSettings, given: Mapping[str, Any]) -> AuditRequest:
 
 def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Path) -> None:
     """Follow the run to its end, and say what came of it. The exit status says it, too."""
-    options = "" if config == CONFIG else f" -c {config}"
+    options = _options(config)
 
     async def follow() -> Audit:
         audit = await begun
@@ -141,7 +141,7 @@ def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Pa
             told = f"{audit.id} goes on. Follow it: fluxfill audit show --follow {audit.id}{options}"
             out.print(told, f"Stop it: fluxfill audit cancel {audit.id}{options}", sep="\n", **PLAIN)
             raise
-        await _tell(client, audit)
+        await _tell(client, audit, options)
         return audit
 
     try:
@@ -153,14 +153,19 @@ def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Pa
         raise typer.Exit(1)
 
 
-async def _tell(client: AuditClient, audit: Audit) -> None:
+def _options(config: Path) -> str:
+    """What further commands on the run need, to be copied."""
+    return "" if config == CONFIG else f" -c {config}"
+
+
+async def _tell(client: AuditClient, audit: Audit, options: str) -> None:
     """The run, its figures, where its report is. A link is for a person who looks, and for no log."""
     has_report = await client.has_report(audit)
     if has_report:
         out.print(results_table(await client.results(audit.id)))
     out.print(run_table(audit))
     if has_report:
-        out.print(f"report: {page_path(audit)}; fetch it: fluxfill audit fetch {audit.id} FOLDER", **PLAIN)
+        out.print(f"report: {page_path(audit)}; fetch it: fluxfill audit fetch {audit.id} FOLDER{options}", **PLAIN)
     if has_report and out.is_terminal:
         out.print(await client.runs.link(audit), **PLAIN)
 
@@ -184,11 +189,11 @@ def show(
     if follow:
         _followed(client, client.store.get(run), config)
     else:
-        _run(_shown(client, run))
+        _run(_shown(client, run, _options(config)))
 
 
-async def _shown(client: AuditClient, run: str) -> None:
-    await _tell(client, await client.store.get(run))
+async def _shown(client: AuditClient, run: str, options: str) -> None:
+    await _tell(client, await client.store.get(run), options)
 
 
 @audit_app.command()
