@@ -240,7 +240,7 @@ def test_a_terminal_has_a_bar_for_each_variant(bench: Bench, monkeypatch: pytest
         (("--link-hours", "169"), "link_hours"),
         (("--run-id", "../x"), "--run-id"),
         (("--variants", "Q9"), "Q9 is not served here"),
-        (("--session", "none"), "users/u/sessions/none/original.jpg is not in the blob store"),
+        (("--session", "none"), "missing_input: users/u/sessions/none/"),
         (("--session", ".."), "session_id"),
         (("--resume", "r"), "--resume goes on with a run"),
     ],
