@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from .audit_runs import Audits, page_path
+from .audit_runs import Audits
 from .audits import (
     MAX_LINK_HOURS,
     RUN_ID_PATTERN,
@@ -134,12 +134,12 @@ def _line(audit: Audit) -> dict[str, Any]:
 
 
 async def _report(audit: Audit, audits: Audits) -> dict[str, Any]:
-    has_report = audit.status in (AuditStatus.SUCCEEDED, AuditStatus.INCOMPLETE)
+    report = await audits.report(audit)
     return {
         "status": audit.status,
         "run_id": audit.id,
-        "report_url": await audits.link(audit) if has_report else None,
-        "report_path": page_path(audit) if has_report else None,
+        "report_url": report and report.url,
+        "report_path": report and report.path,
         "gpu": audit.gpu,
         "sm": audit.sm,
         "compile_viable": audit.compile_viable,

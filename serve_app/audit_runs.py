@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -44,6 +44,13 @@ _GOING: tuple[LaunchState, ...] = ("pending", "running")
 
 async def _never() -> bool:
     return False
+
+
+class Report(NamedTuple):
+    #: The page's, in the blob store.
+    path: str
+    #: A signed link, which is a secret: never log it.
+    url: str
 
 
 class Audits:
@@ -115,9 +122,12 @@ class Audits:
         self._spawn(self._stop(audit))
         return audit
 
-    async def link(self, audit: Audit) -> str:
-        """A signed link to the report's page, which is a secret: never log it."""
-        return await self._links.link(page_path(audit), expires_s=_link_s(audit.request))
+    async def report(self, audit: Audit) -> Report | None:
+        """None while the run is not over, and where it came to none: a canceled run has one of what was painted."""
+        path = f"{folder(audit.id)}/{PAGE}"
+        if not audit.status.is_over or not await self._is_there(path):
+            return None
+        return Report(path, await self._links.link(path, expires_s=_link_s(audit.request)))
 
     async def close(self) -> None:
         """Jobs that were asked to stop see that for themselves."""
@@ -141,10 +151,15 @@ class Audits:
             raise InputError(f"link_hours: {e}") from e
 
     async def _check_there(self, path: str) -> None:
+        if not await self._is_there(path):
+            raise MissingInput(f"{path} is not in the blob store", path=path)
+
+    async def _is_there(self, path: str) -> bool:
         try:
             await self._blobs.head(path)
-        except BlobNotFound as e:
-            raise MissingInput(f"{path} is not in the blob store", path=path) from e
+        except BlobNotFound:
+            return False
+        return True
 
     async def _queued(self, queue: Callable[[], Awaitable[Audit]]) -> Audit:
         """What `queue` gives, with its job. Where another run is in the way whose job has died just now, that one has
@@ -189,10 +204,12 @@ class Audits:
 
     async def _stop(self, audit: Audit) -> None:
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(GRACE_S):
-                    while not (await self._store.get(audit.id)).status.is_over:
-                        await asyncio.sleep(POLL_S)
+            if not audit.status.is_over:
+                with suppress(TimeoutError):
+                    # For the job's end, not the run's: it writes its report after that.
+                    async with asyncio.timeout(GRACE_S):
+                        while await self._launcher.state(audit) in _GOING:
+                            await asyncio.sleep(POLL_S)
             await self._launcher.stop(audit)
             await self._end(audit, AuditStatus.CANCELED, "it was canceled")
         except Unavailable as e:
@@ -222,10 +239,6 @@ class Audits:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def page_path(audit: Audit) -> str:
-    return f"{folder(audit.id)}/{PAGE}"
 
 
 def _link_s(request: AuditRequest) -> int:

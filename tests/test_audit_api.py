@@ -54,7 +54,12 @@ class Site:
                 break
             await asyncio.sleep(0.01)
         fault = AuditFault(code="audit_impossible", message="no GPU is free") if self.ends_as == "failed" else None
+        if fault is None:
+            await self.put_report(audit.id)
         await self.store.finish(audit.id, audit.attempt, self.ends_as, fault)
+
+    async def put_report(self, run_id: str) -> None:
+        await self.process.rig.blobs.put(f"audit/{run_id}/report.html", b"<html>", content_type="text/html")
 
     async def post(self, path: str = "/audit", headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         return await self.client.post(path, json={**BODY, **fields}, headers=headers)
@@ -180,7 +185,7 @@ async def test_a_run_that_ends_otherwise_is_answered_with_its_status(site: Site,
     site.ends_as = status
     response = await site.post()
     assert (response.status_code, response.json()["status"]) == (200, status)
-    assert (response.json()["report_url"] is not None) == (status == AuditStatus.INCOMPLETE)
+    assert response.json()["report_path"].endswith("/report.html")
 
 
 async def test_a_run_that_fails_is_a_problem_with_the_reasons_code(site: Site) -> None:
@@ -491,7 +496,7 @@ async def test_the_newest_runs_are_listed_first(site: Site) -> None:
     listed = (await site.client.get("/audits", params={"limit": 2})).json()
     assert [one["run_id"] for one in listed] == ["c", "b"]
     assert (listed[0]["user_id"], listed[0]["session_id"]) == (USER, SESSION)
-    assert "/blobs/" not in str(listed)
+    assert "report" not in str(listed)
     for limit in ("0", "101", "x"):
         response = await site.client.get("/audits", params={"limit": limit})
         assert (response.status_code, problem_code(response)) == (422, "invalid_request")
@@ -577,6 +582,26 @@ async def test_a_running_audit_stops_by_itself(site: Site) -> None:
     assert canceled.result_count == 2
     again = await site.client.post(f"/audits/{run_id}/cancel")
     assert (again.status_code, problem_code(again)) == (409, "illegal_transition")
+
+
+async def test_a_canceled_job_has_time_to_write_its_report(site: Site) -> None:
+    async def slow(audit: Audit) -> None:
+        await site.store.begin(audit.id, audit.attempt)
+        await site.store.update(audit.id, audit.attempt, painted)
+        while not await site.store.is_canceled(audit.id):
+            await asyncio.sleep(0.01)
+        await site.store.finish(audit.id, audit.attempt, AuditStatus.CANCELED)
+        await site.may_end.wait()
+        await site.put_report(audit.id)
+
+    site.process.jobs.work = slow
+    await site.started(run_id="run-1")
+    await site.client.post("/audits/run-1/cancel")
+    await site.until("run-1", AuditStatus.CANCELED)
+    assert (await site.client.get("/audits/run-1")).json()["report_url"] is None
+    site.may_end.set()
+    await asyncio.wait_for(site.process.jobs.tasks["run-1"], 10)
+    assert (await site.client.get("/audits/run-1")).json()["report_path"] == "audit/run-1/report.html"
 
 
 async def test_a_job_that_does_not_stop_is_stopped(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
