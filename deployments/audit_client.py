@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from serve_app import adapters, audits
-from serve_app.audit_runs import Audits, page_path
+from serve_app.audit_runs import Audits
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit
 from serve_app.errors import BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
@@ -99,12 +99,6 @@ class AuditClient:
             audit = await self.store.get(run)
             raise UnknownAudit(f"{run} is {audit.status} and has no results", run_id=run) from None
         return read_results(data, path)
-
-    async def has_report(self, audit: Audit) -> bool:
-        with suppress(BlobNotFound):
-            await self._blobs.head(page_path(audit))
-            return True
-        return False
 
 
 class _NoJobs:

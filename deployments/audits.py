@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import ValidationError
 
-from serve_app.audit_runs import GRACE_S, page_path
+from serve_app.audit_runs import GRACE_S
 from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix
 from serve_app.errors import InputError
 from serve_app.messages import CropStrategy
@@ -160,14 +160,14 @@ def _options(config: Path) -> str:
 
 async def _tell(client: AuditClient, audit: Audit, options: str) -> None:
     """The run, its figures, where its report is. A link is for a person who looks, and for no log."""
-    has_report = await client.has_report(audit)
-    if has_report:
+    report = await client.runs.report(audit)
+    if report is not None:
         out.print(results_table(await client.results(audit.id)))
     out.print(run_table(audit))
-    if has_report:
-        out.print(f"report: {page_path(audit)}; fetch it: fluxfill audit fetch {audit.id} FOLDER{options}", **PLAIN)
-    if has_report and out.is_terminal:
-        out.print(await client.runs.link(audit), **PLAIN)
+    if report is not None:
+        out.print(f"report: {report.path}; fetch it: fluxfill audit fetch {audit.id} FOLDER{options}", **PLAIN)
+        if out.is_terminal:
+            out.print(report.url, **PLAIN)
 
 
 @audit_app.command("list")
