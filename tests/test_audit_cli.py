@@ -398,6 +398,7 @@ def test_a_run_that_does_not_stop_in_time_is_said_to_go_on(bench: Bench, monkeyp
     audit = asyncio.run(bench.store.create(request_of(bench), "runs"))
     asyncio.run(bench.store.begin(audit.id, audit.attempt))
     monkeypatch.setattr(audits, "CANCEL_S", 0.1)
+    bench.jobs.is_down = True
     ended = bench.sub("cancel", "runs")
     assert (ended.status, ended.err) == (1, "runs was asked to stop, and has not yet\n")
     assert asyncio.run(bench.store.is_canceled("runs"))
