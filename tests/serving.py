@@ -155,7 +155,6 @@ def running(
     dashboard, http, receiver = free_port(), free_port(), free_port()
     # Ray's processes inherit it.
     os.environ |= {"WEBHOOK_SECRET": WEBHOOK_SECRET, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    # Ray finds the cluster of a job by its folder: in the usual one, that of another Ray on this machine.
     own = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ray.init(
         num_cpus=8,
@@ -165,6 +164,8 @@ def running(
         log_to_driver=False,
         _temp_dir=own,
     )
+    # A job is connected to the cluster that this file names, and without it to any Ray of this machine.
+    Path(own, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
     raw = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": http},

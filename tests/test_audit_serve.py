@@ -17,7 +17,7 @@ from ray import serve
 from ray.job_submission import JobSubmissionClient
 
 from benchmarks.audit.arguments import RUN
-from deployments.app import absolute, build
+from deployments.app import build
 from deployments.launcher import RayJobs
 from deployments.own_ray import free_port
 from serve_app import adapters
@@ -52,13 +52,13 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
 
 
 class Audited:
-    """Runs on the app: its stores, its jobs, one session."""
+    """Runs on an app in the test's Ray: its stores, its jobs, one session."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, settings: Settings, name: str = APP) -> None:
         self.app = app
-        self.blobs = adapters.blob_store(app.settings.blobs)
+        self.blobs = adapters.blob_store(settings.blobs)
         self.store = AuditStore(self.blobs, utc_now)
-        self.jobs = RayJobs(app.dashboard, app=APP)
+        self.jobs = RayJobs(app.dashboard, app=name)
 
     async def upload(self) -> None:
         for role, path in zip(INPUTS, self.app.photo_files(), strict=True):
@@ -73,7 +73,7 @@ class Audited:
 
     async def when(self, run_id: str, met: Callable[[Audit], bool]) -> Audit:
         try:
-            async with asyncio.timeout(90):
+            async with asyncio.timeout(200):
                 while not met(audit := await self.store.get(run_id)):
                     await asyncio.sleep(0.1)
                 return audit
@@ -115,7 +115,7 @@ def _run(process: psutil.Process) -> str | None:
 
 @pytest.fixture
 async def audited(app: App) -> AsyncIterator[Audited]:
-    audited = Audited(app)
+    audited = Audited(app, app.settings)
     await audited.upload()
     yield audited
 
@@ -198,31 +198,20 @@ async def test_variants_that_share_a_gpu_wait_for_each_other(audited: Audited) -
     assert all(cell.started_at > last_a for name, cell in cells.items() if name.startswith("gpu-b") and cell.started_at)
 
 
-async def test_a_gpu_that_never_becomes_free_is_said_at_once(audited: Audited, tmp_path: Path) -> None:
+async def test_a_gpu_that_never_becomes_free_is_said_at_once(app: App, tmp_path: Path) -> None:
     """A second app in the same Ray, one of whose variants keeps the GPU."""
-    keeping = {**VARIANTS, "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)}
-    raw = audited.app.settings.model_dump()
-    settings = Settings.model_validate(
-        raw
-        | {
-            "variants": {name: keeping[name] for name in ("gpu-a", "keeper")},
-            "blobs": f"files:{tmp_path}/blobs",
-            "jobs": f"sqlite:{tmp_path}/jobs.db",
-            "messages": {"url": f"embedded://127.0.0.1:{free_port()}"},
-        }
+    settings = Settings(
+        blobs=f"files:{tmp_path}/blobs",
+        jobs=f"sqlite:{tmp_path}/jobs.db",
+        messages={"url": f"embedded://127.0.0.1:{free_port()}"},
+        variants={"gpu-a": VARIANTS["gpu-a"], "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)},
     )
-    await asyncio.to_thread(serve.run, build(absolute(settings)), name="keeping", route_prefix="/keeping")
-    done = await asyncio.to_thread(
-        submit,
-        audited.app,
-        *("--user", "u", "--session", "s", "--run-id", "never", "--app", "keeping"),
-        *("--variants", "gpu-a"),
-    )
+    await asyncio.to_thread(serve.run, build(settings), name="keeping", route_prefix="/keeping")
+    keeping = Audited(app, settings, "keeping")
+    await keeping.upload()
+    await keeping.launch("never", variants=("gpu-a",), guidance_scales=(1, 2))
+    audit = await keeping.over("never")
     serve.delete("keeping")
-    assert done.returncode == 1
-    blobs = adapters.blob_store(settings.blobs)
-    audit = await AuditStore(blobs, utc_now).get("never")
     assert (audit.status, audit.error and audit.error.code) == (AuditStatus.FAILED, "audit_impossible")
     assert "keeper keeps 1" in str(audit.error)
-    stored = {info.path async for info in blobs.list("")}
-    assert stored == {"audit/never/run.json", "locks/audit.json"}
+    assert [info.path async for info in keeping.blobs.list("audit")] == ["audit/never/run.json"]
