@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 #: How long Ray's job server may take to answer, in seconds.
 ANSWER_S = 10.0
+#: How long it may take to take a job: a busy head node starts one slowly, and an answer that is missed fails the run.
+SUBMIT_S = 30.0
 #: What the job runs; it learns from its environment which run it is.
 ENTRYPOINT = f"{shlex.quote(sys.executable)} -m benchmarks.audit"
 
@@ -46,7 +48,7 @@ class RayJobs:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="ray-jobs")
 
     async def launch(self, audit: Audit) -> None:
-        await self._ask(lambda client: self._submit(client, audit))
+        await self._ask(lambda client: self._submit(client, audit), SUBMIT_S)
 
     async def stop(self, audit: Audit) -> None:
         def stop(client: JobSubmissionClient) -> None:
@@ -77,14 +79,15 @@ class RayJobs:
             if _found(client, audit) is None:
                 raise
 
-    async def _ask(self, question: Callable[[JobSubmissionClient], T]) -> T:
-        """Raises JobsUnavailable within ANSWER_S where there is no answer."""
+    async def _ask(self, question: Callable[[JobSubmissionClient], T], limit_s: float | None = None) -> T:
+        """Raises JobsUnavailable within `limit_s`, or else ANSWER_S, where there is no answer."""
+        limit_s = limit_s or ANSWER_S
         try:
             asked = asyncio.get_running_loop().run_in_executor(self._threads, lambda: question(self._connected()))
-            return await asyncio.wait_for(asked, ANSWER_S)
+            return await asyncio.wait_for(asked, limit_s)
         except TimeoutError as e:
             self._client = None
-            raise JobsUnavailable(f"Ray's job server did not answer within {ANSWER_S:g} s") from e
+            raise JobsUnavailable(f"Ray's job server did not answer within {limit_s:g} s") from e
         # Of connections: OSError; of a token that does not hold: RayError; of what the server answers: RuntimeError.
         except (OSError, RayError, RuntimeError) as e:
             # The head node may be another one by now.

@@ -147,7 +147,7 @@ async def test_a_server_that_takes_no_jobs_is_unavailable(status: str, body: str
 
 
 async def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "ANSWER_S", 0.2)
+    monkeypatch.setattr(launcher, "SUBMIT_S", 0.2)
     asked = asyncio.Event()
 
     async def hang(_request: str, _writer: asyncio.StreamWriter) -> None:
