@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from serve_app.audit_runs import GRACE_S
-from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix
+from serve_app.audits import Audit, AuditRequest, AuditStatus
 from serve_app.errors import InputError
 from serve_app.messages import CropStrategy
 from serve_app.ports import AuditLauncher
@@ -116,12 +116,8 @@ def audit(
 
 def _request(defaults: AuditSettings, given: Mapping[str, Any]) -> AuditRequest:
     """`given` by the names of AuditRequest's and Matrix's fields. Raises InputError that names the field."""
-    axes = {name: value for name, value in given.items() if name in Matrix.model_fields}
-    others = {name: value for name, value in given.items() if name not in axes}
-    unsaid = defaults.model_dump(include=set(AuditRequest.model_fields) - {"matrix"})
-    matrix = {**defaults.matrix.model_dump(), **axes}
     try:
-        return AuditRequest.model_validate({**unsaid, **others, "matrix": matrix})
+        return defaults.request(given)
     except ValidationError as e:
         first = e.errors()[0]
         raise InputError(f"{'.'.join(map(str, first['loc'])) or 'audit'}: {first['msg']}") from e

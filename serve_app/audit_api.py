@@ -21,6 +21,7 @@ from .audits import (
     AuditRequest,
     AuditStatus,
     CellProgress,
+    Matrix,
     MemoryReading,
     Recommendation,
     RunId,
@@ -34,9 +35,6 @@ from .settings import AuditSettings
 MAX_BODY_BYTES = 64_000
 #: Of a field's name that a sender made up, in errors.
 _NAME_CHARS = 100
-
-_AXES = ("variants", "guidance_scales", "steps", "seeds", "prompts", "crops")
-_OPTIONS = ("reference", "runs", "compile_variants", "link_hours", "price_per_hour")
 
 
 class AuditBody(BaseModel):
@@ -62,16 +60,17 @@ class AuditBody(BaseModel):
     link_hours: float | None = Field(None, gt=0, le=MAX_LINK_HOURS)
     price_per_hour: float | None = None
 
-    def given(self, names: Sequence[str]) -> dict[str, Any]:
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def given(self) -> dict[str, Any]:
+        """What is asked of the run, where it says anything."""
+        names = {*Matrix.model_fields, *AuditRequest.model_fields} - {"user_id", "session_id"}
+        values = {
+            name: value for name in names & type(self).model_fields.keys() if (value := getattr(self, name)) is not None
+        }
+        return dict(sorted(values.items()))
 
     def request(self, unsaid: AuditSettings) -> AuditRequest:
         """Raises ValidationError for axes that do not go together."""
-        matrix = {**unsaid.matrix.model_dump(), **self.given(_AXES)}
-        named = {"budget", "link_hours", "price_per_hour", "gpus"}
-        whose = {"user_id": self.user_id, "session_id": self.session_id}
-        fields = {**unsaid.model_dump(include=named), **self.given(_OPTIONS), **whose, "matrix": matrix}
-        return AuditRequest.model_validate(fields)
+        return unsaid.request({"user_id": self.user_id, "session_id": self.session_id, **self.given()})
 
 
 class AuditReport(BaseModel):
@@ -210,7 +209,7 @@ async def _start(request: Request, audits: Audits) -> Audit:
         return await audits.start(asked, body.run_id)
     if body.run_id is None:
         raise _wrong("run_id", "a resume names its run")
-    if extra := next(iter(body.given([*_AXES, *_OPTIONS])), None):
+    if extra := next(iter(body.given()), None):
         raise _wrong(extra, "a resume goes by what its run was asked for")
     return await audits.resume(body.run_id, body.user_id, body.session_id)
 

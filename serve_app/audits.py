@@ -169,7 +169,8 @@ class Trial(_Frozen):
     #: By CUDA events; None where there is no GPU.
     gpu_ms: float | None
     #: Seconds: `prepare_s` (up to the first step: the photo is encoded), `denoise_s` (the steps), `decode_s` (what
-    #: follows the last step: decoding and blending). Summed over the windows.
+    #: follows the last step: decoding and blending). Summed over the windows. With one step, or none, it cannot be told
+    #: from what comes before: `prepare_s` is 0.
     stages: Mapping[str, float]
     #: Bytes of device memory, allocated at most and reserved at most while it was painted; None where there is no GPU.
     peak_bytes: int | None

@@ -5,13 +5,14 @@ effect on the next claimed job. `Secrets` come from the environment, and only he
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
-from .audits import MAX_LINK_HOURS, Matrix, QualityBudget
+from .audits import MAX_LINK_HOURS, AuditRequest, Matrix, QualityBudget
 from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
 from .variants import BUILT_IN, Variant
 
@@ -307,7 +308,8 @@ class AuditSettings(_Frozen):
     enabled: bool = True
     #: Whether one may start while another runs on the same app: their timings disturb each other.
     several: bool = False
-    #: Cells in flight at once, over all variants. None: one for each replica that the variants may have.
+    #: Cells asked for at once, over all variants. None: two for each replica that they may have, one painted and one
+    #: ready.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
     matrix: Matrix = Matrix()
     budget: QualityBudget = QualityBudget()
@@ -319,6 +321,16 @@ class AuditSettings(_Frozen):
     #: How long a variant's replicas may take to be gone, and the devices' memory to be free again, before the next one
     #: is given up; seconds.
     settle_s: float = Field(900.0, gt=0)
+
+    def request(self, given: Mapping[str, Any]) -> AuditRequest:
+        """`given`, by the names of AuditRequest's and Matrix's fields, and the rest as set here.
+
+        Raises ValidationError for values that are wrong or do not go together.
+        """
+        axes = {name: value for name, value in given.items() if name in Matrix.model_fields}
+        others = {name: value for name, value in given.items() if name not in axes}
+        unsaid = self.model_dump(include=set(AuditRequest.model_fields) - {"matrix"})
+        return AuditRequest.model_validate({**unsaid, **others, "matrix": {**self.matrix.model_dump(), **axes}})
 
 
 class WeightsSettings(_Frozen):

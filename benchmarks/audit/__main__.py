@@ -51,7 +51,9 @@ def _connect() -> None:
     try:
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError as e:
-        raise JobsUnavailable("there is no Ray here that takes this process in: start this as a job, with ray job submit") from e
+        raise JobsUnavailable(
+            "there is no Ray here that takes this process in: start this as a job, with ray job submit"
+        ) from e
 
 
 async def _audit(given: argparse.Namespace) -> Audit:

@@ -34,11 +34,8 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Names
 
 def request(given: argparse.Namespace, defaults: AuditSettings) -> AuditRequest:
     """Raises AuditError that names the field."""
-    fields = asked(given)
-    matrix = {name: fields.pop(name) for name in Matrix.model_fields if name in fields}
-    unsaid = defaults.model_dump(include=set(AuditRequest.model_fields) - {"matrix"})
     try:
-        return AuditRequest.model_validate({**unsaid, **fields, "matrix": {**defaults.matrix.model_dump(), **matrix}})
+        return defaults.request(asked(given))
     except ValidationError as e:
         first = e.errors()[0]
         raise AuditError(f"{'.'.join(map(str, first['loc'])) or 'audit'}: {first['msg']}") from e

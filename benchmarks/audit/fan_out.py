@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random, wait_random_exponential
 
 from serve_app.errors import FluxFillError, ReplicaTaken
 from serve_app.ports import Measured, OnProgress, PaintRequest
@@ -19,8 +19,10 @@ log = logging.getLogger(__name__)
 #: Cells in a replica's hands at most: one is painted, and the next one is there when that ends.
 _IN_HAND = 2
 COUNT_S = 1.0
-#: Full jitter, so that several that ask do not meet again.
-_WAIT = wait_random_exponential(multiplier=0.01, min=0.01, max=0.1)
+#: Before a cell that no replica took asks again, in seconds; at random, so that several that ask do not meet again.
+_AGAIN_S = wait_random_exponential(multiplier=0.01, min=0.01, max=0.1)
+#: While replicas are still starting, which takes minutes.
+_LATER_S = wait_random(min=0.5, max=1.5)
 
 
 class FanOut:
@@ -38,10 +40,14 @@ class FanOut:
 
     async def measure(self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int) -> Measured:
         """As `Replicas.measure`, but that it waits for its turn, and asks again until a replica takes it."""
+
+        def pause(state: RetryCallState) -> float:
+            return (_LATER_S if self._is_starting(variant) else _AGAIN_S)(state)
+
         self._left[variant] += 1
         try:
             async with self._asking[variant], self._all:
-                async for attempt in AsyncRetrying(retry=retry_if_exception_type(ReplicaTaken), wait=_WAIT):
+                async for attempt in AsyncRetrying(retry=retry_if_exception_type(ReplicaTaken), wait=pause):
                     with attempt:
                         return await self._replicas.measure(
                             variant, request, on_progress, trials=trials, places=self._places(variant)
@@ -53,9 +59,12 @@ class FanOut:
     def _places(self, variant: str) -> int:
         """A second cell that waits at a replica is what has another one started. When all are there it may wait while
         there is one for each: then the last ones go to whichever replica is free."""
-        running = self._running[variant]
-        is_plenty = variant not in self._wave.growing and self._left[variant] >= _IN_HAND * running
-        return _IN_HAND if running < self._wave.wanted[variant] or is_plenty else 1
+        has_enough = self._left[variant] >= _IN_HAND * self._running[variant]
+        is_plenty = variant not in self._wave.growing and has_enough
+        return _IN_HAND if self._is_starting(variant) or is_plenty else 1
+
+    def _is_starting(self, variant: str) -> bool:
+        return self._running[variant] < self._wave.wanted[variant]
 
     async def count(self) -> None:
         try:
