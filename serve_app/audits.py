@@ -310,6 +310,8 @@ class Audit(_Frozen):
     error: AuditFault | None = None
     #: By the cell's name.
     cells: Mapping[str, CellProgress] = {}
+    #: SHA-256 of the photo and the mask that its cells were painted from.
+    inputs: str | None = None
     gpu: str | None = None
     sm: str | None = None
     memory: tuple[MemoryReading, ...] = ()

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.audit.record import Record
 from serve_app.audits import AuditStatus, cell_path, folder, image_path
+from serve_app.edit import session_path
 from serve_app.errors import (
     IllegalTransition,
     OutOfMemory,
@@ -17,7 +18,7 @@ from serve_app.errors import (
 )
 
 from .audit_rig import NAMES, QUICK, AuditRig, scripted, until
-from .rig import Held
+from .rig import SESSION, USER, Held, jpeg, photo
 
 # -- cancel
 
@@ -229,3 +230,18 @@ async def test_a_stored_cell_has_its_picture() -> None:
     await rig.run()
     assert {name for name, _ in seen} == set(NAMES)
     assert all(is_there for _, is_there in seen)
+
+
+async def test_a_resume_on_another_photo_is_refused() -> None:
+    rig = AuditRig()
+    rig.replicas.errors["b_gs4"] = [OutOfMemory("none left")]
+    assert (await rig.run()).status == AuditStatus.INCOMPLETE
+    kept = await rig.cells()
+    await rig.plain.put(
+        session_path(USER, SESSION, "original.jpg"), jpeg(photo()[::-1].copy()), content_type="image/jpeg"
+    )
+    again = rig.beside()
+    audit = await again.resume()
+    assert audit.status == AuditStatus.FAILED
+    assert audit.error is not None and "replaced" in audit.error.message
+    assert (again.replicas.begun, await again.cells()) == ([], kept)

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 2.0
 AT_LEAST_S = 15.0
 #: Fields of the record that the job writes. The others are the store's.
-_OURS = ("stage", "cells", "gpu", "sm", "memory", "compile", "recommended")
+_OURS = ("stage", "cells", "inputs", "gpu", "sm", "memory", "compile", "recommended")
 
 
 class Record:

@@ -17,7 +17,7 @@ from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditFault, AuditRequest, AuditStatus, CellProgress, CellResult
 from serve_app.engine import lock
 from serve_app.engine.lock import Lock
-from serve_app.errors import FluxFillError, StoreUnavailable
+from serve_app.errors import AuditError, FluxFillError, StoreUnavailable
 from serve_app.ports import BlobLinks, BlobStore, Clock, PromptEncoder
 from serve_app.settings import Settings
 from serve_app.telemetry import logged_with
@@ -144,6 +144,7 @@ class Auditor:
         run.record.stage("reading the session")
         read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
         run.session = await self._patiently(partial(read, run.request))
+        _note_inputs(run, run.session.digest)
         await self._painter(run, run.session, locked).paint(waves)
         await self._judge(run, run.session, locked)
         run.record.stage("writing the report")
@@ -230,6 +231,13 @@ async def _stop(tasks: set[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+
+
+def _note_inputs(run: _Run, digest: str) -> None:
+    """Raises AuditError where cells of an earlier attempt were painted from other files."""
+    if run.results and run.record.audit.inputs not in (None, digest):
+        raise AuditError("the session's photo or mask was replaced since this run began: start another run")
+    run.record.change(inputs=digest)
 
 
 def _status(run: _Run) -> AuditStatus:

@@ -1,6 +1,7 @@
 """The session that is audited: its photo and mask, cut as the app cuts them, and a request for each cell."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Session:
     cuts: Mapping[CropStrategy, Cut]
     embeddings: Embeddings
     feather_px: int
+    #: SHA-256 of both files.
+    digest: str
 
     def request(self, job_id: str, cell: Cell) -> PaintRequest:
         """Raises what encoding the cell's prompt raised."""
@@ -70,7 +73,8 @@ async def read_session(
     photo, pixels, cuts = await asyncio.to_thread(_prepare, original, mask, request, settings)
     embeddings = await _embeddings(request.matrix, prompts, settings)
     feather_px = settings.windows.feather_px
-    return Session(photo=photo, mask=pixels, cuts=cuts, embeddings=embeddings, feather_px=feather_px)
+    digest = hashlib.sha256(hashlib.sha256(original).digest() + hashlib.sha256(mask).digest()).hexdigest()
+    return Session(photo=photo, mask=pixels, cuts=cuts, embeddings=embeddings, feather_px=feather_px, digest=digest)
 
 
 def _prepare(
