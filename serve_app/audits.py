@@ -229,7 +229,7 @@ class CellResult(_Frozen):
     step_tflop: float | None = None
     #: Denoising steps, of all windows, by the seconds of denoising.
     steps_per_s: float | None = None
-    #: Achieved: `step_tflop` times the steps, by the seconds of denoising.
+    #: Achieved: `step_tflop` times the steps, by the seconds of denoising. None where a step cache skips forwards.
     tflop_per_s: float | None = None
     #: For one edit, warm, in the currency of `price_per_hour`.
     cost: float | None = None

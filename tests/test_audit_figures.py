@@ -33,9 +33,14 @@ def trial(wall_s: float, **changes: Any) -> Trial:
 
 
 def result(
-    *trials: Trial, where: Any = L4, windows: Any = TWO, variant: str = "Q4_0", price: float | None = None
+    *trials: Trial,
+    where: Any = L4,
+    windows: Any = TWO,
+    variant: str = "Q4_0",
+    price: float | None = None,
+    levers: Any = None,
 ) -> CellResult:
-    settings = Settings(variants={variant: {}}, audit={"price_per_hour": 0.5})
+    settings = Settings(variants={variant: {"levers": levers or {}}}, audit={"price_per_hour": 0.5})
     request = AuditRequest(user_id="u", session_id="s", matrix=Matrix(variants=(variant,)), price_per_hour=price)
     cell: Cell = request.matrix.cells()[0]
     canvas = np.zeros((1024, 1024, 3), np.uint8)
@@ -64,6 +69,12 @@ def test_rates_are_of_the_denoising_of_all_windows() -> None:
     assert found.step_tflop == pytest.approx(flops / 1e12)
     assert found.steps_per_s == pytest.approx(28 * 2 / 28)
     assert found.tflop_per_s == pytest.approx(flops / 1e12 * 28 / 28)
+
+
+def test_with_a_step_cache_nobody_knows_what_was_computed() -> None:
+    found = result(trial(90), trial(30), levers={"step_cache": {"kind": "taylor_seer"}})
+    assert found.tflop_per_s is None
+    assert found.steps_per_s == pytest.approx(28 * 2 / 28)
 
 
 def test_a_figure_that_one_trial_lacks_is_none() -> None:

@@ -51,7 +51,9 @@ def succeeded(
         cost=None if price is None else price * wall_s / 3600,
         peak_bytes=_most([trial.peak_bytes for trial in measured.trials]),
         reserved_bytes=_most([trial.reserved_bytes for trial in measured.trials]),
-        **_rates(variant, cell, measured.windows, warm),
+        **_rates(
+            variant, cell, measured.windows, warm, skips=settings.variants[cell.variant].levers.step_cache is not None
+        ),
         **_where(measured),
         revisions=revisions(variant, locked),
         started_at=started_at,
@@ -83,7 +85,10 @@ def revisions(variant: Variant, locked: Lock) -> dict[str, str]:
     return {name: revision for name, own in given if name and (revision := own or known.get(name))}
 
 
-def _rates(variant: Variant, cell: Cell, windows: Sequence[Box], warm: Sequence[Trial]) -> dict[str, float | None]:
+def _rates(
+    variant: Variant, cell: Cell, windows: Sequence[Box], warm: Sequence[Trial], *, skips: bool
+) -> dict[str, float | None]:
+    """`skips`: a step cache leaves out forwards, nobody here knows how many, so what was achieved is not known."""
     tflop = step_tflop(variant, windows)
     denoise_s = _median([trial.stages.get("denoise_s") for trial in warm])
     if not denoise_s or not variant.counts_steps:
@@ -91,7 +96,7 @@ def _rates(variant: Variant, cell: Cell, windows: Sequence[Box], warm: Sequence[
     return {
         "step_tflop": tflop,
         "steps_per_s": cell.steps * len(windows) / denoise_s,
-        "tflop_per_s": None if tflop is None else tflop * cell.steps / denoise_s,
+        "tflop_per_s": None if tflop is None or skips else tflop * cell.steps / denoise_s,
     }
 
 
