@@ -181,6 +181,7 @@ class Ingress:
         return Readiness(
             ready=self._watch.states[default].can_serve,
             default_variant=default,
+            defaults=self._defaults().model_dump(mode="json", exclude={"prompt"}),
             variants=self._watch.states,
             messages={name: asdict(status) for name, status in self._source.status().items()},
             defaults_error=self._defaults_error,

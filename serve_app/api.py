@@ -46,6 +46,8 @@ class Readiness(BaseModel):
 
     ready: bool
     default_variant: str
+    #: What an edit uses where its message says nothing, but for the prompt.
+    defaults: dict[str, Any] = {}
     variants: dict[str, VariantReadiness]
     #: `connected`, `error` and `held` of each subscription.
     messages: dict[str, dict[str, Any]] = {}
