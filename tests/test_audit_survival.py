@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.audit.record import Record
-from serve_app.audits import AuditStatus, cell_path, folder, image_path
+from serve_app.audits import AuditStatus, CompileVerdict, cell_path, folder, image_path
 from serve_app.edit import session_path
 from serve_app.errors import (
     IllegalTransition,
@@ -18,7 +18,7 @@ from serve_app.errors import (
 )
 
 from .audit_rig import NAMES, QUICK, AuditRig, scripted, until
-from .rig import SESSION, USER, Held, jpeg, photo
+from .rig import SESSION, USER, Held, Scripted, jpeg, photo
 
 # -- cancel
 
@@ -215,6 +215,24 @@ async def test_a_resume_paints_what_failed_again() -> None:
     assert (audit.status, audit.attempt) == (AuditStatus.SUCCEEDED, 2)
     assert again.replicas.begun == ["a_gs4"]
     assert again.compiled == []
+
+
+async def test_a_resume_looks_at_torch_compile_again_where_it_was_not_measured() -> None:
+    name = "tiny-Q4_0"
+    rig = AuditRig(variants={name: {}}, engines={name: [Scripted()]})
+    busy = CompileVerdict(variant=name, viable=False, verdict="not looked at: no GPU was free")
+    measured = CompileVerdict(variant=name, viable=True, verdict="proceed", eager_s=2.0)
+    looked: list[CompileVerdict] = []
+
+    async def compile_(variant: str, request: Any) -> CompileVerdict:
+        looked.append(measured if looked else busy)
+        return looked[-1]
+
+    rig.auditor._compiler = compile_
+    assert (await rig.run()).compile == (busy,)
+    assert (await rig.resume()).compile == (measured,)
+    assert (await rig.resume()).compile == (measured,)
+    assert looked == [busy, measured]
 
 
 async def test_a_stored_cell_has_its_picture() -> None:

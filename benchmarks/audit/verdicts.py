@@ -77,13 +77,20 @@ class Verdicts:
         self._record.change(recommended=found)
 
     async def compile(self, compiler: Compiler) -> None:
-        """After the matrix, so that no timing is touched. Verdicts that the run has already are kept."""
+        """After the matrix, so that no timing is touched. Verdicts of an earlier attempt are kept, but for those that
+        measured nothing where there is something to measure: what was in the way then may be gone."""
+        self._record.change(compile=tuple(filter(self._holds, self._record.audit.compile)))
         known = {verdict.variant for verdict in self._record.audit.compile}
         for name in _to_compile(self._request, self._record.audit.recommended):
             if name not in known:
                 self._record.stage(f"looking at torch.compile for {name}")
                 verdict = await self._verdict(compiler, name)
                 self._record.change(compile=(*self._record.audit.compile, verdict))
+
+    def _holds(self, verdict: CompileVerdict) -> bool:
+        is_served = verdict.variant in self._settings.variants
+        has_nothing = is_served and self._settings.variant(verdict.variant).family != "flux-fill"
+        return verdict.eager_s is not None or has_nothing
 
     def _by_reference(self) -> dict[str, list[CellResult]]:
         """By the name of the cell that they are compared with: each of those is read once."""
