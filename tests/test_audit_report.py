@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import random
+import re
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,8 @@ from benchmarks.audit.columns import columns
 from benchmarks.audit.metrics import METRICS
 from benchmarks.audit.pictures import SIDE_PX, Frame, shown_box, tinted
 from benchmarks.audit.recommend import recommend
-from benchmarks.audit.report import _TEMPLATES
+from benchmarks.audit.report import _TEMPLATES, publish
+from serve_app.adapters.links import LocalLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditRequest, CellResult, Compared, Matrix, folder
@@ -217,6 +219,14 @@ async def test_markdown_leaves_room_for_notes_and_states_the_rules() -> None:
         assert f"{n}. {reason[:30]}" in markdown
 
 
+async def test_a_resumed_run_s_time_is_said_to_count_from_its_first_attempt() -> None:
+    for attempt, said in ((1, "30 min 48 s after it began"), (2, "30 min 48 s after its first attempt began")):
+        run = audited.audit(attempt=attempt)
+        report = await audited.published(run, audited.results())
+        assert said in await report.read(run, "REPORT.md")
+        assert ("<dt>Took</dt>" in await report.read(run, "report.html")) == (attempt == 1)
+
+
 # -- words of others
 
 
@@ -283,6 +293,26 @@ async def test_links_last_as_long_as_asked_and_are_not_logged(caplog: pytest.Log
         assert token not in caplog.text
     assert f"{audited.NOW + timedelta(hours=1.5):%Y-%m-%d %H:%M} UTC" in markdown
     assert "The report of" in caplog.text
+
+
+async def test_no_link_ends_before_the_report_says() -> None:
+    """However long signing takes, and what follows it."""
+    run, report = audited.audit(), audited.Published()
+    now = audited.NOW
+
+    class Slow(LocalLinks):
+        async def link(self, path: str, *, expires_s: int) -> str:
+            nonlocal now
+            now += timedelta(hours=1)
+            return f"https://links.example/{path}?until={(now + timedelta(seconds=expires_s)).timestamp():.0f}"
+
+    links = Slow("memory:", "http://127.0.0.1:8000")
+    photo, mask = audited.photo_and_mask()
+    await publish(run, audited.results(), photo, mask, blobs=report.blobs, links=links, clock=lambda: now)
+    said = re.search(r'<time datetime="([^"]+)"', await report.read(run, "report.html"))
+    ends = re.findall(r"\?until=(\d+)", await report.read(run, "results.json"))
+    assert said and len(ends) == 15
+    assert datetime.fromisoformat(said[1]).timestamp() <= min(map(int, ends))
 
 
 # -- pictures

@@ -54,13 +54,15 @@ async def publish(
     """
     results = _stored(audit, results)
     expires_s = max(1, round(audit.request.link_hours * 3600))
+    # Before the first is signed: none ends earlier than the report says.
+    expires_at = clock() + timedelta(seconds=expires_s)
     paths = [path for result in results if (path := result.image_path)]
     files = {name: f"{folder(audit.id)}/{name}" for name in _CONTENT_TYPES}
     signed = {path: await links.link(path, expires_s=expires_s) for path in (*paths, *files.values())}
 
     content = document(audit, results, signed)
     pictures = await show_all(blobs, photo, mask, results)
-    said = _said(audit, results, pictures, signed, clock() + timedelta(seconds=expires_s))
+    said = _said(audit, results, pictures, signed, expires_at)
     written = {RESULTS: as_json(content), TABLE: as_csv(content), REPORT: markdown(said), PAGE: page(said)}
     for name, content_type in _CONTENT_TYPES.items():
         await blobs.put(files[name], written[name], content_type=content_type)
