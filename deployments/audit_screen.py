@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from serve_app.audits import Audit, CellProgress, plain
 
@@ -88,7 +89,7 @@ def fraction(cell: CellProgress) -> float:
 
 
 def run_table(audit: Audit) -> Table:
-    """One run in full."""
+    """One run in full. No word of a run's is taken for markup."""
     table = Table("field", "value", title=audit.id, show_header=False)
     request, failed = audit.request, {n: c.error for n, c in audit.cells.items() if c.status == "failed"}
     rows: dict[str, Any] = {
@@ -107,7 +108,7 @@ def run_table(audit: Audit) -> Table:
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(Text(name), Text(str(value)))
     return table
 
 
@@ -122,10 +123,10 @@ def list_table(audits: Sequence[Audit]) -> Table:
     table = Table("run, session", "status", "cells", "recommended", "when")
     for audit in audits:
         table.add_row(
-            f"{audit.id}\n{audit.request.user_id}/{audit.request.session_id}",
+            Text(f"{audit.id}\n{audit.request.user_id}/{audit.request.session_id}"),
             audit.status,
             f"{audit.result_count}/{len(audit.cells)}",
-            recommended(audit) or "",
+            Text(recommended(audit) or ""),
             audit.created_at.astimezone().strftime("%m-%d %H:%M"),
         )
     return table
@@ -153,7 +154,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for cell in cells:
         values = [_figure(cell.get(key), decimals) for key, _, decimals in figures]
         failed = f" {cell['error']['code']}" if cell["error"] else ""
-        table.add_row(cell["name"] + failed, *values)
+        table.add_row(Text(cell["name"] + failed), *values)
     return table
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from serve_app.errors import FluxFillError, MalformedMessage, UnknownJob, UnknownVariant
 from serve_app.jobs import Job, State
@@ -49,7 +50,7 @@ def main() -> None:
     try:
         app()
     except FluxFillError as e:
-        err.print(f"[red]{e.code}[/red]: {e.message}", highlight=False)
+        err.print(Text.assemble((e.code, "red"), f": {e.message}"))
         raise SystemExit(1) from e
 
 
@@ -160,7 +161,7 @@ def _show(job: Job) -> None:
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(Text(name), Text(str(value)))
     out.print(table)
 
 
@@ -182,7 +183,7 @@ def jobs(
         state = f"{job.status} {job.progress.fraction:.0%}" if job.status == State.RUNNING else job.status
         why = f"\n{job.error.code}" if job.error else ""
         when = job.created_at.astimezone().strftime("%m-%d %H:%M")
-        table.add_row(f"{job.id}\n{job.session_key}", f"{state}{why}", job.variant, when)
+        table.add_row(Text(f"{job.id}\n{job.session_key}"), f"{state}{why}", job.variant, when)
     out.print(table)
 
 

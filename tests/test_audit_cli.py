@@ -318,6 +318,27 @@ def test_an_incomplete_run_says_what_failed_and_is_no_success(bench: Bench) -> N
     assert re.search(r"tiny-Q4_0_gs2 .*out_of_memory: the device was full", ended.out)
 
 
+async def ends_in_brackets(store: AuditStore, audit: Audit) -> None:
+    await store.begin(audit.id, audit.attempt)
+    fault = AuditFault(code="compile_failed", message="[/usr/bin/ld] cannot find -lcuda [bold]")
+    verdict = CompileVerdict(variant="tiny-Q4_0", viable=False, verdict="[/usr/bin/ld] failed")
+    failed = {
+        "cells": {name: CellProgress(status="failed", error=fault) for name in audit.cells},
+        "compile": (verdict,),
+    }
+    await store.update(audit.id, audit.attempt, lambda audit: audit.model_copy(update=failed))
+    await store.finish(audit.id, audit.attempt, AuditStatus.FAILED, fault)
+
+
+def test_brackets_in_an_error_are_no_markup(bench: Bench) -> None:
+    bench.jobs.work = partial(ends_in_brackets, bench.store)
+    ended = bench.start("--run-id", "r")
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert ended.out.count("compile_failed: [/usr/bin/ld] cannot find -lcuda [bold]") == 5
+    assert "[/usr/bin/ld] failed" in ended.out
+    assert "[/usr/bin/ld]" in bench.fluxfill("audit", "list", "-c", "[/usr/bin/ld]").err
+
+
 async def interrupts(store: AuditStore, audit: Audit) -> None:
     await store.begin(audit.id, audit.attempt)
     os.kill(os.getpid(), signal.SIGINT)
