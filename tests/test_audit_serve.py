@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from ray import serve
@@ -27,6 +28,7 @@ from serve_app.edit import INPUTS, session_path
 from serve_app.settings import Settings
 from serve_app.worker import utc_now
 
+from .blob_servers import forget_firebase_app, new_bucket
 from .serving import APP, App, running
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
@@ -47,8 +49,12 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    yield from running(tmp_path_factory.mktemp("audited"), VARIANTS, num_gpus=1)
+def app(tmp_path_factory: pytest.TempPathFactory, firebase_port: int) -> Iterator[App]:
+    with pytest.MonkeyPatch.context() as environment:
+        # Ray's processes inherit it, for the app whose blobs are Firebase's.
+        environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{firebase_port}")
+        yield from running(tmp_path_factory.mktemp("audited"), VARIANTS, num_gpus=1)
+    forget_firebase_app()
 
 
 class Audited:
@@ -215,3 +221,24 @@ async def test_a_gpu_that_never_becomes_free_is_said_at_once(app: App, tmp_path:
     assert (audit.status, audit.error and audit.error.code) == (AuditStatus.FAILED, "audit_impossible")
     assert "keeper keeps 1" in str(audit.error)
     assert [info.path async for info in keeping.blobs.list("audit")] == ["audit/never/run.json"]
+
+
+async def test_a_job_works_on_firebase_storage(app: App, tmp_path: Path, firebase_port: int) -> None:
+    """A second app in the same Ray, whose blobs are in Google's emulated storage, as its job's are."""
+    settings = Settings(
+        blobs=f"firebase:{new_bucket('firebase', firebase_port)}",
+        jobs=f"sqlite:{tmp_path}/jobs.db",
+        messages={"url": f"embedded://127.0.0.1:{free_port()}"},
+        variants={"telea": VARIANTS["telea"]},
+    )
+    await asyncio.to_thread(serve.run, build(settings), name="in-firebase", route_prefix="/in-firebase")
+    audited = Audited(app, settings, "in-firebase")
+    await audited.upload()
+    await audited.launch("clouded", variants=("telea",), guidance_scales=(2, 30))
+    audit = await audited.over("clouded")
+    serve.delete("in-firebase")
+    assert (audit.status, audit.result_count) == (AuditStatus.SUCCEEDED, 2), audit.error
+    results = json.loads((await audited.blobs.get("audit/clouded/results.json", max_bytes=10**6))[0])
+    for cell in results["cells"]:
+        assert cell["image_path"] == f"audit/clouded/{cell['name']}.png"
+        assert httpx.get(cell["signed_url"]).content.startswith(b"\x89PNG")
