@@ -20,6 +20,7 @@ from serve_app.settings import AuditSettings, Settings
 from .audit_client import AuditClient, is_run_id
 from .audit_releases import apply, compare
 from .audit_screen import CONFIG, PLAIN, ConfigOption, err, following, list_table, out, results_table, run_table
+from .subcommands import goes_to_subcommand
 
 audit_app = typer.Typer(help="Audits: a matrix of variants and guidance scales on one session, measured and compared.")
 audit_app.command()(compare)
@@ -81,7 +82,7 @@ def audit(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Run the matrix on a session's photo, follow it, say where the report is. Exit status 0: every cell is done."""
-    if context.invoked_subcommand:
+    if goes_to_subcommand(context):
         return
     if resume is None and (user is None or session is None):
         raise typer.BadParameter("name --user and --session, or --resume RUN; see fluxfill audit --help")

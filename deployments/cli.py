@@ -22,6 +22,7 @@ from serve_app.variants import BUILT_IN, Variant
 
 from .audits import audit_app
 from .deadletters import deadletters_app
+from .subcommands import goes_to_subcommand
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -173,7 +174,7 @@ def jobs(
     config: ConfigOption = CONFIG,
 ) -> None:
     """The newest jobs."""
-    if context.invoked_subcommand:
+    if goes_to_subcommand(context):
         return
     from .client import Client
 

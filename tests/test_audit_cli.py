@@ -446,6 +446,22 @@ def test_an_unknown_run_is_said_to_be_unknown(bench: Bench, command: str, tmp_pa
     assert bench.sub(command, "../none", *more).status == 2
 
 
+@pytest.mark.parametrize("command", ["list", "show"])
+@pytest.mark.parametrize("option", ["-c", "--config", "--address", "--user", "--compile"])
+def test_options_before_a_subcommand_are_not_dropped(fluxfill: Command, command: str, option: str) -> None:
+    ended = fluxfill("audit", option, "prod.yaml", command, *(["r"] if command == "show" else []))
+    assert (ended.status, ended.out) == (2, "")
+    long = "--config" if option == "-c" else option
+    assert f"{long} must stand behind `{command}`" in ended.err
+
+
+def test_what_the_environment_says_is_no_option_before_a_subcommand(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    assert bench.sub("list").status == 0
+
+
 async def test_results_of_what_has_none(bench: Bench) -> None:
     client = audit_client.AuditClient(bench.settings)
     for run in ("none", "a/b"):

@@ -361,6 +361,12 @@ def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
     assert "mask_mismatch: the mask is too wide" in fluxfill("jobs", "show", "edit-failed", "-c", jobs).out
 
 
+def test_options_before_a_subcommand_are_not_dropped(fluxfill: Command) -> None:
+    ended = fluxfill("jobs", "-c", "prod.yaml", "show", "edit-done")
+    assert (ended.status, ended.out) == (2, "")
+    assert "--config must stand behind `show`" in ended.err
+
+
 def test_a_job_that_waits_is_canceled(fluxfill: Command, jobs: Path) -> None:
     ended = fluxfill("jobs", "cancel", "edit-queued", "-c", jobs)
     assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
