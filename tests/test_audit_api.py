@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from serve_app import audit_runs
 from serve_app.api import create_app
@@ -18,6 +19,7 @@ from serve_app.audits import (
     AuditFault,
     AuditRequest,
     AuditStatus,
+    Cell,
     CellProgress,
     CompileVerdict,
     Matrix,
@@ -277,6 +279,23 @@ async def test_who_prefers_not_to_wait_is_told_where_to_look(site: Site, prefer:
 async def test_other_preferences_are_no_wish_not_to_wait(site: Site, prefer: str) -> None:
     site.may_end.set()
     assert (await site.post(headers={"Prefer": prefer})).status_code == 200
+
+
+def test_too_many_cells_are_counted_and_not_made() -> None:
+    """A body within its limit can ask for millions of millions."""
+
+    class Counted(Matrix):
+        def cells(self) -> list[Cell]:
+            raise AssertionError("made")
+
+    with pytest.raises(ValidationError, match="6000 cells are more than 500"):
+        Counted(seeds=tuple(range(2_000)), guidance_scales=(2.0,))
+
+
+async def test_a_preference_that_is_too_long_is_not_read(site: Site) -> None:
+    site.may_end.set()
+    padded = "respond-async, foo=" + "x" * 1_000
+    assert (await site.post(headers={"Prefer": padded})).status_code == 200
 
 
 # -- what is refused
