@@ -111,11 +111,11 @@ class LocalReplicas:
     async def gpus(self) -> int:
         return self.gpu_count
 
-    async def memory_used_bytes(self) -> int | None:
+    async def memory_used_bytes(self) -> Mapping[str, int]:
         if self.memory_bytes is None:
-            return None
+            return {}
         nobody, each = self.memory_bytes
-        return nobody + each * len(self.awake)
+        return {"node/0": nobody + each * len(self.awake)}
 
 
 class WatchedBlobs:

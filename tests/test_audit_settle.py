@@ -1,6 +1,9 @@
 """Variants that share GPUs: one after the other, when the last one's are free."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import pytest
 
 from serve_app.audits import AuditStatus
 
@@ -50,10 +53,10 @@ async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -
 
 async def test_memory_that_does_not_become_free_fails_those_after_it_with_both_readings() -> None:
     rig = shared(settle_s=0.05)
-    readings = iter([10 * 2**20])
+    readings = iter([{"node/0": 10 * 2**20}])
 
-    async def used() -> int | None:
-        return next(readings, 9000 * 2**20)
+    async def used() -> Mapping[str, int]:
+        return next(readings, {"node/0": 9000 * 2**20})
 
     rig.replicas.memory_used_bytes = used  # type: ignore[method-assign]  # scripted
     audit = await rig.run()
@@ -83,3 +86,26 @@ async def test_where_no_gpu_can_become_free_nothing_is_painted() -> None:
 async def test_the_request_says_how_many_gpus_the_cluster_can_have() -> None:
     rig = shared(gpus=0)
     assert (await rig.run(gpus=3)).status == AuditStatus.SUCCEEDED
+
+
+MIB, GIB = 2**20, 2**30
+READINGS = [
+    ("the same", {"n/0": 10 * MIB, "n/1": 9 * GIB}, True, 9 * GIB + 10 * MIB),
+    ("as much in all, on the other device", {"n/0": 9 * GIB, "n/1": 10 * MIB}, False, 9 * GIB + 10 * MIB),
+    ("a device that is gone", {"n/0": 10 * MIB}, True, 10 * MIB),
+    ("a device that came later", {"n/0": 10 * MIB, "n/1": 9 * GIB, "m/0": 20 * GIB}, True, 9 * GIB + 10 * MIB),
+]
+
+
+@pytest.mark.parametrize(("later", "is_free", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
+async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_free: bool, used: int) -> None:
+    rig = shared(settle_s=0.05)
+    readings = iter([{"n/0": 10 * MIB, "n/1": 9 * GIB}])
+
+    async def memory() -> Mapping[str, int]:
+        return next(readings, later)
+
+    rig.replicas.memory_used_bytes = memory  # type: ignore[method-assign]  # scripted
+    audit = await rig.run(matrix={"variants": ("a", "b")})
+    assert {name[0] for name in rig.replicas.begun} == ({"a", "b"} if is_free else {"a"})
+    assert (audit.memory[1].used_bytes, audit.memory[1].floor_bytes) == (used, 9 * GIB + 10 * MIB)

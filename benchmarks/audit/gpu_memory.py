@@ -3,16 +3,16 @@
 import pynvml
 
 
-def used_bytes() -> int | None:
-    """Of all GPUs of this machine together; None where NVML is not there, or does not answer."""
+def used_bytes() -> list[int]:
+    """Of each GPU of this machine, by index; none where NVML is not there, or does not answer."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None
+        return []
     try:
         devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices]
     except pynvml.NVMLError:
-        return None
+        return []
     finally:
         pynvml.nvmlShutdown()

@@ -22,7 +22,7 @@ from .replicas import ReplicaCounts
 
 log = logging.getLogger(__name__)
 
-#: How long the nodes may take to say what memory is used, in seconds: a worker is started for it.
+#: How long a node may take to say what memory is used, in seconds: a worker is started for it.
 NVML_S = 60.0
 _STARTING = ("STARTING", "UPDATING", "RECOVERING")
 _RUNNING = ("RUNNING", "PENDING_MIGRATION")
@@ -67,22 +67,27 @@ class RayReplicas:
     async def gpus(self) -> int:
         return int((await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0))
 
-    async def memory_used_bytes(self) -> int | None:
+    async def memory_used_bytes(self) -> Mapping[str, int]:
         nodes = await asyncio.to_thread(ray.nodes)
-        asked = [_ask(node["NodeID"]) for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
-        try:
-            async with asyncio.timeout(NVML_S):
-                used = await asyncio.gather(*asked)
-        except (RayError, TimeoutError) as e:
-            extra = {"action": "gpu_memory_unknown"}
-            log.warning("The nodes did not say what GPU memory is used: %s", type(e).__name__, extra=extra)
-            return None
-        return sum(used) if used and None not in used else None
+        ids = [node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
+        used = await asyncio.gather(*map(_used_bytes, ids))
+        return {
+            f"{node}/{index}": size for node, sizes in zip(ids, used, strict=True) for index, size in enumerate(sizes)
+        }
 
 
-def _ask(node_id: str) -> Any:
+async def _used_bytes(node_id: str) -> list[int]:
+    """By the GPU's index; none where the node does not say."""
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(gpu_memory.used_bytes).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote()
+    asked = ray.remote(gpu_memory.used_bytes).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote()
+    try:
+        async with asyncio.timeout(NVML_S):
+            used: list[int] = await asked
+            return used
+    except (RayError, TimeoutError) as e:
+        extra = {"action": "gpu_memory_unknown"}
+        log.warning("A node did not say what GPU memory is used: %s", type(e).__name__, extra=extra)
+        return []
 
 
 def _counts(deployment: DeploymentStatusOverview | None) -> ReplicaCounts:

@@ -38,5 +38,5 @@ class Replicas(Protocol):
     async def gpus(self) -> int:
         """Those that the cluster has now."""
 
-    async def memory_used_bytes(self) -> int | None:
-        """Of all the cluster's GPUs together; None where there is none that can be asked."""
+    async def memory_used_bytes(self) -> Mapping[str, int]:
+        """By GPU of the cluster, named by its node and its index there. One that cannot be asked is left out."""

@@ -6,7 +6,7 @@ Nothing is woken or asked of a replica meanwhile: Serve's own counts, and the de
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from serve_app.audits import MemoryReading
 from serve_app.errors import AuditImpossible, FluxFillError
@@ -30,14 +30,15 @@ class Settling:
         self._kept = {
             name: settings.variants[name].min_replicas for name in variants if settings.variant(name).num_gpus
         }
-        self._floor_bytes: int | None = None
-        #: Of the last look.
-        self._used_bytes: int | None = None
+        #: By device. One that comes later is nobody's whom an audit waits for.
+        self._floor_bytes: Mapping[str, int] | None = None
+        #: By device, at the last look; one that is gone is free.
+        self._used_bytes: Mapping[str, int] = {}
         self._left: list[str] = []
 
     async def wait(self, after: str) -> tuple[MemoryReading, AuditImpossible | None]:
-        """Until no variant has more replicas than it always has, and the devices' used memory is at its floor again.
-        The floor is what is used when this returns for the first time. `after` names the variants painted last.
+        """Until no variant has more replicas than it always has, and each device's used memory is at its floor
+        again. The floor is what is used when this returns for the first time. `after` names the variants painted last.
 
         With the reading comes, where it has taken `audit.settle_s`, why it is not to be waited for any longer.
         """
@@ -55,9 +56,7 @@ class Settling:
         if self._floor_bytes is None and error is None:
             self._floor_bytes = self._used_bytes
         waited_s = time.monotonic() - started_s
-        reading = MemoryReading(
-            after=after, used_bytes=self._used_bytes, floor_bytes=self._floor_bytes, waited_s=waited_s
-        )
+        reading = MemoryReading(after=after, used_bytes=self._used, floor_bytes=self._floor, waited_s=waited_s)
         self._log(reading)
         return reading, error
 
@@ -78,16 +77,25 @@ class Settling:
 
     @property
     def _is_above_floor(self) -> bool:
-        if self._used_bytes is None or self._floor_bytes is None:
-            return False
-        return self._used_bytes > self._floor_bytes + TOLERANCE_BYTES
+        floor = self._floor_bytes or {}
+        return any(self._used_bytes.get(device, 0) > size + TOLERANCE_BYTES for device, size in floor.items())
+
+    @property
+    def _used(self) -> int | None:
+        """On the devices that were there at the floor."""
+        devices = self._used_bytes if self._floor_bytes is None else self._floor_bytes
+        return sum(self._used_bytes.get(device, 0) for device in devices) if devices else None
+
+    @property
+    def _floor(self) -> int | None:
+        return sum(self._floor_bytes.values()) if self._floor_bytes else None
 
     def _too_long(self, after: str) -> AuditImpossible:
         why = f"replicas are left: {', '.join(self._left)}" if self._left else "no replica is left"
         if self._is_above_floor:
-            why += f"; the devices use {_mib(self._used_bytes)}, before the audit {_mib(self._floor_bytes)}"
+            why += f"; the devices use {_mib(self._used)}, before the audit {_mib(self._floor)}"
         what = f"the GPUs did not become free in {self._limit_s:g} s{f' after {after}' if after else ''}: {why}"
-        return AuditImpossible(what, used_bytes=self._used_bytes, floor_bytes=self._floor_bytes)
+        return AuditImpossible(what, used_bytes=self._used, floor_bytes=self._floor)
 
     def _log(self, reading: MemoryReading) -> None:
         extra = {"action": "audit_settled", **reading.model_dump()}
