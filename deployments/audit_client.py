@@ -16,8 +16,8 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 from serve_app import adapters, audits
 from serve_app.audit_runs import Audits
 from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit
-from serve_app.errors import BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
+from serve_app.audits import Audit, AuditStatus
+from serve_app.errors import AuditError, BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
 from serve_app.ports import AuditLauncher, LaunchState
 from serve_app.settings import Settings
 from serve_app.worker import utc_now
@@ -99,6 +99,15 @@ class AuditClient:
             audit = await self.store.get(run)
             raise UnknownAudit(f"{run} is {audit.status} and has no results", run_id=run) from None
         return read_results(data, path)
+
+    async def final_results(self, run: str) -> Mapping[str, Any]:
+        """As `results`. Raises AuditError where the run has none that count: what a resume that failed, was canceled or
+        is not over leaves there is an earlier attempt's, or a part's."""
+        results = await self.results(run)
+        status = (await self.store.get(run)).status
+        if status not in (AuditStatus.SUCCEEDED, AuditStatus.INCOMPLETE):
+            raise AuditError(f"{run} is {status}: the results it has are not final", run_id=run)
+        return results
 
 
 class _NoJobs:

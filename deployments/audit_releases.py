@@ -69,7 +69,7 @@ def _results(run: str, config: Path) -> Mapping[str, Any]:
     from .app import absolute
     from .config import load
 
-    return asyncio.run(AuditClient(absolute(load(config).settings)).results(run))
+    return asyncio.run(AuditClient(absolute(load(config).settings)).final_results(run))
 
 
 def _drift(config: Path) -> list[str]:

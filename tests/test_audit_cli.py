@@ -556,6 +556,27 @@ def test_a_run_without_results_says_so(bench: Bench, command: str, tmp_path: Pat
     assert "is no results.json" in bench.fluxfill("audit", command, tmp_path / "no.json", other, *more).err
 
 
+@pytest.mark.parametrize("command", ["compare", "apply"])
+@pytest.mark.parametrize("status", [None, AuditStatus.RUNNING, AuditStatus.FAILED, AuditStatus.CANCELED])
+def test_what_an_earlier_attempt_found_is_stale(bench: Bench, command: str, status: AuditStatus | None) -> None:
+    stored(bench, "one")
+
+    async def resume() -> None:
+        audit = await bench.store.resume("one")
+        if status is not None:
+            await bench.store.begin("one", audit.attempt)
+        if status is not None and status.is_over:
+            await bench.store.finish("one", audit.attempt, status)
+
+    text = bench.config.read_text()
+    asyncio.run(resume())
+    more = (bench.config,) if command == "apply" else ("one", "-c", bench.config)
+    ended = bench.fluxfill("audit", command, "one", *more)
+    told = f"audit_refused: one is {status or 'queued'}: the results it has are not final\n"
+    assert (ended.status, ended.out, ended.err) == (1, "", told)
+    assert bench.config.read_text() == text
+
+
 # -- the demo
 
 
