@@ -28,7 +28,7 @@ from benchmarks.audit.report import _TEMPLATES, publish
 from serve_app.adapters.links import LocalLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditRequest, CellResult, Compared, Matrix, folder
+from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder
 from serve_app.errors import StoreUnavailable
 from serve_app.windows import Box
 
@@ -188,6 +188,40 @@ async def test_a_run_in_which_nothing_succeeded_on_a_cpu() -> None:
     assert "No cell succeeded" in page and "no cell succeeded" in markdown
     assert "<dd>CPU</dd>" in page and "<dd>N/A</dd>" in page
     assert "timings-chart" not in page
+
+
+def canceled_early() -> tuple[Audit, list[CellResult]]:
+    bare = [result.model_copy(update={"compared": None}) for result in audited.results()[:3]]
+    return audited.audit(status="canceled", recommended=None), bare
+
+
+async def test_why_nothing_is_recommended_is_said_as_it_is() -> None:
+    failed = [audited.failed(REQUEST, cell) for cell in REQUEST.matrix.cells()[:1]]
+    run, bare = canceled_early()
+    for results, status, why in (
+        (bare, AuditStatus.CANCELED, "the run was canceled, and its pictures were not all compared."),
+        (failed, AuditStatus.CANCELED, "no cell succeeded."),
+        (
+            audited.results(),
+            AuditStatus.SUCCEEDED,
+            "nothing could be recommended, for a reason that the job's log gives.",
+        ),
+    ):
+        asked = run.model_copy(update={"status": status})
+        report = await audited.published(asked, results)
+        assert f"None: {why}" in (await report.read(run, "REPORT.md")).replace("&#39;", "'")
+        page = (await report.read(run, "report.html")).replace("&#39;", "'")
+        assert f"<p>{why.capitalize()}</p>" in page
+
+
+async def test_lpips_is_missed_only_where_it_was_to_be_measured() -> None:
+    run, bare = canceled_early()
+    report, (photo, mask) = audited.Published(), audited.photo_and_mask()
+    why = "LPIPS was not measured: alex.pth is not here"
+    for results, is_said in ((bare, False), (audited.results(), True), (audited.results()[-1:], False)):
+        await publish(run, results, photo, mask, blobs=report.blobs, links=report.links, without_lpips=why)
+        for name in ("REPORT.md", "report.html"):
+            assert (why in await report.read(run, name)) == is_said
 
 
 async def test_the_report_says_what_compiling_and_memory_came_to() -> None:

@@ -1,6 +1,7 @@
 """What survives a cancel, an outage, and a kill at any moment."""
 
 import asyncio
+import json
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.audit.record import Record
-from serve_app.audits import AuditStatus, CompileVerdict, cell_path, folder, image_path
+from serve_app.audits import Audit, AuditStatus, CompileVerdict, cell_path, folder, image_path, record_path
 from serve_app.edit import session_path
 from serve_app.errors import (
     IllegalTransition,
@@ -50,10 +51,75 @@ async def test_a_canceled_run_stops_what_it_paints_and_keeps_what_is_painted(way
     }  # fmt: skip
     assert rig.scripted["b"][0].painted == 1
     assert f"{folder('run')}/REPORT.md" in await rig.paths()
+    assert audit.recommended is None
 
     again = rig.beside()
     assert (await again.resume()).status == AuditStatus.SUCCEEDED
     assert sorted(again.replicas.begun) == ["b_gs2", "b_gs4"]
+
+
+async def canceled_at_b(rig: AuditRig, **fields: Any) -> Audit:
+    """A run whose variant a is painted, and b never is."""
+    held = Held()
+    rig.scripted["b"][0].on_step = lambda step: held()
+    running = asyncio.create_task(rig.run(**fields))
+    await until(lambda: {"a_gs2", "a_gs4"} <= set(_stored(rig)))
+    rig.auditor.cancel()
+    await until(lambda: rig.replicas.seat("b").stopping_since is not None)
+    held.let_go.set()
+    return await running
+
+
+async def results_of(rig: AuditRig) -> Any:
+    return json.loads((await rig.plain.get(f"{folder('run')}/results.json", max_bytes=10**8))[0])
+
+
+async def test_a_canceled_run_is_judged_by_what_is_there_and_nothing_is_compiled() -> None:
+    rig = AuditRig()
+    assert (await canceled_at_b(rig)).status == AuditStatus.CANCELED
+    assert rig.compiled == []
+    report = await results_of(rig)
+    assert (report["status"], report["recommended"]["variant"]) == ("canceled", "a")
+    assert {cell["name"]: cell["outside_max"] for cell in report["cells"]} == {"a_gs2": 0, "a_gs4": 0}
+    cells = await rig.cells()
+    assert all(cells[name].compared is not None for name in ("a_gs2", "a_gs4"))
+
+
+async def test_a_canceled_run_is_over_and_has_its_report_before_it_is_judged() -> None:
+    rig = AuditRig()
+    seen: list[tuple[AuditStatus, bool]] = []
+
+    def look(method: str, path: str) -> None:
+        blobs = rig.plain._content.blobs
+        if method == "put" and cell_path("run", "a_gs2") == path and path in blobs:
+            record = Audit.model_validate_json(blobs[record_path("run")].data)
+            seen.append((record.status, f"{folder('run')}/report.html" in blobs))
+
+    rig.blobs.before = look
+    await canceled_at_b(rig)
+    assert seen == [(AuditStatus.CANCELED, True)]
+
+
+async def test_a_canceled_run_that_cannot_be_judged_in_time_says_so() -> None:
+    rig = AuditRig(pace=replace(QUICK, judge_s=0.0))
+    await canceled_at_b(rig)
+    assert (await results_of(rig))["recommended"] is None
+    data, _ = await rig.plain.get(f"{folder('run')}/REPORT.md", max_bytes=10**8)
+    assert "None: the run was canceled, and its pictures were not all compared." in data.decode()
+
+
+async def test_a_canceled_resume_forgets_what_was_recommended_before() -> None:
+    rig = AuditRig(pace=replace(QUICK, judge_s=0.0))
+    rig.replicas.errors["b_gs4"] = [OutOfMemory("full")]
+    assert (await rig.run()).recommended is not None
+    held = Held()
+    rig.scripted["b"][0].on_step = lambda step: held()
+    running = asyncio.create_task(rig.resume())
+    await asyncio.to_thread(held.entered.wait)
+    rig.auditor.cancel()
+    await until(lambda: rig.replicas.seat("b").stopping_since is not None)
+    held.let_go.set()
+    assert (await running).recommended is None
 
 
 def _stored(rig: AuditRig) -> list[str]:

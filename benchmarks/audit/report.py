@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from serve_app.audits import PAGE, REPORT, RESULTS, TABLE, Audit, CellResult, folder, plain
+from serve_app.audits import PAGE, REPORT, RESULTS, TABLE, Audit, AuditStatus, CellResult, folder, plain
 from serve_app.images import Pixels
 from serve_app.ports import BlobLinks, BlobStore, Clock
 from serve_app.worker import utc_now
@@ -44,13 +44,14 @@ async def publish(
     *,
     blobs: BlobStore,
     links: BlobLinks,
+    without_lpips: str = "",
     clock: Clock = utc_now,
 ) -> None:
     """Write the four files into the run's folder, over those of an earlier attempt.
 
     `audit` is the record as it will be once the report is there: over. `photo` is `[height, width, 3]`, `mask`
-    `[height, width]`, not 0 where it was edited. A picture that cannot be read back is named in the page. Raises
-    StoreUnavailable.
+    `[height, width]`, not 0 where it was edited; `without_lpips` a sentence that says why LPIPS was not measured. A
+    picture that cannot be read back is named in the page. Raises StoreUnavailable.
     """
     results = _stored(audit, results)
     expires_s = max(1, round(audit.request.link_hours * 3600))
@@ -63,6 +64,7 @@ async def publish(
     content = document(audit, results, signed)
     pictures = await show_all(blobs, photo, mask, results)
     said = _said(audit, results, pictures, signed, expires_at)
+    said["without_lpips"] = (without_lpips or "LPIPS was not measured.") if _lacks_lpips(results) else ""
     written = {RESULTS: as_json(content), TABLE: as_csv(content), REPORT: markdown(said), PAGE: page(said)}
     for name, content_type in _CONTENT_TYPES.items():
         await blobs.put(files[name], written[name], content_type=content_type)
@@ -113,7 +115,7 @@ def _said(
         "sheets": sheets(request, results, choice),
         "shared": shared(request.matrix),
         "chosen": chosen,
-        "has_lpips": any(result.compared and result.compared.lpips is not None for result in results),
+        "unchosen": _unchosen(audit, results),
         "timings": chart.timings(request, results, chosen),
         "scatter": chart.scatter(request, results, chosen, choice.pareto if choice else ()),
         "pictures": pictures,
@@ -124,6 +126,22 @@ def _said(
         "expires_at": expires_at,
         "absent": NONE,
     }
+
+
+def _unchosen(audit: Audit, results: Sequence[CellResult]) -> str:
+    """Why nothing is recommended, where that is so."""
+    painted = [result for result in results if result.status == "succeeded"]
+    if not painted:
+        return "no cell succeeded"
+    if audit.status == AuditStatus.CANCELED and not all(result.compared for result in painted):
+        return "the run was canceled, and its pictures were not all compared"
+    return "nothing could be recommended, for a reason that the job's log gives"
+
+
+def _lacks_lpips(results: Sequence[CellResult]) -> bool:
+    """Whether a picture was compared with the reference's without it."""
+    compared = [result.compared for result in results if result.compared]
+    return any(one.ssim is not None and one.lpips is None for one in compared)
 
 
 def _peaks(audit: Audit, results: Sequence[CellResult]) -> list[Peak]:

@@ -52,6 +52,8 @@ class Pace:
     again_s: float = 2.0
     #: A store that is down is waited for.
     outage_s: float = outage.LIMIT_S
+    #: Of a canceled run, the comparing of its pictures may take. Below what a job has that was asked to stop.
+    judge_s: float = 15.0
 
 
 @dataclass
@@ -60,6 +62,8 @@ class _Run:
     #: By name: what succeeded in earlier attempts, and whatever became of the others in this one.
     results: dict[str, CellResult] = field(default_factory=dict)
     session: Session | None = None
+    #: As soon as there is a session.
+    verdicts: Verdicts | None = None
 
     @property
     def request(self) -> AuditRequest:
@@ -128,14 +132,26 @@ class Auditor:
             raise
 
     async def _stopped(self, run: _Run) -> Audit:
-        """Over first, then the report: the signal that came may be followed by one that nobody survives."""
+        """Over first, then the report, then its figures: the signal that came may be followed by one that nobody
+        survives."""
         audit = await self._finish(run, AuditStatus.CANCELED)
-        if run.results:
+        if run.results and run.verdicts:
             try:
                 await self._publish(run, audit)
+                await self._judged_late(run, run.verdicts, audit)
             except Exception as e:
-                log.exception("There is no report: %s", e, extra={"action": "audit_report_failed"})
+                log.exception("There is no report, or not all of it: %s", e, extra={"action": "audit_report_failed"})
         return audit
+
+    async def _judged_late(self, run: _Run, verdicts: Verdicts, audit: Audit) -> None:
+        """The report again, with what can be said of a canceled run's pictures in a short time."""
+        try:
+            async with asyncio.timeout(self._pace.judge_s):
+                await verdicts.compare()
+            verdicts.recommend()
+        except TimeoutError:
+            log.warning("The pictures were not all compared", extra={"action": "audit_not_judged"})
+        await self._publish(run, audit.model_copy(update={"recommended": run.record.audit.recommended}))
 
     async def _work(self, run: _Run) -> AuditStatus:
         """Everything, up to the report. Raises what ends the run as FAILED."""
@@ -145,8 +161,11 @@ class Auditor:
         read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
         run.session = await self._patiently(partial(read, run.request))
         _note_inputs(run, run.session.digest)
+        run.verdicts = self._verdicts(run, run.session, locked)
         await self._painter(run, run.session, locked).paint(waves)
-        await self._judge(run, run.session, locked)
+        await run.verdicts.compare()
+        run.verdicts.recommend()
+        await run.verdicts.compile(self._compiler)
         run.record.stage("writing the report")
         status = _status(run)
         over = {"status": status, "stage": "", "finished_at": self._clock()}
@@ -161,7 +180,8 @@ class Auditor:
             if name in cells and result.status == "succeeded":
                 run.results[name] = result
                 run.record.cell(name, progress_of(result))
-        run.record.change(**devices(run.results.values()))
+        # An earlier attempt's recommendation knew less.
+        run.record.change(recommended=None, **devices(run.results.values()))
         return Counter(cell.variant for name, cell in cells.items() if name not in run.results)
 
     async def _gpus(self, request: AuditRequest) -> int:
@@ -184,8 +204,8 @@ class Auditor:
         )
         return MatrixPainter(run.record, easel, self._replicas, run.results, self._pace.settle_poll_s)
 
-    async def _judge(self, run: _Run, session: Session, locked: Lock) -> None:
-        verdicts = Verdicts(
+    def _verdicts(self, run: _Run, session: Session, locked: Lock) -> Verdicts:
+        return Verdicts(
             run.record,
             session,
             run.results,
@@ -194,16 +214,13 @@ class Auditor:
             settings=self._settings,
             locked=locked,
         )
-        await verdicts.compare()
-        verdicts.recommend()
-        await verdicts.compile(self._compiler)
 
     async def _publish(self, run: _Run, audit: Audit) -> None:
-        if run.session is None:
+        if run.session is None or run.verdicts is None:
             return
         photo, mask = run.session.photo.pixels, run.session.mask
         pages = partial(publish, audit, list(run.results.values()), photo, mask, blobs=self._blobs, links=self._links)
-        await self._patiently(pages)
+        await self._patiently(partial(pages, without_lpips=run.verdicts.without_lpips))
 
     async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
         audit = run.record.audit

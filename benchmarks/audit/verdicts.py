@@ -54,11 +54,13 @@ class Verdicts:
         self._record, self._session, self._results = record, session, results
         self._store, self._blobs, self._settings, self._locked = store, blobs, settings, locked
         self._run_id, self._request = record.audit.id, record.audit.request
+        #: Why LPIPS was not measured, in a sentence; empty where it was, or nothing was compared yet.
+        self.without_lpips = ""
 
     async def compare(self) -> None:
         """Each picture with the reference variant's at the same other axes, where that one was painted."""
         self._record.stage("comparing the pictures")
-        distance = await asyncio.to_thread(_lpips, self._settings.weights.cache)
+        distance = await self._lpips(self._settings.weights.cache)
         for name, group in self._by_reference().items():
             reference = await self._picture(name) if self._is_painted(name) else None
             for result in group:
@@ -91,6 +93,15 @@ class Verdicts:
         is_served = verdict.variant in self._settings.variants
         has_nothing = is_served and self._settings.variant(verdict.variant).family != "flux-fill"
         return verdict.eager_s is not None or has_nothing
+
+    async def _lpips(self, cache: Path) -> lpips.Lpips | None:
+        try:
+            return await asyncio.to_thread(lpips.load, cache)
+        except WeightsError as e:
+            log.info("%s", e.message, extra={"action": "audit_without_lpips"})
+            # Reports are handed on: none of the machine's folders.
+            self.without_lpips = e.message.replace(str(cache), "the weights cache")
+            return None
 
     def _by_reference(self) -> dict[str, list[CellResult]]:
         """By the name of the cell that they are compared with: each of those is read once."""
@@ -170,14 +181,6 @@ def _to_compile(request: AuditRequest, recommended: Recommendation | None) -> tu
     if request.compile_variants is not None:
         return request.compile_variants
     return (recommended.variant,) if recommended else ()
-
-
-def _lpips(cache: Path) -> lpips.Lpips | None:
-    try:
-        return lpips.load(cache)
-    except WeightsError as e:
-        log.info("%s", e.message, extra={"action": "audit_without_lpips"})
-        return None
 
 
 def _decode(png: bytes) -> Pixels:
