@@ -23,7 +23,7 @@ from serve_app.engine.trials import STAGES, measure, measuring, split
 from serve_app.errors import OutOfMemory
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
-from serve_app.ports import Measured
+from serve_app.ports import Measured, PaintRequest
 from serve_app.settings import Levers, VariantSettings
 from serve_app.variants import Variant
 from serve_app.windows import Box
@@ -284,26 +284,40 @@ class Weaving(Stopped):
         return {**super().describe(), "device": "CPU of a test"}
 
 
+class Woven:
+    """Jobs and cells of one step a window, on an engine that batches up to four and is stopped until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.seat = Weaving(monkeypatch), Seat(4)
+        self.together = Together(self.engine, Variant(family="flux-fill", file="Q4_0"), Levers(max_batch=4))
+        self.together.load()
+
+    def job(self, seed: int, *windows: Box) -> AsyncGenerator[Any, None]:
+        return painting(self.together, self._request(seed, windows), self.seat)
+
+    def cell(self, seed: int, *windows: Box) -> AsyncGenerator[Any, None]:
+        return measuring(self.together, self._request(seed, windows), self.seat, 2, 1)
+
+    async def waiting(self, events: AsyncGenerator[Any, None], count: int) -> "asyncio.Task[list[Any]]":
+        """Once so many wait for their turn."""
+        task = task_of(events)
+        await until(lambda: sum(place.waiting is not None for place in self.together._places) == count)
+        return task
+
+    def _request(self, seed: int, windows: Sequence[Box]) -> PaintRequest:
+        return request(seed=seed, steps=1, **({"windows": windows} if windows else {}))
+
+
 async def test_a_cell_is_painted_in_no_batch_and_does_not_count_the_wait_for_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, seat = Weaving(monkeypatch), Seat(4)
-    together = Together(engine, Variant(family="flux-fill", file="Q4_0"), Levers(max_batch=4))
-    together.load()
-
-    async def waiting(events: AsyncGenerator[Any, None], count: int) -> "asyncio.Task[list[Any]]":
-        task = task_of(events)
-        await until(lambda: sum(place.waiting is not None for place in together._places) == count)
-        return task
-
-    def job(seed: int) -> AsyncGenerator[Any, None]:
-        return painting(together, request(seed=seed, steps=1), seat)
-
-    first = task_of(job(7))
+    woven = Woven(monkeypatch)
+    engine = woven.engine
+    first = task_of(woven.job(7))
     await until(engine.entered.is_set)
-    second = await waiting(job(8), 1)
-    cell = await waiting(measuring(together, request(seed=1, steps=1), seat, 2, 1), 2)
-    third = await waiting(job(9), 3)
+    second = await woven.waiting(woven.job(8), 1)
+    cell = await woven.waiting(woven.cell(1), 2)
+    third = await woven.waiting(woven.job(9), 3)
     engine.now_s += 1000
     engine.let_go.set()
     measured = (await cell)[-1]
@@ -311,4 +325,37 @@ async def test_a_cell_is_painted_in_no_batch_and_does_not_count_the_wait_for_its
     assert isinstance(measured, Measured)
     assert engine.batches == [[7], [8, 9], [1], [1]]
     assert [(one.wall_s, one.stages) for one in measured.trials] == [(1.0, stages(0, 1, 0))] * 2
-    together.close()
+    woven.together.close()
+
+
+async def test_a_job_that_has_begun_goes_on_before_an_older_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    woven = Woven(monkeypatch)
+    first = task_of(woven.job(10, LEFT, RIGHT))
+    await until(woven.engine.entered.is_set)
+    cell = await woven.waiting(woven.cell(1, LEFT), 1)
+    # It joins the first one's second batch, and is not done when that one is.
+    second = await woven.waiting(woven.job(20, LEFT, RIGHT), 2)
+    woven.engine.let_go.set()
+    await asyncio.gather(first, cell, second)
+    assert woven.engine.batches == [[10], [11, 20], [21], [1], [1]]
+    woven.together.close()
+
+
+async def test_a_cell_whose_next_window_waits_behind_jobs_is_not_taken_for_hung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    woven, painted = Woven(monkeypatch), list[list[bool]]()
+
+    def note(windows: Sequence[Window]) -> list[Pixels]:
+        painted.append([one.is_audit for one in list(woven.seat._sittings) if one.begun_at is not None])
+        return Weaving.paint_together(woven.engine, windows)
+
+    monkeypatch.setattr(woven.engine, "paint_together", note)
+    cell = task_of(woven.cell(1, LEFT, RIGHT))
+    await until(woven.engine.entered.is_set)
+    job = await woven.waiting(woven.job(20, LEFT), 1)
+    woven.engine.let_go.set()
+    await asyncio.gather(cell, job)
+    assert woven.engine.batches[:3] == [[1], [20], [2]]
+    assert painted[:2] == [[True], [False]]
+    woven.together.close()

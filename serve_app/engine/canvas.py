@@ -165,7 +165,7 @@ async def at_seat(
 def _in_thread(engine: Engine, sitting: Sitting, work: Callable[[JobEngine, Sitting], T]) -> T:
     if isinstance(engine, Together):
         # In a batch with others a cell's times would be theirs as well, and its bytes other ones.
-        with engine.place(sitting.check, sitting.begin, alone=sitting.is_audit) as place:
+        with engine.place(sitting.check, sitting.begin, sitting.rest, alone=sitting.is_audit) as place:
             return work(place, sitting)
     sitting.begin()
     return work(engine, sitting)

@@ -80,6 +80,11 @@ class Sitting:
             self.begun_at = time.monotonic()
             self._loop.call_soon_threadsafe(self.wake)
 
+    def rest(self) -> None:
+        """For the thread: it waits for its turn. A cell's wait has no end while jobs come, and is no painting."""
+        if self.is_audit:
+            self.begun_at = None
+
     def begin_another(self) -> None:
         """For the thread: a painting of several begins, and from now on it is this one that has begun."""
         if self.begun_at is not None:

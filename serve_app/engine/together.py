@@ -2,7 +2,8 @@
 
 One thread paints. It begins when every job that has a place waits for it: a job that does not is pasting its last
 window, which takes milliseconds, and its next one may be a partner. The oldest job's window goes next, and with it
-those of other jobs that are alike, in as large a batch as pays. Jobs that are not in hand yet are not waited for.
+those of other jobs that are alike, in as large a batch as pays. Jobs that are not in hand yet are not waited for. Those
+that are painted alone, an audit's cells, go behind all others.
 
 Each window's picture goes to the future that its own job waits for, and to nothing else.
 """
@@ -46,11 +47,17 @@ class Place:
     """One job's engine: what `Engine` says of these methods holds. For the job's own thread."""
 
     def __init__(
-        self, together: "Together", check: Callable[[], None], begin: Callable[[], None], *, alone: bool
+        self,
+        together: "Together",
+        check: Callable[[], None],
+        begin: Callable[[], None],
+        rest: Callable[[], None],
+        *,
+        alone: bool,
     ) -> None:
         self._together = together
-        self.check, self.begin = check, begin
-        #: Whether its windows are never painted in a batch.
+        self.check, self.begin, self._rest = check, begin, rest
+        #: Whether its windows are never painted in a batch, and go behind all that others wait for.
         self.is_alone = alone
         self.waiting: _Waiting | None = None
         #: Whether memory is to be freed before its next window, which then has it to itself.
@@ -59,6 +66,7 @@ class Place:
 
     def paint(self, window: Window) -> Pixels:
         """Waits for its turn; raises what `check` raises meanwhile, at the latest after a step of those that paint."""
+        self._rest()
         waiting = _Waiting(self, window)
         self._together.offer(waiting)
         return waiting.painted.result()
@@ -164,11 +172,17 @@ class Together:
 
     @contextmanager
     def place(
-        self, check: Callable[[], None] = lambda: None, begin: Callable[[], None] = lambda: None, *, alone: bool = False
+        self,
+        check: Callable[[], None] = lambda: None,
+        begin: Callable[[], None] = lambda: None,
+        rest: Callable[[], None] = lambda: None,
+        *,
+        alone: bool = False,
     ) -> Iterator[Place]:
         """For one job. `check` raises once nobody wants it; `begin` is called when its first turn has come, and may be
-        again. Both are called in the engine's thread, and must be quick. `alone`: in no batch with others."""
-        place = Place(self, check, begin, alone=alone)
+        again. Both are called in the engine's thread, and must be quick. `rest` is called in the job's own, before it
+        waits for a turn. `alone`: in no batch with others, and behind them."""
+        place = Place(self, check, begin, rest, alone=alone)
         with self._lock:
             self._places.append(place)
         try:
@@ -249,7 +263,8 @@ class Together:
                 return
 
     def _queue(self) -> list[_Waiting]:
-        return [place.waiting for place in self._places if place.waiting]
+        waiting = [place.waiting for place in self._places if place.waiting]
+        return sorted(waiting, key=lambda one: one.place.is_alone)
 
     def _paint(self, batch: Sequence[_Waiting]) -> None:
         try:
