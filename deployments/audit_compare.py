@@ -6,6 +6,7 @@ It knows runs by their results.json alone. Cells are matched by their axes, what
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import hypot, sqrt
 from statistics import median
 from typing import Any, Literal
 
@@ -21,8 +22,13 @@ Verdict = Literal["faster", "slower", "better", "worse", "same", "lost"]
 #: Seconds and device milliseconds of a warm painting. The first painting is one number, whose noise nobody knows.
 TIMES = ("wall_s", "gpu_ms")
 #: Times that differ by no more of the earlier one are the same, however little the trials of a cell differ: a machine
-#: drifts between two runs.
+#: drifts between two runs. Nor is more than MAX_NOISE ever noise, however much they do: a gate that bad timings open is
+#: none.
 MIN_NOISE = 0.05
+MAX_NOISE = 2 * MIN_NOISE
+#: The standard error of the median of n normal values, by their median absolute deviation over sqrt(n): 1.4826, which
+#: makes sigma of the deviation, by sqrt(pi / 2), the median's error by the mean's for many values.
+MEDIAN_ERROR = 1.858
 #: Pictures repeat to the byte only in one process configuration: another number of threads, or a batch, moves a pixel
 #: of bfloat16 by a grey level here and there. Differences of these figures up to this are none.
 TOLERANCES: Mapping[str, float] = {
@@ -132,11 +138,14 @@ class _Cell(BaseModel):
         return self.variant, self.guidance, self.steps, self.seed, self.prompt, self.crop
 
     @property
-    def spread(self) -> float:
-        """Of the warm paintings, by their median; 0 where there are not two to tell."""
+    def uncertainty(self) -> float:
+        """Of the warm paintings' median, its standard error by itself; 0 where there are not two to tell. One painting
+        that was held up moves it little, and it falls with their number."""
         warm = self.trials[1:]
         middle = median(warm) if warm else 0.0
-        return (max(warm) - min(warm)) / middle if middle > 0 else 0.0
+        if middle <= 0:
+            return 0.0
+        return MEDIAN_ERROR * median(abs(wall_s - middle) for wall_s in warm) / sqrt(len(warm)) / middle
 
 
 class _Run(BaseModel):
@@ -229,12 +238,13 @@ def _unpainted(then: Mapping[tuple[Any, ...], _Cell], now: Mapping[tuple[Any, ..
 
 def _rows(one: _Cell, other: _Cell, thresholds: Thresholds) -> Iterator[Row]:
     """Of the figures that the earlier cell has."""
-    spread = max(MIN_NOISE, one.spread, other.spread)
+    # Two standard errors of the difference.
+    share = min(MAX_NOISE, max(MIN_NOISE, 2 * hypot(one.uncertainty, other.uncertainty)))
     for figure, before in one.figures.items():
         if before is None:
             continue
         after, limit = other.figures[figure], thresholds.limit(figure, before)
-        noise = before * spread if figure in TIMES else TOLERANCES[figure]
+        noise = before * share if figure in TIMES else TOLERANCES[figure]
         worse_by = None if after is None else _worse_by(figure, before, after)
         is_changed_outside = figure == "outside_max" and bool(after)
         is_beyond = limit is not None and (worse_by is None or worse_by > max(limit, noise))
