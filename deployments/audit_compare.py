@@ -4,13 +4,13 @@ It knows runs by their results.json alone. Cells are matched by their axes, what
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import hypot, log2, sqrt
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -36,6 +36,7 @@ TOLERANCES: Mapping[str, float] = {
     "ssim": 0.001,
     "mae": 0.05,
     "outside_max": 0.0,
+    # Of |log2 ratio|.
     "seam_gradient_ratio": 0.01,
     "seam_colour_shift": 0.05,
     "lpips": 0.001,
@@ -45,14 +46,18 @@ _STYLES: Mapping[Verdict, str] = {"faster": "green", "better": "green", "slower"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """How much worse each figure of a cell may get. None: as much as it likes. What is within noise passes."""
+    """How much worse each figure of a cell may get. None: as much as it likes. What is within noise passes.
+
+    The figures against the reference are blind to what breaks it alike; those of the seam see some of that."""
 
     #: Of both times, percent of the earlier one.
     max_slower_percent: float | None = 10.0
     max_ssim_drop: float | None = 0.01
     max_psnr_drop_db: float | None = None
-    #: CIE76.
-    max_colour_shift_rise: float | None = None
+    #: CIE76. About 2.3 is just noticeable (Mahy et al., 1994).
+    max_colour_shift_rise: float | None = 2.3
+    #: Of the gradient ratio's distance from 1, |log2 ratio|.
+    max_seam_gradient_rise: float | None = 0.5
     max_lpips_rise: float | None = None
 
     def limit(self, figure: str, before: float) -> float | None:
@@ -63,6 +68,7 @@ class Thresholds:
             "ssim": self.max_ssim_drop,
             "psnr_db": self.max_psnr_drop_db,
             "seam_colour_shift": self.max_colour_shift_rise,
+            "seam_gradient_ratio": self.max_seam_gradient_rise,
             "lpips": self.max_lpips_rise,
         }.get(figure)
 
@@ -133,6 +139,14 @@ class _Cell(BaseModel):
             else data
         )
 
+    @field_validator("figures")
+    @classmethod
+    def _ratios(cls, figures: Mapping[str, float | None]) -> Mapping[str, float | None]:
+        for name, value in figures.items():
+            if BETTER.get(name) == "one" and value is not None and value <= 0:
+                raise ValueError(f"{name}: {value:g} is not above 0")
+        return figures
+
     @property
     def axes(self) -> tuple[Any, ...]:
         return self.variant, self.guidance, self.steps, self.seed, self.prompt, self.crop
@@ -167,8 +181,8 @@ def compare(
 ) -> Comparison:
     """The figures of two runs' results.json, cell by cell, and what speaks against the later one.
 
-    A cell that is missing or has newly failed, a figure with a threshold that is no longer measured, and a photo that
-    changed where nothing may change always speak against it.
+    A cell that is missing or has newly failed, a figure with a threshold that is no longer measured, a photo that
+    changed where nothing may change, and runs with nothing to compare always speak against it.
     Raises AuditError where one is no results.json, and, unless `allow_different`, where the runs are of another GPU,
     session or reference, so that their figures say nothing about each other.
     """
@@ -184,7 +198,7 @@ def compare(
         before=earlier.run_id,
         after=later.run_id,
         rows=rows,
-        failures=(*_unpainted(then, now), *(_failure(row) for row in rows if row.is_failure)),
+        failures=(*_nothing(pairs, rows), *_unpainted(then, now), *(_failure(row) for row in rows if row.is_failure)),
         added=tuple(cell.name for axes, cell in now.items() if axes not in then and cell.status == "succeeded"),
         differences=differences,
     )
@@ -228,6 +242,13 @@ def _differences(earlier: _Run, later: _Run, pairs: Iterable[tuple[_Cell, _Cell]
     return tuple(f"another {name}, {one} and {other}" for name, (one, other) in named)
 
 
+def _nothing(pairs: Sequence[tuple[_Cell, _Cell]], rows: Iterable[Row]) -> Iterator[str]:
+    if not pairs:
+        yield "The two runs have no painted cell in common."
+    elif all(row.after is None for row in rows):
+        yield "The cells that both runs painted have no figure in common."
+
+
 def _unpainted(then: Mapping[tuple[Any, ...], _Cell], now: Mapping[tuple[Any, ...], _Cell]) -> Iterator[str]:
     for axes, cell in then.items():
         if axes not in now:
@@ -260,10 +281,10 @@ def _rows(one: _Cell, other: _Cell, thresholds: Thresholds) -> Iterator[Row]:
 
 
 def _worse_by(figure: str, before: float, after: float) -> float:
-    """In the figure's unit, or by its distance from 1; below 0 where it is better."""
+    """In the figure's unit, or by |log2| where it is best at 1; below 0 where it is better."""
     better = "lower" if figure in TIMES else BETTER[figure]
     if better == "one":
-        return abs(after - 1) - abs(before - 1)
+        return abs(log2(after)) - abs(log2(before))
     return before - after if better == "higher" else after - before
 
 

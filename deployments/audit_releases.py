@@ -19,7 +19,8 @@ def compare(
     max_slower_percent: Annotated[float, typer.Option(help="Slower than the earlier run.", min=0)] = 10.0,
     max_ssim_drop: Annotated[float, typer.Option(help="Less like the reference.", min=0)] = 0.01,
     max_psnr_drop_db: Annotated[float | None, typer.Option(min=0)] = None,
-    max_colour_shift_rise: Annotated[float | None, typer.Option(help="Along the seam, CIE76.", min=0)] = None,
+    max_colour_shift_rise: Annotated[float, typer.Option(help="Along the seam, CIE76.", min=0)] = 2.3,
+    max_seam_gradient_rise: Annotated[float, typer.Option(help="Of |log2 gradient ratio|.", min=0)] = 0.5,
     max_lpips_rise: Annotated[float | None, typer.Option(min=0)] = None,
     allow_different: Annotated[bool, typer.Option(help="GPUs, sessions or references may differ.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Also what is within noise.")] = False,
@@ -33,6 +34,7 @@ def compare(
         max_ssim_drop=max_ssim_drop,
         max_psnr_drop_db=max_psnr_drop_db,
         max_colour_shift_rise=max_colour_shift_rise,
+        max_seam_gradient_rise=max_seam_gradient_rise,
         max_lpips_rise=max_lpips_rise,
     )
     earlier, later = _results(before, config), _results(after, config)

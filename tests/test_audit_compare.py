@@ -180,11 +180,15 @@ def test_an_identical_build_rarely_fails_by_noise() -> None:
         ({"psnr_db": 20.0, "lpips": None}, Thresholds(), None),
         ({"psnr_db": 32.0}, Thresholds(max_psnr_drop_db=1), "Q4_0_gs2: psnr_db went from 34 to 32 (-2)."),
         ({"lpips": 0.2}, Thresholds(max_lpips_rise=0.1), "Q4_0_gs2: lpips went from 0.08 to 0.2 (+0.12)."),
-        (
-            {"seam_colour_shift": 9.0},
-            Thresholds(max_colour_shift_rise=2.3),
-            "Q4_0_gs2: seam_colour_shift went from 3 to 9 (+6).",
-        ),
+        ({"seam_colour_shift": 9.0}, Thresholds(), "Q4_0_gs2: seam_colour_shift went from 3 to 9 (+6)."),
+        ({"seam_colour_shift": 5.2}, Thresholds(), None),
+        ({"seam_colour_shift": 9.0}, Thresholds(max_colour_shift_rise=7), None),
+        ({"seam_colour_shift": None}, Thresholds(), "Q4_0_gs2: seam_colour_shift is no longer measured."),
+        ({"seam_gradient_ratio": 1.65}, Thresholds(), None),
+        ({"seam_gradient_ratio": 1.8}, Thresholds(), "Q4_0_gs2: seam_gradient_ratio went from 1.2 to 1.8 (+0.6)."),
+        ({"seam_gradient_ratio": 1 / 1.65}, Thresholds(), None),
+        ({"seam_gradient_ratio": 0.5}, Thresholds(), "Q4_0_gs2: seam_gradient_ratio went from 1.2 to 0.5 (-0.7)."),
+        ({"seam_gradient_ratio": 4.0}, Thresholds(max_seam_gradient_rise=None), None),
         ({"outside_max": 1}, Thresholds(), "Q4_0_gs2: outside_max went from 0 to 1 (+1)."),
         ({"ssim": 0.99, "wall_s": 1.0}, Thresholds(max_slower_percent=0, max_ssim_drop=0), None),
     ],
@@ -203,8 +207,40 @@ def test_a_change_outside_fails_even_where_it_was_there_before() -> None:
     assert (row(got, "outside_max").verdict, got.passed) == ("same", False)
 
 
+FAILED: Results = {"status": "failed", **dict.fromkeys(FIGURES)}
+NOTHING = "The two runs have no painted cell in common."
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "failures"),
+    [
+        ([], [], (NOTHING,)),
+        ([], [cell()], (NOTHING,)),
+        ([cell(**FAILED)], [cell()], (NOTHING,)),
+        ([cell(**FAILED)], [cell(**FAILED)], (NOTHING,)),
+        ([cell()], [], (NOTHING, "Q4_0_gs2 is missing.")),
+        ([cell(guidance=2)], [cell(guidance=2, **FAILED)], (NOTHING, "Q4_0_gs2 failed.")),
+        (
+            [cell(**dict.fromkeys(FIGURES))],
+            [cell(**dict.fromkeys(FIGURES))],
+            ("The cells that both runs painted have no figure in common.",),
+        ),
+    ],
+)
+def test_nothing_compared_is_no_pass(before: list[Results], after: list[Results], failures: tuple[str, ...]) -> None:
+    assert compare(results(*before), results(*after)).failures == failures
+
+
+def test_pictures_that_broke_alike_are_seen_at_the_seam_where_their_edge_shows() -> None:
+    """Against a reference that broke the same way they are as good as ever."""
+    alike = {"psnr_db": 100.0, "ssim": 1.0, "mae": 0.0, "lpips": 0.0}
+    noise = changed(**alike, seam_gradient_ratio=3.24, seam_colour_shift=20.6)
+    assert {each.figure for each in noise.rows if each.is_failure} == {"seam_gradient_ratio", "seam_colour_shift"}
+    assert changed(**alike).passed
+
+
 def test_missing_and_newly_failed_cells_are_failures_and_new_ones_are_listed() -> None:
-    failed: Results = {"status": "failed", **dict.fromkeys(FIGURES)}
+    failed = FAILED
     before = results(cell(guidance=2), cell(guidance=4), cell(guidance=10), cell(guidance=20, **failed))
     after = results(
         cell(guidance=2), cell(guidance=4, **failed), cell(guidance=20), cell(guidance=30), cell("Q8_0", **failed)
@@ -245,6 +281,7 @@ def test_runs_that_say_nothing_about_each_other_are_refused_unless_allowed(after
         (results(cell(ssim="good")), "cells.0.figures.ssim"),
         (results(cell(wall_s=float("nan"))), "cells.0.figures.wall_s"),
         (results(cell(status="waiting")), "cells.0.status"),
+        (results(cell(seam_gradient_ratio=0.0)), "cells.0.figures: Value error, seam_gradient_ratio: 0 is not above 0"),
     ],
 )
 def test_what_is_no_results_file_is_refused_with_the_place(broken: Results, place: str) -> None:
