@@ -1,8 +1,9 @@
 """Audits in the blob store: each run's record, its cells, and which run is the app's only one.
 
 A record is written by one job at a time: every write names the attempt it belongs to, and one of an older attempt is
-refused. Records and the lock are written by compare-and-set. The lock counts for what the record that it names says,
-so a run is alive in its record before it asks for the lock: of two that are made at once, one gets it.
+refused. Records and the lock are written by compare-and-set; a change that was stored though its answer was lost is
+recognized when it is tried again, here or by a backend's client. The lock counts for what the record that it names
+says, so a run is alive in its record before it asks for the lock: of two that are made at once, one gets it.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TypeVar
 
@@ -40,6 +42,7 @@ from .errors import (
     IllegalTransition,
     InputError,
     StaleClaim,
+    StoreUnavailable,
     UnknownAudit,
 )
 from .ports import BlobStore, Clock
@@ -75,6 +78,8 @@ class AuditStore:
 
     def __init__(self, blobs: BlobStore, clock: Clock) -> None:
         self._blobs, self._clock = blobs, clock
+        #: Whose runs are those that begin here.
+        self._worker = uuid.uuid4().hex
 
     # -- runs
 
@@ -88,15 +93,19 @@ class AuditStore:
         audit = Audit(
             id=run_id or f"audit-{uuid.uuid4().hex[:8]}",
             request=request,
+            worker=uuid.uuid4().hex,
             created_at=now,
             alive_until=now + timedelta(seconds=LAUNCH_S),
             cells={name: CellProgress() for name in names},
         )
         try:
             await self._put(record_path(audit.id), audit, "")
-        except BlobConflict:
-            what = f"there is a run {audit.id} already; resume it, or take another id"
-            raise AuditExists(what, run_id=audit.id) from None
+        except (BlobConflict, StoreUnavailable) as e:
+            if not await self._is_stored(audit):
+                if isinstance(e, StoreUnavailable):
+                    raise
+                what = f"there is a run {audit.id} already; resume it, or take another id"
+                raise AuditExists(what, run_id=audit.id) from None
         try:
             await self._lock(audit.id, several)
         except FluxFillError:
@@ -115,14 +124,19 @@ class AuditStore:
             # Not after: who cancels from then on means the new attempt.
             await self._blobs.delete(cancel_path(run_id))
 
+        worker = uuid.uuid4().hex
+
         def again(audit: Audit) -> Audit:
             nonlocal before
+            if audit.worker == worker:
+                return audit
             if audit.is_alive(self._clock()):
                 raise AuditRunning(f"{run_id} is {audit.status}", run_id=run_id)
             before = audit
             kept = {n: c if c.status == "succeeded" else CellProgress() for n, c in audit.cells.items()}
             queued = {"status": AuditStatus.QUEUED, "attempt": audit.attempt + 1, "error": None, "finished_at": None}
-            return audit.model_copy(update={**queued, "stage": "", "cells": kept, **self._alive(LAUNCH_S)})
+            new = {**queued, "worker": worker, "stage": "", "cells": kept}
+            return audit.model_copy(update={**new, **self._alive(LAUNCH_S)})
 
         audit = await self._change(run_id, again)
         try:
@@ -135,16 +149,17 @@ class AuditStore:
 
     async def begin(self, run_id: str, attempt: int) -> Audit:
         """For the job: the run is its own from here on. Raises UnknownAudit; StaleClaim where a later attempt has been
-        made; IllegalTransition where the attempt has begun already, or is over."""
+        made; IllegalTransition where another AuditStore has begun the attempt already, or it is over."""
 
         def running(audit: Audit) -> Audit:
             self._check(audit, attempt)
+            if audit.status == AuditStatus.RUNNING and audit.worker == self._worker:
+                return audit
             if audit.status != AuditStatus.QUEUED:
                 raise IllegalTransition(f"{run_id} is {audit.status}, not queued")
             started = audit.started_at or self._clock()
-            return audit.model_copy(
-                update={"status": AuditStatus.RUNNING, "started_at": started, **self._alive(ALIVE_S)}
-            )
+            begun = {"status": AuditStatus.RUNNING, "worker": self._worker, "started_at": started}
+            return audit.model_copy(update={**begun, **self._alive(ALIVE_S)})
 
         return await self._change(run_id, running)
 
@@ -161,8 +176,17 @@ class AuditStore:
         return await self._change(run_id, changed)
 
     async def finish(self, run_id: str, attempt: int, status: AuditStatus, error: AuditFault | None = None) -> Audit:
-        """The run is over. Raises as `update`."""
-        return await self.update(run_id, attempt, lambda audit: audit.model_copy(update=self._ended(status, error)))
+        """The run is over. Raises as `update`, but where it is over in just this way."""
+
+        def over(audit: Audit) -> Audit:
+            self._check(audit, attempt)
+            if audit.status.is_over:
+                if (audit.status, audit.error) == (status, error):
+                    return audit
+                raise IllegalTransition(f"{run_id} is {audit.status}")
+            return audit.model_copy(update={**self._ended(status, error), **self._alive(ALIVE_S)})
+
+        return await self._change(run_id, over)
 
     async def bury(self, run_id: str) -> Audit:
         """Fail the run where it is not over and its job is silent; the record, changed or not. Raises UnknownAudit."""
@@ -192,13 +216,15 @@ class AuditStore:
         IllegalTransition where it is over."""
 
         def canceled(audit: Audit) -> Audit:
+            is_running = audit.status == AuditStatus.RUNNING and audit.is_alive(self._clock())
+            if is_running or audit.status == AuditStatus.CANCELED:
+                return audit
             if audit.status.is_over:
                 raise IllegalTransition(f"{run_id} is {audit.status}")
-            if audit.status == AuditStatus.RUNNING and audit.is_alive(self._clock()):
-                return audit
             return audit.model_copy(update=self._ended(AuditStatus.CANCELED))
 
-        canceled(await self.get(run_id))
+        if (audit := await self.get(run_id)).status.is_over:
+            raise IllegalTransition(f"{run_id} is {audit.status}")
         # Before the record is read again: a job that begins in between finds it.
         await self._blobs.put(cancel_path(run_id), b"", content_type="text/plain")
         return await self._change(run_id, canceled)
@@ -212,7 +238,10 @@ class AuditStore:
 
     # -- cells
 
-    async def keep_cell(self, run_id: str, result: CellResult) -> None:
+    async def keep_cell(self, run_id: str, attempt: int, result: CellResult) -> None:
+        """Raises UnknownAudit; StaleClaim where a later attempt has been made by then: one that is made at the very
+        moment finds a cell that was painted as its own are."""
+        await self._check_claim(run_id, attempt)
         await self._put(cell_path(run_id, result.name), result, None)
 
     async def cells(self, run_id: str) -> dict[str, CellResult]:
@@ -228,8 +257,9 @@ class AuditStore:
             log.warning("Left %s out: %s", path, type(e).__name__, extra={"action": "record_unreadable"})
             return None
 
-    async def keep_image(self, run_id: str, name: str, png: bytes) -> str:
-        """Its path."""
+    async def keep_image(self, run_id: str, attempt: int, name: str, png: bytes) -> str:
+        """Its path. Raises as `keep_cell`."""
+        await self._check_claim(run_id, attempt)
         path = image_path(run_id, name)
         await self._blobs.put(path, png, content_type="image/png")
         return path
@@ -273,6 +303,9 @@ class AuditStore:
         if audit.attempt != attempt:
             raise StaleClaim(f"{audit.id} is at attempt {audit.attempt}, and this is {attempt}")
 
+    async def _check_claim(self, run_id: str, attempt: int) -> None:
+        self._check(await self.get(run_id), attempt)
+
     def _ended(self, status: AuditStatus, error: AuditFault | None = None) -> dict[str, object]:
         return {"status": status, "error": error, "finished_at": self._clock(), "stage": ""}
 
@@ -300,6 +333,11 @@ class AuditStore:
             raise UnknownAudit(f"there is no run {run_id}", run_id=run_id) from None
         except ValidationError as e:
             raise BlobError(f"the record of {run_id} cannot be read: {e.error_count()} fields are wrong") from e
+
+    async def _is_stored(self, audit: Audit) -> bool:
+        with suppress(UnknownAudit, BlobError):
+            return await self.get(audit.id) == audit
+        return False
 
     async def _readable(self, run_id: str) -> Audit | None:
         try:

@@ -302,6 +302,9 @@ class Audit(_Frozen):
     status: AuditStatus = AuditStatus.QUEUED
     #: Counts the jobs that worked on it: one, and one more for each resume.
     attempt: int = 1
+    #: Random: who made this attempt, then the process that works on it. It tells a write of one's own, whose answer was
+    #: lost, from another's.
+    worker: str = ""
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

@@ -77,9 +77,9 @@ async def painted(store: AuditStore, audit: Audit, **figures: float) -> list[Cel
     matrix, done = audit.request.matrix, []
     for cell in matrix.cells():
         name = matrix.name(cell)
-        await store.keep_image(audit.id, name, png(photo()))
+        await store.keep_image(audit.id, audit.attempt, name, png(photo()))
         done.append(cell_result(name, cell, **figures))
-        await store.keep_cell(audit.id, done[-1])
+        await store.keep_cell(audit.id, audit.attempt, done[-1])
     progress = {one.name: CellProgress(status="succeeded", step=8, steps=8) for one in done}
 
     def more(audit: Audit) -> Audit:

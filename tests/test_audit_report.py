@@ -28,7 +28,7 @@ from benchmarks.audit.report import _TEMPLATES, publish
 from serve_app.adapters.links import LocalLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder
+from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder, record_path
 from serve_app.errors import StoreUnavailable
 from serve_app.windows import Box
 
@@ -93,8 +93,9 @@ async def test_every_figure_agrees_with_the_stored_cells() -> None:
     run, results = audited.audit(), with_a_failure()
     report = audited.Published()
     store = AuditStore(report.blobs, lambda: audited.NOW)
+    await report.blobs.put(record_path(run.id), run.model_dump_json().encode(), content_type="application/json")
     for result in results:
-        await store.keep_cell(run.id, result)
+        await store.keep_cell(run.id, run.attempt, result)
     photo, mask = audited.photo_and_mask()
     await report.keep(results, photo, mask)
     await report.publish(run, results, photo, mask)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -107,10 +108,10 @@ async def test_each_write_keeps_a_run_alive(store: AuditStore, clock: Clock) -> 
 
 
 @LOCAL
-async def test_an_attempt_begins_once(store: AuditStore) -> None:
+async def test_an_attempt_begins_once(store: AuditStore, blobs: BlobStore, clock: Clock) -> None:
     await begun(store)
     with pytest.raises(IllegalTransition, match="running, not queued"):
-        await store.begin("run", 1)
+        await AuditStore(blobs, clock).begin("run", 1)
 
 
 @LOCAL
@@ -165,6 +166,83 @@ async def test_a_record_that_others_never_stop_writing_is_given_up(blobs: BlobSt
     with pytest.raises(BlobConflict, match="20 times by others"):
         await slow_store.update("run", 1, staged("mine"))
     assert (await store.get("run")).stage == "theirs"
+
+
+# -- writes that were stored though their answer was lost
+
+
+class Deaf:
+    """A store over `blobs` whose next put is stored, and then raises."""
+
+    def __init__(self, blobs: BlobStore, clock: Clock) -> None:
+        self._blobs = Outage(blobs, StoreUnavailable)
+        self.store = AuditStore(self._blobs, clock)
+
+    def hears_no_answer(self, error: Exception) -> None:
+        async def lost() -> None:
+            raise error
+
+        self._blobs.after["put"] = lost
+
+
+@pytest.fixture
+def deaf(blobs: BlobStore, clock: Clock) -> Deaf:
+    return Deaf(blobs, clock)
+
+
+#: What a backend's own second try comes to, and what it does without one.
+LOST = pytest.mark.parametrize("lost", [BlobConflict("there is a newer one"), StoreUnavailable("no answer")], ids=repr)
+
+
+@IN_MEMORY
+@LOST
+async def test_a_run_whose_creation_was_not_answered_is_created(deaf: Deaf, lost: Exception) -> None:
+    deaf.hears_no_answer(lost)
+    audit = await deaf.store.create(REQUEST, "run")
+    assert await deaf.store.get("run") == audit
+    with pytest.raises(AuditExists):
+        await deaf.store.create(REQUEST, "run")
+
+
+@IN_MEMORY
+@LOST
+async def test_the_job_whose_beginning_was_not_answered_has_begun(
+    deaf: Deaf, blobs: BlobStore, clock: Clock, lost: Exception
+) -> None:
+    await deaf.store.create(REQUEST, "run")
+    deaf.hears_no_answer(lost)
+    with suppress(StoreUnavailable):
+        await deaf.store.begin("run", 1)
+    assert (await deaf.store.begin("run", 1)).status == AuditStatus.RUNNING
+    with pytest.raises(IllegalTransition, match="running, not queued"):
+        await AuditStore(blobs, clock).begin("run", 1)
+
+
+@IN_MEMORY
+@LOST
+async def test_a_run_whose_end_was_not_answered_is_over(deaf: Deaf, clock: Clock, lost: Exception) -> None:
+    await begun(deaf.store)
+    fault, then = AuditFault(code="painting_failed", message="it failed"), clock.now
+    deaf.hears_no_answer(lost)
+    with suppress(StoreUnavailable):
+        await deaf.store.finish("run", 1, AuditStatus.FAILED, fault)
+    clock.advance(1)
+    ended = await deaf.store.finish("run", 1, AuditStatus.FAILED, fault)
+    assert (ended.status, ended.error, ended.finished_at) == (AuditStatus.FAILED, fault, then)
+    with pytest.raises(IllegalTransition, match="run is failed"):
+        await deaf.store.finish("run", 1, AuditStatus.FAILED)
+
+
+@IN_MEMORY
+async def test_a_resume_and_a_cancellation_that_are_tried_again_by_the_backend_are_done(deaf: Deaf) -> None:
+    await begun(deaf.store)
+    await deaf.store.finish("run", 1, AuditStatus.INCOMPLETE)
+    deaf.hears_no_answer(BlobConflict("there is a newer one"))
+    assert (await deaf.store.resume("run")).attempt == 2
+    assert (await deaf.store.get("run")).attempt == 2
+    await deaf.store.cancel("run")
+    with pytest.raises(IllegalTransition, match="run is canceled"):
+        await deaf.store.cancel("run")
 
 
 # -- one run at a time
@@ -462,24 +540,39 @@ def cell_result(name: str = "telea_gs2", **fields: Any) -> CellResult:
 
 
 async def test_cells_are_kept_and_written_over(store: AuditStore) -> None:
-    await store.keep_cell("run", cell_result(wall_s=1.0))
-    await store.keep_cell("run", cell_result("telea_gs4"))
-    await store.keep_cell("other", cell_result("alien"))
-    await store.keep_cell("run", cell_result(wall_s=2.0))
+    await begun(store)
+    await begun(store, "other", several=True)
+    await store.keep_cell("run", 1, cell_result(wall_s=1.0))
+    await store.keep_cell("run", 1, cell_result("telea_gs4"))
+    await store.keep_cell("other", 1, cell_result("alien"))
+    await store.keep_cell("run", 1, cell_result(wall_s=2.0))
     cells = await store.cells("run")
     assert {name: cell.wall_s for name, cell in cells.items()} == {"telea_gs2": 2.0, "telea_gs4": None}
 
 
 @LOCAL
+async def test_an_older_attempt_keeps_no_cell_and_no_picture(store: AuditStore, blobs: BlobStore, clock: Clock) -> None:
+    await begun(store)
+    clock.advance(ALIVE_S)
+    await store.resume("run")
+    for write in (store.keep_cell("run", 1, cell_result()), store.keep_image("run", 1, "telea_gs2", b"png")):
+        with pytest.raises(StaleClaim, match="attempt 2, and this is 1"):
+            await write
+    assert [info.path async for info in blobs.list("audit/run")] == [record_path("run")]
+
+
+@LOCAL
 async def test_a_damaged_cell_is_as_if_it_were_not_there(store: AuditStore, blobs: BlobStore) -> None:
-    await store.keep_cell("run", cell_result())
+    await begun(store)
+    await store.keep_cell("run", 1, cell_result())
     await damage(blobs, cell_path("run", "telea_gs4"))
     assert list(await store.cells("run")) == ["telea_gs2"]
 
 
 @LOCAL
 async def test_pictures_lie_in_the_runs_folder(store: AuditStore, blobs: BlobStore) -> None:
-    path = await store.keep_image("run", "telea_gs2", b"png")
+    await begun(store)
+    path = await store.keep_image("run", 1, "telea_gs2", b"png")
     assert path == "audit/run/telea_gs2.png"
     data, info = await blobs.get(path, max_bytes=10)
     assert (data, info.content_type) == (b"png", "image/png")

@@ -149,6 +149,18 @@ async def test_a_run_that_another_attempt_has_taken_over_is_left_alone() -> None
     assert (await rig.store.get("run")).status == AuditStatus.QUEUED
 
 
+async def test_a_run_that_was_taken_over_is_given_no_cell_of_the_older_attempt() -> None:
+    rig = AuditRig(pace=replace(QUICK, write_s=10))  # The painted cell comes before the next write of the record.
+    running, held = await held_in(rig, "b")
+    await until(lambda: {"a_gs2", "a_gs4"} <= set(_stored(rig)))
+    rig.clock.advance(3600)
+    await rig.store.resume("run")
+    held.let_go.set()
+    with pytest.raises(StaleClaim):
+        await running
+    assert set(await rig.cells()) == {"a_gs2", "a_gs4"}
+
+
 async def test_a_signal_before_the_job_begins_cancels_the_run() -> None:
     rig = AuditRig()
     rig.auditor.cancel()

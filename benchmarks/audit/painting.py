@@ -1,4 +1,5 @@
-"""One cell: asked for, painted, pasted into the photo, stored. Whatever goes wrong with it is the cell's own."""
+"""One cell: asked for, painted, pasted into the photo, stored. Whatever goes wrong with it is the cell's own, but
+for a run that was taken over."""
 
 import asyncio
 import io
@@ -13,7 +14,7 @@ from serve_app.audit_store import AuditStore
 from serve_app.audits import AuditRequest, Cell, CellResult
 from serve_app.edit import begun_within
 from serve_app.engine.lock import Lock
-from serve_app.errors import FluxFillError, GpuLost, ReplicaLost, VariantNotReady
+from serve_app.errors import FluxFillError, GpuLost, ReplicaLost, StaleClaim, UnknownAudit, VariantNotReady
 from serve_app.images import Pixels
 from serve_app.ports import Clock, Measured, OnProgress
 from serve_app.settings import Settings
@@ -39,6 +40,7 @@ class Easel:
     """What painting any cell of a run takes."""
 
     run_id: str
+    attempt: int
     request: AuditRequest
     session: Session
     store: AuditStore
@@ -51,12 +53,13 @@ class Easel:
     keep_s: float = LIMIT_S
 
     async def paint(self, fan: FanOut, name: str, cell: Cell, on_progress: OnProgress) -> CellResult:
-        """The cell's result, stored after its picture. One that cannot be painted or stored is a failed result."""
+        """The cell's result, stored after its picture. One that cannot be painted or stored is a failed result.
+        Raises StaleClaim and UnknownAudit: the run is this job's no longer."""
         started_at = self.clock()
         try:
             measured = await self._measured(fan, name, cell, on_progress)
             png = await asyncio.to_thread(self._png, measured.canvas, cell)
-            path = await waited_out(partial(self.store.keep_image, self.run_id, name, png), self.keep_s)
+            path = await waited_out(partial(self.store.keep_image, self.run_id, self.attempt, name, png), self.keep_s)
             result = figures.succeeded(
                 name,
                 cell,
@@ -68,7 +71,9 @@ class Easel:
                 started_at=started_at,
                 finished_at=self.clock(),
             )
-            await waited_out(partial(self.store.keep_cell, self.run_id, result), self.keep_s)
+            await waited_out(partial(self.store.keep_cell, self.run_id, self.attempt, result), self.keep_s)
+        except (StaleClaim, UnknownAudit):
+            raise
         except Exception as e:
             # One failed cell is reported as failed, with its error; the others go on.
             extra = {"action": "audit_cell_failed", "cell": name, "code": fault(e).code}
@@ -80,7 +85,7 @@ class Easel:
         """Stored where the store can be reached: a resume paints the cell anyway."""
         result = CellResult(name=name, cell=cell, status="failed", error=fault(error), finished_at=self.clock())
         try:
-            await self.store.keep_cell(self.run_id, result)
+            await self.store.keep_cell(self.run_id, self.attempt, result)
         except FluxFillError as e:
             log.warning(
                 "A failed cell could not be noted: %s", e, extra={"action": "audit_cell_not_kept", "cell": name}

@@ -68,7 +68,8 @@ class Verdicts:
                 compared = await self._compared(result, against, distance)
                 if compared != result.compared:
                     self._results[result.name] = result.model_copy(update={"compared": compared})
-                    await waited_out(partial(self._store.keep_cell, self._run_id, self._results[result.name]))
+                    attempt, cell = self._record.audit.attempt, self._results[result.name]
+                    await waited_out(partial(self._store.keep_cell, self._run_id, attempt, cell))
 
     def recommend(self) -> None:
         try:
