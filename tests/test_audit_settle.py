@@ -1,13 +1,16 @@
 """Variants that share GPUs: one after the other, when the last one's are free."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from serve_app.audits import AuditStatus
+from serve_app.errors import UnknownAudit
 
 from .audit_rig import AuditRig, scripted
+from .rig import Prompts
 
 
 def shared(**audit: Any) -> AuditRig:
@@ -48,12 +51,13 @@ async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -
     error = audit.cells["c_gs2"].error
     assert error is not None
     assert "after a" in error.message
-    assert "a has 1 of its 0" in error.message
+    assert "a has 1, and keeps 0" in error.message
 
 
 async def test_memory_that_does_not_become_free_fails_those_after_it_with_both_readings() -> None:
     rig = shared(settle_s=0.05)
-    readings = iter([{"node/0": 10 * 2**20}])
+    # At the floor, and before the first wave.
+    readings = iter([{"node/0": 10 * 2**20}] * 2)
 
     async def used() -> Mapping[str, int]:
         return next(readings, {"node/0": 9000 * 2**20})
@@ -100,7 +104,7 @@ READINGS = [
 @pytest.mark.parametrize(("later", "is_free", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
 async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_free: bool, used: int) -> None:
     rig = shared(settle_s=0.05)
-    readings = iter([{"n/0": 10 * MIB, "n/1": 9 * GIB}])
+    readings = iter([{"n/0": 10 * MIB, "n/1": 9 * GIB}] * 2)
 
     async def memory() -> Mapping[str, int]:
         return next(readings, later)
@@ -109,3 +113,79 @@ async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_
     audit = await rig.run(matrix={"variants": ("a", "b")})
     assert {name[0] for name in rig.replicas.begun} == ({"a", "b"} if is_free else {"a"})
     assert (audit.memory[1].used_bytes, audit.memory[1].floor_bytes) == (used, 9 * GIB + 10 * MIB)
+
+
+def beside(**audit: Any) -> AuditRig:
+    """Q4 is audited; Q8 shares its GPU, and is up for production."""
+    rig = AuditRig(variants=scripted("Q4", "Q8", num_gpus=1), audit=audit)
+    rig.replicas.gpu_count = 1
+    rig.replicas.awake["Q8"] = None
+    return rig
+
+
+ONE = {"variants": ("Q4",), "guidance_scales": (2.0,)}
+
+
+async def test_a_gpu_that_production_has_is_waited_for_and_the_stage_says_so() -> None:
+    rig = beside()
+    running = asyncio.create_task(rig.run(matrix=ONE))
+    async with asyncio.timeout(20):
+        while (await stage(rig)) != "waiting for Q8 to give its GPU back":
+            await asyncio.sleep(0.005)
+    assert rig.replicas.asked == []
+    rig.replicas.awake["Q8"] = 0
+    assert (await running).status == AuditStatus.SUCCEEDED
+    assert rig.replicas.beside == [("Q4", frozenset({"Q4"}))]
+
+
+async def stage(rig: AuditRig) -> str:
+    try:
+        return (await rig.store.get("run")).stage
+    except UnknownAudit:
+        return ""
+
+
+async def test_a_gpu_that_production_never_gives_back_fails_the_cells_and_is_named() -> None:
+    audit = await beside(settle_s=0.05).run(matrix=ONE)
+    error = audit.cells["Q4_gs2"].error
+    assert error is not None
+    assert (error.code, "Q8 has 1, and keeps 0" in error.message) == ("audit_impossible", True)
+
+
+async def test_enough_gpus_beside_production_need_no_waiting() -> None:
+    """Of two, production has one; it might take both."""
+    rig = AuditRig(variants=scripted("Q4", num_gpus=1) | scripted("Q8", num_gpus=1, max_replicas=2), audit={"gpus": 2})
+    rig.replicas.awake["Q8"] = None
+    rig.replicas.memory_bytes = (MIB, 8 * GIB)
+    assert (await rig.run(matrix=ONE)).status == AuditStatus.SUCCEEDED
+
+
+async def test_a_variant_that_has_its_gpu_already_is_painted() -> None:
+    """Its memory is its own."""
+    rig = AuditRig(variants=scripted("Q4", "Q8", num_gpus=1), audit={"gpus": 1})
+    rig.replicas.linger = {"Q4": None}
+    rig.replicas.awake = {"Q4": None}
+    rig.replicas.memory_bytes = (MIB, 8 * GIB)
+    assert (await rig.run(matrix=ONE)).status == AuditStatus.SUCCEEDED
+
+
+class Waking(Prompts):
+    """A text encoder that takes memory of the GPU for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rig: AuditRig | None = None
+
+    async def encode(self, variant: str, prompt: str) -> bytes | None:
+        assert self.rig
+        self.rig.replicas.memory_bytes = (9 * GIB, 8 * GIB)
+        return await super().encode(variant, prompt)
+
+
+async def test_the_floor_is_read_before_the_prompts_wake_a_text_encoder() -> None:
+    prompts = Waking()
+    rig = AuditRig(variants=scripted("Q4", "Q8", num_gpus=1), audit={"settle_s": 0.05}, prompts=prompts)
+    rig.replicas.gpu_count, rig.replicas.memory_bytes, prompts.rig = 1, (MIB, 8 * GIB), rig
+    audit = await rig.run(matrix=ONE)
+    (reading,) = audit.memory
+    assert (reading.floor_bytes, reading.used_bytes) == (MIB, 9 * GIB)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.audit.waves import Wave, kept_gpus, plan
+from benchmarks.audit.waves import Wave, gpu_holders, kept_gpus, plan
 from serve_app.errors import AuditImpossible, UnknownVariant
 from serve_app.settings import Settings
 
@@ -73,8 +73,26 @@ def test_variants_of_which_serve_would_start_too_many_are_known() -> None:
 
 
 def test_a_variant_that_is_painted_already_takes_no_part() -> None:
-    assert planned(THREE, 1, b=1) == [({"b": 1}, False)]
+    """But that production, or an earlier attempt, may have its GPU still."""
+    assert planned(THREE, 1, b=1) == [({"b": 1}, True)]
     assert planned(THREE, 1) == []
+
+
+BESIDE = served(a=gpu(), b=cpu(), others=gpu(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "waves"), [(1, [({"b": 1}, False), ({"a": 1}, True)]), (3, [({"a": 1, "b": 1}, False)])]
+)
+def test_gpus_are_waited_for_that_a_variant_outside_the_matrix_may_take(gpus: int, waves: list[Any]) -> None:
+    assert planned(BESIDE, gpus, a=2, b=2) == waves
+
+
+@pytest.mark.parametrize(("gpus", "waits"), [(1, True), (2, False)])
+def test_a_text_encoder_on_a_gpu_that_comes_and_goes_is_waited_for(gpus: int, waits: bool) -> None:
+    settings = Settings(variants={"Q4_0": {}}, text_encoder={"num_gpus": 1})
+    assert planned(settings, gpus, Q4_0=1) == [({"Q4_0": 1}, waits)]
+    assert sorted(gpu_holders(settings)) == ["Q4_0", "the text encoder of black-forest-labs/FLUX.1-Fill-dev"]
 
 
 def test_a_variant_that_is_not_audited_keeps_its_gpus() -> None:
@@ -151,7 +169,8 @@ def test_every_wave_fits(cluster: tuple[Settings, dict[str, int], int]) -> None:
     for wave in waves:
         assert not on_gpu or taken(wave, settings) <= gpus
         assert all(1 <= n <= min(cells[v], settings.variants[v].max_replicas) for v, n in wave.wanted.items())
-    assert not any(wave.waits for wave in waves[:1]) or len(waves) > 1
+    most = sum(settings.variants[name].max_replicas for name in gpu_holders(settings) if name not in cells)
+    assert not any(wave.waits for wave in waves) or len(waves) > 1 or taken(waves[0], settings) + most > gpus
 
 
 @given(clusters())

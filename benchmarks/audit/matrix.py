@@ -14,7 +14,7 @@ from .fan_out import FanOut, fan_out
 from .painting import Easel
 from .record import Record
 from .replicas import Replicas
-from .settle import POLL_S, Settling
+from .settle import Settling
 from .waves import Wave
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -24,31 +24,33 @@ class MatrixPainter:
     """Paints into `results`, by name; what is in there at first is not painted again."""
 
     def __init__(
-        self, record: Record, easel: Easel, replicas: Replicas, results: dict[str, CellResult], poll_s: float = POLL_S
+        self, record: Record, easel: Easel, replicas: Replicas, settling: Settling, results: dict[str, CellResult]
     ) -> None:
-        self._record, self._easel, self._replicas, self._results = record, easel, replicas, results
-        self._poll_s = poll_s
+        self._record, self._easel, self._results = record, easel, results
+        self._replicas, self._settling = replicas, settling
         matrix = easel.request.matrix
         self._total = len(matrix.cells())
         self._left = {name: cell for cell in matrix.cells() if (name := matrix.name(cell)) not in results}
 
     async def paint(self, waves: Sequence[Wave]) -> None:
         """Where a wave's GPUs do not become free, its cells and those of the waves after it fail."""
-        settings, variants = self._easel.settings, self._easel.request.matrix.variants
-        settling = Settling(self._replicas, variants, settings, self._poll_s)
         after = ""
         for number, wave in enumerate(waves):
-            if wave.waits and (error := await self._freed(settling, after, wave)):
+            if wave.waits and (error := await self._freed(after, wave)):
                 await self._give_up(waves[number:], error)
                 return
-            await self._paint_wave(wave, settings)
+            await self._paint_wave(wave, self._easel.settings)
             after = ", ".join(wave.wanted)
 
-    async def _freed(self, settling: Settling, after: str, wave: Wave) -> AuditImpossible | None:
-        self._record.stage(f"waiting for a GPU for {', '.join(wave.wanted)}")
-        reading, error = await settling.wait(after)
+    async def _freed(self, after: str, wave: Wave) -> AuditImpossible | None:
+        self._tell(f"waiting for a GPU for {', '.join(wave.wanted)}")
+        reading, error = await self._settling.wait(after, wave, self._tell)
         self._record.settled(reading)
         return error
+
+    def _tell(self, stage: str) -> None:
+        if stage != self._record.audit.stage:
+            self._record.stage(stage)
 
     async def _paint_wave(self, wave: Wave, settings: Settings) -> None:
         self._record.stage(f"painting with {', '.join(wave.wanted)}")

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.serve.schema import DeploymentStatusOverview
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deployments.app import inpainter_name
+from deployments.app import inpainter_name, text_encoder_name
 from deployments.remote import RemoteTrials, typed_errors
 from serve_app.errors import ReplicaLost
 from serve_app.ports import Measured, OnProgress, PaintRequest
@@ -19,6 +19,7 @@ from serve_app.settings import Settings
 
 from . import gpu_memory
 from .replicas import ReplicaCounts
+from .waves import text_encoders
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class RayReplicas:
         self._trials = RemoteTrials(
             {name: serve.get_deployment_handle(inpainter_name(name), app) for name in settings.variants}
         )
-        self._variants = tuple(settings.variants)
+        self._deployments = {name: inpainter_name(name) for name in settings.variants} | {
+            words: text_encoder_name(base) for base, words in text_encoders(settings).items()
+        }
         #: By identity, which is the request's own for as long as it is kept here.
         self._put: dict[int, tuple[PaintRequest, Any]] = {}
 
@@ -62,7 +65,7 @@ class RayReplicas:
         if self._app not in status.applications:
             raise ReplicaLost(f"the app {self._app} is gone")
         deployments = status.applications[self._app].deployments
-        return {name: _counts(deployments.get(inpainter_name(name))) for name in self._variants}
+        return {name: _counts(deployments.get(own)) for name, own in self._deployments.items()}
 
     async def gpus(self) -> int:
         return int((await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0))

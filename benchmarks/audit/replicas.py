@@ -9,7 +9,7 @@ from serve_app.ports import Measured, OnProgress, PaintRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaCounts:
-    """Of one variant, at this moment."""
+    """Of one variant or text encoder, at this moment."""
 
     running: int = 0
     #: Wanted, and not up yet.
@@ -17,8 +17,8 @@ class ReplicaCounts:
     stopping: int = 0
 
     @property
-    def is_zero(self) -> bool:
-        return not (self.running or self.starting or self.stopping)
+    def total(self) -> int:
+        return self.running + self.starting + self.stopping
 
 
 class Replicas(Protocol):
@@ -33,7 +33,7 @@ class Replicas(Protocol):
         """
 
     async def counts(self) -> Mapping[str, ReplicaCounts]:
-        """By variant, all that the app serves. Asking wakes none."""
+        """By variant, all that the app serves; and by `waves.text_encoders`' words for them. Asking wakes none."""
 
     async def gpus(self) -> int:
         """Those that the cluster has now."""

@@ -30,6 +30,7 @@ from .record import Record, fault
 from .replicas import Replicas
 from .report import publish
 from .session import Session, read_session
+from .settle import Settling
 from .verdicts import Compiler, Verdicts
 from .waves import plan
 
@@ -156,13 +157,18 @@ class Auditor:
     async def _work(self, run: _Run) -> AuditStatus:
         """Everything, up to the report. Raises what ends the run as FAILED."""
         locked = lock.read(self._settings.weights.lock)
-        waves = plan(await self._left(run), self._settings, await self._gpus(run.request))
+        gpus = await self._gpus(run.request)
+        waves = plan(await self._left(run), self._settings, gpus)
+        settling = Settling(self._replicas, run.request.matrix.variants, self._settings, gpus, self._pace.settle_poll_s)
+        if any(wave.waits for wave in waves):
+            # Before the prompts, for which a text encoder may wake on a GPU.
+            await settling.note_floor()
         run.record.stage("reading the session")
         read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
         run.session = await self._patiently(partial(read, run.request))
         _note_inputs(run, run.session.digest)
         run.verdicts = self._verdicts(run, run.session, locked)
-        await self._painter(run, run.session, locked).paint(waves)
+        await self._painter(run, run.session, locked, settling).paint(waves)
         await run.verdicts.compare()
         run.verdicts.recommend()
         await run.verdicts.compile(self._compiler)
@@ -190,10 +196,9 @@ class Auditor:
                 return given
         return await self._replicas.gpus()
 
-    def _painter(self, run: _Run, session: Session, locked: Lock) -> MatrixPainter:
+    def _painter(self, run: _Run, session: Session, locked: Lock, settling: Settling) -> MatrixPainter:
         easel = Easel(
             run_id=run.record.audit.id,
-            attempt=run.record.audit.attempt,
             request=run.request,
             session=session,
             store=self._store,
@@ -203,7 +208,7 @@ class Auditor:
             again_s=self._pace.again_s,
             keep_s=self._pace.outage_s,
         )
-        return MatrixPainter(run.record, easel, self._replicas, run.results, self._pace.settle_poll_s)
+        return MatrixPainter(run.record, easel, self._replicas, settling, run.results)
 
     def _verdicts(self, run: _Run, session: Session, locked: Lock) -> Verdicts:
         return Verdicts(

@@ -1,4 +1,4 @@
-"""Between waves: waiting until the GPUs of the variants that were painted are free again.
+"""Before a wave: waiting until the GPUs are free that the variants painted last had, or something else of the app.
 
 Nothing is woken or asked of a replica meanwhile: Serve's own counts, and the devices' used memory.
 """
@@ -6,13 +6,14 @@ Nothing is woken or asked of a replica meanwhile: Serve's own counts, and the de
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from serve_app.audits import MemoryReading
 from serve_app.errors import AuditImpossible, FluxFillError
 from serve_app.settings import Settings
 
-from .replicas import Replicas
+from .replicas import ReplicaCounts, Replicas
+from .waves import Wave, gpu_holders
 
 log = logging.getLogger(__name__)
 
@@ -22,23 +23,32 @@ POLL_S = 1.0
 
 
 class Settling:
-    """For the variants of one matrix that want a GPU."""
+    """For the audited `variants`, on a cluster that can have `gpus`."""
 
-    def __init__(self, replicas: Replicas, variants: Sequence[str], settings: Settings, poll_s: float = POLL_S) -> None:
-        self._replicas, self._poll_s = replicas, poll_s
+    def __init__(
+        self, replicas: Replicas, variants: Sequence[str], settings: Settings, gpus: int, poll_s: float = POLL_S
+    ) -> None:
+        self._replicas, self._variants, self._gpus, self._poll_s = replicas, variants, gpus, poll_s
         self._limit_s = settings.audit.settle_s
-        self._kept = {
-            name: settings.variants[name].min_replicas for name in variants if settings.variant(name).num_gpus
-        }
+        #: Replicas that it always has, by its name in `Replicas.counts`: whatever takes a GPU.
+        self._kept = {name: one.min_replicas for name, one in gpu_holders(settings).items()}
         #: By device. One that comes later is nobody's whom an audit waits for.
-        self._floor_bytes: Mapping[str, int] | None = None
-        #: By device, at the last look; one that is gone is free.
+        self._floor_bytes: Mapping[str, int] = {}
+        # Of the last look. A device that is gone is free.
         self._used_bytes: Mapping[str, int] = {}
-        self._left: list[str] = []
+        self._in_the_way: Mapping[str, int] = {}
+        self._above_floor: list[str] = []
 
-    async def wait(self, after: str) -> tuple[MemoryReading, AuditImpossible | None]:
-        """Until no variant has more replicas than it always has, and each device's used memory is at its floor
-        again. The floor is what is used when this returns for the first time. `after` names the variants painted last.
+    async def note_floor(self) -> None:
+        """What is used now is what `wait` waits for. To be read before anything of the app is asked for."""
+        self._floor_bytes = self._used_bytes = await self._replicas.memory_used_bytes()
+
+    async def wait(
+        self, after: str, wave: Wave, tell: Callable[[str], None]
+    ) -> tuple[MemoryReading, AuditImpossible | None]:
+        """Until the other audited variants have no more replicas than they always have, whatever else of the app has
+        left enough GPUs, and each device's used memory is at its floor again; or until all of the wave have a replica.
+        `after` names the variants painted last; `tell` is told, in words, what is waited for.
 
         With the reading comes, where it has taken `audit.settle_s`, why it is not to be waited for any longer.
         """
@@ -47,53 +57,64 @@ class Settling:
         timeout = asyncio.timeout(self._limit_s)
         try:
             async with timeout:
-                while not await self._is_settled():
+                while not await self._is_settled(wave):
+                    tell(self._waited_for(wave))
                     await asyncio.sleep(self._poll_s)
         except TimeoutError:
             if not timeout.expired():
                 raise
             error = self._too_long(after)
-        if self._floor_bytes is None and error is None:
-            self._floor_bytes = self._used_bytes
         waited_s = time.monotonic() - started_s
         reading = MemoryReading(after=after, used_bytes=self._used, floor_bytes=self._floor, waited_s=waited_s)
         self._log(reading)
         return reading, error
 
-    async def _is_settled(self) -> bool:
+    async def _is_settled(self, wave: Wave) -> bool:
         try:
             counts = await self._replicas.counts()
         except FluxFillError as e:
             log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
-            self._left = ["nobody knows which"]
+            self._in_the_way = {"nobody knows which": 0}
             return False
-        self._left = [
-            f"{name} has {there} of its {kept}"
-            for name, kept in self._kept.items()
-            if (one := counts.get(name)) and (there := one.running + one.starting + one.stopping) > kept
-        ]
         self._used_bytes = await self._replicas.memory_used_bytes()
-        return not self._left and not self._is_above_floor
+        held = {name: max(kept, counts.get(name, ReplicaCounts()).total) for name, kept in self._kept.items()}
+        is_missing = any(not counts[name].running for name in wave.wanted)
+        self._in_the_way = self._holding(wave, held) if is_missing else {}
+        # Of a device that something has rightly, nobody knows what else is in its memory.
+        self._above_floor = self._above() if held == self._kept else []
+        return not self._in_the_way and not self._above_floor
 
-    @property
-    def _is_above_floor(self) -> bool:
-        floor = self._floor_bytes or {}
-        return any(self._used_bytes.get(device, 0) > size + TOLERANCE_BYTES for device, size in floor.items())
+    def _above(self) -> list[str]:
+        floor = self._floor_bytes.items()
+        return [device for device, size in floor if self._used_bytes.get(device, 0) > size + TOLERANCE_BYTES]
+
+    def _holding(self, wave: Wave, held: Mapping[str, int]) -> dict[str, int]:
+        """Who has more replicas than always, and stands in the wave's way: by name, how many."""
+        more = {name: count for name, count in held.items() if count > max(self._kept[name], name in wave.wanted)}
+        is_short = sum(held.values()) + sum(not held[name] for name in wave.wanted) > self._gpus
+        return more if is_short else {name: count for name, count in more.items() if name in self._variants}
+
+    def _waited_for(self, wave: Wave) -> str:
+        if not self._in_the_way:
+            return f"waiting for free GPU memory for {', '.join(wave.wanted)}"
+        what = "its GPU" if len(self._in_the_way) == 1 else "their GPUs"
+        return f"waiting for {', '.join(self._in_the_way)} to give {what} back"
 
     @property
     def _used(self) -> int | None:
         """On the devices that were there at the floor."""
-        devices = self._used_bytes if self._floor_bytes is None else self._floor_bytes
-        return sum(self._used_bytes.get(device, 0) for device in devices) if devices else None
+        return sum(self._used_bytes.get(device, 0) for device in self._floor_bytes) if self._floor_bytes else None
 
     @property
     def _floor(self) -> int | None:
         return sum(self._floor_bytes.values()) if self._floor_bytes else None
 
     def _too_long(self, after: str) -> AuditImpossible:
-        why = f"replicas are left: {', '.join(self._left)}" if self._left else "no replica is left"
-        if self._is_above_floor:
-            why += f"; the devices use {_mib(self._used)}, before the audit {_mib(self._floor)}"
+        left = [f"{name} has {count}, and keeps {self._kept[name]}" for name, count in self._in_the_way.items()]
+        why = f"replicas are left: {'; '.join(left)}" if left else "no replica is left"
+        for device in self._above_floor:
+            used, floor = self._used_bytes[device], self._floor_bytes[device]
+            why += f"; GPU {device} uses {_mib(used)}, before the audit {_mib(floor)}"
         what = f"the GPUs did not become free in {self._limit_s:g} s{f' after {after}' if after else ''}: {why}"
         return AuditImpossible(what, used_bytes=self._used, floor_bytes=self._floor)
 
@@ -102,5 +123,5 @@ class Settling:
         log.info("GPUs after %s: waited %.1f s", reading.after or "nothing", reading.waited_s, extra=extra)
 
 
-def _mib(size: int | None) -> str:
-    return "an unknown amount" if size is None else f"{size / 2**20:,.0f} MiB"
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -2,21 +2,21 @@
 
 A served variant with `min_replicas` keeps its GPUs for ever. What is left is shared by the audited variants that come
 and go: all of them at once where each can have one, otherwise as many at a time as there are free GPUs, and each such
-wave begins when the one before has given its GPUs back.
+wave begins when the one before has given its GPUs back, and whatever else of the app may take them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serve_app.errors import AuditImpossible, UnknownVariant
-from serve_app.settings import Settings
+from serve_app.settings import Scaling, Settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wave:
     #: Variant -> replicas that it may be expected to have, at least 1.
     wanted: Mapping[str, int]
-    #: Whether GPUs must be free first that an earlier wave's variants take.
+    #: Whether GPUs must be free first that an earlier wave, or something else of the app, may have taken.
     waits: bool = False
     #: Of which Serve would start more, if more were asked for: on GPUs that are another's.
     growing: frozenset[str] = frozenset()
@@ -34,9 +34,10 @@ def plan(cells: Mapping[str, int], settings: Settings, gpus: int) -> list[Wave]:
     free = gpus - sum(kept.values())
     if any(settings.variant(name).num_gpus for name in cells):
         _check_gpus(passing, kept, gpus)
-    groups = [list(cells)] if len(passing) <= free else _apart(cells, passing, free)
+    is_roomy = not passing or len(passing) <= free - _passing_gpus(settings, beside=cells)
+    groups = [list(cells)] if is_roomy else _apart(cells, passing, free)
     return [
-        _wave(_wanted(group, cells, settings, free), settings, waits=len(groups) > 1 and group[0] in passing)
+        _wave(_wanted(group, cells, settings, free), settings, waits=not is_roomy and group[0] in passing)
         for group in groups
         if group
     ]
@@ -47,18 +48,31 @@ def _wave(wanted: Mapping[str, int], settings: Settings, *, waits: bool) -> Wave
     return Wave(wanted=wanted, waits=waits, growing=growing)
 
 
-def kept_gpus(settings: Settings) -> dict[str, int]:
-    """GPUs that never become free, by what holds them."""
-    kept = {
-        name: served.min_replicas
-        for name, served in settings.variants.items()
-        if settings.variant(name).num_gpus and served.min_replicas
+def text_encoders(settings: Settings) -> dict[str, str]:
+    """Base model -> what its text encoder is called, here and in `Replicas.counts`."""
+    rows = map(settings.variant, settings.variants)
+    bases = sorted({str(row.base) for row in rows if row.takes_prompt})
+    return {base: f"the text encoder of {base}" for base in bases}
+
+
+def gpu_holders(settings: Settings) -> dict[str, Scaling]:
+    """Everything of the app whose replicas take a GPU each, by what it is called."""
+    holders: dict[str, Scaling] = {
+        name: served for name, served in settings.variants.items() if settings.variant(name).num_gpus
     }
     encoder = settings.text_encoder
-    if encoder.num_gpus and encoder.min_replicas:
-        bases = {row.base for row in map(settings.variant, settings.variants) if row.takes_prompt}
-        kept |= {f"the text encoder of {base}": encoder.min_replicas for base in sorted(map(str, bases))}
-    return kept
+    return holders | (dict.fromkeys(text_encoders(settings).values(), encoder) if encoder.num_gpus else {})
+
+
+def kept_gpus(settings: Settings) -> dict[str, int]:
+    """GPUs that never become free, by what holds them."""
+    return {name: one.min_replicas for name, one in gpu_holders(settings).items() if one.min_replicas}
+
+
+def _passing_gpus(settings: Settings, beside: Mapping[str, int]) -> int:
+    """GPUs that others than the variants `beside` may take beyond those that they keep."""
+    others = (one for name, one in gpu_holders(settings).items() if name not in beside)
+    return sum(one.max_replicas - one.min_replicas for one in others)
 
 
 def _comes_and_goes(name: str, settings: Settings) -> bool:
