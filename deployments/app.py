@@ -18,9 +18,9 @@ from .text_encoder import TextEncoder
 
 #: Beside those that are painted, one request waits in the replica, so that the GPU never waits for a photo.
 READY_PER_REPLICA = 1
-#: Audit cells in a replica: one that is painted, and one that waits to be, which is the demand that starts another
-#: replica. In slots of their own, they keep no request of the others from the replica.
-AUDITS_PER_REPLICA = 2
+#: A slot for an audit cell. `Seat.take_behind` refuses cells beyond it where jobs want the slots, so that one is free
+#: for a job that comes while cells are painted. In a burst a job may take the cell's: each slot more draws one more.
+AUDITS_PER_REPLICA = 1
 #: Times a cell is painted, unless more is asked for.
 PAINTINGS_PER_AUDIT: int = AuditRequest.model_fields["runs"].default
 #: What an ingress takes to stop, beside its grace, when the broker and the stores are down; seconds.
@@ -122,8 +122,8 @@ def _text_encoder(base: str, variant: Variant, settings: Settings) -> serve.Appl
 
 
 def _scaled(scaling: Scaling, *, num_gpus: int, at_once: int, audits: int) -> dict[str, Any]:
-    """Deployment options for autoscaling by `scaling`; a replica works on `at_once` requests, and has up to `audits`
-    audit cells in hand beside them."""
+    """Deployment options for autoscaling by `scaling`; a replica works on `at_once` requests, and has slots for so many
+    `audits` (their cells) beside them."""
     ongoing = at_once + READY_PER_REPLICA
     ahead = PAINTINGS_PER_AUDIT if audits else 0
     return {

@@ -141,6 +141,12 @@ async def nothing(progress: Progress) -> None:
     """An on_progress that nobody follows."""
 
 
+async def canceled(*tasks: "asyncio.Task[Painted] | asyncio.Task[Measured]") -> None:
+    for one in tasks:
+        one.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def cells_before(log: list[tuple[str, int]], job: int) -> set[int]:
     """The cells that were painted while the job waited for its turn."""
     waited = log[log.index(("arrived", job)) : log.index(("begun", job))]
@@ -169,12 +175,24 @@ async def test_a_job_is_taken_in_where_audit_cells_are_as_many_as_may_be(tmp_pat
     with pytest.raises(ReplicaTaken):
         await replica.measure(3)
     first, second = JOB_SEEDS[:2]
-    jobs = [asyncio.create_task(replica.paint(seed)) for seed in (first, second)]
-    await replica.logged(("arrived", first), ("arrived", second))
+    jobs = [asyncio.create_task(replica.paint(first))]
+    await replica.logged(("arrived", first))
     assert not any(one.done() for one in (*cells, *jobs))
-    # Stopped within a step, the cell leaves its place to a job.
+    # Stopped within a step, the cell leaves its place to a job, and its slot to another.
     cells[0].cancel()
+    jobs.append(asyncio.create_task(replica.paint(second)))
+    await replica.logged(("begun", first), ("arrived", second))
+    await canceled(*cells, *jobs)
+
+
+async def test_a_replica_that_paints_gives_no_cell_the_slot_of_the_next_job(tmp_path: Path) -> None:
+    replica = Replica("endless", tmp_path)
+    first, second = JOB_SEEDS[:2]
+    jobs = [asyncio.create_task(replica.paint(first))]
     await replica.logged(("begun", first))
-    for one in (*cells, *jobs):
-        one.cancel()
-    await asyncio.gather(*cells, *jobs, return_exceptions=True)
+    cells = [asyncio.create_task(replica.measure(seed)) for seed in (1, 2)]
+    (refused,), _ = await asyncio.wait(cells, return_when=asyncio.FIRST_COMPLETED)
+    assert isinstance(refused.exception(), ReplicaTaken)
+    jobs.append(asyncio.create_task(replica.paint(second)))
+    await replica.logged(("arrived", second))
+    await canceled(*cells, *jobs)

@@ -284,8 +284,8 @@ def test_a_variant_scales_as_its_settings_say() -> None:
     found = q8_0._deployment_config.autoscaling_config
     assert {name: getattr(found, name) for name in (*scaling, *down)} == {**scaling, **down}
     assert q8_0.ray_actor_options == {"num_cpus": 3.0, "num_gpus": 1}
-    # The next job's pixels are in the replica when the last one is done, also where two audit cells are.
-    assert q8_0.max_ongoing_requests == 2 + 2
+    # The next job's pixels are in the replica when the last one is done, also where an audit's cell is.
+    assert q8_0.max_ongoing_requests == 2 + 1
     # A minute for each of the two jobs, and for each painting of the cell before them.
     assert q8_0._deployment_config.graceful_shutdown_timeout_s == 60 * (2 + 2)
 
@@ -293,7 +293,7 @@ def test_a_variant_scales_as_its_settings_say() -> None:
 def test_a_replica_that_batches_has_a_batch_in_hand_and_one_request_more() -> None:
     settings = Settings(variants={"Q8_0": {"levers": {"max_batch": 4}, "max_replicas": 3}})
     parts = built(settings)
-    assert parts["Inpainter-Q8_0"].max_ongoing_requests == 5 + 2
+    assert parts["Inpainter-Q8_0"].max_ongoing_requests == 5 + 1
     assert parts["TextEncoder-FLUX.1-Fill-dev"].max_ongoing_requests == 2
     assert settings.in_flight() == 5 * 3 + 2
 

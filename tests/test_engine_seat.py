@@ -51,12 +51,11 @@ class Crowd:
 
 async def test_jobs_go_before_audit_cells_and_each_in_their_order() -> None:
     crowd = Crowd()
-    tasks = [await crowd.start("first")]
-    tasks += [await crowd.start(name, audits=2) for name in ("cell 1", "cell 2")]
+    tasks = [await crowd.start("first"), await crowd.start("cell", audits=1)]
     tasks += [await crowd.start(name) for name in ("second", "third")]
     crowd.leave.set()
     await asyncio.gather(*tasks)
-    assert crowd.given == ["first", "second", "third", "cell 1", "cell 2"]
+    assert crowd.given == ["first", "second", "third", "cell"]
     assert await crowd.all_places_are_free()
 
 
@@ -92,6 +91,23 @@ async def test_no_more_audit_cells_are_in_hand_than_may_be(most: int) -> None:
     crowd.leave.set()
     await asyncio.gather(*tasks)
     assert "instead" in crowd.given and await crowd.all_places_are_free()
+
+
+@pytest.mark.parametrize(
+    ("places", "jobs", "cells"),
+    [(1, 0, 2), (1, 1, 1), (1, 2, 1), (4, 0, 3), (4, 2, 3), (4, 3, 2), (4, 4, 1), (4, 5, 1)],
+)
+async def test_the_slot_that_the_next_job_comes_into_is_given_to_no_cell(places: int, jobs: int, cells: int) -> None:
+    crowd = Crowd(places)
+    tasks = [await crowd.start(f"job {number}") for number in range(jobs)]
+    tasks += [await crowd.start(f"cell {number}", audits=3) for number in range(cells)]
+    with pytest.raises(ReplicaTaken, match=f"^audit cells in hand here: {cells}$"):
+        await crowd.use("too many", 3)
+    # A replica has a slot for each place, one for the next job, and one for a cell.
+    assert jobs + cells <= places + 1 or jobs > places
+    crowd.leave.set()
+    await asyncio.gather(*tasks)
+    assert crowd.seat.jobs == 0 and await crowd.all_places_are_free()
 
 
 async def test_a_place_is_not_lost_with_whom_it_was_just_given_to() -> None:
@@ -136,7 +152,7 @@ class Restless(Crowd):
     async def visit(self, audits: int | None, turns: int) -> None:
         sitting = await (self.seat.take() if audits is None else self.seat.take_behind(audits))
         self.painting, self.audits_painting = self.painting + 1, self.audits_painting + sitting.is_audit
-        assert self.painting <= self.seat._count and self.audits_painting <= 1 and self.seat.audits <= 2
+        assert self.painting <= self.seat._at_once and self.audits_painting <= 1 and self.seat.audits <= 2
         try:
             for _ in range(turns):
                 await asyncio.sleep(0)

@@ -160,12 +160,12 @@ class Seat:
     one of them has one at a time: each would slow the other's timed steps."""
 
     def __init__(self, places: int = 1) -> None:
-        self._count, self._places = places, Places(places)
+        self._at_once, self._places = places, Places(places)
         self._audit_turn = asyncio.Lock()
         #: With what is to be undone when it leaves.
         self._sittings: dict[Sitting, ExitStack] = {}
-        #: Audit cells in hand: painted, or waiting to be.
-        self.audits = 0
+        #: In hand: painted, or waiting to be.
+        self.jobs = self.audits = 0
         #: One for each place: asyncio's own threads may be fewer.
         self.threads = ThreadPoolExecutor(places, thread_name_prefix="painting")
         self.usage = Usage()
@@ -182,17 +182,20 @@ class Seat:
 
     async def take(self) -> Sitting:
         with ExitStack() as undo:
+            self._count(jobs=1)
+            undo.callback(self._count, jobs=-1)
             await self._places.take()
             undo.callback(self._places.give_back)
             return self._sit(Sitting(), undo)
 
     async def take_behind(self, most: int) -> Sitting:
-        """For an audit cell. Raises ReplicaTaken, at once, where `most` of them are in hand already."""
-        if self.audits >= most:
+        """For an audit cell. Raises ReplicaTaken, at once, where as many of them are in hand as may be: up to `most`
+        of what jobs leave of the places and one beside them, and one whatever jobs there are."""
+        if self.audits >= min(most, max(1, self._at_once + 1 - self.jobs)):
             raise ReplicaTaken(f"audit cells in hand here: {self.audits}")
         with ExitStack() as undo:
-            self._count_audit(1)
-            undo.callback(self._count_audit, -1)
+            self._count(audits=1)
+            undo.callback(self._count, audits=-1)
             await self._audit_turn.acquire()
             undo.callback(self._audit_turn.release)
             await self._places.take(behind=True)
@@ -206,7 +209,7 @@ class Seat:
     async def emptied(self) -> AsyncIterator[None]:
         """When all jobs in hand have ended, and until this is left none begins. For one caller at a time."""
         with ExitStack() as undo:
-            for _ in range(self._count):
+            for _ in range(self._at_once):
                 await self._places.take()
                 undo.callback(self._places.give_back)
             yield
@@ -215,5 +218,5 @@ class Seat:
         self._sittings[sitting] = undo.pop_all()
         return sitting
 
-    def _count_audit(self, change: int) -> None:
-        self.audits += change
+    def _count(self, *, jobs: int = 0, audits: int = 0) -> None:
+        self.jobs, self.audits = self.jobs + jobs, self.audits + audits
