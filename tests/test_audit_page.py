@@ -236,6 +236,25 @@ def test_charts_have_a_mark_for_each_cell(browser: Browser, address: str) -> Non
         assert slow is not None and fast is not None and slow["x"] > fast["x"]
 
 
+@pytest.mark.parametrize("width", [360, 390])
+@pytest.mark.parametrize("worse", [0.4, 2e-3, 8e-5, 3e-6])
+def test_a_phone_shows_charts_to_the_last_digit(browser: Browser, tmp_path: Path, width: int, worse: float) -> None:
+    """However alike the pictures are: the more, the longer the numbers at the axis."""
+    results = audited.results()
+    for n, result in enumerate(results):
+        if result.compared and result.compared.ssim is not None:
+            nearer = result.compared.model_copy(update={"ssim": 1 - worse * (n + 1) / len(results)})
+            results[n] = result.model_copy(update={"compared": nearer})
+    with opened(browser, write(tmp_path / "report.html", audited.audit(), results), (width, 740)) as page:
+        for chart in page.locator(".chart > svg").all():
+            frame = chart.bounding_box()
+            assert frame is not None
+            for text in chart.locator("text").all():
+                box = text.bounding_box()
+                assert box is not None
+                assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
+
+
 def test_further_axes_are_further_sheets_and_hostile_words_stay_words(browser: Browser, tmp_path: Path) -> None:
     prompts = ("</script><script>alert(1)</script>", "two\n\nlines & \"quotes\" <img src=x onerror='alert(1)'>")
     matrix = Matrix(variants=("A" * 64, "b"), guidance_scales=(2.5,), steps=(4, 8), prompts=prompts)

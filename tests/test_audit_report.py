@@ -464,6 +464,30 @@ def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tup
     assert all(after.y <= before.y for before, after in pairwise(front))
 
 
+async def test_each_combination_of_further_axes_has_a_front_of_its_own() -> None:
+    matrix = Matrix(variants=("a", "b"), guidance_scales=(2.0,), steps=(4, 28), seeds=(0, 1))
+    request = AuditRequest(user_id="u", session_id="s", matrix=matrix)
+    results = audited.results(request)
+    names = tuple(result.name for result in results if result.cell.seed == 0)
+    drawn = chart.scatter(request, results, (), names)
+    assert drawn is not None
+    where = {mark.name: mark for mark in drawn.marks}
+    assert where["a_gs2_st4_seed1"].title.startswith("a, guidance 2, 4 steps, seed 1: ")
+    legs = re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", drawn.front)
+    pairs = [(where[f"a_gs2_st{steps}_seed0"], where[f"b_gs2_st{steps}_seed0"]) for steps in (4, 28)]
+    assert [tuple(map(float, leg)) for leg in legs] == [(a.x, a.y, b.x, b.y) for a, b in pairs]
+
+    choice = audited.audit(request).recommended
+    assert choice is not None
+    run = audited.audit(request, recommended=choice.model_copy(update={"pareto": names}))
+    report = await audited.published(run, results)
+    said = "Pareto front (no other cell of the same steps and seed is as fast and as near"
+    for name, listed in (("REPORT.md", [f"`{name}`" for name in names]), ("report.html", names)):
+        text = await report.read(run, name)
+        assert said in text
+        assert f": {', '.join(listed)}." in text
+
+
 def test_the_reference_is_in_the_scatter_as_its_own_equal() -> None:
     drawn = chart.scatter(REQUEST, audited.results(), (), ())
     assert drawn is not None

@@ -1,17 +1,22 @@
 """Where the marks of a report's charts go, in the pixels of an SVG; the page's template draws them."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from serve_app.audits import AuditRequest, CellResult, plain
+from serve_app.audits import AuditRequest, Cell, CellResult, plain
+
+from .sheets import title
 
 WIDTH = 480
 _LEFT, _RIGHT = 12, 468
 _ROW = 46
 #: Of the scatter.
 _TOP, _BOTTOM, _INNER_LEFT = 16, 252, 56
+#: Of a tick's text, at the size that narrow screens have.
+_CHAR = 9.5
 #: Colours and shapes that the page has; further variants take them again.
 STYLES = 6
 
@@ -33,7 +38,7 @@ class Mark:
     y: float
     style: int
     is_recommended: bool
-    #: Whether no other cell beats it in both.
+    #: Whether no other cell of its steps, seed, prompt and crop beats it in both.
     is_pareto: bool = False
 
 
@@ -72,7 +77,7 @@ class Scatter:
     marks: Sequence[Mark]
     #: Variant and style, in the request's order.
     legend: Sequence[tuple[str, int]]
-    #: Along the front, as an SVG path; empty where it has less than two cells.
+    #: An SVG path along the front of each combination of steps, seed, prompt and crop that has two cells; may be empty.
     front: str
     #: Of the least SSIM that the budget allows; None where that is outside.
     budget_y: float | None
@@ -89,7 +94,7 @@ def timings(request: AuditRequest, results: Sequence[CellResult], recommended: C
         own = [result for result in timed if result.cell.variant == variant]
         if own:
             y, middle = _ROW * len(lanes) + 34.0, median(map(_seconds, own))
-            marks = [_mark(r, x_of(_seconds(r)), y, style, recommended, f"{_seconds(r):.2f} s") for r in own]
+            marks = [_mark(request, r, x_of(_seconds(r)), y, style, recommended, f"{_seconds(r):.2f} s") for r in own]
             lanes.append(Lane(variant, style % STYLES, y, x_of(middle), middle, marks))
     return Timings(_ROW * len(lanes) + 36, _LEFT, _RIGHT, ticks, lanes)
 
@@ -102,10 +107,12 @@ def scatter(
     if len(found) < 2:
         return None
     seconds, heights = [_seconds(r) for r, _ in found], [ssim for _, ssim in found]
-    x_ticks, x_of = _axis(min(seconds), max(seconds), _INNER_LEFT, _RIGHT)
     y_ticks, y_of = _axis(min(heights), 1.0, _BOTTOM, _TOP)
+    left = max(_INNER_LEFT, round(_LEFT + _CHAR * max(len(tick.text) for tick in y_ticks)))
+    x_ticks, x_of = _axis(min(seconds), max(seconds), left, _RIGHT)
     marks = [
         _mark(
+            request,
             r,
             x_of(_seconds(r)),
             y_of(ssim),
@@ -119,7 +126,7 @@ def scatter(
     budget_y = y_of(request.budget.min_ssim)
     used = {r.cell.variant for r, _ in found}
     return Scatter(
-        left=_INNER_LEFT,
+        left=left,
         right=_RIGHT,
         top=_TOP,
         bottom=_BOTTOM,
@@ -127,7 +134,7 @@ def scatter(
         y_ticks=y_ticks,
         marks=marks,
         legend=[(name, i % STYLES) for i, name in enumerate(request.matrix.variants) if name in used],
-        front=_front([mark for mark in marks if mark.is_pareto]),
+        front=_fronts((r.cell, mark) for (r, _), mark in zip(found, marks, strict=True) if mark.is_pareto),
         budget_y=budget_y if _TOP <= budget_y <= _BOTTOM else None,
     )
 
@@ -144,10 +151,19 @@ def _seconds(result: CellResult) -> float:
 
 
 def _mark(
-    result: CellResult, x: float, y: float, style: int, recommended: Collection[str], said: str, pareto: bool = False
+    request: AuditRequest,
+    result: CellResult,
+    x: float,
+    y: float,
+    style: int,
+    recommended: Collection[str],
+    said: str,
+    pareto: bool = False,
 ) -> Mark:
-    title = f"{result.cell.variant}, guidance {plain(result.cell.guidance_scale)}: {said}"
-    return Mark(result.name, title, x, y, style % STYLES, result.name in recommended, pareto)
+    cell = result.cell
+    parts = (cell.variant, f"guidance {plain(cell.guidance_scale)}", title(request.matrix, cell))
+    words = f"{', '.join(filter(None, parts))}: {said}"
+    return Mark(result.name, words, x, y, style % STYLES, result.name in recommended, pareto)
 
 
 def _axis(low: float, high: float, start: float, end: float) -> tuple[Sequence[Tick], Callable[[float], float]]:
@@ -167,6 +183,13 @@ def _round_step(span: float) -> float:
     """1, 2 or 5 times a power of ten; about five of them make `span`."""
     power = 10.0 ** math.floor(math.log10(span / 5))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5 * (1 - 1e-9))
+
+
+def _fronts(cells: Iterable[tuple[Cell, Mark]]) -> str:
+    groups = defaultdict(list)
+    for cell, mark in cells:
+        groups[cell.steps, cell.seed, cell.prompt, cell.crop].append(mark)
+    return "".join(map(_front, groups.values()))
 
 
 def _front(marks: Sequence[Mark]) -> str:

@@ -25,7 +25,7 @@ from . import chart
 from .columns import NONE, axes, columns, gigabytes
 from .pictures import Pictures, show_all
 from .results import as_csv, as_json, document, joined
-from .sheets import is_recommended, shared, sheets
+from .sheets import is_recommended, several, shared, sheets
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def _said(
         "columns": columns(results),
         "sheets": sheets(request, results, choice),
         "shared": shared(request.matrix),
+        "several": several(request.matrix),
         "chosen": chosen,
         "unchosen": _unchosen(audit, results),
         "timings": chart.timings(request, results, chosen),

@@ -41,7 +41,7 @@ def sheets(request: AuditRequest, results: Sequence[CellResult], recommended: Re
             ]
             for variant in matrix.variants
         }
-        made.append(Sheet(_title(matrix, rows[matrix.variants[0]][0].cell), rows))
+        made.append(Sheet(title(matrix, rows[matrix.variants[0]][0].cell), rows))
     return made
 
 
@@ -60,8 +60,16 @@ def shared(matrix: Matrix) -> str:
     )
 
 
-def _title(matrix: Matrix, cell: Cell) -> str:
+def title(matrix: Matrix, cell: Cell) -> str:
+    """The cell's values of the further axes, those of several; empty where there are none."""
     return ", ".join(text for values, text in _further(matrix, cell) if len(values) > 1)
+
+
+def several(matrix: Matrix) -> str:
+    """The further axes of several values, by name: "steps and seed"; empty where there are none."""
+    axes = {"steps": matrix.steps, "seed": matrix.seeds, "prompt": matrix.prompts, "crop": matrix.crops}
+    names = [name for name, values in axes.items() if len(values) > 1]
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _further(matrix: Matrix, cell: Cell) -> Sequence[tuple[Sequence[object], str]]:
