@@ -83,7 +83,8 @@ class Audits:
         return await self._to_the_end(self._queued(lambda: self._store.create(request, run_id, several=several)))
 
     async def resume(self, run_id: str, user_id: str, session_id: str) -> Audit:
-        """As `start`, for what a run of this session lacks. Raises UnknownAudit for a run of another session, too."""
+        """As `start`, for what a run of this session lacks. A job of an earlier attempt that still goes is stopped
+        first. Raises UnknownAudit for a run of another session, too."""
         audit = await self._store.get(run_id)
         if (audit.request.user_id, audit.request.session_id) != (user_id, session_id):
             raise UnknownAudit(f"there is no run {run_id} of this session", run_id=run_id)
@@ -174,6 +175,7 @@ class Audits:
 
     async def _launch(self, audit: Audit) -> Audit:
         try:
+            await self._stop_earlier(audit)
             await self._launcher.launch(audit)
         except JobsUnavailable as e:
             # Kept, because Ray may have taken the job and not said so: an attempt that is over begins nothing.
@@ -185,6 +187,22 @@ class Audits:
         return audit
 
     # -- ending
+
+    async def _stop_earlier(self, audit: Audit) -> None:
+        """Jobs of earlier attempts that fell silent and yet go: they would paint beside the new one. One that does not
+        end in time writes nothing any more."""
+        for attempt in range(1, audit.attempt):
+            earlier = audit.model_copy(update={"attempt": attempt})
+            if await self._launcher.state(earlier) in _GOING:
+                await self._launcher.stop(earlier)
+                await self._until_ended(earlier)
+
+    async def _until_ended(self, audit: Audit) -> None:
+        """GRACE_S at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                while await self._launcher.state(audit) in _GOING:
+                    await asyncio.sleep(POLL_S)
 
     async def _job_state(self, audit: Audit) -> LaunchState | None:
         """None where it cannot be had."""
@@ -205,11 +223,8 @@ class Audits:
     async def _stop(self, audit: Audit) -> None:
         try:
             if not audit.status.is_over:
-                with suppress(TimeoutError):
-                    # For the job's end, not the run's: it writes its report after that.
-                    async with asyncio.timeout(GRACE_S):
-                        while await self._launcher.state(audit) in _GOING:
-                            await asyncio.sleep(POLL_S)
+                # For the job's end, not the run's: it writes its report after that.
+                await self._until_ended(audit)
             await self._launcher.stop(audit)
             await self._end(audit, AuditStatus.CANCELED, "it was canceled")
         except Unavailable as e:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -451,6 +452,45 @@ async def test_a_run_whose_job_was_killed_just_now_is_resumed_at_once(site: Site
     site.process.jobs.tasks[run_id].cancel()
     site.may_end.set()
     assert (await site.client.post("/audit", json=resume(run_id))).status_code == 200
+
+
+async def test_a_silent_job_is_stopped_before_its_run_goes_on(site: Site) -> None:
+    run_id = await site.started()
+    site.process.rig.clock.advance(ALIVE_S)
+    first = site.process.jobs.tasks[run_id]
+    stopped_first: list[bool] = []
+
+    async def work(audit: Audit) -> None:
+        stopped_first.append(first.cancelled())
+        site.may_end.set()
+        await site.job(audit)
+
+    site.process.jobs.work = work
+    response = await site.client.post("/audit", json=resume(run_id))
+    assert (response.status_code, response.json()["status"]) == (200, "succeeded")
+    assert stopped_first == [True]
+
+
+async def test_a_silent_job_that_does_not_stop_is_not_waited_for_for_ever(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_runs, "GRACE_S", 0.05)
+
+    async def deaf(audit: Audit) -> None:
+        await site.store.begin(audit.id, audit.attempt)
+        await site.store.update(audit.id, audit.attempt, painted)
+        while not site.may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await site.may_end.wait()
+
+    site.process.jobs.work = deaf
+    run_id = await site.started()
+    site.process.rig.clock.advance(ALIVE_S)
+    site.process.jobs.work = site.job
+    response = await site.client.post("/audit", json=resume(run_id), headers=ASYNC)
+    assert (response.status_code, response.json()["attempt"]) == (202, 2)
+    site.may_end.set()
+    await site.until(run_id, AuditStatus.SUCCEEDED)
 
 
 async def test_a_run_whose_job_was_killed_just_now_is_in_nobodys_way(site: Site) -> None:
