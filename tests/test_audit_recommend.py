@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.audit.recommend import TIE, pareto, recommend, visibility
 from serve_app.audits import AuditFault, AuditRequest, Cell, CellResult, Compared, Matrix, Recommendation
+from serve_app.messages import CropStrategy
 
 SIZES = {"small": 6.8, "middle": 8.3, "large": 12.7}
 REQUEST = AuditRequest(
@@ -248,6 +249,34 @@ def test_what_is_recommended_was_painted_and_said_in_sentences(of: list[CellResu
     if got:
         assert (got.variant, got.guidance_scale, got.steps) in {(c.variant, c.guidance_scale, c.steps) for c in cells}
         assert all(reason.endswith(".") for reason in got.reasons)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1.0, 1.5, 2.0]), st.sampled_from([0.2, 0.9, 1.0])), min_size=12, max_size=12)
+)
+def test_each_combination_has_a_front_of_its_own(measures: list[tuple[float, float]]) -> None:
+    """Fewer steps are always faster: they beat nothing."""
+    matrix = Matrix(variants=("small", "large"), guidance_scales=(2, 30), steps=(28, 8, 20))
+    request = REQUEST.model_copy(update={"matrix": matrix})
+    of = []
+    for cell, (wall_s, ssim) in zip(matrix.cells(), measures, strict=True):
+        of.append(painted(cell, {"ssim": ssim}, request=request, wall_s=wall_s + cell.steps))
+    alone = [pareto(request, [result for result in of if result.cell.steps == steps]) for steps in matrix.steps]
+    assert all(alone)
+    assert pareto(request, of) == tuple(name for front in alone for name in front)
+
+
+def test_each_of_the_further_axes_makes_a_combination() -> None:
+    matrix = Matrix(
+        variants=("small", "large"),
+        guidance_scales=(30,),
+        seeds=(1, 0),
+        prompts=("b", "a"),
+        crops=(CropStrategy.CROP, CropStrategy.AUTO),
+    )
+    request = REQUEST.model_copy(update={"matrix": matrix})
+    of = [painted(c, GOOD, request=request, wall_s=i + 1.0) for i, c in enumerate(matrix.cells())]
+    assert set(pareto(request, of)) == {result.name for result in of}
 
 
 @given(measured(), st.randoms())

@@ -6,15 +6,16 @@
    the nearest to the official one.
 3. Its steps, at that guidance scale: the fewest whose seam is about as invisible as that of any.
 
-Beside them the Pareto front of seconds and quality. What failed counts against nothing, and is named.
+Beside them the Pareto front of seconds and quality, within each combination of the further axes. What failed counts
+against nothing, and is named.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log2
 from statistics import fmean
 
-from serve_app.audits import AuditRequest, CellResult, QualityBudget, Recommendation, plain
+from serve_app.audits import AuditRequest, Cell, CellResult, QualityBudget, Recommendation, plain
 
 #: Of FLUX.1-Fill. Source: its model card.
 OFFICIAL_GUIDANCE = 30.0
@@ -67,20 +68,35 @@ def visibility(result: CellResult) -> float | None:
     return abs(log2(compared.seam_gradient_ratio)) + compared.seam_colour_shift / JUST_NOTICEABLE
 
 
+def combination(cell: Cell) -> tuple[int, str, str, int]:
+    """The axes that seconds and nearness depend on by themselves: fewer steps are always faster, and pictures are
+    compared at the same axes only. Cells of one combination differ by variant and guidance scale."""
+    return cell.steps, cell.crop, cell.prompt, cell.seed
+
+
 def pareto(request: AuditRequest, painted: Sequence[CellResult]) -> tuple[str, ...]:
-    """Names of the cells that no other beats, fastest first: no other is as fast and as near to the reference, and
-    faster or nearer. Nearness is SSIM, 1 for the reference; a cell without seconds or SSIM is not among them."""
-    points = sorted(
-        (result.wall_s, -quality, result.name)
-        for result in painted
-        if result.wall_s is not None and (quality := _quality(request, result)) is not None
-    )
-    front: list[tuple[float, float, str]] = []
-    for point in points:
+    """Names of the cells that no other of their combination beats: no other is as fast and as near to the reference,
+    and faster or nearer. Nearness is SSIM, 1 for the reference; a cell without seconds or SSIM is not among them.
+
+    Combination by combination in the matrix's order, fastest first within each.
+    """
+    points: dict[tuple[int, str, str, int], list[tuple[float, float, str]]] = {
+        combination(cell): [] for cell in request.matrix.cells()
+    }
+    for result in painted:
+        if point := _point(request, result):
+            points[combination(result.cell)].append((point[0], -point[1], result.name))
+    return tuple(name for of in points.values() for name in _front(sorted(of)))
+
+
+def _front(points: Sequence[tuple[float, float, str]]) -> Iterator[str]:
+    """Names of those that none beats. `points`: seconds, nearness below 0, name; sorted."""
+    best: tuple[float, float] | None = None
+    for seconds, nearness, name in points:
         # Sorted by seconds, so only what is nearer than all before it is not beaten; or its equal in both.
-        if not front or point[1] < front[-1][1] or point[:2] == front[-1][:2]:
-            front.append(point)
-    return tuple(name for _, _, name in front)
+        if best is None or nearness < best[1] or (seconds, nearness) == best:
+            best = seconds, nearness
+            yield name
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +193,11 @@ def _about_best(seen: Mapping[float, float]) -> list[float]:
     return [value for value, score in seen.items() if score <= least + TIE]
 
 
-def _quality(request: AuditRequest, result: CellResult) -> float | None:
-    if result.cell.variant == request.reference_variant:
-        return 1.0
-    return result.compared.ssim if result.compared else None
+def _point(request: AuditRequest, result: CellResult) -> tuple[float, float] | None:
+    """Seconds and nearness to the reference."""
+    is_reference = result.cell.variant == request.reference_variant
+    nearness = 1.0 if is_reference else result.compared.ssim if result.compared else None
+    return None if result.wall_s is None or nearness is None else (result.wall_s, nearness)
 
 
 def _failed(results: Sequence[CellResult]) -> str:
