@@ -244,6 +244,19 @@ async def test_the_report_says_what_compiling_and_memory_came_to() -> None:
         assert [cell.strip() for cell in peaks[3]] == ["Q8_0", "16.35", "17.35"]
 
 
+async def test_cells_whose_paintings_differ_are_named() -> None:
+    run, results = audited.audit(), audited.results()
+    told = {
+        name: await (await audited.published(run, results)).read(run, name) for name in ("REPORT.md", "report.html")
+    }
+    assert all("Not the same bytes" not in text for text in told.values())
+    for n in (4, 9):
+        results[n] = results[n].model_copy(update={"repeats": False})
+    report = await audited.published(run, results)
+    assert "Not the same bytes in each painting: `Q4_0_gs30`, `Q5_K_S_gs30`." in await report.read(run, "REPORT.md")
+    assert '<dd class="varying">Q4_0_gs30, Q5_K_S_gs30</dd>' in await report.read(run, "report.html")
+
+
 async def test_markdown_leaves_room_for_notes_and_states_the_rules() -> None:
     run = audited.audit()
     markdown = await (await audited.published(run, audited.results())).read(run, "REPORT.md")

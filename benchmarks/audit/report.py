@@ -107,6 +107,7 @@ def _said(
         "audit": audit,
         "request": request,
         "results": results,
+        "varying": [result.name for result in results if result.repeats is False],
         "failed": [result for result in results if result.status == "failed"],
         "gpu": audit.gpu or _among(result.gpu for result in results),
         "sm": audit.sm or _among(result.sm for result in results),
