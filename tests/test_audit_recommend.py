@@ -1,6 +1,6 @@
 """The rules of a recommendation, one by one, and what holds for all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 
 import pytest
@@ -107,13 +107,60 @@ def test_the_budget_holds_for_the_mean() -> None:
     assert "small (6.8 GB): SSIM 0.9533, PSNR 34.0 dB over 3 cells" in got.reasons[0]
 
 
-def test_failed_cells_count_against_nothing_and_are_named() -> None:
+def test_failed_cells_are_in_no_mean_and_are_named() -> None:
     of = results({"small": GOOD, "middle": GOOD}, FLAT)
     of[0] = failed(of[0].cell)
     got = recommended(of)
     assert got.variant == "small"
     assert "over 2 cells" in got.reasons[0]
-    assert "Failed, and counted against nothing: small_gs2 (out_of_memory)." in got.reasons
+    assert "Failed, and in no mean: small_gs2 (out_of_memory)." in got.reasons
+
+
+def but_for(of: list[CellResult], kept: Callable[[Cell], bool]) -> list[CellResult]:
+    return [result if kept(result.cell) else failed(result.cell) for result in of]
+
+
+@pytest.mark.parametrize(("left", "chosen"), [((2.0,), "large"), ((2.0, 10.0), "small")])
+def test_a_variant_of_which_less_than_half_is_left_is_not_judged_by_that(left: tuple[float, ...], chosen: str) -> None:
+    of = results({"small": GOOD, "middle": BAD}, FLAT)
+    got = recommended(but_for(of, lambda cell: cell.variant != "small" or cell.guidance_scale in left))
+    assert got.variant == chosen
+    told = "Not counted, because less than half of the cells were painted: small (1 of 3)."
+    assert (told in got.reasons) == (chosen == "large")
+
+
+def test_half_of_what_the_reference_has_is_enough() -> None:
+    left = {"small": (2.0,), "middle": (), "large": (2.0, 10.0)}
+    of = but_for(results({"small": GOOD}, FLAT), lambda cell: cell.guidance_scale in left[cell.variant])
+    assert recommended(of).variant == "small"
+
+
+def test_without_the_reference_one_cell_makes_no_largest() -> None:
+    left = {"small": (2.0, 10.0, 30.0), "middle": (2.0,), "large": ()}
+    got = recommended(but_for(results({}, FLAT), lambda cell: cell.guidance_scale in left[cell.variant]))
+    assert got.variant == "small"
+    assert any("middle (1 of 3)" in reason for reason in got.reasons)
+
+
+@pytest.mark.parametrize(("left", "chosen"), [((0,), 30), ((0, 1), 2)])
+def test_a_guidance_scale_of_which_less_than_half_is_left_is_not_chosen(left: tuple[int, ...], chosen: float) -> None:
+    matrix = Matrix(variants=("large",), guidance_scales=(2, 30), seeds=(0, 1, 2, 3))
+    request = REQUEST.model_copy(update={"matrix": matrix})
+    of = [painted(c, seam(0 if c.guidance_scale == 2 else 2), request=request) for c in matrix.cells()]
+    of = [r if r.cell.guidance_scale == 30 or r.cell.seed in left else failed(r.cell, request) for r in of]
+    got = recommended(of, request)
+    assert got.guidance_scale == chosen
+    assert any("guidance scale 2 (1 of 4)" in reason for reason in got.reasons) == (chosen == 30)
+
+
+def test_steps_of_which_less_than_half_is_left_are_not_chosen() -> None:
+    matrix = Matrix(variants=("large",), guidance_scales=(30,), steps=(8, 28), seeds=(0, 1, 2))
+    request = REQUEST.model_copy(update={"matrix": matrix})
+    of = [painted(cell, seam(1), request=request) for cell in matrix.cells()]
+    of = [r if r.cell.steps == 28 or r.cell.seed == 0 else failed(r.cell, request) for r in of]
+    got = recommended(of, request)
+    assert got.steps == 28
+    assert any("8 steps (1 of 3)" in reason for reason in got.reasons)
 
 
 def test_without_the_reference_the_largest_that_painted_is_chosen() -> None:
@@ -121,7 +168,7 @@ def test_without_the_reference_the_largest_that_painted_is_chosen() -> None:
     of = [failed(result.cell) if result.cell.variant == "large" else result for result in of]
     got = recommended(of)
     assert got.variant == "middle"
-    assert "The reference large did not" in got.reasons[0]
+    assert "The reference large painted none" in got.reasons[0]
     assert got.pareto == ()
 
 

@@ -6,10 +6,11 @@
    the nearest to the official one.
 3. Its steps, at that guidance scale: the fewest whose seam is about as invisible as that of any.
 
-Beside them the Pareto front of seconds and quality, within each combination of the further axes. What failed counts
-against nothing, and is named.
+Beside them the Pareto front of seconds and quality, within each combination of the further axes. What failed is
+in no mean, and is named; what has too few cells left is not judged by them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log2
@@ -42,11 +43,16 @@ def recommend(
     painted = [result for result in results if result.status == "succeeded"]
     if not painted:
         return None
-    variant, variant_reason = _variant(request, painted, sizes)
-    of_variant = [result for result in painted if result.cell.variant == variant]
+    of_reference = len(_of(painted, request.reference_variant))
+    judged, few_of_variants = _enough(painted, lambda result: result.cell.variant, of_reference)
+    variant, variant_reason = _variant(request, judged, sizes)
+    of_variant, few_of_guidance = _enough(_of(judged, variant), lambda result: f"guidance scale {_scale(result)}")
     guidance, guidance_reason = _guidance(of_variant)
-    steps, steps_reason = _steps([result for result in of_variant if result.cell.guidance_scale == guidance])
-    reasons = (variant_reason, guidance_reason, steps_reason, _failed(results), _changed_outside(painted), _LIMITS)
+    at_guidance = [result for result in of_variant if result.cell.guidance_scale == guidance]
+    of_steps, few_of_steps = _enough(at_guidance, lambda result: f"{result.cell.steps} steps")
+    steps, steps_reason = _steps(of_steps)
+    chosen = (variant_reason, few_of_variants, guidance_reason, few_of_guidance, steps_reason, few_of_steps)
+    reasons = (*chosen, _failed(results), _changed_outside(painted), _LIMITS)
     return Recommendation(
         variant=variant,
         guidance_scale=guidance,
@@ -111,6 +117,26 @@ class _Likeness:
         return f"SSIM {self.ssim:.4f}, PSNR {self.psnr_db:.1f} dB over {_counted(self.cells, 'cell')}"
 
 
+def _enough(
+    cells: Sequence[CellResult], name: Callable[[CellResult], str], full: int = 0
+) -> tuple[list[CellResult], str]:
+    """Those whose name has at least half as many cells as `full`, or, where that is 0, as the name that has the most;
+    and which have not. A mean over a few of the cells is one over others than the rest were judged by."""
+    counts = Counter(map(name, cells))
+    full = full or max(counts.values())
+    few = [f"{found} ({count} of {full})" for found, count in counts.items() if 2 * count < full]
+    reason = f"Not counted, because less than half of the cells were painted: {', '.join(few)}." if few else ""
+    return [result for result in cells if 2 * counts[name(result)] >= full], reason
+
+
+def _of(cells: Sequence[CellResult], variant: str) -> list[CellResult]:
+    return [result for result in cells if result.cell.variant == variant]
+
+
+def _scale(result: CellResult) -> str:
+    return plain(result.cell.guidance_scale)
+
+
 def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mapping[str, float]) -> tuple[str, str]:
     """The first rule's choice, and why."""
     reference, order = request.reference_variant, request.matrix.variants
@@ -119,8 +145,8 @@ def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mappin
     )
     if reference not in smallest_first:
         return smallest_first[-1], (
-            f"Variant {smallest_first[-1]}: the largest that painted. The reference {reference} did not, so no other "
-            "can be shown to be within the quality budget."
+            f"Variant {smallest_first[-1]}: the largest with enough cells. The reference {reference} painted none, so "
+            "no other can be shown to be within the quality budget."
         )
     found = {name: _likeness(painted, name) for name in smallest_first}
     chosen = next(name for name in smallest_first if name == reference or _is_within(request.budget, found[name]))
@@ -153,7 +179,7 @@ def _guidance(cells: Sequence[CellResult]) -> tuple[float, str]:
     """The second rule's choice among one variant's cells, and why."""
     values = sorted({result.cell.guidance_scale for result in cells})
     if len(values) == 1:
-        return values[0], f"Guidance scale {plain(values[0])}: the only one with a picture."
+        return values[0], f"Guidance scale {plain(values[0])}: the only one with enough pictures."
     seen = _by_value(cells, lambda result: result.cell.guidance_scale)
     chosen = min(_about_best(seen) or values, key=lambda value: (abs(value - OFFICIAL_GUIDANCE), value))
     official = f"the official {plain(OFFICIAL_GUIDANCE)}"
@@ -206,7 +232,7 @@ def _failed(results: Sequence[CellResult]) -> str:
         for result in results
         if result.status == "failed"
     ]
-    return f"Failed, and counted against nothing: {', '.join(failed)}." if failed else ""
+    return f"Failed, and in no mean: {', '.join(failed)}." if failed else ""
 
 
 def _changed_outside(painted: Sequence[CellResult]) -> str:
