@@ -382,6 +382,24 @@ async def test_a_session_without_its_pictures_is_not_found(site: Site, name: str
     assert await site.store.list() == []
 
 
+class AnHour:
+    """Links of a backend whose own last an hour at most."""
+
+    async def link(self, path: str, *, expires_s: int) -> str:
+        if expires_s > 3600:
+            raise ValueError(f"a link holds for 3600 s at most, not {expires_s}")
+        return f"https://store/{path}"
+
+
+async def test_links_longer_than_the_backend_allows_are_refused_before_anything_is_painted(site: Site) -> None:
+    site.process.audits._links = AnHour()
+    response = await site.post(link_hours=1.5, headers=ASYNC)
+    assert (response.status_code, problem_code(response)) == (422, "invalid_input")
+    assert "link_hours: a link holds for 3600 s at most" in response.json()["detail"]
+    assert await site.store.list() == []
+    assert (await site.post(link_hours=1, headers=ASYNC)).status_code == 202
+
+
 async def test_a_run_id_that_exists_is_refused(site: Site) -> None:
     site.may_end.set()
     await site.post(run_id="run-1")
