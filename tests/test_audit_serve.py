@@ -1,5 +1,6 @@
 """The audit's Ray job against the running app: what it leaves, what is killed in its middle, too few GPUs."""
 
+import argparse
 import asyncio
 import json
 import os
@@ -12,19 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from ray import serve
 from ray.job_submission import JobSubmissionClient
 
-from benchmarks.audit.arguments import RUN
+from benchmarks.audit import __main__ as audit_job
+from benchmarks.audit import app as audit_app
+from benchmarks.audit.arguments import APP as APP_NAME
+from benchmarks.audit.arguments import ATTEMPT, RUN, parse
+from benchmarks.audit.ray_compiler import RayCompiler
 from deployments.app import build
 from deployments.launcher import RayJobs
 from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditRequest, AuditStatus, folder
+from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix, folder
 from serve_app.edit import INPUTS, session_path
+from serve_app.errors import ReplicaLost
+from serve_app.ports import PaintRequest
 from serve_app.settings import Settings
 from serve_app.worker import utc_now
 
@@ -221,6 +229,75 @@ async def test_a_gpu_that_never_becomes_free_is_said_at_once(app: App, tmp_path:
     assert (audit.status, audit.error and audit.error.code) == (AuditStatus.FAILED, "audit_impossible")
     assert "keeper keeps 1" in str(audit.error)
     assert [info.path async for info in keeping.blobs.list("audit")] == ["audit/never/run.json"]
+
+
+async def test_gpus_that_can_still_be_had_are_waited_for_to_compile(app: App) -> None:
+    """What the run says of them counts for more than what the settings say."""
+    keeper = {"gpu-a": VARIANTS["gpu-a"], "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)}
+    settings = Settings(variants=keeper, audit={"settle_s": 60.0, "gpus": 1})
+    canvas = np.zeros((8, 8, 3), np.uint8)
+    request = PaintRequest(
+        job_id="job", canvas=canvas, mask=canvas[..., 0], windows=(), steps=1, guidance_scale=2.0, seed=0
+    )
+    kept = await RayCompiler(settings)("gpu-a", request)
+    assert kept.verdict == "not looked at: other variants keep every GPU (min_replicas)"
+    assert "not looked at" not in (await RayCompiler(settings, 2)("gpu-a", request)).verdict
+
+
+# -- jobs that cannot begin
+
+
+@pytest.fixture
+async def deaf(app: App) -> AsyncIterator[str]:
+    """The name of an app whose ingress takes calls and answers none."""
+
+    @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1})
+    class Deaf:
+        async def settings(self) -> None:
+            await asyncio.Event().wait()
+
+    await asyncio.to_thread(serve.run, Deaf.bind(), name="deaf", route_prefix="/deaf")
+    yield "deaf"
+    serve.delete("deaf")
+
+
+def launched(run_id: str, app: str) -> argparse.Namespace:
+    return parse([], {RUN: run_id, ATTEMPT: "1", APP_NAME: app})
+
+
+async def test_an_ingress_that_does_not_answer_is_not_waited_for_for_ever(
+    deaf: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_app, "ANSWER_S", 0.5)
+    with pytest.raises(ReplicaLost, match="no ingress of deaf said within"):
+        await audit_job._audit(launched("run", deaf))
+
+
+async def test_a_job_is_stopped_before_it_knows_the_apps_settings(deaf: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    working = asyncio.create_task(audit_job._audit(launched("run", deaf)))
+    await asyncio.sleep(0)
+    # Otherwise the signal ends the tests.
+    assert signal.getsignal(signal.SIGTERM) is not before
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(asyncio.CancelledError):
+        await working
+
+
+async def test_a_run_whose_job_cannot_begin_has_failed(audited: Audited, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, settings: Settings) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(audit_job, "RayReplicas", broken)
+    matrix = Matrix(variants=("telea",), guidance_scales=(1.0,))
+    await audited.store.create(AuditRequest(user_id="u", session_id="s", matrix=matrix), "broken")
+    with pytest.raises(ZeroDivisionError):
+        await audit_job._audit(launched("broken", APP))
+    audit = await audited.store.get("broken")
+    assert (audit.status, audit.error and audit.error.message) == (AuditStatus.FAILED, "ZeroDivisionError: by zero")
+
+
+# -- other stores
 
 
 async def test_a_job_works_on_firebase_storage(app: App, tmp_path: Path, firebase_port: int) -> None:

@@ -11,22 +11,27 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 import ray
 from rich.console import Console
 
 from serve_app import adapters
 from serve_app.audit_store import AuditStore
-from serve_app.audits import PAGE, Audit, AuditStatus, folder
+from serve_app.audits import PAGE, Audit, AuditRequest, AuditStatus, folder
 from serve_app.errors import FluxFillError, JobsUnavailable
+from serve_app.ports import BlobStore
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 from serve_app.worker import utc_now
 
 from . import app, arguments
+from .outage import waited_out
 from .queued import queued
 from .ray_compiler import RayCompiler
 from .ray_replicas import RayReplicas
+from .record import fault
 from .run import Auditor
 
 out = Console(highlight=False, soft_wrap=True)
@@ -43,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
     except FluxFillError as e:
         err.print(f"{e.code}: {e.message}", markup=False)
         return 1
+    except asyncio.CancelledError:
+        err.print("stopped before the run began")
+        return 1
     _tell(audit)
     return 0 if audit.status == AuditStatus.SUCCEEDED else 1
 
@@ -57,30 +65,46 @@ def _connect() -> None:
 
 
 async def _audit(given: argparse.Namespace) -> Audit:
+    loop, this = asyncio.get_running_loop(), asyncio.current_task()
+    assert this is not None
+    # After ray.init, which takes this signal to end the process at once.
+    loop.add_signal_handler(signal.SIGTERM, this.cancel)
     name = app.find(given.app)
     settings = await app.settings(name)
     blobs = adapters.blob_store(settings.blobs)
     store = AuditStore(blobs, utc_now)
-    run_id, attempt = given.launched or await _new(given, store, settings)
-    auditor = Auditor(
+    audit, attempt = await _run_of(given, store, settings)
+    try:
+        auditor = _auditor(name, audit.request, settings, store, blobs)
+    except Exception as e:
+        with suppress(FluxFillError):
+            await store.finish(audit.id, attempt, AuditStatus.FAILED, fault(e))
+        raise
+    loop.add_signal_handler(signal.SIGTERM, auditor.cancel)
+    return await auditor.run(audit.id, attempt)
+
+
+def _auditor(name: str, request: AuditRequest, settings: Settings, store: AuditStore, blobs: BlobStore) -> Auditor:
+    return Auditor(
         store=store,
         blobs=blobs,
         links=adapters.blob_links(settings),
         replicas=RayReplicas(name, settings),
         prompts=app.prompts(name, settings, blobs),
         settings=settings,
-        compiler=RayCompiler(settings),
+        compiler=RayCompiler(settings, request.gpus),
         clock=utc_now,
     )
-    # After ray.init, which takes this signal to end the process at once.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, auditor.cancel)
-    return await auditor.run(run_id, attempt)
 
 
-async def _new(given: argparse.Namespace, store: AuditStore, settings: Settings) -> tuple[str, int]:
+async def _run_of(given: argparse.Namespace, store: AuditStore, settings: Settings) -> tuple[Audit, int]:
+    """The stored run, and which of its attempts this job is."""
+    if given.launched:
+        run_id, attempt = given.launched
+        return await waited_out(partial(store.get, run_id)), attempt
     audit = await queued(given, store, settings, utc_now, out.print)
     out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
-    return audit.id, audit.attempt
+    return audit, audit.attempt
 
 
 def _tell(audit: Audit) -> None:

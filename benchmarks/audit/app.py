@@ -1,11 +1,13 @@
 """The app that runs in the Ray this process is connected to: its name, its settings, its text encoders."""
 
+import asyncio
+
 from ray import serve
 
 from deployments.app import text_encoder_name
 from deployments.remote import RemotePrompts, typed_errors
 from serve_app.engine.prompts import PromptCache
-from serve_app.errors import AuditError
+from serve_app.errors import AuditError, ReplicaLost
 from serve_app.ports import BlobStore
 from serve_app.settings import Settings
 
@@ -28,10 +30,14 @@ def find(name: str | None = None) -> str:
 
 
 async def settings(app: str) -> Settings:
-    """Those it runs with, whatever its config file says by now. Raises ReplicaLost."""
-    with typed_errors(f"the ingress of {app}"):
-        answer: Settings = await serve.get_deployment_handle("Ingress", app).settings.remote()
-    return answer
+    """Those it runs with, whatever its config file says by now. Raises ReplicaLost, within ANSWER_S."""
+    try:
+        with typed_errors(f"the ingress of {app}"):
+            async with asyncio.timeout(ANSWER_S):
+                answer: Settings = await serve.get_deployment_handle("Ingress", app).settings.remote()
+                return answer
+    except TimeoutError as e:
+        raise ReplicaLost(f"no ingress of {app} said within {ANSWER_S:g} s what its settings are") from e
 
 
 def prompts(app: str, settings: Settings, blobs: BlobStore) -> RemotePrompts:

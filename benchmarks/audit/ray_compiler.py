@@ -21,8 +21,10 @@ from .waves import kept_gpus
 class RayCompiler:
     """Called with a served variant's name and a request of the matrix."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, gpus: int | None = None) -> None:
+        """`gpus`: those that the cluster can have, where it can have more than now; None: `audit.gpus`, if that."""
         self._settings = settings
+        self._gpus = settings.audit.gpus if gpus is None else gpus
 
     async def __call__(self, name: str, request: PaintRequest) -> CompileVerdict:
         """Waits `audit.settle_s` at most for what a replica of the variant would take: the variant's own replicas may
@@ -48,7 +50,7 @@ class RayCompiler:
 
     async def _are_kept(self) -> bool:
         there: float = (await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0)
-        return sum(kept_gpus(self._settings).values()) >= max(there, self._settings.audit.gpus or 0)
+        return sum(kept_gpus(self._settings).values()) >= max(there, self._gpus or 0)
 
     def _start(self, name: str, request: PaintRequest, group: PlacementGroup) -> Any:
         needs = self._needs(name)
