@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -223,6 +224,67 @@ def test_one_number_of_steps_is_no_choice_and_gets_no_reason() -> None:
     got = recommended(results({"small": GOOD}, FLAT))
     assert got.steps == 28
     assert not any("steps:" in reason for reason in got.reasons)
+
+
+def timed(seconds: Mapping[str, float], likeness: Mapping[str, Figures], **axes: Any) -> Recommendation:
+    """Of a matrix with one guidance scale, the variants' cells all alike."""
+    request = REQUEST.model_copy(update={"matrix": Matrix(variants=tuple(seconds), guidance_scales=(30,), **axes)})
+    cells = request.matrix.cells()
+    of = [painted(c, likeness.get(c.variant, {}), request=request, wall_s=seconds[c.variant]) for c in cells]
+    return recommended(of, request)
+
+
+def test_a_choice_that_saves_memory_only_is_said_to() -> None:
+    got = timed({"small": 50.0, "middle": 60.0, "large": 40.0}, {"small": GOOD, "middle": GOOD})
+    assert got.variant == "small" and "small_gs30" not in got.pareto
+    assert got.reasons[-2] == (
+        "large is faster (40 s against 50 s) and nearer to the reference (SSIM 1.0000 against 0.9700): "
+        "all that small can save is memory."
+    )
+
+
+def test_all_that_beat_the_choice_are_named() -> None:
+    got = timed({"small": 50.0, "middle": 50.0, "large": 40.0}, {"small": GOOD, "middle": GOOD | {"ssim": 0.98}})
+    assert got.variant == "small"
+    assert "middle is as fast (50 s against 50 s) and nearer" in got.reasons[-2]
+    assert "; large is faster" in got.reasons[-2]
+    equal = timed({"small": 50.0, "large": 40.0}, {"small": {"ssim": 1.0, "psnr_db": 100.0}})
+    assert "large is faster (40 s against 50 s) and as near to the reference" in equal.reasons[-2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "likeness", "chosen"),
+    [
+        ({"small": 30.0, "middle": 40.0, "large": 40.0}, {"small": GOOD, "middle": GOOD}, "small"),
+        ({"small": 50.0, "middle": 40.0, "large": 60.0}, {"small": GOOD, "middle": BAD}, "small"),
+        ({"small": 40.0, "middle": 40.0, "large": 60.0}, {"small": GOOD, "middle": GOOD}, "small"),
+        ({"small": 10.0, "middle": 10.0, "large": 60.0}, {"small": BAD, "middle": BAD}, "large"),
+        ({"small": 50.0, "middle": 40.0, "large": 60.0}, {"small": GOOD}, "small"),
+    ],
+)
+def test_a_choice_that_no_larger_variant_beats_in_both_needs_no_excuse(
+    seconds: Mapping[str, float], likeness: Mapping[str, Figures], chosen: str
+) -> None:
+    got = timed(seconds, likeness)
+    assert got.variant == chosen
+    assert not any("can save" in reason for reason in got.reasons)
+
+
+def test_only_the_settings_that_are_chosen_count_against_the_choice() -> None:
+    """Of other guidance scales nothing is said, and a cell that the other has not is left out of both means."""
+    of = results({"small": GOOD}, {2.0: 3.0, 10.0: 3.0, 30.0: 0.0})
+    slow = {"small_gs30": 9.0, "large_gs30": 10.0, "small_gs2": 50.0}
+    of = [result.model_copy(update={"wall_s": slow.get(result.name, 1.0)}) for result in of]
+    got = recommended(of)
+    assert (got.variant, got.guidance_scale) == ("small", 30)
+    assert not any("can save" in reason for reason in got.reasons)
+    seeds = Matrix(variants=("small", "large"), guidance_scales=(30,), seeds=(0, 1))
+    request = REQUEST.model_copy(update={"matrix": seeds})
+    cells = {(c.variant, c.seed): c for c in seeds.cells()}
+    times = {("small", 0): 50.0, ("large", 0): 40.0, ("large", 1): 90.0}
+    some = [painted(cells[at], GOOD, request=request, wall_s=wall_s) for at, wall_s in times.items()]
+    got = recommended([*some, failed(cells["small", 1], request)], request)
+    assert any("large is faster (40 s against 50 s)" in reason for reason in got.reasons)
 
 
 def test_a_changed_photo_is_called_a_defect() -> None:

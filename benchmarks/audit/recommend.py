@@ -52,7 +52,9 @@ def recommend(
     of_steps, few_of_steps = _enough(at_guidance, lambda result: f"{result.cell.steps} steps")
     steps, steps_reason = _steps(of_steps)
     chosen = (variant_reason, few_of_variants, guidance_reason, few_of_guidance, steps_reason, few_of_steps)
-    reasons = (*chosen, _failed(results), _changed_outside(painted), _LIMITS)
+    alike = [r for r in judged if (r.cell.guidance_scale, r.cell.steps) == (guidance, steps)]
+    beaten = _beaten(request, alike, variant, _smallest_first(request, judged, sizes))
+    reasons = (*chosen, beaten, _failed(results), _changed_outside(painted), _LIMITS)
     return Recommendation(
         variant=variant,
         guidance_scale=guidance,
@@ -139,10 +141,7 @@ def _scale(result: CellResult) -> str:
 
 def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mapping[str, float]) -> tuple[str, str]:
     """The first rule's choice, and why."""
-    reference, order = request.reference_variant, request.matrix.variants
-    smallest_first = sorted(
-        {result.cell.variant for result in painted}, key=lambda name: (sizes.get(name, inf), order.index(name))
-    )
+    reference, smallest_first = request.reference_variant, _smallest_first(request, painted, sizes)
     if reference not in smallest_first:
         return smallest_first[-1], (
             f"Variant {smallest_first[-1]}: the largest with enough cells. The reference {reference} painted none, so "
@@ -158,6 +157,13 @@ def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mappin
         f"Variant {chosen}: the smallest within the quality budget, SSIM at least {request.budget.min_ssim:g} and PSNR "
         f"at least {request.budget.min_psnr_db:g} dB against {reference} inside the mask, means over its cells. "
         f"{'; '.join(figures)}."
+    )
+
+
+def _smallest_first(request: AuditRequest, painted: Sequence[CellResult], sizes: Mapping[str, float]) -> Sequence[str]:
+    order = request.matrix.variants
+    return sorted(
+        {result.cell.variant for result in painted}, key=lambda name: (sizes.get(name, inf), order.index(name))
     )
 
 
@@ -203,6 +209,36 @@ def _steps(cells: Sequence[CellResult]) -> tuple[int, str]:
     if not seen:
         return chosen, f"{chosen} steps: the fewest; no seam was measured."
     return chosen, f"{chosen} steps: the fewest whose seam is within {TIE:g} of the least visible: {_listed(seen)}."
+
+
+def _beaten(request: AuditRequest, alike: Sequence[CellResult], chosen: str, smallest_first: Sequence[str]) -> str:
+    """By which larger variants, where there are such, in seconds and nearness both. `alike`: the cells at the chosen
+    guidance scale and steps. In the mean over the combinations that both painted."""
+    points: dict[str, dict[tuple[int, str, str, int], tuple[float, float]]] = {name: {} for name in smallest_first}
+    for result in alike:
+        if point := _point(request, result):
+            points[result.cell.variant][combination(result.cell)] = point
+    said = []
+    for name in smallest_first[smallest_first.index(chosen) + 1 :]:
+        if shared := sorted(points[chosen].keys() & points[name].keys()):
+            ours, theirs = (_mean([points[of][at] for at in shared]) for of in (chosen, name))
+            if theirs != ours and theirs[0] <= ours[0] and theirs[1] >= ours[1]:
+                said.append(_better(name, theirs, ours))
+    return f"{'; '.join(said)}: all that {chosen} can save is memory." if said else ""
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    seconds, nearness = zip(*points, strict=True)
+    return fmean(seconds), fmean(nearness)
+
+
+def _better(name: str, theirs: tuple[float, float], ours: tuple[float, float]) -> str:
+    speed = "faster" if theirs[0] < ours[0] else "as fast"
+    likeness = "nearer" if theirs[1] > ours[1] else "as near"
+    return (
+        f"{name} is {speed} ({theirs[0]:.4g} s against {ours[0]:.4g} s) and {likeness} to the reference (SSIM "
+        f"{theirs[1]:.4f} against {ours[1]:.4f})"
+    )
 
 
 def _by_value(cells: Sequence[CellResult], value: Callable[[CellResult], float]) -> dict[float, float]:
