@@ -89,20 +89,24 @@ def apply(results: Mapping[str, Any], config: Path) -> Applied:
 
 
 def drift(config: Config, running: Mapping[str, Any]) -> list[str]:
-    """What the running app has otherwise than the file, a sentence each, by the body of its `GET /ready`. That names
-    the default variant and those that are served; of steps and guidance scale it knows nothing."""
+    """What the running app has otherwise than the file, a sentence each, by the body of its `GET /ready`."""
     try:
         app = Readiness.model_validate(running)
     except ValidationError:
         return [f"what answers at {config.url}/ready is not this app"]
-    default, named = config.inference.variant, config.settings.variants
+    named = config.settings.variants
     found = [f"{name} is in the file, and not served" for name in named if name not in app.variants]
     found += [f"{name} is served, and not in the file" for name in app.variants if name not in named]
-    if app.default_variant != default:
-        found.append(f"the default variant is {default} in the file, and {app.default_variant} in the app")
+    ours = config.inference.model_dump(mode="json")
+    found += [f"{key} is {ours[key]} in the file, and {app.defaults[key]} in the app" for key in _shared(ours, app)]
     if app.defaults_error:
         found.append(f"the app refused its last defaults: {app.defaults_error}")
     return found
+
+
+def _shared(ours: Mapping[str, Any], app: Readiness) -> list[str]:
+    """Defaults that both know, and that differ."""
+    return [key for key, value in app.defaults.items() if key in ours and value != ours[key]]
 
 
 def _choice(results: Mapping[str, Any]) -> _Choice:

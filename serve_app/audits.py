@@ -265,7 +265,8 @@ class CompileVerdict(_Frozen):
     """torch.compile against eager, for one variant."""
 
     variant: str
-    viable: bool
+    #: None where it was not looked at.
+    viable: bool | None
     #: "proceed", or what is in the way, in a sentence.
     verdict: str
     graphs: int | None = None
@@ -334,7 +335,8 @@ class Audit(_Frozen):
     @property
     def compile_viable(self) -> bool | None:
         """None while it has not been looked at."""
-        return any(verdict.viable for verdict in self.compile) if self.compile else None
+        found = [verdict.viable for verdict in self.compile if verdict.viable is not None]
+        return any(found) if found else None
 
     @property
     def result_count(self) -> int:

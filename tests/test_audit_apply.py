@@ -206,7 +206,9 @@ def running(**changes: Any) -> dict[str, Any]:
     """The body of GET /ready of the app that REPOSITORY describes."""
     names = ("telea", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0")
     states = {name: {"state": "scaled_to_zero", "error": ""} for name in names}
-    return {"ready": True, "default_variant": "telea", "variants": states, "messages": {}, **changes}
+    defaults = {"variant": "telea", "steps": 28, "guidance_scale": 30.0, "crop_strategy": "auto"}
+    body = {"ready": True, "default_variant": "telea", "defaults": defaults, "variants": states, "messages": {}}
+    return {**body, **changes}
 
 
 def test_an_app_that_runs_what_the_file_says_has_no_drift() -> None:
@@ -215,12 +217,15 @@ def test_an_app_that_runs_what_the_file_says_has_no_drift() -> None:
 
 def test_drift_names_what_the_app_has_otherwise() -> None:
     states = {"telea": {"state": "ready"}, "Q8_0": {"state": "ready"}}
-    assert drift(load(REPOSITORY), running(default_variant="Q8_0", variants=states, defaults_error="steps: wrong")) == [
+    defaults = {"variant": "Q8_0", "steps": 28, "guidance_scale": 10.0, "crop_strategy": "auto"}
+    changes = {"variants": states, "defaults": defaults, "defaults_error": "steps: wrong"}
+    assert drift(load(REPOSITORY), running(**changes)) == [
         "tiny-Q4_0 is in the file, and not served",
         "tiny-Q5_K_S is in the file, and not served",
         "tiny-Q8_0 is in the file, and not served",
         "Q8_0 is served, and not in the file",
-        "the default variant is telea in the file, and Q8_0 in the app",
+        "variant is telea in the file, and Q8_0 in the app",
+        "guidance_scale is 30.0 in the file, and 10.0 in the app",
         "the app refused its last defaults: steps: wrong",
     ]
 

@@ -242,5 +242,6 @@ async def test_a_verdict_that_raises_says_so() -> None:
 
     rig.auditor._compiler = fails
     audit = await rig.run()
-    assert [(one.viable, one.verdict) for one in audit.compile] == [(False, "not looked at: no compiler here")]
+    assert [(one.viable, one.verdict) for one in audit.compile] == [(None, "not looked at: no compiler here")]
+    assert audit.compile_viable is None
     assert audit.status == AuditStatus.SUCCEEDED

@@ -298,7 +298,7 @@ async def test_a_resume_paints_what_failed_again() -> None:
 async def test_a_resume_looks_at_torch_compile_again_where_it_was_not_measured() -> None:
     name = "tiny-Q4_0"
     rig = AuditRig(variants={name: {}}, engines={name: [Scripted()]})
-    busy = CompileVerdict(variant=name, viable=False, verdict="not looked at: no GPU was free")
+    busy = CompileVerdict(variant=name, viable=None, verdict="not looked at: no GPU was free")
     measured = CompileVerdict(variant=name, viable=True, verdict="proceed", eager_s=2.0)
     looked: list[CompileVerdict] = []
 

@@ -17,6 +17,9 @@ from serve_app.settings import Settings
 from .compiling import verdict
 from .waves import kept_gpus
 
+#: The report waits for it, and production perhaps for its GPU. FLUX.1's blocks compile in minutes.
+LIMIT_S = 1800.0
+
 
 class RayCompiler:
     """Called with a served variant's name and a request of the matrix."""
@@ -38,10 +41,13 @@ class RayCompiler:
                 what = " and ".join(f"{amount:g} {resource}" for resource, amount in needs.items())
                 return _not_looked_at(name, f"{what} did not become free within {wait_s:g} s")
             try:
-                found: CompileVerdict = await self._start(name, request, group)
+                async with asyncio.timeout(LIMIT_S):
+                    found: CompileVerdict = await self._start(name, request, group)
+            except TimeoutError:
+                return _not_looked_at(name, f"it had not ended after {LIMIT_S:g} s")
             except RayError as e:
                 why = str(e).strip().rpartition("\n")[2]
-                return CompileVerdict(variant=name, viable=False, verdict=f"its process ended: {why}")
+                return _not_looked_at(name, f"its process ended: {why}")
             return found
 
     def _needs(self, name: str) -> dict[str, float]:
@@ -65,7 +71,7 @@ class RayCompiler:
 
 
 def _not_looked_at(name: str, why: str) -> CompileVerdict:
-    return CompileVerdict(variant=name, viable=False, verdict=f"not looked at: {why}")
+    return CompileVerdict(variant=name, viable=None, verdict=f"not looked at: {why}")
 
 
 @asynccontextmanager

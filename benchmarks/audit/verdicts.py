@@ -82,18 +82,14 @@ class Verdicts:
     async def compile(self, compiler: Compiler) -> None:
         """After the matrix, so that no timing is touched. Verdicts of an earlier attempt are kept, but for those that
         measured nothing where there is something to measure: what was in the way then may be gone."""
-        self._record.change(compile=tuple(filter(self._holds, self._record.audit.compile)))
-        known = {verdict.variant for verdict in self._record.audit.compile}
+        kept = tuple(verdict for verdict in self._record.audit.compile if _holds(verdict, self._settings))
+        self._record.change(compile=kept)
+        known = {verdict.variant for verdict in kept}
         for name in _to_compile(self._request, self._record.audit.recommended):
             if name not in known:
                 self._record.stage(f"looking at torch.compile for {name}")
                 verdict = await self._verdict(compiler, name)
                 self._record.change(compile=(*self._record.audit.compile, verdict))
-
-    def _holds(self, verdict: CompileVerdict) -> bool:
-        is_served = verdict.variant in self._settings.variants
-        has_nothing = is_served and self._settings.variant(verdict.variant).family != "flux-fill"
-        return verdict.eager_s is not None or has_nothing
 
     async def _lpips(self, cache: Path) -> lpips.Lpips | None:
         try:
@@ -152,7 +148,7 @@ class Verdicts:
         except Exception as e:
             extra = {"action": "audit_compile_failed", "variant": name}
             log.exception("torch.compile could not be looked at for %s: %s", name, e, extra=extra)
-            return CompileVerdict(variant=name, viable=False, verdict=f"not looked at: {fault(e).message}")
+            return CompileVerdict(variant=name, viable=None, verdict=f"not looked at: {fault(e).message}")
 
     def _sizes(self) -> dict[str, float]:
         """GB of each variant's weights: of its file where all are known, else what is resident while serving."""
@@ -176,6 +172,13 @@ def _file_gb(name: str, settings: Settings, locked: Lock) -> float | None:
     folder = settings.weights.cache / f"tiny-{tiny.FORMAT}" if is_tiny else Path()
     path = folder / variant.file.removeprefix(TINY)
     return path.stat().st_size / 1e9 if path.is_file() else None
+
+
+def _holds(verdict: CompileVerdict, settings: Settings) -> bool:
+    """Whether a resumed run takes it over."""
+    is_served = verdict.variant in settings.variants
+    has_nothing = is_served and settings.variant(verdict.variant).family != "flux-fill"
+    return verdict.eager_s is not None or has_nothing
 
 
 def _to_compile(request: AuditRequest, recommended: Recommendation | None) -> tuple[str, ...]:
