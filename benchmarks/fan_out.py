@@ -83,7 +83,7 @@ async def _painted(config: Settings, count: int) -> float:
         return (await replicas.counts())[VARIANT].running
 
     await up()
-    async with fan_out(replicas, Wave(wanted={VARIANT: count})) as fan:
+    async with fan_out(replicas, Wave(wanted={VARIANT: count}), config.audit) as fan:
         await fan.measure(VARIANT, _request(), _ignore, trials=1)
         started_s = time.monotonic()
         await asyncio.gather(*(fan.measure(VARIANT, _request(), _ignore, trials=1) for _ in range(CELLS)))

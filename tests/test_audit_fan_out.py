@@ -11,7 +11,7 @@ from benchmarks.audit.waves import Wave
 from serve_app.audits import AuditStatus
 from serve_app.engine.pause import Pause
 from serve_app.jobs import Progress
-from serve_app.settings import VariantSettings
+from serve_app.settings import AuditSettings, VariantSettings
 from serve_app.variants import Variant
 
 from .audit_rig import AuditRig, LocalReplicas, scripted, until
@@ -109,7 +109,40 @@ async def test_where_more_replicas_could_be_started_no_more_is_asked_for(growing
     async def count(progress: Progress) -> None:
         in_hand.append(replicas.in_hand("a"))
 
-    async with fan_out(replicas, wave) as fan:
+    async with fan_out(replicas, wave, AuditSettings()) as fan:
         await asyncio.gather(*(fan.measure("a", request(job_id=f"run/{n}"), count, trials=1) for n in range(9)))
     assert max(in_hand) == most
     assert len(replicas.begun) == 9
+
+
+async def test_a_variant_of_which_no_replica_runs_is_given_up_and_no_other() -> None:
+    """Also where one cell is asked for at a time."""
+    rig = AuditRig(variants=scripted("a", "b"), audit={"settle_s": 1.0, "max_in_flight": 1})
+    measure, asked = rig.replicas.measure, []
+
+    async def queued(variant: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(variant)
+        return await (asyncio.Event().wait() if variant == "b" else measure(variant, *args, **kwargs))
+
+    rig.replicas.measure = queued  # type: ignore[method-assign]  # Serve's queue
+    audit = await rig.run(matrix=cells(3))
+    assert audit.status == AuditStatus.INCOMPLETE
+    errors = {name: cell.error and (cell.error.code, cell.error.message) for name, cell in audit.cells.items()}
+    why = "no replica of b has run for 1 s: something else has the GPU, or none starts"
+    assert errors == {name: None if name[0] == "a" else ("audit_impossible", why) for name in errors}
+    assert "b" in asked
+
+
+async def test_a_cell_waits_longer_for_a_replica_that_runs() -> None:
+    rig = up(1, settle_s=0.05)
+    held = Held()
+    (engine,) = rig.engines["a"]
+    assert isinstance(engine, Scripted)
+    engine.on_paint = held
+    running = asyncio.create_task(rig.run(matrix=cells(2)))
+    await until(lambda: len(rig.replicas.asked) == 2)
+    clock = asyncio.get_running_loop().time
+    limit_s = clock() + 2 * rig.settings.audit.settle_s
+    await until(lambda: clock() > limit_s)
+    held.let_go.set()
+    assert (await running).status == AuditStatus.SUCCEEDED

@@ -8,7 +8,6 @@ from rich.console import Console
 from serve_app.audits import Cell, CellProgress, CellResult
 from serve_app.errors import AuditImpossible
 from serve_app.jobs import Progress
-from serve_app.settings import Settings
 
 from .fan_out import FanOut, fan_out
 from .painting import Easel
@@ -39,7 +38,7 @@ class MatrixPainter:
             if wave.waits and (error := await self._freed(after, wave)):
                 await self._give_up(waves[number:], error)
                 return
-            await self._paint_wave(wave, self._easel.settings)
+            await self._paint_wave(wave)
             after = ", ".join(wave.wanted)
 
     async def _freed(self, after: str, wave: Wave) -> AuditImpossible | None:
@@ -52,10 +51,10 @@ class MatrixPainter:
         if stage != self._record.audit.stage:
             self._record.stage(stage)
 
-    async def _paint_wave(self, wave: Wave, settings: Settings) -> None:
+    async def _paint_wave(self, wave: Wave) -> None:
         self._record.stage(f"painting with {', '.join(wave.wanted)}")
         async with (
-            fan_out(self._replicas, wave, settings.audit.max_in_flight) as fan,
+            fan_out(self._replicas, wave, self._easel.settings.audit) as fan,
             # No cell raises what is its own: what ends the group ends the run.
             asyncio.TaskGroup() as group,
         ):
