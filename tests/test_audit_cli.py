@@ -536,11 +536,12 @@ def answering(port: int, body: bytes) -> Iterator[None]:
 def test_an_app_that_is_not_as_the_file_says_is_told_apart(bench: Bench) -> None:
     stored(bench, "one")
     port = load(bench.config).port
-    other = Readiness(ready=True, default_variant="gone", variants={"gone": VariantReadiness(state="ready")})
+    states = {"gone": VariantReadiness(state="ready")}
+    other = Readiness(ready=True, default_variant="gone", defaults={"variant": "gone"}, variants=states)
     with answering(port, other.model_dump_json().encode()):
         ended = bench.fluxfill("audit", "apply", "one", bench.config)
     assert ended.status == 0
-    assert "the default variant is telea in the file, and gone in the app" in ended.err
+    assert "variant is telea in the file, and gone in the app" in ended.err
     with answering(port, b"<!doctype html>"):
         assert bench.fluxfill("audit", "apply", "one", bench.config).status == 0
 
