@@ -245,6 +245,7 @@ class CellResult(_Frozen):
     #: Of packages, and of the weights' repositories.
     versions: Mapping[str, str] = {}
     revisions: Mapping[str, str] = {}
+    #: When an engine first began with it, and when it was stored.
     started_at: datetime | None = None
     finished_at: datetime | None = None
     image_path: str | None = None

@@ -43,6 +43,16 @@ async def test_a_run_paints_every_cell_and_writes_its_report() -> None:
     assert [verdict.variant for verdict in audit.compile] == [audit.recommended.variant]
 
 
+async def test_a_cell_starts_when_an_engine_begins_with_it() -> None:
+    rig = AuditRig(variants=scripted("a"))
+    rig.scripted["a"][0].on_step = lambda step: rig.clock.advance(1)
+    await rig.run()
+    one, other = sorted((await rig.cells()).values(), key=lambda cell: str(cell.started_at))
+    assert one.started_at is not None and one.finished_at is not None and other.started_at is not None
+    assert other.started_at > one.started_at
+    assert (one.finished_at - one.started_at).total_seconds() >= 4
+
+
 async def test_outside_the_mask_a_picture_is_the_photo() -> None:
     rig = AuditRig()
     rig.scripted["a"][0].fill = 255

@@ -30,7 +30,7 @@ def succeeded(
     settings: Settings,
     locked: Lock,
     image_path: str,
-    started_at: datetime,
+    started_at: datetime | None,
     finished_at: datetime,
 ) -> CellResult:
     """The cell's record; figures that cannot be had are None."""

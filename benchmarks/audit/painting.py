@@ -5,6 +5,7 @@ import asyncio
 import io
 import logging
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 
 from PIL import Image
@@ -16,6 +17,7 @@ from serve_app.edit import begun_within
 from serve_app.engine.lock import Lock
 from serve_app.errors import FluxFillError, GpuLost, ReplicaLost, StaleClaim, UnknownAudit, VariantNotReady
 from serve_app.images import Pixels
+from serve_app.jobs import Progress
 from serve_app.ports import Clock, Measured, OnProgress
 from serve_app.settings import Settings
 
@@ -55,9 +57,15 @@ class Easel:
     async def paint(self, fan: FanOut, name: str, cell: Cell, on_progress: OnProgress) -> CellResult:
         """The cell's result, stored after its picture. One that cannot be painted or stored is a failed result.
         Raises StaleClaim and UnknownAudit: the run is this job's no longer."""
-        started_at = self.clock()
+        began: list[datetime] = []
+
+        async def on_step(progress: Progress) -> None:
+            # The first report comes when the engine begins.
+            began[:] = began or [self.clock()]
+            await on_progress(progress)
+
         try:
-            measured = await self._measured(fan, name, cell, on_progress)
+            measured = await self._measured(fan, name, cell, on_step)
             png = await asyncio.to_thread(self._png, measured.canvas, cell)
             path = await waited_out(partial(self.store.keep_image, self.run_id, self.attempt, name, png), self.keep_s)
             result = figures.succeeded(
@@ -68,7 +76,7 @@ class Easel:
                 settings=self.settings,
                 locked=self.locked,
                 image_path=path,
-                started_at=started_at,
+                started_at=began[0] if began else None,
                 finished_at=self.clock(),
             )
             await waited_out(partial(self.store.keep_cell, self.run_id, self.attempt, result), self.keep_s)
