@@ -37,10 +37,12 @@ _EMBEDDINGS_BYTES = 512 * 4096 * 2
 _START_S = 300
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Replicas -> share, in the Ray that this process is connected to. Prints a table."""
-    seconds = {replicas: _seconds(replicas, folder) for replicas in REPLICAS}
-    table = Table("replicas", "ideal s", "measured s", "share", title=f"{CELLS} cells of {PAUSE_S:g} s", box=None)
+def measure(folder: Path, canvas_px: int) -> dict[str, float]:
+    """Replicas -> share, in the Ray that this process is connected to, with canvases of `canvas_px` a side. Prints a
+    table."""
+    seconds = {replicas: _seconds(replicas, folder, canvas_px) for replicas in REPLICAS}
+    title = f"{CELLS} cells of {PAUSE_S:g} s, canvas {canvas_px}x{canvas_px}"
+    table = Table("replicas", "ideal s", "measured s", "share", title=title, box=None)
     shares = {}
     for replicas, measured_s in seconds.items():
         ideal_s = math.ceil(CELLS / replicas) * PAUSE_S
@@ -50,11 +52,11 @@ def measure(folder: Path) -> dict[str, float]:
     return shares
 
 
-def _seconds(replicas: int, folder: Path) -> float:
+def _seconds(replicas: int, folder: Path, canvas_px: int) -> float:
     config = _settings(replicas, folder)
     serve.run(build(config), name=APP)
     try:
-        return asyncio.run(_painted(config, replicas))
+        return asyncio.run(_painted(config, replicas, canvas_px))
     finally:
         serve.delete(APP)
 
@@ -74,7 +76,7 @@ def _settings(replicas: int, folder: Path) -> Settings:
     )
 
 
-async def _painted(config: Settings, count: int) -> float:
+async def _painted(config: Settings, count: int, canvas_px: int) -> float:
     """Seconds that the cells took."""
     replicas = RayReplicas(APP, config)
 
@@ -84,19 +86,19 @@ async def _painted(config: Settings, count: int) -> float:
 
     await up()
     async with fan_out(replicas, Wave(wanted={VARIANT: count}), config.audit) as fan:
-        await fan.measure(VARIANT, _request(), _ignore, trials=1)
+        await fan.measure(VARIANT, _request(canvas_px), _ignore, trials=1)
         started_s = time.monotonic()
-        await asyncio.gather(*(fan.measure(VARIANT, _request(), _ignore, trials=1) for _ in range(CELLS)))
+        await asyncio.gather(*(fan.measure(VARIANT, _request(canvas_px), _ignore, trials=1) for _ in range(CELLS)))
         return time.monotonic() - started_s
 
 
-def _request() -> PaintRequest:
-    """Of one small window: what a replica does beside painting is not what is measured here."""
+def _request(side_px: int) -> PaintRequest:
+    """Of one window. The canvas goes to the replica and back, as in an audit: the larger, the longer that takes."""
     return PaintRequest(
         job_id="fan-out",
-        canvas=np.zeros((256, 256, 3), np.uint8),
-        mask=np.full((256, 256), 255, np.uint8),
-        windows=[Box(x0=0, y0=0, x1=256, y1=256)],
+        canvas=np.zeros((side_px, side_px, 3), np.uint8),
+        mask=np.full((side_px, side_px), 255, np.uint8),
+        windows=[Box(x0=0, y0=0, x1=side_px, y1=side_px)],
         steps=28,
         guidance_scale=30.0,
         seed=0,

@@ -7,7 +7,7 @@ for the next photo to be downloaded, decoded and cut. The asleep share counts th
 it that a painting replica does as well.
 
     python -m benchmarks.serving [--sessions 60] [--out FILE]
-    python -m benchmarks.serving --audit [--out FILE]
+    python -m benchmarks.serving --audit [--canvas 256|1024] [--out FILE]
 
 With `--audit` it measures instead how busy an audit's job keeps several replicas: see `benchmarks.fan_out`.
 
@@ -152,10 +152,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=60)
     parser.add_argument("--audit", action="store_true", help="measure the audit's fan-out instead")
+    parser.add_argument("--canvas", type=int, choices=(256, 1024), default=256, help="its canvas' side, in pixels")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
     args = parser.parse_args()
     with own_ray() as folder:
-        found = audit(folder) if args.audit else serving(folder, args.sessions)
+        found = audit(folder, args.canvas) if args.audit else serving(folder, args.sessions)
     if args.out:
         args.out.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
@@ -191,11 +192,12 @@ def serving(folder: Path, sessions: int) -> dict[str, Any]:
     return {**shares, **context(results, sessions)}
 
 
-def audit(folder: Path) -> dict[str, Any]:
+def audit(folder: Path, canvas_px: int) -> dict[str, Any]:
     from . import fan_out
 
-    shares = {replicas: round(share, 4) for replicas, share in fan_out.measure(folder).items()}
-    return {"fan_out": shares, "cells": fan_out.CELLS, "pause_s": fan_out.PAUSE_S, **machine(("ray",))}
+    shares = {replicas: round(share, 4) for replicas, share in fan_out.measure(folder, canvas_px).items()}
+    figures = {"fan_out": shares, "cells": fan_out.CELLS, "pause_s": fan_out.PAUSE_S, "canvas_px": canvas_px}
+    return {**figures, **machine(("ray",))}
 
 
 def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]:
