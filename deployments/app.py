@@ -18,7 +18,7 @@ from .text_encoder import TextEncoder
 
 #: Beside those that are painted, one request waits in the replica, so that the GPU never waits for a photo.
 READY_PER_REPLICA = 1
-#: A slot for an audit cell. `Seat.take_behind` refuses cells beyond it where jobs want the slots, so that one is free
+#: A slot for an audit cell. `Seat.audited` refuses cells beyond it where jobs want the slots, so that one is free
 #: for a job that comes while cells are painted. In a burst a job may take the cell's: each slot more draws one more.
 AUDITS_PER_REPLICA = 1
 #: Times a cell is painted, unless more is asked for.
@@ -130,8 +130,8 @@ def _scaled(scaling: Scaling, *, num_gpus: int, at_once: int, audits: int) -> di
         "max_ongoing_requests": ongoing + audits,
         # Three failures in a row, and a replica whose GPU is lost or whose engine hangs is replaced.
         "health_check_period_s": 2,
-        # Scaling down lets the usual paintings end: those in hand, of 38 s each on an L4, and before them those of the
-        # cell that had begun; an audit paints again what is killed. A hung engine keeps its GPU for as long.
+        # Scaling down lets the usual paintings end: those in hand, of 38 s each on an L4, and those of the cell that
+        # had begun; an audit paints again what is killed. A hung engine keeps its GPU for as long.
         "graceful_shutdown_timeout_s": 60 * (ongoing + ahead),
         # While every replica is full the router asks again after a wait that doubles; by default up to 0.5 s, for
         # which a replica can stand idle.

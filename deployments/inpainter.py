@@ -114,10 +114,12 @@ class Inpainter:
         self, request: PaintRequest, trials: int, places: int
     ) -> AsyncGenerator[Progress | Measured | ReplicaTaken, None]:
         """As `paint`, for an audit's cell: painted `trials` times, 1 or more, behind all paintings; at last the one
-        Measured. Its times and steps are in no metric and in no usage: they are no user's.
+        Measured. Its times and steps are in no metric and in no usage: they are no user's. Where whoever asks is killed
+        the cell goes on to its end: Serve notices no caller's death.
 
-        Where `places` cells are in hand here already, the one answer, at once, is ReplicaTaken. It is not raised: that
-        is nothing out of the ordinary, and Serve would log it with its traceback each time.
+        Where as many cells are in hand here as may be (`Seat.audited`), `places` at most, the one answer, at once, is
+        ReplicaTaken. It is not raised: that is nothing out of the ordinary, and Serve would log it with its traceback
+        each time.
         """
         engine = self._loading.value
         cell = measuring(engine, request, self._seat, trials, places, self._out_of_memory)
@@ -162,7 +164,8 @@ class Inpainter:
         RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
         self._loading.check_health()
         self._check(self._seat.stopping_since, self._work.stuck_s, "was told to stop")
-        # A worker that died tells nobody to stop. Each painting of an audit's cell may take as long.
+        # A worker that died tells nobody to stop. An audit's cell has each painting's own beginning, and each window's
+        # where jobs came between.
         self._check(self._seat.taken_since, self._work.inference_timeout_s + self._work.stuck_s, "began to paint")
 
     def _check(self, since: float | None, limit_s: float, what: str) -> None:

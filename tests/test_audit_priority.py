@@ -147,13 +147,13 @@ async def canceled(*tasks: "asyncio.Task[Painted] | asyncio.Task[Measured]") -> 
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def cells_before(log: list[tuple[str, int]], job: int) -> set[int]:
-    """The cells that were painted while the job waited for its turn."""
+def paintings_before(log: list[tuple[str, int]], job: int) -> list[int]:
+    """Of cells, by their seeds, that ended while the job waited for its turn."""
     waited = log[log.index(("arrived", job)) : log.index(("begun", job))]
-    return {seed for what, seed in waited if what == "ended" and seed not in JOB_SEEDS}
+    return [seed for what, seed in waited if what == "ended" and seed not in JOB_SEEDS]
 
 
-async def test_a_job_begins_after_one_audit_cell_at_most(tmp_path: Path) -> None:
+async def test_a_job_begins_after_one_painting_of_a_cell_at_most(tmp_path: Path) -> None:
     replica = Replica("quick", tmp_path)
     async with replica.audited():
         await replica.logged(("begun", 3))
@@ -164,7 +164,7 @@ async def test_a_job_begins_after_one_audit_cell_at_most(tmp_path: Path) -> None
         log = replica.log.read()
         # The audit goes on behind them.
         await replica.logged(("ended", max(seed for what, seed in log if seed not in JOB_SEEDS) + 2))
-    waits = [cells_before(log, job) for job in JOB_SEEDS[:8]]
+    waits = [paintings_before(log, job) for job in JOB_SEEDS[:8]]
     assert max(map(len, waits)) == 1, log
 
 

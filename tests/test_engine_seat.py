@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -38,11 +38,12 @@ class Crowd:
 
     @asynccontextmanager
     async def _seated(self, audits: int | None) -> AsyncIterator[None]:
-        sitting = await (self.seat.take() if audits is None else self.seat.take_behind(audits))
-        try:
+        async with AsyncExitStack() as stack:
+            if audits is not None:
+                await stack.enter_async_context(self.seat.audited(audits))
+            sitting = await (self.seat.take() if audits is None else self.seat.take_behind())
+            stack.callback(self.seat.leave, sitting)
             yield
-        finally:
-            self.seat.leave(sitting)
 
     async def all_places_are_free(self) -> bool:
         async with asyncio.timeout(10), self.seat.emptied():
@@ -150,15 +151,15 @@ class Restless(Crowd):
     """Jobs and cells that stay for some turns of the event loop. Those that hold places are watched."""
 
     async def visit(self, audits: int | None, turns: int) -> None:
-        sitting = await (self.seat.take() if audits is None else self.seat.take_behind(audits))
-        self.painting, self.audits_painting = self.painting + 1, self.audits_painting + sitting.is_audit
-        assert self.painting <= self.seat._at_once and self.audits_painting <= 1 and self.seat.audits <= 2
-        try:
-            for _ in range(turns):
-                await asyncio.sleep(0)
-        finally:
-            self.painting, self.audits_painting = self.painting - 1, self.audits_painting - sitting.is_audit
-            self.seat.leave(sitting)
+        is_audit = audits is not None
+        async with self._seated(audits):
+            self.painting, self.audits_painting = self.painting + 1, self.audits_painting + is_audit
+            assert self.painting <= self.seat._at_once and self.audits_painting <= 1 and self.seat.audits <= 2
+            try:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            finally:
+                self.painting, self.audits_painting = self.painting - 1, self.audits_painting - is_audit
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,6 +1,7 @@
 """What an audit's cell is measured to take: on engines that work by a clock of the test's own, and on the real one."""
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -9,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.engine import Window
-from serve_app.engine.canvas import paint_canvas, painting
+from serve_app.engine import Engine, Window
+from serve_app.engine.canvas import nobody_counts, paint_canvas, painting
 from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
 from serve_app.engine.seat import Seat
 from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.together import Together
-from serve_app.engine.trials import STAGES, measure, measuring, split
-from serve_app.errors import OutOfMemory
+from serve_app.engine.trials import STAGES, measuring, split
+from serve_app.errors import OutOfMemory, ReplicaTaken
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
 from serve_app.ports import Measured, PaintRequest
@@ -33,6 +34,7 @@ from .engine_fixtures import SIDE, flux_fill, request
 
 LEFT, RIGHT = Box(x0=0, y0=0, x1=80, y1=SIDE), Box(x0=48, y0=0, x1=SIDE, y1=SIDE)
 CORNER = Box(x0=0, y0=0, x1=16, y1=16)
+QUICK = Variant(family="pause", pause_s=0)
 
 
 def stages(*seconds: float) -> dict[str, float]:
@@ -68,6 +70,24 @@ def test_stages_are_never_negative_and_add_up(moments: list[int]) -> None:
 # -- trials by the clock
 
 
+def events(
+    engine: Engine, request: PaintRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
+) -> list[Any]:
+    """All that a cell at a seat of its own tells."""
+
+    async def run() -> list[Any]:
+        return await all_of(measuring(engine, request, Seat(), trials, 1, on_out_of_memory))
+
+    return asyncio.run(run())
+
+
+def measure(
+    engine: Engine, request: PaintRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
+) -> Measured:
+    measured: Measured = events(engine, request, trials, on_out_of_memory)[-1]
+    return measured
+
+
 class Clockwork(Pause):
     """Takes 3 s to prepare a window, 2 s for a step, 1 s to decode, and 50 s more the first time; its device is at work
     for the steps. Says that it is a GPU of which every window takes more memory than the last."""
@@ -99,29 +119,21 @@ class Clockwork(Pause):
 
 
 def test_each_trial_has_its_own_times_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    told, begun = list[Progress](), list[int]()
-    engine = Clockwork(monkeypatch)
-    measured = measure(
-        engine,
-        request(windows=[LEFT, RIGHT, CORNER], steps=4),
-        3,
-        told.append,
-        on_trial=lambda: begun.append(engine.painted),
-    )
+    *told, measured = events(Clockwork(monkeypatch), request(windows=[LEFT, RIGHT, CORNER], steps=4), 3)
     assert [one.wall_s for one in measured.trials] == [74.0, 24.0, 24.0]
     assert [one.gpu_ms for one in measured.trials] == [16_000.0] * 3
     assert [one.stages for one in measured.trials] == [stages(56, 16, 2), stages(6, 16, 2), stages(6, 16, 2)]
     assert [(one.peak_bytes, one.reserved_bytes) for one in measured.trials] == [(200, 400), (400, 800), (600, 1200)]
-    assert [progress.step for progress in told] == [*range(9), *range(8, 17), *range(16, 25)]
+    # The newest only, where the reader is slow.
+    assert told == sorted(told, key=lambda progress: progress.step) and told[-1] == Progress(step=24, steps=24)
     assert {progress.steps for progress in told} == {24}
-    assert begun == [0, 2, 4]
     # Nothing of the corner is to be painted.
     assert measured.windows == [LEFT, RIGHT]
     assert measured.repeats and measured.where["compute_capability"] == "N/A"
 
 
 def test_one_trial_is_a_measurement_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = measure(Clockwork(monkeypatch), request(steps=4), 1, lambda progress: None)
+    measured = measure(Clockwork(monkeypatch), request(steps=4), 1)
     assert [one.wall_s for one in measured.trials] == [62.0] and measured.repeats
 
 
@@ -133,7 +145,7 @@ def test_a_window_begun_again_for_want_of_memory_counts_in_full(monkeypatch: pyt
             raise OutOfMemory("no memory left")
 
     engine.script = fail_once
-    measured = measure(engine, request(steps=4), 2, lambda p: None, lambda: counted.append("once"))
+    measured = measure(engine, request(steps=4), 2, lambda: counted.append("once"))
     assert counted == ["once"]
     assert measured.trials[1].wall_s == 3 + 2 * 2 + 12
     assert measured.trials[1].stages == stages(3, 8, 1)
@@ -148,7 +160,7 @@ def test_pictures_that_differ_do_not_repeat() -> None:
             return np.full_like(window.pixels, min(self.painted, 2))
 
     engine = Drifting(Variant(family="pause"), None, VariantSettings())
-    measured = measure(engine, request(), 3, lambda progress: None)
+    measured = measure(engine, request(), 3)
     assert not measured.repeats
     # The last one's, which is like the one before it.
     assert np.array_equal(measured.canvas, paint_canvas(engine, request(), lambda progress: None).canvas)
@@ -156,8 +168,7 @@ def test_pictures_that_differ_do_not_repeat() -> None:
 
 def test_without_a_gpu_and_without_steps_nothing_is_invented() -> None:
     engine = Telea(Variant(family="telea"), None, VariantSettings())
-    told: list[Progress] = []
-    measured = measure(engine, request(windows=[LEFT, RIGHT], steps=5), 2, told.append)
+    *told, measured = events(engine, request(windows=[LEFT, RIGHT], steps=5), 2)
     for one in measured.trials:
         assert one.gpu_ms is one.peak_bytes is one.reserved_bytes is None
         assert one.stages["prepare_s"] == 0 and 0 < one.stages["denoise_s"] <= one.wall_s
@@ -168,7 +179,7 @@ def test_the_real_pipeline_is_measured_and_repeats(tiny: TinyWeights, embeddings
     engine = flux_fill(tiny)
     engine.load()
     given = request(embeddings=embeddings, steps=3)
-    measured = measure(engine, given, 2, lambda progress: None)
+    measured = measure(engine, given, 2)
     engine.close()
     assert measured.repeats and len(measured.trials) == 2
     for one in measured.trials:
@@ -230,9 +241,105 @@ async def test_paintings_go_between_the_cells_and_only_they_are_usage() -> None:
     await until(lambda: len(seat._places._ahead) == 2)
     engine.let_go.set()
     told = await asyncio.gather(*cells, *jobs)
-    assert engine.begun == [1, 1, 8, 9, 2, 2]
+    # One painting more of the first cell, whose second one is the first after the jobs.
+    assert engine.begun == [1, 8, 9, 1, 1, 2, 2]
     assert [isinstance(events[-1], Measured) for events in told] == [True, True, False, False]
     assert seat.usage.as_dict()["jobs"] == 2
+
+
+class Crowded(Stopped):
+    """While it paints for a cell a job comes each time, up to so many. Peaks are the cell's paintings so far."""
+
+    def __init__(self, jobs: int) -> None:
+        super().__init__()
+        self.let_go.set()
+        self.seat, self.jobs, self._left = Seat(), list[asyncio.Task[list[Any]]](), jobs
+        self._loop = asyncio.get_running_loop()
+
+    def paint(self, window: Window) -> Pixels:
+        if window.seed == 1 and self._left:
+            self._left -= 1
+            asyncio.run_coroutine_threadsafe(self._come(), self._loop).result(30)
+        return super().paint(window)
+
+    async def _come(self) -> None:
+        self.jobs.append(task_of(painting(self, request(seed=8), self.seat)))
+        await until(lambda: bool(self.seat._places._ahead))
+
+    def peak_memory(self) -> tuple[int, int]:  # type: ignore[override]  # Pause has none.
+        return self.begun.count(1), 0
+
+
+@pytest.mark.parametrize(
+    ("jobs", "order", "counted"),
+    [(0, [1, 1, 1], [1, 2, 3]), (1, [1, 8, 1, 1, 1], [1, 3, 4]), (9, [1, 8, 1, 8, 1, 8, 1, 8], [1, 3, 4])],
+)
+async def test_a_job_waits_for_one_painting_of_a_cell_and_the_next_one_is_painted_once_more(
+    jobs: int, order: list[int], counted: list[int]
+) -> None:
+    engine = Crowded(jobs)
+    told = await all_of(measuring(engine, request(seed=1), engine.seat, 3, 1))
+    await asyncio.gather(*engine.jobs)
+    assert engine.begun == order
+    assert [one.peak_bytes for one in told[-1].trials] == counted and told[-1].repeats
+    steps = [one.step for one in told[:-1]]
+    assert steps == sorted(steps) and told[-2] == Progress(step=6, steps=6)
+
+
+async def test_a_cell_that_waits_for_its_next_painting_is_in_hand_until_it_is_canceled() -> None:
+    job_goes_on, seat = threading.Event(), Seat()
+
+    class Gated(Stopped):
+        def paint(self, window: Window) -> Pixels:
+            if window.seed == 8:
+                self.begun.append(8)
+                assert job_goes_on.wait(30)
+                return window.pixels
+            return super().paint(window)
+
+    engine = Gated()
+    cell = task_of(measuring(engine, request(seed=1), seat, 3, 2))
+    await until(engine.entered.is_set)
+    job = task_of(painting(engine, request(seed=8), seat))
+    await until(lambda: bool(seat._places._ahead))
+    engine.let_go.set()
+    await until(lambda: engine.begun == [1, 8] and bool(seat._places._behind))
+    assert seat.audits == 1 and not cell.done()
+    with pytest.raises(ReplicaTaken):
+        await all_of(measuring(engine, request(seed=2), seat, 1, 2))
+    cell.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cell
+    assert seat.audits == 0
+    job_goes_on.set()
+    await job
+    assert engine.begun == [1, 8] and await is_empty(seat)
+
+
+async def is_empty(seat: Seat) -> bool:
+    async with asyncio.timeout(10), seat.emptied():
+        return not (seat.audits or seat.jobs or seat._sittings or seat._audit_turn.locked())
+
+
+@settings(max_examples=40, deadline=None)
+@given(places=st.integers(1, 2), seed=st.integers(0, 2**32))
+def test_nothing_leaks_whoever_is_canceled_whenever(places: int, seed: int) -> None:
+    async def run() -> None:
+        chance, seat, engine = random.Random(seed), Seat(places), Pause(QUICK, None, VariantSettings())
+        tasks = list[asyncio.Task[list[Any]]]()
+        for _ in range(12):
+            is_cell = chance.random() < 0.5
+            events = measuring(engine, request(), seat, 3, 2) if is_cell else painting(engine, request(), seat)
+            tasks.append(task_of(events))
+            for _ in range(chance.randrange(12)):
+                await asyncio.sleep(0)
+            if chance.random() < 0.6:
+                chance.choice(tasks).cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, (list, asyncio.CancelledError, ReplicaTaken))
+        assert await is_empty(seat)
+
+    asyncio.run(run())
 
 
 async def test_each_painting_of_a_cell_has_begun_by_itself() -> None:

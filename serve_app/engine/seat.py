@@ -85,11 +85,6 @@ class Sitting:
         if self.is_audit:
             self.begun_at = None
 
-    def begin_another(self) -> None:
-        """For the thread: a painting of several begins, and from now on it is this one that has begun."""
-        if self.begun_at is not None:
-            self.begun_at = time.monotonic()
-
     def check(self) -> None:
         """For the thread. Raises Canceled once nobody wants the painting any more."""
         if self.stopping_since is not None:
@@ -156,8 +151,8 @@ class Places:
 
 
 class Seat:
-    """As many places as jobs may be in the engine's hands at once. Audit cells get one that nobody else waits for, and
-    one of them has one at a time: each would slow the other's timed steps."""
+    """As many places as jobs may be in the engine's hands at once. Audit cells get one that nobody else waits for, for
+    one painting, and one cell at a time is painted: each would slow the other's timed steps."""
 
     def __init__(self, places: int = 1) -> None:
         self._at_once, self._places = places, Places(places)
@@ -166,6 +161,8 @@ class Seat:
         self._sittings: dict[Sitting, ExitStack] = {}
         #: In hand: painted, or waiting to be.
         self.jobs = self.audits = 0
+        #: Jobs that have been given a place, ever.
+        self.jobs_seated = 0
         #: One for each place: asyncio's own threads may be fewer.
         self.threads = ThreadPoolExecutor(places, thread_name_prefix="painting")
         self.usage = Usage()
@@ -186,18 +183,25 @@ class Seat:
             undo.callback(self._count, jobs=-1)
             await self._places.take()
             undo.callback(self._places.give_back)
+            self.jobs_seated += 1
             return self._sit(Sitting(), undo)
 
-    async def take_behind(self, most: int) -> Sitting:
-        """For an audit cell. Raises ReplicaTaken, at once, where as many of them are in hand as may be: up to `most`
-        of what jobs leave of the places and one beside them, and one whatever jobs there are."""
+    @asynccontextmanager
+    async def audited(self, most: int) -> AsyncIterator[None]:
+        """An audit cell is in hand inside, from when no other is painted. Raises ReplicaTaken, at once, where as many
+        are in hand as may be: up to `most` of what jobs leave of the places and one beside them, and one whatever jobs
+        there are."""
         if self.audits >= min(most, max(1, self._at_once + 1 - self.jobs)):
             raise ReplicaTaken(f"audit cells in hand here: {self.audits}")
         with ExitStack() as undo:
             self._count(audits=1)
             undo.callback(self._count, audits=-1)
-            await self._audit_turn.acquire()
-            undo.callback(self._audit_turn.release)
+            async with self._audit_turn:
+                yield
+
+    async def take_behind(self) -> Sitting:
+        """For one painting of the cell that is `audited`: behind all jobs that wait."""
+        with ExitStack() as undo:
             await self._places.take(behind=True)
             undo.callback(self._places.give_back)
             return self._sit(Sitting(is_audit=True), undo)

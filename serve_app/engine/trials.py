@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -33,40 +33,7 @@ def split(began_s: float, steps_s: Sequence[float], ended_s: float) -> dict[str,
     return dict(zip(STAGES, (prepared_s - began_s, steps_s[-1] - prepared_s, ended_s - steps_s[-1]), strict=True))
 
 
-def measure(
-    engine: JobEngine,
-    request: PaintRequest,
-    trials: int,
-    on_step: Callable[[Progress], None],
-    on_out_of_memory: Callable[[], None] = nobody_counts,
-    on_trial: Callable[[], None] = lambda: None,
-) -> Measured:
-    """Paint the request `trials` times, 1 or more, with `on_trial` called before each. The first one is what a cold
-    replica's first painting with these parameters is, where nothing painted with them before.
-
-    `on_step` gets the progress over all trials, else as in `paint_canvas`. A trial in which a window was begun again
-    after it ran out of memory has both in its `wall_s`, and the one that was painted in its stages. Raises as
-    `paint_canvas` does.
-    """
-
-    def trial(number: int) -> tuple[Painted, Trial]:
-        def advance(one: Progress) -> None:
-            on_step(Progress(step=number * one.steps + one.step, steps=trials * one.steps))
-
-        on_trial()
-        return _trial(engine, request, advance, on_out_of_memory)
-
-    last, first = trial(0)
-    done, repeats = [first], True
-    for number in range(1, trials):
-        painted, timed = trial(number)
-        repeats = repeats and np.array_equal(painted.canvas, last.canvas)
-        last = painted
-        done.append(timed)
-    return Measured(canvas=last.canvas, trials=done, repeats=repeats, where=last.where, windows=last.windows)
-
-
-def measuring(
+async def measuring(
     engine: Engine,
     request: PaintRequest,
     seat: Seat,
@@ -74,15 +41,85 @@ def measuring(
     places: int,
     on_out_of_memory: Callable[[], None] = nobody_counts,
 ) -> AsyncGenerator[Progress | Measured, None]:
-    """`measure` as `at_seat` runs it, behind all paintings. It does not count in the seat's usage.
+    """Paint the request `trials` times, 1 or more, each as `at_seat` runs it: yields the progress over all of them, and
+    at last the one Measured. It does not count in the seat's usage. The first painting is what a cold replica's first
+    one with these parameters is, where nothing painted with them before.
 
-    Also raises ReplicaTaken, at once, where `places` audit cells are in hand at the seat already.
+    All paintings that are no audit's go first. The place is given back between two trials, so that a job waits for one
+    of them at most. The trial after a job came may be colder than those before: the first such one of a cell is painted
+    once more, and later ones count, so that the cell ends under any load. A trial in which a window was begun again
+    after it ran out of memory has both in its `wall_s`, and the one that was painted in its stages.
+
+    Raises ReplicaTaken, at once, where as many audit cells are in hand at the seat as may be, `places` at most;
+    otherwise as `paint_canvas`. Stopped as `at_seat` is.
     """
+    cell = _Cell(trials)
 
-    def work(one: JobEngine, sitting: Sitting) -> Measured:
-        return measure(one, request, trials, sitting.report, on_out_of_memory, sitting.begin_another)
+    async def take() -> Sitting:
+        sitting = await seat.take_behind()
+        cell.begin(seat.jobs_seated)
+        return sitting
 
-    return at_seat(engine, request, seat, partial(seat.take_behind, places), work)
+    def work(one: JobEngine, sitting: Sitting) -> tuple[Painted, Trial, int]:
+        return *_trial(one, request, sitting.report, on_out_of_memory), seat.jobs_seated
+
+    async with seat.audited(places):
+        while not cell.is_over:
+            async with aclosing(at_seat(engine, request, seat, take, work)) as events:
+                async for event in events:
+                    if isinstance(event, Progress):
+                        yield cell.progress(event)
+                    else:
+                        cell.add(*event)
+    yield cell.measured
+
+
+class _Cell:
+    """What its paintings have come to so far."""
+
+    def __init__(self, trials: int) -> None:
+        self._wanted, self._done = trials, list[Trial]()
+        self._last: Painted | None = None
+        self._repeats = True
+        self._jobs_seated = 0
+        #: Whether the painting that has begun is a trial, and whether one was not.
+        self._counts, self._was_colder = True, False
+
+    @property
+    def is_over(self) -> bool:
+        return len(self._done) == self._wanted
+
+    @property
+    def measured(self) -> Measured:
+        """Once it is over."""
+        assert self._last is not None
+        return Measured(
+            canvas=self._last.canvas,
+            trials=self._done,
+            repeats=self._repeats,
+            where=self._last.where,
+            windows=self._last.windows,
+        )
+
+    def begin(self, jobs_seated: int) -> None:
+        """The next painting, when so many jobs have been given a place."""
+        # The engine keeps what it worked out for the steps of the job before, such as modulation's rows.
+        is_colder = bool(self._done) and jobs_seated > self._jobs_seated
+        self._counts = self._was_colder or not is_colder
+        self._was_colder = self._was_colder or is_colder
+
+    def progress(self, one: Progress) -> Progress:
+        """Over all trials, from that of the painting that has begun. One that does not count stands still."""
+        step = len(self._done) * one.steps + (one.step if self._counts else 0)
+        return Progress(step=step, steps=self._wanted * one.steps)
+
+    def add(self, painted: Painted, timed: Trial, jobs_seated: int) -> None:
+        """What was painted, and how many jobs had been given a place by then."""
+        self._jobs_seated = jobs_seated
+        self._repeats = self._repeats and (self._last is None or np.array_equal(painted.canvas, self._last.canvas))
+        self._last = painted
+        if self._counts:
+            self._done.append(timed)
 
 
 def _trial(
