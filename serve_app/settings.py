@@ -319,7 +319,7 @@ class AuditSettings(_Frozen):
     #: GPUs the cluster can have. None: those it has when an audit starts; a cluster that adds nodes may have more.
     gpus: int | None = Field(None, ge=0)
     #: How long a variant's replicas may take to be gone, and the devices' memory to be free again, before the next one
-    #: is given up; seconds.
+    #: is given up; and how long an audited variant may have no running replica. Seconds.
     settle_s: float = Field(900.0, gt=0)
 
     def request(self, given: Mapping[str, Any]) -> AuditRequest:
