@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from serve_app.audits import AuditStatus
-from serve_app.errors import UnknownAudit
+from serve_app.errors import ReplicaLost, UnknownAudit
 
 from .audit_rig import AuditRig, scripted
 from .rig import Prompts
@@ -121,6 +121,18 @@ def beside(**audit: Any) -> AuditRig:
     rig.replicas.gpu_count = 1
     rig.replicas.awake["Q8"] = None
     return rig
+
+
+async def test_replicas_that_cannot_be_counted_fail_the_cells() -> None:
+    rig = beside(settle_s=0.1)
+
+    async def counts() -> Any:
+        raise ReplicaLost("the controller is gone")
+
+    rig.replicas.counts = counts  # type: ignore[method-assign]  # an outage
+    error = (await rig.run(matrix=ONE)).cells["Q4_gs2"].error
+    assert error is not None
+    assert "replicas that nobody can count" in error.message
 
 
 ONE = {"variants": ("Q4",), "guidance_scales": (2.0,)}

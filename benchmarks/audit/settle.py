@@ -74,7 +74,7 @@ class Settling:
             counts = await self._replicas.counts()
         except FluxFillError as e:
             log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
-            self._in_the_way = {"nobody knows which": 0}
+            self._in_the_way = {"replicas that nobody can count": 0}
             return False
         self._used_bytes = await self._replicas.memory_used_bytes()
         held = {name: max(kept, counts.get(name, ReplicaCounts()).total) for name, kept in self._kept.items()}
@@ -97,7 +97,7 @@ class Settling:
     def _waited_for(self, wave: Wave) -> str:
         if not self._in_the_way:
             return f"waiting for free GPU memory for {', '.join(wave.wanted)}"
-        what = "its GPU" if len(self._in_the_way) == 1 else "their GPUs"
+        what = "its GPU" if len(self._in_the_way.keys() & self._kept) == 1 else "their GPUs"
         return f"waiting for {', '.join(self._in_the_way)} to give {what} back"
 
     @property
@@ -110,7 +110,7 @@ class Settling:
         return sum(self._floor_bytes.values()) if self._floor_bytes else None
 
     def _too_long(self, after: str) -> AuditImpossible:
-        left = [f"{name} has {count}, and keeps {self._kept[name]}" for name, count in self._in_the_way.items()]
+        left = [f"{name} has {count}, and keeps {self._kept.get(name, 0)}" for name, count in self._in_the_way.items()]
         why = f"replicas are left: {'; '.join(left)}" if left else "no replica is left"
         for device in self._above_floor:
             used, floor = self._used_bytes[device], self._floor_bytes[device]
