@@ -199,6 +199,7 @@ class Auditor:
     def _painter(self, run: _Run, session: Session, locked: Lock, settling: Settling) -> MatrixPainter:
         easel = Easel(
             run_id=run.record.audit.id,
+            attempt=run.record.audit.attempt,
             request=run.request,
             session=session,
             store=self._store,
