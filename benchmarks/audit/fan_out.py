@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 _IN_HAND = 2
 COUNT_S = 1.0
 #: Before a cell that no replica took asks again, in seconds; at random, so that several that ask do not meet again.
-_AGAIN_S = wait_random_exponential(multiplier=0.01, min=0.01, max=0.1)
+#: Quick at first, while a free replica is looked for among many; then rare, for those that are all painting.
+_AGAIN_S = wait_random_exponential(multiplier=0.005, exp_base=1.2, min=0.005, max=0.2)
 #: While replicas are still starting, which takes minutes.
 _LATER_S = wait_random(min=0.5, max=1.5)
 
