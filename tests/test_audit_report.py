@@ -15,7 +15,7 @@ from typing import Any
 import jwt
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -456,6 +456,7 @@ def test_marks_lie_on_the_axis_by_their_seconds(seconds: list[float]) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(-1, 1)), min_size=2, max_size=12))
+@example([(1.0, 0.1), (1.0000001, 0.2), (1.0000002, 0.9), (50.0, 0.95)])
 def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tuple[float, float]]) -> None:
     request, results = cells_of([seconds for seconds, _ in points])
     matrix = request.matrix.model_copy(update={"variants": ("a", "reference")})
@@ -472,9 +473,10 @@ def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tup
     assert drawn is not None
     assert len(drawn.marks) == len(points)
     assert all(drawn.left <= mark.x <= drawn.right and drawn.top <= mark.y <= drawn.bottom for mark in drawn.marks)
-    front = sorted((mark for mark in drawn.marks if mark.is_pareto), key=lambda mark: (mark.x, mark.y))
+    ways = [(float(x), float(y)) for x, y in re.findall(r"H([\d.]+)V([\d.]+)", drawn.front)]
+    assert ways == sorted(ways, key=lambda way: (way[0], -way[1]))
     # To the hundredth of a pixel that is drawn.
-    assert all(after.y <= before.y for before, after in pairwise(front))
+    assert all(after <= before for (_, before), (_, after) in pairwise(ways))
 
 
 async def test_each_combination_of_further_axes_has_a_front_of_its_own() -> None:

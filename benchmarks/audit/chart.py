@@ -194,7 +194,8 @@ def _fronts(cells: Iterable[tuple[Cell, Mark]]) -> str:
 
 def _front(marks: Sequence[Mark]) -> str:
     """A staircase: what a second more buys comes only at the next cell of the front."""
-    ordered = sorted(marks, key=lambda mark: (mark.x, mark.y))
+    # Of two that are drawn at the same second, the one with less likeness was the faster.
+    ordered = sorted(marks, key=lambda mark: (mark.x, -mark.y))
     if len(ordered) < 2:
         return ""
     first, *others = ordered
