@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from serve_app import adapters, audits
@@ -90,7 +89,7 @@ class AuditClient:
 
     async def results(self, run: str) -> Mapping[str, Any]:
         """Its results.json. Raises UnknownAudit where there is none."""
-        if not is_run_id(run):
+        if not audits.is_run_id(run):
             raise UnknownAudit(f"{run!r} is neither a run's id nor a results.json file")
         path = f"{audits.folder(run)}/{audits.RESULTS}"
         try:
@@ -127,15 +126,6 @@ class _NoJobs:
 async def _patient(look: Callable[[str], Awaitable[Audit]], run_id: str) -> Audit:
     """A run takes up to an hour: a store that is away for a moment is no reason to stop looking."""
     return await look(run_id)
-
-
-def is_run_id(text: str) -> bool:
-    # By pydantic, because Python's own expressions have no `\z`.
-    try:
-        TypeAdapter(audits.RunId).validate_python(text)
-    except ValidationError:
-        return False
-    return True
 
 
 def read_results(data: bytes, where: str) -> Mapping[str, Any]:

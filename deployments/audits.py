@@ -11,13 +11,13 @@ import typer
 from pydantic import ValidationError
 
 from serve_app.audit_runs import GRACE_S
-from serve_app.audits import Audit, AuditRequest, AuditStatus
+from serve_app.audits import Audit, AuditRequest, AuditStatus, is_run_id
 from serve_app.errors import InputError
 from serve_app.messages import CropStrategy
 from serve_app.ports import AuditLauncher
 from serve_app.settings import AuditSettings, Settings
 
-from .audit_client import AuditClient, is_run_id
+from .audit_client import AuditClient
 from .audit_releases import apply, compare
 from .audit_screen import CONFIG, PLAIN, ConfigOption, err, following, list_table, out, results_table, run_table
 from .subcommands import goes_to_subcommand

@@ -15,7 +15,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .audits import (
     LOCK_PATH,
@@ -30,6 +30,7 @@ from .audits import (
     cell_path,
     folder,
     image_path,
+    is_run_id,
     record_path,
 )
 from .errors import (
@@ -86,7 +87,7 @@ class AuditStore:
     async def create(self, request: AuditRequest, run_id: str | None = None, *, several: bool = False) -> Audit:
         """A queued run. Raises InputError for an id that is none; AuditExists for one that is taken; AuditRunning while
         another run is alive, unless `several` may be. A dead run that is not over fails here."""
-        if run_id is not None and not _is_run_id(run_id):
+        if run_id is not None and not is_run_id(run_id):
             raise InputError("run_id: 1 to 64 letters, digits, - and _ make one")
         now = self._clock()
         names = [request.matrix.name(cell) for cell in request.matrix.cells()]
@@ -324,7 +325,7 @@ class AuditStore:
 
     async def _read(self, run_id: str) -> tuple[Audit, str]:
         """The record and its version."""
-        if not _is_run_id(run_id):
+        if not is_run_id(run_id):
             raise UnknownAudit("there is no such run")
         try:
             data, info = await self._blobs.get(record_path(run_id), max_bytes=_MAX_BYTES)
@@ -355,15 +356,6 @@ class AuditStore:
 
 
 _RECORD = re.compile(r"audit/([^/]+)/run\.json")
-# The pattern is pydantic's: Python's own re has no \z yet.
-_RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
-
-
-def _is_run_id(text: str) -> bool:
-    try:
-        return bool(_RUN_ID.validate_python(text))
-    except ValidationError:
-        return False
 
 
 async def _some(read: Callable[[str], Awaitable[T | None]], names: Iterable[str]) -> list[T]:

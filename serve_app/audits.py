@@ -11,13 +11,22 @@ from enum import StrEnum
 from itertools import product
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName
 
 #: Also a Ray submission id, and a folder of the blob store.
 RUN_ID_PATTERN = r"\A[A-Za-z0-9_-]{1,64}\z"
 RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
+_RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 
 #: A matrix of an L4 takes about a minute a cell, twice.
@@ -342,6 +351,15 @@ class Audit(_Frozen):
     @property
     def result_count(self) -> int:
         return sum(cell.status == "succeeded" for cell in self.cells.values())
+
+
+def is_run_id(text: str) -> bool:
+    # By pydantic, whose pattern it is: Python's own re has no \z yet.
+    try:
+        _RUN_ID.validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def folder(run_id: str) -> str:

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from serve_app.audits import AuditRequest, Matrix, RunId
+from serve_app.audits import AuditRequest, Matrix, is_run_id
 from serve_app.errors import AuditError
 from serve_app.messages import CropStrategy
 from serve_app.settings import AuditSettings
@@ -77,11 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_id(text: str) -> str:
-    try:
-        run_id: str = TypeAdapter(RunId).validate_python(text)
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 64 letters, digits, '-' and '_'") from None
-    return run_id
+    if not is_run_id(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 to 64 letters, digits, '-' and '_'")
+    return text
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
