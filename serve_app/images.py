@@ -17,8 +17,11 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
+from . import containers
+from .containers import exif
+from .containers.source import MAX_ICC_BYTES, Source
 from .errors import ImageTooLarge, InvalidImage, MaskMismatch, OutOfMemory
 from .settings import Limits
 
@@ -48,6 +51,8 @@ class Photo:
     exif: bytes | None
     #: Of the bytes it was decoded from.
     content_type: str
+    #: Dots per inch, across and down; of a file that says so outside EXIF.
+    dpi: tuple[float, float] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -66,7 +71,8 @@ def decode_photo(data: bytes, limits: Limits) -> Photo:
     rgb, icc = _to_rgb(flat, file.icc)
     del flat
     pixels = _turn(np.asarray(rgb), file.orientation)
-    return Photo(pixels=pixels, icc=icc, exif=file.exif, content_type=file.content_type)
+    dpi = file.dpi[::-1] if file.dpi and file.orientation > 4 else file.dpi
+    return Photo(pixels=pixels, icc=icc, exif=file.exif, content_type=file.content_type, dpi=dpi)
 
 
 def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pixels:
@@ -89,7 +95,9 @@ def encode_edited(photo: Photo, pixels: Pixels) -> bytes:
 
     With full colour resolution: halving it once more would visibly move the colours that the edit leaves alone.
     """
-    return encode_jpeg(pixels, quality=EDITED_QUALITY, icc=photo.icc, exif=photo.exif, subsampling="4:4:4")
+    return encode_jpeg(
+        pixels, quality=EDITED_QUALITY, icc=photo.icc, exif=photo.exif, dpi=photo.dpi, subsampling="4:4:4"
+    )
 
 
 def encode_preview(photo: Photo, pixels: Pixels) -> bytes:
@@ -108,45 +116,25 @@ def encode_jpeg(
     quality: int,
     icc: bytes | None,
     exif: bytes | None,
+    dpi: tuple[float, float] | None = None,
     subsampling: Literal["4:4:4", "4:2:0"] = "4:2:0",
 ) -> bytes:
     """A JPEG of `pixels`, `[height, width, 3]`; quality 1..95 as libjpeg counts it."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(
-        out, "JPEG", quality=quality, subsampling=subsampling, icc_profile=icc, exif=exif or b""
+        out, "JPEG", quality=quality, subsampling=subsampling, icc_profile=icc, exif=exif or b"", dpi=dpi or (0, 0)
     )
     return out.getvalue()
 
 
 _CONTENT_TYPES = {
     "JPEG": "image/jpeg",
-    # A JPEG with more pictures behind the first, as many phones write.
-    "MPO": "image/jpeg",
     "PNG": "image/png",
     "WEBP": "image/webp",
     "HEIF": "image/heic",
 }
 
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-
-#: As much as a JPEG's 255 ICC segments hold.
-_ICC_BYTES = 255 * 65_519
-#: A JPEG segment, less its length field.
-_EXIF_BYTES = 65_533
-
-_TAG = ExifTags.Base
-#: What of an EXIF block's main directory goes with the edited photo; the rest may hold a place (GPS, XMP, IPTC), a
-#: picture from before the edit, or what is true only of the file it came in (orientation, strips, sizes).
-_KEPT_TAGS = {
-    *(_TAG.ImageDescription, _TAG.Make, _TAG.Model, _TAG.Software, _TAG.HostComputer, _TAG.DateTime),
-    *(_TAG.Artist, _TAG.Copyright, _TAG.XResolution, _TAG.YResolution, _TAG.ResolutionUnit),
-}
-#: What of its camera directory does not go along, for the same reasons; nor do tags that the standard does not name.
-_DROPPED_CAMERA_TAGS = {
-    *(_TAG.MakerNote, _TAG.UserComment, _TAG.ExifInteroperabilityOffset, _TAG.ExifImageWidth, _TAG.ExifImageHeight),
-    # SubjectArea and SubjectLocation, in pixels of the picture before it was turned.
-    *(0x9214, 0xA214),
-}
 
 #: By EXIF orientation, how the stored pixels become upright (EXIF 2.32, 4.6.4 A, tag 0x0112).
 _UPRIGHT: Mapping[int, Callable[[Pixels], Pixels]] = {
@@ -165,12 +153,8 @@ _DAMAGE = (
     *(TypeError, ValueError, Warning, struct.error, zlib.error),
 )
 
-_JPEG_START = b"\xff\xd8"
-#: Start of a scan; in a JPEG's compressed data no FF is followed by anything like it. Each scan of a progressive JPEG
-#: costs a pass over all its pixels and takes some 75 bytes, so a file within every other limit could take hours to
-#: decode. A camera writes about 10; thumbnails in the file have their own.
-_JPEG_SCAN = b"\xff\xda"
-_MAX_JPEG_SCANS = 100
+#: What a JPEG can say (JFIF 1.02).
+_MAX_DPI = 65_535
 
 #: Rows of a transparent picture that are flattened at a time.
 _STRIP_PX = 256
@@ -186,6 +170,7 @@ class _File(NamedTuple):
     orientation: int
     exif: bytes | None
     content_type: str
+    dpi: tuple[float, float] | None
 
 
 def _load(data: bytes, what: _What, limits: Limits, *, background: str) -> tuple[Image.Image, _File]:
@@ -193,22 +178,37 @@ def _load(data: bytes, what: _What, limits: Limits, *, background: str) -> tuple
     if not data:
         raise InvalidImage(f"the {what} is empty")
     if len(data) > limits.image_bytes:
-        raise ImageTooLarge(f"the {what} has {len(data):,} bytes; the limit is {limits.image_bytes:,}")
-    if data.startswith(_JPEG_START) and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
-        raise InvalidImage(f"the {what} has more than {_MAX_JPEG_SCANS} JPEG scans")
+        limit = f"{limits.image_bytes:,} (limits.image_bytes)"
+        raise ImageTooLarge(f"the {what} has {len(data):,} bytes; the limit is {limit}")
     with _reading(what):
-        image = Image.open(io.BytesIO(data), formats=_formats(data, what))
-        _check_size(image, what, limits)
-        image.load()
-        # HEIC: what was decoded may differ from what the header announced.
-        _check_size(image, what, limits)
+        source = containers.read(data, what) or Source(streams=(data,))
+        image, *copies = (_decoded(stream, what, limits) for stream in source.streams)
+        if not all(np.array_equal(np.asarray(image), np.asarray(copy)) for copy in copies):
+            raise InvalidImage(f"the {what} is damaged: the file ends before its pixels do")
+        # Pillow reads what containers does not.
+        said = exif.parse(source.exif or image.info.get("exif"))
         file = _File(
-            image.info.get("icc_profile"),
-            _orientation(image),
-            _kept_exif(image),
+            source.icc or image.info.get("icc_profile"),
+            said.orientation,
+            said.kept(),
             _CONTENT_TYPES[str(image.format)],
+            _dpi(image),
         )
         return _flatten(image, background), file
+
+
+def _decoded(stream: bytes, what: _What, limits: Limits) -> Image.Image:
+    image = Image.open(io.BytesIO(stream), formats=_formats(stream, what))
+    _check_size(image, what, limits)
+    image.load()
+    # HEIC: what was decoded may differ from what the header announced.
+    _check_size(image, what, limits)
+    return image
+
+
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    across, down = image.info.get("dpi", (0, 0))
+    return (across, down) if 1 <= across <= _MAX_DPI and 1 <= down <= _MAX_DPI else None
 
 
 @contextmanager
@@ -240,9 +240,12 @@ def _formats(data: bytes, what: _What) -> tuple[str, ...]:
 def _check_size(image: Image.Image, what: _What, limits: Limits) -> None:
     width, height = image.size
     if max(width, height) > limits.image_side_px:
-        raise ImageTooLarge(f"the {what} is {width} x {height}; the limit is {limits.image_side_px:,} px a side")
-    if width * height > limits.image_pixels:
-        raise ImageTooLarge(f"the {what} is {width} x {height}; the limit is {limits.image_pixels:,} pixels")
+        limit = f"{limits.image_side_px:,} px a side (limits.image_side_px)"
+    elif width * height > limits.image_pixels:
+        limit = f"{limits.image_pixels:,} pixels (limits.image_pixels)"
+    else:
+        return
+    raise ImageTooLarge(f"the {what} is {width} x {height}; the limit is {limit}")
 
 
 def _check_aspect(mask_size: tuple[int, int], photo_size: tuple[int, int]) -> None:
@@ -290,7 +293,7 @@ def _to_srgb(icc: bytes) -> ImageCms.ImageCmsTransform | None:
 
     Relative colorimetric with black point compensation, as browsers do.
     """
-    if len(icc) > _ICC_BYTES:
+    if len(icc) > MAX_ICC_BYTES:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
@@ -307,38 +310,7 @@ def _to_srgb(icc: bytes) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1 where it is absent or damaged.
-
-    HEIC always has 1 here: its container says how to turn, the decoder has done it and reset EXIF's tag, which is
-    for information only (ISO/IEC 23008-12).
-    """
-    try:
-        return int(image.getexif().get(_TAG.Orientation, 1))
-    except _DAMAGE:
-        return 1
-
-
 def _turn(pixels: Pixels, orientation: int) -> Pixels:
     turned = _UPRIGHT[orientation](pixels) if orientation in _UPRIGHT else pixels
     turned.flags.writeable = False
     return turned
-
-
-def _kept_exif(image: Image.Image) -> bytes | None:
-    """The picture's EXIF without what must not go on; None where nothing is left, or it is damaged or too long."""
-    try:
-        exif = image.getexif()
-        kept = Image.Exif()
-        kept.update((tag, value) for tag, value in exif.items() if tag in _KEPT_TAGS)
-        camera = {
-            tag: value
-            for tag, value in exif.get_ifd(ExifTags.IFD.Exif).items()
-            if tag in ExifTags.TAGS and tag not in _DROPPED_CAMERA_TAGS
-        }
-        if camera:
-            kept[ExifTags.IFD.Exif] = camera
-        data = kept.tobytes() if len(kept) else b""
-    except _DAMAGE:
-        return None
-    return data if 0 < len(data) <= _EXIF_BYTES else None

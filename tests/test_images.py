@@ -391,12 +391,6 @@ class TestLimits:
         with pytest.raises(ImageTooLarge):
             decode_photo(png_header(width, height), LIMITS)
 
-    def test_a_bomb_of_text_is_refused(self) -> None:
-        text = PngImagePlugin.PngInfo()
-        text.add_text("comment", "x" * 5_000_000, zip=True)
-        with pytest.raises(InvalidImage, match=r"the photo is damaged: .*too large"):
-            decode_photo(encoded(blocks(), pnginfo=text), LIMITS)
-
     def test_no_memory_is_not_the_pictures_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self: Image.Image) -> None:
             raise MemoryError
