@@ -11,7 +11,7 @@ import httpx
 from PIL import Image
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from serve_app import adapters, images, windows
+from serve_app import adapters, images, masks, windows
 from serve_app.audits import Audit, AuditStatus
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import FluxFillError, SettingsError, Unavailable
@@ -43,7 +43,7 @@ def window_sizes(files: tuple[Path, Path], settings: Settings) -> list[tuple[int
     """What an edit of these would paint: width and height of each window, in pixels."""
     original, mask = (path.read_bytes() for path in files)
     size = images.decode_photo(original, settings.limits).size
-    plan = windows.plan(images.decode_mask(mask, settings.limits, size), CropStrategy.AUTO, settings.windows)
+    plan = windows.plan(masks.decode_mask(mask, settings.limits, size), CropStrategy.AUTO, settings.windows)
     return [(box.width, box.height) for box in plan.windows] if plan else []
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from . import images, paste, windows
+from . import images, masks, paste, windows
 from .errors import (
     BlobConflict,
     BlobNotFound,
@@ -163,7 +163,7 @@ class Editor:
 
     def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy) -> _Prepared:
         photo = images.decode_photo(original, self._settings.limits)
-        mask = images.decode_mask(mask_bytes, self._settings.limits, photo.size)
+        mask = masks.decode_mask(mask_bytes, self._settings.limits, photo.size)
         plan = windows.plan(mask, strategy, self._settings.windows)
         if plan is None:
             return _Prepared(photo=photo, mask=mask, plan=None)

@@ -22,7 +22,8 @@ import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from serve_app.errors import InputError
-from serve_app.images import decode_mask, decode_photo
+from serve_app.images import decode_photo
+from serve_app.masks import decode_mask
 from serve_app.settings import Limits
 
 from .pictures import noise

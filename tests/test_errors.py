@@ -28,10 +28,9 @@ DISPOSITIONS = {
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
-        "MaskMismatch", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound", "BlobTooLarge",
-        "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError", "UnknownAudit",
-        "AuditExists",
-        "AuditRunning", "AuditImpossible",
+        "MaskMismatch", "MaskUnclear", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound",
+        "BlobTooLarge", "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError",
+        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible",
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
-from serve_app.errors import ImageTooLarge, InputError, InvalidImage, MaskMismatch, OutOfMemory
-from serve_app.images import Photo, Pixels, decode_mask, decode_photo, encode_edited, encode_jpeg, encode_preview
+from serve_app.errors import ImageTooLarge, InputError, InvalidImage, OutOfMemory
+from serve_app.images import Photo, Pixels, decode_photo, encode_edited, encode_jpeg, encode_preview
+from serve_app.masks import decode_mask
 from serve_app.settings import Limits
 
 from .pictures import noise
@@ -463,62 +464,6 @@ class TestDamage:
                 decode_mask(bytes(data), LIMITS, (32, 16))
 
         decode()
-
-
-class TestMask:
-    @pytest.mark.parametrize(("value", "seen"), [(0, 0), (127, 0), (128, 255), (255, 255)])
-    def test_thresholded_at_128(self, value: int, seen: int) -> None:
-        mask = decode_mask(encoded(Image.new("L", (4, 3), value)), LIMITS, (4, 3))
-        assert mask.shape == (3, 4) and mask.dtype == np.uint8 and (mask == seen).all()
-
-    @pytest.mark.parametrize(
-        ("mode", "colour", "seen"),
-        [
-            ("1", 1, 255),
-            ("I;16", 32768, 255),
-            ("I;16", 32767, 0),
-            ("RGB", (255, 255, 255), 255),
-            ("RGB", (0, 255, 0), 255),  # luminance 150
-            ("RGB", (255, 0, 0), 0),  # luminance 76
-            ("RGBA", (255, 255, 255, 255), 255),
-            ("RGBA", (255, 255, 255, 0), 0),
-            ("RGBA", (0, 0, 0, 0), 0),
-            ("LA", (255, 255), 255),
-            ("LA", (255, 100), 0),
-        ],
-    )
-    def test_light_and_opaque_is_edited(self, mode: str, colour: int | tuple[int, ...], seen: int) -> None:
-        assert (decode_mask(encoded(Image.new(mode, (4, 3), colour)), LIMITS, (4, 3)) == seen).all()
-
-    def test_a_cmyk_mask(self) -> None:
-        data = encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")
-        assert (decode_mask(data, LIMITS, (8, 8)) == 255).all()
-
-    @pytest.mark.parametrize("size", [(50, 40), (200, 160), (101, 80), (400, 317)])
-    def test_another_size_is_scaled_with_nearest_neighbour(self, size: tuple[int, int]) -> None:
-        small = np.zeros((size[1], size[0]), np.uint8)
-        small[: size[1] // 2] = 255
-        mask = decode_mask(encoded(Image.fromarray(small)), LIMITS, (100, 80))
-        assert mask.shape == (80, 100) and set(np.unique(mask)) == {0, 255}
-        assert mask[:39].all() and not mask[41:].any()
-
-    def test_nearest_neighbour_repeats_and_skips_whole_pixels(self) -> None:
-        mask = np.where(noise(25, 20)[..., 0] < 128, 0, 255).astype(np.uint8)
-        enlarged = mask.repeat(4, axis=0).repeat(4, axis=1)
-        assert np.array_equal(decode_mask(encoded(Image.fromarray(mask)), LIMITS, (100, 80)), enlarged)
-        assert np.array_equal(decode_mask(encoded(Image.fromarray(enlarged)), LIMITS, (25, 20)), mask)
-
-    @pytest.mark.parametrize("size", [(102, 80), (100, 82), (80, 100)])
-    def test_another_shape_is_refused_by_both_sizes(self, size: tuple[int, int]) -> None:
-        said = rf"the mask is {size[0]} x {size[1]} and the photo 100 x 80"
-        with pytest.raises(MaskMismatch, match=said):
-            decode_mask(encoded(Image.new("L", size)), LIMITS, (100, 80))
-
-    def test_sizes_are_compared_after_turning(self) -> None:
-        upright = np.zeros((16, 32), np.uint8)
-        assert decode_mask(turned(upright, 6), LIMITS, (64, 32)).shape == (32, 64)
-        with pytest.raises(MaskMismatch):
-            decode_mask(turned(upright, 6), LIMITS, (32, 64))
 
 
 def a_photo(pixels: Pixels) -> Photo:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serve_app import images, paste, windows
+from serve_app import images, masks, paste, windows
 from serve_app.audits import AuditRequest, Cell, Matrix
 from serve_app.edit import INPUTS, encode_within, read_input, session_path
 from serve_app.errors import FluxFillError, InvalidImage
@@ -81,7 +81,7 @@ def _prepare(
     original: bytes, mask_bytes: bytes, request: AuditRequest, settings: Settings
 ) -> tuple[Photo, Pixels, dict[CropStrategy, Cut]]:
     photo = images.decode_photo(original, settings.limits)
-    mask = images.decode_mask(mask_bytes, settings.limits, photo.size)
+    mask = masks.decode_mask(mask_bytes, settings.limits, photo.size)
     cuts = {}
     for crop in request.matrix.crops:
         plan = windows.plan(mask, crop, settings.windows)
