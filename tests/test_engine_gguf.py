@@ -13,15 +13,20 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 from diffusers.models.model_loading_utils import load_gguf_checkpoint
-from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
+from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, dequantize_gguf_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from serve_app.engine import gguf_file, gguf_tensors, pipeline
 from serve_app.engine.device import Device
+from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.quant import PACKINGS, compute_dtype
 from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Weights
 from serve_app.errors import CorruptWeights
+from serve_app.settings import VariantSettings
+from serve_app.variants import BUILT_IN
+
+from .engine_fixtures import window
 
 
 @pytest.fixture
@@ -39,6 +44,8 @@ def file(tmp_path: Path) -> Path:
     writer.add_tensor("halves", np.arange(6, dtype=np.float16).reshape(2, 3))
     brain = gguf.quants.quantize(np.ones((3, 5), np.float32), gguf.GGMLQuantizationType.BF16)
     writer.add_tensor("brain", brain, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    packed_vector = gguf.quants.quantize(np.arange(64, dtype=np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("packed_vector", packed_vector, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -123,9 +130,12 @@ def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Ten
 
 
 def test_tensors_are_those_that_diffusers_reads(file: Path) -> None:
+    """But for those that torch knows itself and for vectors, which arrive unpacked."""
     theirs = load_gguf_checkpoint(str(file))
-    plain = {name: theirs[name].to(torch.bfloat16) for name in ("vector", "halves")}
-    assert_same(gguf_tensors.read(file, torch.device("cpu"), torch.bfloat16), {**theirs, **plain})
+    plain = {name: dequantize_gguf_tensor(theirs[name]) for name in ("vector", "halves", "brain", "packed_vector")}
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = gguf_tensors.read(file, torch.device("cpu"), dtype)
+        assert_same(ours, {**theirs, **{name: tensor.to(dtype) for name, tensor in plain.items()}})
 
 
 @pytest.mark.parametrize("quant", ["Q4_0", "Q5_K_S", "Q8_0"])
@@ -142,6 +152,46 @@ def test_the_transformer_is_the_one_that_diffusers_loads(tiny: TinyWeights, quan
         local_files_only=True,
     )
     assert_same(ours.state_dict(keep_vars=True), theirs.state_dict(keep_vars=True))
+
+
+def rewritten(source: Path, path: Path, kind: Any, *, matrices: bool, unpacked: bool) -> Path:
+    """The file with its vectors, or all of its tensors, rounded to `kind`, and stored as that or `unpacked`."""
+    writer = gguf.GGUFWriter(path, "flux")
+    for tensor in gguf.GGUFReader(source).tensors:
+        if matrices or len(tensor.shape) == 1:
+            rounded = gguf.quants.quantize(gguf.quants.dequantize(tensor.data, tensor.tensor_type), kind)
+            if unpacked:
+                writer.add_tensor(tensor.name, gguf.quants.dequantize(rounded, kind))
+            else:
+                writer.add_tensor(tensor.name, rounded, raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrices", "most"),
+    [("F16", False, 0), ("BF16", False, 0), ("Q8_0", False, 1), ("BF16", True, 0)],
+    ids=["F16 vectors", "BF16 vectors", "Q8_0 vectors", "everything in BF16"],
+)
+def test_a_file_paints_however_its_vectors_are_stored(
+    tiny: TinyWeights, embeddings: bytes, tmp_path: Path, kind: str, matrices: bool, most: int
+) -> None:
+    """The same bits as with the same numbers in float32; diffusers unpacks Q8_0 in float16, which may cost a level."""
+    source, given = tiny.transformer("flux1-fill-dev-Q8_0.gguf"), window(64, 64, embeddings=embeddings, steps=1)
+    painted = []
+    for unpacked in (True, False):
+        path = tmp_path / f"{unpacked}.gguf"
+        rewritten(source, path, gguf.GGMLQuantizationType[kind], matrices=matrices, unpacked=unpacked)
+        engine = FluxFill(BUILT_IN["tiny-Q8_0"], Weights(path, tiny.base), VariantSettings())
+        engine.load()
+        painted.append(engine.paint(given))
+    plain, stored = (picture.astype(int) for picture in painted)
+    assert np.abs(plain - stored).max() <= most
 
 
 def peak_bytes(recorded: profile) -> int:

@@ -9,7 +9,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 
 import torch
-from diffusers.quantizers.gguf.utils import GGUFParameter
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from gguf import GGMLQuantizationType
 
 from ..errors import CorruptWeights
@@ -19,11 +19,13 @@ from .cold_start import timed
 #: A larger tensor is one read; smaller ones share reads of this size.
 _CHUNK_BYTES = 16 * 2**20
 #: Packings that torch knows itself.
-_PLAIN = {"F32": torch.float32, "F16": torch.float16}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Dimensions of a linear layer's weight, the only tensor that diffusers unpacks as it computes.
+_MATRIX = 2
 
 
 def read(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor by name, on `device`: what is packed as GGUFParameter, `[rows, bytes]`; what is not as `dtype`.
+    """Every tensor by name, on `device`: packed matrices as GGUFParameter, `[rows, bytes]`; all others as `dtype`.
 
     Host memory: what the tensors take on a CPU; for another device the largest one's, pinned where that is a GPU.
     Raises CorruptWeights, naming the file and what is wrong in it.
@@ -57,4 +59,6 @@ def _wrapped(tensor: gguf_file.Tensor, memory: torch.Tensor, dtype: torch.dtype)
         return memory.view(_PLAIN[tensor.packing]).reshape(tensor.shape).to(dtype)
     rows = memory.reshape(*tensor.shape[:-1], -1)
     packed: torch.Tensor = GGUFParameter(rows, quant_type=GGMLQuantizationType[tensor.packing])
+    if len(tensor.shape) != _MATRIX:
+        return torch.as_tensor(dequantize_gguf_tensor(packed).to(dtype))
     return packed
