@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from .errors import Busy, IllegalTransition, StaleClaim, UnknownJob
 from .messages import CropStrategy, EditMessage
@@ -158,7 +158,7 @@ class Owed(_Value):
     """Something a job that is over still has to tell."""
 
     #: Not to be told before.
-    due_at: datetime
+    due_at: AwareDatetime
     #: How often telling was begun by somebody who found it due.
     attempts: int = 0
     #: Who began last.
@@ -186,7 +186,7 @@ class Job(_Value):
     #: Who claimed it last: a name used for one claim.
     claimed_by: str = ""
     #: While running: until when its worker may be silent.
-    lease_until: datetime | None = None
+    lease_until: AwareDatetime | None = None
     progress: Progress = Progress()
     error: JobError | None = None
     timings: Timings = Timings()
@@ -200,10 +200,10 @@ class Job(_Value):
     callback_url: str = ""
     #: W3C trace context of the message that asked; empty where there is none.
     traceparent: str = ""
-    deadline: datetime | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
+    deadline: AwareDatetime | None = None
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None = None
+    finished_at: AwareDatetime | None = None
 
     @property
     def session_key(self) -> str:

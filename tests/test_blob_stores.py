@@ -307,6 +307,16 @@ async def test_a_writer_that_is_killed_leaves_a_whole_blob(
     assert [path.name for path in folder.iterdir()] == ["big"], "the next writer uses up what the dead one left"
 
 
+async def test_files_of_other_programs_with_names_that_no_blob_can_have_are_not_listed(
+    folder_store: BlobStore, tmp_path: Path
+) -> None:
+    await folder_store.put("users/u/a", b"x", content_type=JPEG)
+    folder = os.fsencode(tmp_path / "blobs/users/u")
+    for name in (b"\xff.jpg", b"new\nline", b"back\\slash"):
+        (Path(os.fsdecode(folder)) / os.fsdecode(name)).write_bytes(b"y")
+    assert await listed(folder_store, "users") == ["users/u/a"]
+
+
 async def test_unfinished_files_are_not_listed_and_cannot_be_named(folder_store: BlobStore, tmp_path: Path) -> None:
     await folder_store.put("a/b", b"x", content_type=JPEG)
     (tmp_path / "blobs/a/.part-1").write_bytes(b"half")

@@ -105,6 +105,29 @@ def test_an_emulator_needs_no_credentials(name: str, monkeypatch: pytest.MonkeyP
     assert isinstance(firebase_app().credential.get_credential(), AnonymousCredentials)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "5", '{"type": "impersonated_service_account"}', '{"type": "authorized_user"}', "\x00", "", None]
+    + [
+        json.dumps({"type": "external_account", "audience": "a", "subject_token_type": "t", "token_url": "u"} | wrong)
+        for wrong in ({"credential_source": 3}, {})
+    ],
+)
+def test_ambient_credentials_that_are_of_no_known_form_are_said(
+    content: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Google's library has an error of its own for some of them only."""
+    if content is not None:
+        (tmp_path / "key.json").write_text(content)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path if content is None else tmp_path / "key.json"))
+    with pytest.raises(InvalidCredentials, match="FIREBASE_CREDENTIALS is not set"):
+        firebase_app()
+    with pytest.raises(SettingsError, match="no credentials"):
+        adapters.publisher(MessagesSettings(url="pubsub:", project="photos"))
+    monkeypatch.setenv("FIREBASE_CREDENTIALS", encoded(service_account()))
+    assert email_of_app() == EMAIL
+
+
 def test_no_credentials_at_all_are_said() -> None:
     with pytest.raises(InvalidCredentials, match=r"FIREBASE_CREDENTIALS is not set.*Application Default Credentials"):
         firebase_app()

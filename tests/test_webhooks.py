@@ -295,7 +295,8 @@ async def test_what_is_refused_is_not_called(make_webhooks: MakeWebhooks, receiv
 
 
 @pytest.mark.parametrize(
-    "host", ["", "*", "*.example.com", "https://example.com", "example.com/a", "u@example.com", "a b", "a:b", "[::1"]
+    "host",
+    ["", "*", "*.example.com", "https://example.com", "example.com/a", "u@example.com", "a b", "a:b", "[::1", "xn--a-"],
 )
 async def test_a_host_that_is_none_is_a_fault_of_the_settings(make_webhooks: MakeWebhooks, host: str) -> None:
     with pytest.raises(SettingsError, match=r"webhooks\.hosts") as caught:

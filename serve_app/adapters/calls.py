@@ -17,6 +17,7 @@ class Call:
         self._lock = threading.Lock()
         self._is_abandoned = False
         self._interrupt: Callable[[], None] | None = None
+        self._callers_error: Exception | None = None
 
     def run(self, work: Callable[[], T]) -> T:
         """Do `work`, for which this is the `current_call`."""
@@ -25,6 +26,18 @@ class Call:
             return work()
         finally:
             _CURRENT.reset(token)
+
+    def callers(self, work: Callable[[], T]) -> T:
+        """Do `work`, a function of the caller's within the store's."""
+        try:
+            return work()
+        except Exception as e:
+            self._callers_error = e
+            raise
+
+    def is_callers(self, error: Exception) -> bool:
+        """Whether the caller's function raised this error, and not the store."""
+        return error is self._callers_error
 
     def interrupt_by(self, interrupt: Callable[[], None] | None) -> None:
         """What ends the work's waiting, from another thread, should it be abandoned; None: nothing from now on."""

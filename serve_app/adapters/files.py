@@ -100,9 +100,9 @@ class FileBlobStore:
 
     def _listed(self, path: str) -> BlobInfo | None:
         try:
-            return _head(path, self._locate(path))
+            return _head(path, self._locate(check_path(path)))
         except (BlobNotFound, UnsafePath):
-            # Deleted since the walk, or a link to outside.
+            # Deleted since the walk, a link to outside, or another program's file, of a name that no blob can have.
             return None
 
 

@@ -10,9 +10,9 @@ A conditional write that is tried again after a lost answer may find its own fir
 import asyncio
 import io
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from .blob_paths import check_path
 from .firebase_app import firebase_app
 from .links import check_expiry
 from .transfers import Limited, check_size, whole_file
+from .unforeseen import unforeseen
 
 T = TypeVar("T")
 
@@ -62,6 +63,8 @@ SENDING: dict[str, Any] = _BOUNDS | {"timeout": (SILENCE_S, SILENCE_S)}
 #: client sends up to 8 MiB in one request, and would otherwise make chunks of 100 MiB.
 _CHUNK = 8 * 1024 * 1024
 _BINARY = "application/octet-stream"
+#: In Google's words, where no blob is missing but the bucket.
+_NO_BUCKET = "bucket does not exist"
 
 
 class FirebaseBlobStore:
@@ -91,11 +94,9 @@ class FirebaseBlobStore:
 
     async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
         pages = await self._run(prefix, lambda bucket: bucket.list_blobs(prefix=f"{prefix}/", **_BOUNDS).pages)
-        while (page := await self._run(prefix, lambda _: next(pages, None))) is not None:
-            for blob in page:
-                # Google's console makes empty blobs with such names to show folders.
-                if not blob.name.endswith("/"):
-                    yield _info(blob)
+        while (page := await self._run(prefix, lambda _: _next_page(pages))) is not None:
+            for info in page:
+                yield info
 
     async def download(self, path: str, to: Path) -> BlobInfo:
         return await self._run(path, lambda bucket: _download(bucket, path, to))
@@ -143,22 +144,33 @@ def _translated(path: str, work: Callable[[], T]) -> T:
     except FluxFillError:
         raise
     except NotFound as e:
-        if "bucket does not exist" in e.message:
+        if _NO_BUCKET in e.message:
             raise StoreUnavailable("the bucket is not there", path=path) from e
         raise BlobNotFound(f"blob {path} is not there", path=path) from e
     except PreconditionFailed as e:
         raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
     except (GoogleAPIError, GoogleAuthError, DataCorruption, requests.RequestException) as e:
         raise StoreUnavailable(f"blob {path}: {e}", path=path) from e
+    except Exception as e:
+        raise unforeseen(StoreUnavailable, f"blob {path}", e) from e
 
 
 def _info(blob: Blob, size: int | None = None) -> BlobInfo:
+    size = blob.size if size is None else size
+    if size is None or blob.generation is None:
+        raise StoreUnavailable(f"blob {blob.name}: the answer has no size or no generation", path=blob.name)
     return BlobInfo(
         path=blob.name,
-        size=blob.size if size is None else size,
+        size=size,
         version=str(blob.generation),
         content_type=blob.content_type or _BINARY,
     )
+
+
+def _next_page(pages: Iterator[Any]) -> list[BlobInfo] | None:
+    page = next(pages, None)
+    # Google's console makes empty blobs with such names to show folders.
+    return None if page is None else [_info(blob) for blob in page if not blob.name.endswith("/")]
 
 
 def _head(bucket: Bucket, path: str) -> BlobInfo:
@@ -179,7 +191,8 @@ def _get(bucket: Bucket, path: str, max_bytes: int) -> tuple[bytes, BlobInfo]:
 def _put(bucket: Bucket, path: str, data: bytes, content_type: str, if_version: str) -> BlobInfo:
     blob = bucket.blob(path, chunk_size=_CHUNK)
     generation = None if if_version == ANY_VERSION else int(if_version or 0)
-    blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **SENDING)
+    with _sending(path):
+        blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **SENDING)
     return _info(blob)
 
 
@@ -194,8 +207,23 @@ def _download(bucket: Bucket, path: str, to: Path) -> BlobInfo:
 
 def _upload(bucket: Bucket, path: str, source: Path) -> BlobInfo:
     blob = bucket.blob(path, chunk_size=_CHUNK)
-    blob.upload_from_filename(source, content_type=_BINARY, **SENDING)
+    with _sending(path):
+        blob.upload_from_filename(source, content_type=_BINARY, **SENDING)
     return _info(blob)
+
+
+@contextmanager
+def _sending(path: str) -> Iterator[None]:
+    """A body has no blob to be missing: 404 is a session that Google lost, and the upload is to begin again.
+
+    https://docs.cloud.google.com/storage/docs/resumable-uploads#handling_errors
+    """
+    try:
+        yield
+    except NotFound as e:
+        if _NO_BUCKET in e.message:
+            raise
+        raise StoreUnavailable(f"blob {path}: its upload was lost, and has to begin again", path=path) from e
 
 
 def _link(blob: Blob, expires_s: int) -> str:

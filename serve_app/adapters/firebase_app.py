@@ -113,9 +113,13 @@ def _credentials(key: SecretStr | None) -> _Found:
     certificate = _certificate(key.get_secret_value()) if key else None
     try:
         ambient, project = google.auth.default(scopes=_SCOPES, request=_bounded_request(LOOK_S))
-    except (DefaultCredentialsError, _NoneFound) as e:
+    except Exception as e:
         if certificate is None:
-            raise InvalidCredentials(f"no Google credentials: FIREBASE_CREDENTIALS is not set, and {e}") from e
+            # Google documents one error; a file that cannot be read, or is of another form, has others.
+            reason = (
+                e if isinstance(e, DefaultCredentialsError | _NoneFound) else f"the ambient ones cannot be read: {e!r}"
+            )
+            raise InvalidCredentials(f"no Google credentials: FIREBASE_CREDENTIALS is not set, and {reason}") from e
         return certificate, certificate.project_id, "FIREBASE_CREDENTIALS"
     unused = ", FIREBASE_CREDENTIALS not being used" if certificate else ""
     return ambient, project, f"Application Default Credentials{unused}"

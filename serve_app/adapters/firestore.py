@@ -14,11 +14,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from google.cloud.firestore import FieldFilter, Query
+from pydantic import ValidationError
 
-from ..errors import UnknownJob
+from ..errors import StoreUnavailable, UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
+from .calls import current_call
 from .firestore_database import ONCE, Firestore, Transaction, document_name
-from .job_records import read_all, read_record
+from .job_records import read_all, read_record, with_progress
 from .session_documents import SessionDocument, written
 
 #: The map in a session document that says whose it is.
@@ -64,18 +66,14 @@ class FirestoreJobStore:
     async def cancel_until(self, session_key: str, moment: datetime) -> None:
         def later(transaction: Transaction) -> None:
             document = self._document("cancellations", session_key)
-            stored = document.get(transaction=transaction)
-            if not stored.exists or stored.get("until") < moment:
+            until = _until(document.get(transaction=transaction))
+            if until is None or until < moment:
                 transaction.set(document, {"until": moment})
 
         await self._database.transact(later)
 
     async def canceled_until(self, session_key: str) -> datetime | None:
-        def until() -> datetime | None:
-            stored: Mapping[str, datetime] = self._document("cancellations", session_key).get().to_dict() or {}
-            return stored.get("until")
-
-        return await self._database.run(until)
+        return await self._database.run(lambda: _until(self._document("cancellations", session_key).get()))
 
     def close(self) -> None:
         self._database.close()
@@ -90,7 +88,8 @@ class FirestoreJobStore:
     def _update(self, transaction: Transaction, job_id: str, session_key: str, change: Change) -> Job:
         stored = self._document("jobs", job_id).get(transaction=transaction)
         job = _record(stored) if stored.exists else None
-        changed = {after.id: after for after in change(job, self._rivals(transaction, job_id, session_key))}
+        rivals = self._rivals(transaction, job_id, session_key)
+        changed = {after.id: after for after in current_call().callers(lambda: change(job, rivals))}
         for after in changed.values():
             transaction.set(self._document("jobs", after.id), _columns(after))
         job = changed.get(job_id, job)
@@ -110,8 +109,8 @@ class FirestoreJobStore:
         # The job is read outside of the transaction, which would lock it.
         known = self._document("jobs", claim.job_id).get(["status"]).exists
         document = self._document("jobProgress", claim.job_id)
-        reported = document.get(transaction=transaction).to_dict() or {"fence": 0}
-        if known and claim.fence >= reported["fence"]:
+        reported = (document.get(transaction=transaction).to_dict() or {}).get("fence")
+        if known and claim.fence >= (reported if isinstance(reported, int) else 0):
             transaction.set(document, {"fence": claim.fence, **progress.model_dump()})
 
     def _newest(self, wanted: Mapping[str, str | None], limit: int) -> Sequence[Job]:
@@ -139,7 +138,7 @@ class FirestoreJobStore:
         for job in jobs:
             reported = reports.get(documents[job.id].id) or {}
             is_current = reported.pop("fence", None) == job.fence
-            yield job.evolve(progress=Progress(**reported)) if is_current else job
+            yield with_progress(job, reported) if is_current else job
 
 
 class FirestoreSessionMirror:
@@ -165,7 +164,7 @@ class FirestoreSessionMirror:
     def _write(self, transaction: Transaction, job: Job, document: Mapping[str, Any]) -> None:
         session = self._session(job.user_id, job.session_id)
         claim = (session.get([CLAIM], transaction=transaction).to_dict() or {}).get(CLAIM)
-        after = written(_claimed(claim) if claim else None, job, document)
+        after = written(_claimed(claim), job, document)
         if after is not None:
             fields = {**document, CLAIM: _claim(after)}
             # A field named here is replaced whole, and no other is touched.
@@ -186,6 +185,15 @@ def _record(stored: Any) -> Job:
     return read_record(unquote(stored.id), stored.to_dict().get("record", ""))
 
 
+def _until(stored: Any) -> datetime | None:
+    if not stored.exists:
+        return None
+    until = stored.to_dict().get("until")
+    if not isinstance(until, datetime):
+        raise StoreUnavailable(f"the cancellation of {unquote(stored.id)} cannot be read")
+    return until
+
+
 def _claim(document: SessionDocument) -> Mapping[str, Any]:
     return {
         "jobId": document.job_id,
@@ -195,7 +203,17 @@ def _claim(document: SessionDocument) -> Mapping[str, Any]:
     }
 
 
-def _claimed(claim: Mapping[str, Any]) -> SessionDocument:
-    """The part of a stored document that says whose it is."""
-    job_id, fence, claimed_at, is_final = (claim[name] for name in ("jobId", "fence", "claimedAt", "isFinal"))
-    return SessionDocument(job_id=job_id, fence=fence, claimed_at=claimed_at, is_final=is_final, fields={})
+def _claimed(claim: Any) -> SessionDocument | None:
+    """The part of a stored document that says whose it is. Others may write there: what cannot be read says nothing,
+    like what was removed."""
+    fields = claim if isinstance(claim, dict) else {}
+    try:
+        return SessionDocument(
+            job_id=fields.get("jobId"),
+            fence=fields.get("fence"),
+            claimed_at=fields.get("claimedAt"),
+            is_final=fields.get("isFinal"),
+            fields={},
+        )
+    except ValidationError:
+        return None

@@ -22,9 +22,10 @@ from google.cloud.firestore_v1.services.firestore import FirestoreClient
 from google.cloud.firestore_v1.services.firestore.transports import FirestoreGrpcTransport
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from ..errors import SettingsError, StoreUnavailable
+from ..errors import FluxFillError, SettingsError, StoreUnavailable
 from .calls import Call, current_call
 from .firebase_app import firebase_app
+from .unforeseen import unforeseen
 
 T = TypeVar("T")
 #: Google's Client and Transaction, which publish no types.
@@ -163,11 +164,15 @@ _CONTENTION = Retrying(
 def _translated(work: Callable[[], T]) -> T:
     try:
         return work()
+    except FluxFillError:
+        raise
     except _FAILURES as e:
         raise StoreUnavailable(f"Firestore cannot be used: {e}") from e
-    except ValueError as e:
-        # The decorator's: the commit met another one, or there is no transaction that could be rolled back.
-        cause = e.__cause__ or e.__context__
-        if not isinstance(cause, _FAILURES):
+    except Exception as e:
+        if current_call().is_callers(e):
             raise
-        raise StoreUnavailable(f"Firestore cannot be used: {cause}") from e
+        # The decorator's ValueError: the commit met another one, or there is no transaction that could be rolled back.
+        cause = e.__cause__ or e.__context__
+        if isinstance(cause, _FAILURES):
+            raise StoreUnavailable(f"Firestore cannot be used: {cause}") from e
+        raise unforeseen(StoreUnavailable, "Firestore", e) from e

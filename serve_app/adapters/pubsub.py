@@ -23,7 +23,7 @@ from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from ..errors import BrokerUnavailable, SettingsError
+from ..errors import BrokerUnavailable
 from ..ports import Handler, SourceStatus, Verdict
 from ..settings import MessagesSettings
 from .places import RANKS, Places
@@ -119,8 +119,8 @@ class PubSubSource:
 
     async def _keep_pulling(self, handle: Handler) -> None:
         retrying = AsyncRetrying(
-            # The constructor found credentials, so a SettingsError here is a look-up that failed.
-            retry=retry_if_exception_type((BrokerUnavailable, SettingsError, *FAILURES)),
+            # The library documents no list of errors.
+            retry=retry_if_exception_type(Exception),
             wait=wait_random_exponential(multiplier=0.2, max=REOPEN_MAX_S),
             stop=lambda _: self._closing.is_set(),
             sleep=self._sleep,

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from google.api_core.exceptions import Aborted, GoogleAPIError, ServiceUnavailable
 from google.api_core.retry import Retry, if_exception_type
-from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import pubsub_v1
 from google.pubsub_v1.services.publisher import PublisherClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
@@ -18,6 +18,7 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 from ..errors import BrokerUnavailable, SettingsError
 from ..settings import MessagesSettings, Secrets
 from .pubsub_names import address_of
+from .unforeseen import unforeseen
 
 #: How long to wait for a connection before saying that there is none, in seconds.
 CONNECT_S = 5.0
@@ -58,9 +59,10 @@ def _with_credentials(settings: MessagesSettings, client: Callable[..., Any]) ->
     """Ambient credentials first; where there are none, those of FIREBASE_CREDENTIALS."""
     try:
         return client()
-    except DefaultCredentialsError as e:
+    except Exception as e:
+        # Google documents one error; a file that cannot be read, or is of another form, has others.
         if Secrets.from_environment().firebase_credentials is None:
-            raise SettingsError(f"messages.url {settings.url!r}: {e}") from e
+            raise SettingsError(f"messages.url {settings.url!r}: no credentials: {e or type(e).__name__}") from e
     try:
         from .firebase_app import firebase_app
     except ModuleNotFoundError as e:
@@ -106,7 +108,14 @@ class Caller:
     async def call(self, method: Callable[..., Any], *, timeout_s: float = CALL_TIMEOUT_S, **arguments: Any) -> Any:
         """`timeout_s` limits the call, retries included. Raises one of FAILURES."""
         call = partial(method, retry=RETRY.with_timeout(timeout_s), timeout=timeout_s, **arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        # Outside of the block: threads that are gone are no outage.
+        calling = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await calling
+        except FAILURES:
+            raise
+        except Exception as e:
+            raise unforeseen(GoogleAPIError, "Pub/Sub", e) from e
 
     def close(self) -> None:
         """Calls under way go on; those that wait for a thread are cancelled."""

@@ -34,5 +34,7 @@ class PubSubPublisher:
             raise MessageRefused(f"{name} does not take the message: {e}", topic=name) from e
         except FAILURES as e:
             raise BrokerUnavailable(f"publishing to {name} failed: {e}", topic=name) from e
+        if not response.message_ids:
+            raise BrokerUnavailable(f"publishing to {name} failed: the answer has no message id", topic=name)
         message_id: str = response.message_ids[0]
         return message_id

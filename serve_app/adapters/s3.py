@@ -23,11 +23,12 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
-from ..errors import BlobConflict, BlobNotFound, SettingsError, StoreUnavailable
+from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreUnavailable
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .links import check_expiry
 from .transfers import Limited, check_size, whole_file
+from .unforeseen import unforeseen
 
 if TYPE_CHECKING:
     from obstore import GetResult, ObjectMeta, PutMode
@@ -46,6 +47,8 @@ _CHUNK = 256 * 1024
 _PART = 8 * 1024 * 1024
 _PARTS_AT_A_TIME = 4
 _BINARY = "application/octet-stream"
+#: In S3's words, where no blob is missing but the bucket.
+_NO_BUCKET = "NoSuchBucket"
 
 
 class S3BlobStore:
@@ -78,11 +81,11 @@ class S3BlobStore:
     async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
         check_path(path)
         store = await self._sending(path, len(data))
-        with _translated(path):
+        with _translated(path), _sending(path):
             stored = await store.put_async(
                 path, data, mode=_mode(if_version), attributes={"Content-Type": content_type}, use_multipart=False
             )
-        e_tag = stored["e_tag"] or ""
+        e_tag = _present(path, stored["e_tag"])
         # Only a head says when it was written.
         with suppress(BlobNotFound):
             info = await self.head(path)
@@ -114,7 +117,7 @@ class S3BlobStore:
     async def upload(self, path: str, source: Path) -> BlobInfo:
         check_path(path)
         store = await self._sending(path, _PART * _PARTS_AT_A_TIME)
-        with _translated(path):
+        with _translated(path), _sending(path):
             await store.put_async(
                 path,
                 source,
@@ -184,8 +187,15 @@ def _read_info(path: str, result: "GetResult") -> BlobInfo:
 
 def _info(path: str, meta: "ObjectMeta", content_type: str) -> BlobInfo:
     # Listings of some servers tell milliseconds, which heads never do.
-    version = f"{meta['e_tag'] or ''} {int(meta['last_modified'].timestamp())}"
+    version = f"{_present(path, meta['e_tag'])} {int(meta['last_modified'].timestamp())}"
     return BlobInfo(path=path, size=meta["size"], version=version, content_type=content_type)
+
+
+def _present(path: str, e_tag: str | None) -> str:
+    """Raises StoreUnavailable for an answer without one, which is not S3's: a proxy's page, say."""
+    if not e_tag:
+        raise StoreUnavailable(f"blob {path}: the answer has no ETag", path=path)
+    return e_tag
 
 
 def _e_tag(version: str) -> str:
@@ -202,14 +212,32 @@ def _mode(if_version: str) -> "PutMode":
 def _translated(path: str) -> Iterator[None]:
     try:
         yield
+    except FluxFillError:
+        raise
     except FileNotFoundError as e:
-        if "NoSuchBucket" in str(e):
+        if _NO_BUCKET in str(e):
             raise StoreUnavailable("the bucket is not there", path=path) from e
         raise BlobNotFound(f"blob {path} is not there", path=path) from e
     except (AlreadyExistsError, PreconditionError) as e:
         raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
     except BaseError as e:
         raise StoreUnavailable(f"blob {path}: {_sentence(e)}", path=path) from e
+    except OSError:
+        # The disk's, of a download: `whole_file` says which file.
+        raise
+    except Exception as e:
+        raise unforeseen(StoreUnavailable, f"blob {path}", e) from e
+
+
+@contextmanager
+def _sending(path: str) -> Iterator[None]:
+    """A body has no blob to be missing: 404 is a multipart upload that the server dropped."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        if _NO_BUCKET in str(e):
+            raise
+        raise StoreUnavailable(f"blob {path}: its upload was lost, and has to begin again", path=path) from e
 
 
 def _sentence(error: Exception) -> str:

@@ -7,10 +7,9 @@ never claimed counts by `created_at` and leaves the order as it is.
 """
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from ..jobs import Job
 
@@ -23,7 +22,7 @@ class SessionDocument(BaseModel):
     job_id: str
     fence: int
     #: When the latest claim that wrote here was taken; None while none has.
-    claimed_at: datetime | None
+    claimed_at: AwareDatetime | None
     #: Whether it says how the job ended.
     is_final: bool = False
     fields: dict[str, Any]

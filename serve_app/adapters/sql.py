@@ -8,7 +8,8 @@ import sqlalchemy as sa
 
 from ..errors import UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
-from .job_records import read_all, read_record
+from .calls import current_call
+from .job_records import read_all, read_record, read_stored, with_progress
 from .session_documents import SessionDocument, written
 from .sql_database import Database, lock
 from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, seconds
@@ -61,8 +62,11 @@ class SqlJobStore:
         await self._database.write(later)
 
     async def canceled_until(self, session_key: str) -> datetime | None:
-        until = await self._database.read(lambda c: c.scalar(_until(session_key)))
-        return None if until is None else datetime.fromtimestamp(until, UTC)
+        def read(connection: sa.Connection) -> datetime | None:
+            until = connection.scalar(_until(session_key))
+            return None if until is None else datetime.fromtimestamp(until, UTC)
+
+        return await self._database.read(read)
 
     def close(self) -> None:
         self._database.close()
@@ -77,8 +81,8 @@ class SqlSessionMirror:
         await self._database.write(lambda c: _mirror(c, job, document))
 
     async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
-        stored = await self._database.read(lambda c: c.scalar(_document(user_id, session_id)))
-        return SessionDocument.model_validate_json(stored).fields if stored else None
+        document = await self._database.read(lambda c: _mirrored(c, _document(user_id, session_id)))
+        return document.fields if document else None
 
     def close(self) -> None:
         self._database.close()
@@ -101,13 +105,14 @@ def _list(connection: sa.Connection, query: sa.Select[Any], limit: int) -> Seque
 
 def _job(row: Any) -> Job:
     job = read_record(row.id, row.record)
-    return job if row.step is None else job.evolve(progress=Progress(step=row.step, steps=row.steps))
+    return job if row.step is None else with_progress(job, {"step": row.step, "steps": row.steps})
 
 
 def _update(connection: sa.Connection, job_id: str, session_key: str, change: Change) -> Job:
     # Rows that are not there yet cannot be locked: two new jobs of one session would not see each other.
     lock(connection, f"jobs/{session_key or job_id}")
-    for job in change(_record(connection, job_id), _rivals(connection, job_id, session_key)):
+    stored, rivals = _record(connection, job_id), _rivals(connection, job_id, session_key)
+    for job in current_call().callers(lambda: change(stored, rivals)):
         columns = {
             "type": job.type,
             "status": job.status,
@@ -126,7 +131,7 @@ def _update(connection: sa.Connection, job_id: str, session_key: str, change: Ch
 
 def _record(connection: sa.Connection, job_id: str) -> Job | None:
     record = connection.scalar(sa.select(JOBS.c.record).where(JOBS.c.id == job_id).with_for_update())
-    return read_record(job_id, record) if record else None
+    return None if record is None else read_record(job_id, record)
 
 
 def _rivals(connection: sa.Connection, job_id: str, session_key: str) -> Sequence[Job]:
@@ -155,10 +160,15 @@ def _document(user_id: str, session_id: str) -> sa.Select[str]:
     return sa.select(SESSIONS.c.document).where(SESSIONS.c.user_id == user_id, SESSIONS.c.session_id == session_id)
 
 
+def _mirrored(connection: sa.Connection, query: sa.Select[str]) -> SessionDocument | None:
+    stored = connection.scalar(query)
+    return None if stored is None else read_stored(SessionDocument, "a session document", stored)
+
+
 def _mirror(connection: sa.Connection, job: Job, document: Mapping[str, Any]) -> None:
     lock(connection, f"sessions/{job.session_key}")
-    stored = connection.scalar(_document(job.user_id, job.session_id).with_for_update())
-    after = written(SessionDocument.model_validate_json(stored) if stored else None, job, document)
+    stored = _mirrored(connection, _document(job.user_id, job.session_id).with_for_update())
+    after = written(stored, job, document)
     if after is not None:
         key = {"user_id": job.user_id, "session_id": job.session_id}
         columns = {"job_id": after.job_id, "fence": after.fence, "document": after.model_dump_json()}

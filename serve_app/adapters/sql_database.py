@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from tenacity import (
     Retrying,
     retry,
@@ -32,10 +31,11 @@ from tenacity import (
     wait_random,
 )
 
-from ..errors import SettingsError, StoreUnavailable
+from ..errors import FluxFillError, SettingsError, StoreUnavailable
 from .calls import Call, current_call
 from .sql_connections import watch
 from .sql_tables import are_current, bring_up_to_date
+from .unforeseen import unforeseen
 
 T = TypeVar("T")
 
@@ -205,6 +205,12 @@ _KINDS = {"sqlite": _Kind(_sqlite, 1, False), "postgresql": _Kind(_postgresql, 4
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (DBAPIError, PoolTimeout, OSError) as e:
+    except FluxFillError:
+        raise
+    except (SQLAlchemyError, OSError) as e:
         reason = getattr(e, "orig", None) or e
         raise StoreUnavailable(f"the job store cannot be used: {reason}") from e
+    except Exception as e:
+        if current_call().is_callers(e):
+            raise
+        raise unforeseen(StoreUnavailable, "the job store", e) from e

@@ -104,8 +104,8 @@ class Webhooks:
             raise WebhookFailed(f"{host} did not answer within {self._settings.timeout_s:g} s", host=host) from None
         except httpx.ConnectError as e:
             raise WebhookFailed(f"{host} cannot be reached: {e}", host=host) from e
-        except httpx.HTTPError as e:
-            # Only its kind: its text may quote the answer.
+        except Exception as e:
+            # httpx documents HTTPError; a name's look-up has others. Only the kind: the text may quote the answer.
             raise WebhookFailed(f"{host} gave no answer: {type(e).__name__}", host=host) from None
         return response.status_code
 
@@ -121,6 +121,11 @@ def _event(job: Job) -> dict[str, Any]:
 def _canonical(text: str) -> httpx.URL:
     """With its host in ASCII, in lower case and without a trailing dot. Raises httpx.InvalidURL."""
     url = httpx.URL(text)
+    try:
+        # httpx decodes it when it is read.
+        _ = url.host
+    except UnicodeError as e:
+        raise httpx.InvalidURL("the host is no name in punycode") from e
     return url.copy_with(host=url.raw_host.decode("ascii").removesuffix("."))
 
 
