@@ -78,8 +78,12 @@ class RemotePrompts:
             return None
 
         async def ask() -> bytes:
-            with typed_errors(f"the text encoder of {row.base}"):
-                embeddings: bytes = await self._encode[str(row.base)].remote(prompt, row.max_prompt_tokens)
+            try:
+                with typed_errors(f"the text encoder of {row.base}"):
+                    embeddings: bytes = await self._encode[str(row.base)].remote(prompt, row.max_prompt_tokens)
+            except ReplicaLost as e:
+                # Most of those whom it was lost to only waited for it.
+                raise VariantNotReady(e.message) from e
             return embeddings
 
         return await self._cache.get_or_encode(row, base_revision(row, self._sources), prompt, ask)
@@ -92,15 +96,25 @@ def _handle(handles: Mapping[str, DeploymentHandle], variant: str) -> Deployment
 
 
 async def _last(stream: DeploymentResponseGenerator, variant: str, kind: type[T], on_progress: OnProgress) -> T:
-    """The result, of type `kind`, of a stream of progress that ends with it, or with an error that is to be raised."""
+    """The result, of type `kind`, of a stream of progress that ends with it, or with an error that is to be raised.
+
+    Raises ReplicaLost where the replica was lost at work; VariantNotReady where it had not begun, which a replica
+    reports first.
+    """
     result: T | FluxFillError | None = None
+    began = False
     try:
         with typed_errors(f"the replica of {variant} that painted"):
             async for item in stream:
                 if isinstance(item, (kind, FluxFillError)):
                     result = item
                 else:
+                    began = True
                     await on_progress(item)
+    except ReplicaLost as e:
+        if began:
+            raise
+        raise VariantNotReady(f"{e.message}; it had not begun") from e
     except asyncio.CancelledError:
         stream.cancel()
         raise

@@ -1,10 +1,11 @@
 """The only place that loads T5 and CLIP: one deployment per base model."""
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from serve_app.engine import weights
-from serve_app.errors import GpuLost
+from serve_app.errors import GpuLost, InferenceTimeout
 from serve_app.settings import Settings
 from serve_app.telemetry import Metrics, configure_logging
 from serve_app.variants import Variant
@@ -37,27 +38,44 @@ class TextEncoder:
         self._loading: Loading[Encoder] = Loading(
             what, lambda: open_encoder(variant, settings), lambda encoder: encoder.close(), metrics or RayMetrics()
         )
+        self._work = settings.work
         self._lock = asyncio.Lock()
+        #: Since when a prompt has been encoded, on the monotonic clock; None while none is.
+        self._since: float | None = None
 
     async def encode(self, prompt: str, max_tokens: int) -> bytes:
         """safetensors bytes as `ports.PaintRequest.embeddings` wants them.
 
-        Raises VariantLoadFailed with the reason; OutOfMemory, GpuLost, PaintError.
+        Raises VariantLoadFailed with the reason; InferenceTimeout where encoding itself takes longer than
+        `work.inference_timeout_s`; OutOfMemory, GpuLost, PaintError.
         """
         encoder = self._loading.value
         await self._lock.acquire()
+        self._since = time.monotonic()
         work = asyncio.ensure_future(asyncio.to_thread(encoder.encode, prompt, max_tokens))
         # By the thread's end, not by this coroutine's: a canceled request leaves its thread running.
-        work.add_done_callback(lambda _: self._lock.release())
+        work.add_done_callback(self._end)
+        limit_s = self._work.inference_timeout_s
         try:
-            return await asyncio.shield(work)
+            async with asyncio.timeout(limit_s):
+                return await asyncio.shield(work)
+        except TimeoutError as e:
+            raise InferenceTimeout(f"encoding the prompt took longer than {limit_s:g} s", limit_s=limit_s) from e
         except GpuLost as e:
             self._loading.lose(e)
             raise
 
+    def _end(self, _: object) -> None:
+        self._since = None
+        self._lock.release()
+
     def check_health(self) -> None:
-        """Raises GpuLost when its GPU failed for good: Serve then replaces the replica."""
+        """Raises when Serve is to replace the replica: GpuLost when its GPU failed for good; RuntimeError when it has
+        encoded a prompt for longer than anyone waits."""
         self._loading.check_health()
+        limit_s = self._work.inference_timeout_s + self._work.stuck_s
+        if self._since is not None and time.monotonic() - self._since > limit_s:
+            raise RuntimeError(f"the text encoder has been at one prompt for more than {limit_s:g} s")
 
     async def __del__(self) -> None:
         await self._loading.close()

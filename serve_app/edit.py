@@ -11,17 +11,19 @@ from typing import TypeVar
 
 from . import images, masks, paste, windows
 from .errors import (
-    BlobConflict,
     BlobNotFound,
     BlobTooLarge,
     ImageTooLarge,
     InferenceTimeout,
     MissingInput,
+    StoreUnavailable,
+    VariantNotReady,
 )
 from .images import Photo, Pixels
 from .jobs import Job, Progress, Timings
 from .messages import CropStrategy
-from .ports import BlobStore, OnProgress, Painted, Painter, PaintRequest, PromptEncoder
+from .outputs import Outputs, Painting
+from .ports import BlobInfo, BlobStore, OnProgress, Painted, Painter, PaintRequest, PromptEncoder
 from .settings import Limits, Settings
 
 T = TypeVar("T")
@@ -30,47 +32,56 @@ T = TypeVar("T")
 OUTPUTS = {"edited": "edited.jpg", "preview": "preview.jpg"}
 INPUTS = {"original": "original.jpg", "mask": "mask_auto.png"}
 
-#: How often a stored output may change under the claim's holder before the attempt is given up.
-CONFLICTS = 5
-
 
 def session_path(user_id: str, session_id: str, name: str) -> str:
     """Both ids must have passed `messages.ID_PATTERN`."""
     return f"users/{user_id}/sessions/{session_id}/{name}"
 
 
-async def read_input(blobs: BlobStore, user_id: str, session_id: str, role: str, limits: Limits) -> bytes:
+async def read_input(
+    blobs: BlobStore, user_id: str, session_id: str, role: str, limits: Limits
+) -> tuple[bytes, BlobInfo]:
     """The session's `original` or `mask`. Raises MissingInput, ImageTooLarge, StoreUnavailable."""
     path = session_path(user_id, session_id, INPUTS[role])
     try:
-        data, _ = await blobs.get(path, max_bytes=limits.image_bytes)
+        return await blobs.get(path, max_bytes=limits.image_bytes)
     except BlobNotFound as e:
         raise MissingInput(f"{path} is not in the blob store", path=path) from e
     except BlobTooLarge as e:
         raise ImageTooLarge(e.message, path=path) from e
-    return data
 
 
-async def encode_within(prompts: PromptEncoder, variant: str, prompt: str, limit_s: float) -> bytes | None:
-    """The prompt's embeddings. Raises InferenceTimeout after `limit_s` seconds, and what the encoder raises."""
+async def encode_within(prompts: PromptEncoder, variant: str, prompt: str, wait_s: float) -> bytes | None:
+    """The prompt's embeddings. Raises VariantNotReady after `wait_s` seconds, which go by in the text encoder's queue
+    (it limits its own work), and what the encoder raises."""
     try:
-        async with asyncio.timeout(limit_s):
+        async with asyncio.timeout(wait_s):
             return await prompts.encode(variant, prompt)
     except TimeoutError as e:
-        raise InferenceTimeout(f"encoding the prompt took longer than {limit_s:g} s", limit_s=limit_s) from e
+        raise VariantNotReady(f"the text encoder did not come to this prompt within {wait_s:g} s") from e
 
 
 async def begun_within(
-    limit_s: float, variant: str, paint: Callable[[OnProgress], Awaitable[T]], on_progress: OnProgress
+    limit_s: float,
+    variant: str,
+    paint: Callable[[OnProgress], Awaitable[T]],
+    on_progress: OnProgress,
+    *,
+    wait_s: float | None = None,
 ) -> T:
-    """What `paint` returns. Raises InferenceTimeout once `limit_s` seconds have passed since its first report: waiting
-    for a replica is not inference."""
-    timeout = asyncio.timeout(None)
+    """What `paint` returns. Its first report is its beginning: waiting for a replica is not inference.
+
+    Raises InferenceTimeout `limit_s` seconds after the first report; VariantNotReady after `wait_s` seconds without
+    one (None: waits for ever).
+    """
+    began = False
     try:
-        async with timeout:
+        async with asyncio.timeout(wait_s) as timeout:
 
             async def started(progress: Progress) -> None:
-                if timeout.when() is None:
+                nonlocal began
+                if not began:
+                    began = True
                     timeout.reschedule(asyncio.get_running_loop().time() + limit_s)
                 await on_progress(progress)
 
@@ -78,6 +89,8 @@ async def begun_within(
     except TimeoutError as e:
         if not timeout.expired():
             raise
+        if not began:
+            raise VariantNotReady(f"no replica of {variant} began within {wait_s:g} s") from e
         raise InferenceTimeout(f"painting on {variant} took longer than {limit_s:g} s", limit_s=limit_s) from e
 
 
@@ -88,14 +101,23 @@ class Result:
     timings: Timings
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Prepared:
-    photo: Photo
-    mask: Pixels
+    """A job's picture while it is in this process."""
+
+    original: bytes
+    mask: bytes
+    #: What the bytes decode to; None where memory has no room for it while a replica paints.
+    decoded: tuple[Photo, Pixels] | None
     #: None where the mask is empty.
     plan: windows.Plan | None
     canvas: Pixels | None = None
     canvas_mask: Pixels | None = None
+
+    @property
+    def decoded_px(self) -> int:
+        """Pixels of the photo, while it is decoded."""
+        return self.decoded[1].size if self.decoded else 0
 
 
 @dataclass
@@ -127,54 +149,83 @@ class Editor:
     ) -> None:
         self._blobs, self._painter, self._prompts = blobs, painter, prompts
         self._settings, self._pool = settings, pool
+        self._outputs = Outputs(blobs, upload_s=settings.work.upload_s)
+        #: How many decoded pixels more may be kept.
+        self._room_px = settings.limits.decoded_pixels
 
     async def run(self, job: Job, *, on_progress: OnProgress, confirm: Callable[[], Awaitable[None]]) -> Result:
-        """Paint `job` and store the result; `confirm` is awaited before the store is written to.
+        """Paint `job` and store the result; `confirm` is awaited before the store is written to. What was painted and
+        could not be stored is kept, and not painted again.
 
         Raises MissingInput, InvalidImage, ImageTooLarge, MaskMismatch for bad input; what the painter, the encoder
         and the store raise; InferenceTimeout; and what `confirm` raises.
         """
-        clock = _Clock()
-        stored = await self._output_versions(job)
+        clock, paths = _Clock(), _paths(job)
+        await self._outputs.check_writable()
+        versions = await self._outputs.versions(paths)
         with clock.stage("download_s"):
-            original, mask = await asyncio.gather(self._read(job, "original"), self._read(job, "mask"))
-        with clock.stage("prepare_s"):
-            prepared = await self._in_pool(self._prepare, original, mask, job.parameters.crop_strategy)
-            embeddings = None
-            if prepared.plan is not None:
-                embeddings = await self._embeddings(job)
-        painted = await self._paint(job, prepared, embeddings, on_progress, clock)
-        with clock.stage("encode_s"):
-            outputs = await self._in_pool(self._encode, prepared, original, painted)
-        with clock.stage("upload_s"):
-            await self._store(job, outputs, stored, confirm)
-        gpu_ms = painted.gpu_ms if painted else None
-        return Result(artifacts=_paths(job), timings=Timings(**clock.seconds, gpu_ms=gpu_ms))
+            (original, of), (mask, of_mask) = await asyncio.gather(self._read(job, "original"), self._read(job, "mask"))
+        inputs = (of.version, of_mask.version)
+        painting = self._outputs.kept(job, inputs) or await self._painting(job, original, mask, on_progress, clock)
+        try:
+            with clock.stage("upload_s"):
+                await self._outputs.store(painting, paths, versions, confirm)
+        except StoreUnavailable:
+            self._outputs.keep(job, inputs, painting)
+            raise
+        return Result(artifacts=paths, timings=Timings(**{**painting.seconds, **clock.seconds}, gpu_ms=painting.gpu_ms))
 
     async def _in_pool(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
-    async def _read(self, job: Job, role: str) -> bytes:
+    async def _read(self, job: Job, role: str) -> tuple[bytes, BlobInfo]:
         return await read_input(self._blobs, job.user_id, job.session_id, role, self._settings.limits)
 
+    async def _painting(
+        self, job: Job, original: bytes, mask: bytes, on_progress: OnProgress, clock: _Clock
+    ) -> Painting:
+        with clock.stage("prepare_s"):
+            prepared = await self._in_pool(self._prepare, original, mask, job.parameters.crop_strategy)
+        with self._in_memory(prepared):
+            painted = await self._paint(job, prepared, on_progress, clock)
+            with clock.stage("encode_s"):
+                files = await self._in_pool(self._encode, prepared, painted)
+        return Painting(files=files, seconds=clock.seconds, gpu_ms=painted.gpu_ms if painted else None)
+
+    @contextmanager
+    def _in_memory(self, prepared: _Prepared) -> Iterator[None]:
+        """Drops the decoded picture where there is no room for it."""
+        if prepared.decoded_px > self._room_px:
+            prepared.decoded = None
+        size = prepared.decoded_px
+        self._room_px -= size
+        try:
+            yield
+        finally:
+            self._room_px += size
+
     async def _embeddings(self, job: Job) -> bytes | None:
-        limit_s = self._settings.work.inference_timeout_s
-        return await encode_within(self._prompts, job.variant, job.parameters.prompt, limit_s)
+        wait_s = self._settings.work.replica_wait_s
+        return await encode_within(self._prompts, job.variant, job.parameters.prompt, wait_s)
+
+    def _decode(self, original: bytes, mask: bytes) -> tuple[Photo, Pixels]:
+        photo = images.decode_photo(original, self._settings.limits)
+        return photo, masks.decode_mask(mask, self._settings.limits, photo.size)
 
     def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy) -> _Prepared:
-        photo = images.decode_photo(original, self._settings.limits)
-        mask = masks.decode_mask(mask_bytes, self._settings.limits, photo.size)
+        photo, mask = decoded = self._decode(original, mask_bytes)
         plan = windows.plan(mask, strategy, self._settings.windows)
-        if plan is None:
-            return _Prepared(photo=photo, mask=mask, plan=None)
-        canvas, canvas_mask = paste.cut(photo.pixels, mask, plan, self._settings.windows.feather_px)
-        return _Prepared(photo=photo, mask=mask, plan=plan, canvas=canvas, canvas_mask=canvas_mask)
+        cut = paste.cut(photo.pixels, mask, plan, self._settings.windows.feather_px) if plan else (None, None)
+        return _Prepared(
+            original=original, mask=mask_bytes, decoded=decoded, plan=plan, canvas=cut[0], canvas_mask=cut[1]
+        )
 
-    async def _paint(
-        self, job: Job, prepared: _Prepared, embeddings: bytes | None, on_progress: OnProgress, clock: _Clock
-    ) -> Painted | None:
+    async def _paint(self, job: Job, prepared: _Prepared, on_progress: OnProgress, clock: _Clock) -> Painted | None:
         if prepared.plan is None or prepared.canvas is None or prepared.canvas_mask is None:
             return None
+        asked = time.perf_counter()
+        embeddings = await self._embeddings(job)
+        clock.seconds["prepare_s"] += time.perf_counter() - asked
         request = PaintRequest(
             job_id=job.id,
             canvas=prepared.canvas,
@@ -189,52 +240,20 @@ class Editor:
         started = time.perf_counter()
         limit_s = self._settings.work.inference_timeout_s
         paint = partial(self._painter.paint, job.variant, request)
-        painted = await begun_within(limit_s, job.variant, paint, on_progress)
+        wait_s = self._settings.work.replica_wait_s
+        painted = await begun_within(limit_s, job.variant, paint, on_progress, wait_s=wait_s)
         clock.seconds["engine_s"] = painted.busy_s
         clock.seconds["wait_s"] = max(0.0, time.perf_counter() - started - painted.busy_s)
         return painted
 
-    def _encode(self, prepared: _Prepared, original: bytes, painted: Painted | None) -> dict[str, tuple[bytes, str]]:
-        photo = prepared.photo
+    def _encode(self, prepared: _Prepared, painted: Painted | None) -> dict[str, tuple[bytes, str]]:
+        photo, mask = prepared.decoded or self._decode(prepared.original, prepared.mask)
         if prepared.plan is None or painted is None:
             preview = images.encode_preview(photo, photo.pixels)
-            return {"preview": (preview, "image/jpeg"), "edited": (original, photo.content_type)}
-        feather_px = self._settings.windows.feather_px
-        pixels = paste.paste(photo.pixels, painted.canvas, prepared.mask, prepared.plan, feather_px)
+            return {"preview": (preview, "image/jpeg"), "edited": (prepared.original, photo.content_type)}
+        pixels = paste.paste(photo.pixels, painted.canvas, mask, prepared.plan, self._settings.windows.feather_px)
         edited, preview = images.encode_edited(photo, pixels), images.encode_preview(photo, pixels)
         return {"preview": (preview, "image/jpeg"), "edited": (edited, "image/jpeg")}
-
-    async def _output_versions(self, job: Job) -> dict[str, str]:
-        return {role: await self._version(path) for role, path in _paths(job).items()}
-
-    async def _version(self, path: str) -> str:
-        try:
-            return (await self._blobs.head(path)).version
-        except BlobNotFound:
-            return ""
-
-    async def _store(
-        self,
-        job: Job,
-        outputs: dict[str, tuple[bytes, str]],
-        stored: dict[str, str],
-        confirm: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Write each output over the version seen when the attempt began, so that a stale worker's late write is
-        either refused or written over."""
-        for role, (data, content_type) in outputs.items():
-            path, version = _paths(job)[role], stored[role]
-            for _ in range(CONFLICTS):
-                await confirm()
-                try:
-                    await self._blobs.put(path, data, content_type=content_type, if_version=version)
-                    break
-                except BlobConflict:
-                    version = await self._version(path)
-            else:
-                raise BlobConflict(
-                    f"{path} was written {CONFLICTS} times by others while it was to be stored", path=path
-                )
 
 
 def _paths(job: Job) -> dict[str, str]:

@@ -15,13 +15,14 @@
     │   ├── ReplicaLost            the replica died
     │   ├── GpuLost                the GPU failed for good: its replica is replaced
     │   ├── InferenceTimeout       painting took longer than its limit
-    │   ├── OutOfMemory            the device had no memory left
-    │   └── VariantLoadFailed      the variant's weights did not load
+    │   └── OutOfMemory            the device had no memory left
     ├── Unavailable                something outside is down: wait, no attempt is used
     │   ├── StoreUnavailable       blob or job store
+    │   │   └── StoreDenied        it answers, and refuses this service: a permission, a retention policy, a full disk
     │   ├── BrokerUnavailable      Pub/Sub
     │   ├── WebhookFailed          a publisher's URL did not take the call
-    │   ├── VariantNotReady        no replica of the variant paints yet, and enough jobs wait for one
+    │   ├── VariantNotReady        no replica of the variant paints yet
+    │   ├── VariantLoadFailed      the variant's weights did not load; they are tried again in the background
     │   ├── ReplicaTaken           the replica has as many audit cells in hand as it may
     │   └── JobsUnavailable        Ray does not take jobs
     ├── MessageRefused             the broker will not take what is published, however often
@@ -33,7 +34,8 @@
     │   ├── DeadlineExceeded       its deadline passed
     │   └── ShuttingDown           this process is going away
     ├── ClaimError                 somebody else has, or had, the right to this job
-    │   ├── Busy                   a live lease, on the job or on its session
+    │   ├── Busy                   a live lease, on the job or on its session, or the job's backoff
+    │   ├── OtherVariant           the stored job is of another variant than its message names today
     │   ├── UnknownJob             there is no such job
     │   ├── StaleClaim             a write with an old fencing number
     │   └── IllegalTransition      the state machine has no such edge
@@ -167,10 +169,6 @@ class OutOfMemory(PaintError):
     code = "out_of_memory"
 
 
-class VariantLoadFailed(PaintError):
-    code = "variant_failed"
-
-
 class Unavailable(FluxFillError):
     code = "unavailable"
     http_status = 503
@@ -179,6 +177,10 @@ class Unavailable(FluxFillError):
 
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
+
+
+class StoreDenied(StoreUnavailable):
+    code = "store_denied"
 
 
 class BrokerUnavailable(Unavailable):
@@ -191,6 +193,10 @@ class WebhookFailed(Unavailable):
 
 class VariantNotReady(Unavailable):
     code = "variant_not_ready"
+
+
+class VariantLoadFailed(Unavailable):
+    code = "variant_failed"
 
 
 class ReplicaTaken(Unavailable):
@@ -253,6 +259,12 @@ class Busy(ClaimError):
     """`details["retry_after_s"]`: seconds until the lease that is in the way can have run out."""
 
     code = "busy"
+
+
+class OtherVariant(ClaimError):
+    """`details["variant"]`: the one that the job was first claimed with."""
+
+    code = "other_variant"
 
 
 class UnknownJob(ClaimError):

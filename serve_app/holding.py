@@ -1,5 +1,6 @@
 """When a message is held back although nothing is wrong with it, and how often each has been."""
 
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,21 +39,29 @@ class Shares:
         if self._painter.is_ready(variant):
             return max(1, places - (len(variants) - 1)) if len(variants) > 1 else None
         # No more than an equal part, where the settings allow fewer places than all variants could use.
-        return min(variants[variant].share, max(1, places // len(variants)))
+        return min(self._settings.share(variant), max(1, places // len(variants)))
 
 
 class Waits:
-    """How often each message was held back without using an attempt. Per process, and bounded: it only spaces out."""
+    """How often, and for how long, each message was held back without using an attempt. Per process, and bounded."""
 
     def __init__(self, at_most: int = 10_000) -> None:
-        self._counts: OrderedDict[str, int] = OrderedDict()
+        #: Times and the first one's moment on the monotonic clock, the least recently held back first.
+        self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._at_most = at_most
 
     def count(self, message_id: str) -> int:
-        self._counts[message_id] = self._counts.pop(message_id, 0) + 1
-        if len(self._counts) > self._at_most:
-            self._counts.popitem(last=False)
-        return self._counts[message_id]
+        """How often, this time included."""
+        times, since = self._held.pop(message_id, (0, time.monotonic()))
+        self._held[message_id] = times + 1, since
+        if len(self._held) > self._at_most:
+            self._held.popitem(last=False)
+        return times + 1
+
+    def waited_s(self, message_id: str) -> float:
+        """Seconds since it was first held back."""
+        now = time.monotonic()
+        return now - self._held.get(message_id, (0, now))[1]
 
     def forget(self, message_id: str) -> None:
-        self._counts.pop(message_id, None)
+        self._held.pop(message_id, None)

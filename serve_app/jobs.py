@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from .errors import Busy, IllegalTransition, StaleClaim, UnknownJob
+from .errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
 from .messages import CropStrategy, EditMessage
 
 
@@ -185,6 +185,10 @@ class Job(_Value):
     fence: int = 0
     #: Who claimed it last: a name used for one claim.
     claimed_by: str = ""
+    #: Not to be claimed before: the backoff after a failed attempt.
+    not_before: datetime | None = None
+    #: Since when its attempts have been given back for want of something: weights, a replica, a store.
+    waiting_since: datetime | None = None
     #: While running: until when its worker may be silent.
     lease_until: AwareDatetime | None = None
     progress: Progress = Progress()
@@ -312,7 +316,8 @@ def claim(
     deadline becomes expired, one whose attempts are used up failed. Another job of the session that waits for the same
     request, on a photo or mask since replaced, is superseded.
 
-    Raises Busy (from the change) while a live lease holds the job or another job of its session.
+    Raises Busy (from the change) while a live lease holds the job or another job of its session, or its backoff lasts;
+    OtherVariant where the stored record is of another variant than `new`.
     """
 
     def change(stored: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
@@ -322,12 +327,15 @@ def claim(
         _refuse_live(job, now)
         if job.attempt >= max_attempts:
             return (_exhausted(job, now),)
+        if job.variant != new.variant:
+            raise OtherVariant(f"job {job.id} is of variant {job.variant}", variant=job.variant)
         if job.status == State.RUNNING:
             job = job.after(Cause.LEASE_LOST)
         for rival in rivals:
             _refuse_live(rival, now)
         if job.deadline is not None and now >= job.deadline:
             return (job.after(Cause.EXPIRED, error=_too_late(job), fence=job.fence + 1, finished_at=now),)
+        _refuse_early(job, now)
         others = tuple(after for rival in rivals if (after := _beside(rival, job, now, max_attempts)) is not None)
         job = job.after(
             Cause.CLAIMED,
@@ -335,6 +343,7 @@ def claim(
             fence=job.fence + 1,
             claimed_by=claimer,
             started_at=now,
+            not_before=None,
             error=None,
         ).evolve(lease_until=now + timedelta(seconds=lease_s))
         return (job, *others)
@@ -363,17 +372,31 @@ def finish(claim: Claim, cause: Cause, *, now: datetime, **changes: Any) -> Chan
     return _held(claim, lambda job: job.after(cause, finished_at=now, **changes))
 
 
-def requeue(claim: Claim, cause: Cause, *, error: JobError | None = None) -> Change:
-    """Put the job back: RETRIED keeps the attempt counted, GIVEN_BACK uncounts it.
+def retry(claim: Claim, *, error: JobError, now: datetime, backoff_s: float) -> Change:
+    """Put the job back after an attempt that failed, not to be claimed for `backoff_s` seconds, whichever of its
+    messages comes. Raises StaleClaim where the claim no longer holds."""
+    not_before = now + timedelta(seconds=backoff_s)
+    return _held(claim, lambda job: job.after(Cause.RETRIED, error=error, not_before=not_before, waiting_since=None))
+
+
+def give_back(claim: Claim) -> Change:
+    """Put the job back, with the attempt uncounted. Raises StaleClaim where the claim no longer holds."""
+    return _held(claim, lambda job: job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1))
+
+
+def wait(claim: Claim, *, error: JobError, now: datetime, limit_s: float) -> Change:
+    """As `give_back`, for want of what `error` names; the job fails with it once it has waited for `limit_s` seconds.
 
     Raises StaleClaim where the claim no longer holds.
     """
 
-    def back(job: Job) -> Job:
-        attempt = job.attempt - 1 if cause == Cause.GIVEN_BACK else job.attempt
-        return job.after(cause, attempt=attempt, error=error)
+    def after(job: Job) -> Job:
+        since = job.waiting_since or now
+        if (now - since).total_seconds() >= limit_s:
+            return job.after(Cause.EXHAUSTED, error=error, finished_at=now)
+        return job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1, error=error, waiting_since=since)
 
-    return _held(claim, back)
+    return _held(claim, after)
 
 
 def cancel(*, now: datetime) -> Change:
@@ -397,7 +420,7 @@ def replay(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
         raise UnknownJob("there is no such job")
     if job.status != State.FAILED:
         return ()
-    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "finished_at": None}
+    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "finished_at": None, "waiting_since": None}
     return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
 
 
@@ -462,6 +485,12 @@ def _refuse_live(job: Job, now: datetime) -> None:
         raise Busy(f"job {job.id} is running until {job.lease_until.isoformat()}", retry_after_s=left_s)
 
 
+def _refuse_early(job: Job, now: datetime) -> None:
+    if job.not_before is not None and job.not_before > now:
+        left_s = (job.not_before - now).total_seconds()
+        raise Busy(f"job {job.id} is not tried before {job.not_before.isoformat()}", retry_after_s=left_s)
+
+
 def _asked_again(stored: Job, new: Job, asked_at: datetime | None) -> Job:
     """The stored record, queued again where the message came after somebody had canceled it, or with a later deadline
     than the one it missed."""
@@ -469,8 +498,9 @@ def _asked_again(stored: Job, new: Job, asked_at: datetime | None) -> Job:
         return stored
     if (stored.status, Cause.ASKED_AGAIN) not in TRANSITIONS:
         return stored
+    fresh = {"not_before": None, "waiting_since": None}
     wish = {"deadline": new.deadline, "callback_url": new.callback_url, "traceparent": new.traceparent}
-    return stored.after(Cause.ASKED_AGAIN, attempt=0, error=None, finished_at=None, **wish)
+    return stored.after(Cause.ASKED_AGAIN, attempt=0, error=None, finished_at=None, **fresh, **wish)
 
 
 def _beside(rival: Job, claimed: Job, now: datetime, max_attempts: int) -> Job | None:

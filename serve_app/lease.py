@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, stop_never, wait_random_exponential
 
 from . import jobs
 from .errors import Canceled, DeadlineExceeded, FluxFillError, StaleClaim, StoreUnavailable
@@ -125,14 +127,49 @@ class Lease:
             log.info("The session does not show the progress: %s", e, extra={"action": "progress_not_shown"})
 
 
-async def insist(call: Callable[[], Awaitable[T]], for_s: float) -> T:
-    """What `call` returns, tried again while the store is unavailable, for at most `for_s` seconds."""
+async def insist(call: Callable[[], Awaitable[T]], for_s: float | None = None) -> T:
+    """What `call` returns, tried again while the store is unavailable, for at most `for_s` seconds (None: for ever)."""
     return await AsyncRetrying(
         retry=retry_if_exception_type(StoreUnavailable),
-        stop=stop_after_delay(for_s),
+        stop=stop_never if for_s is None else stop_after_delay(for_s),
         wait=wait_random_exponential(multiplier=0.2, max=5),
         reraise=True,
     )(call)
+
+
+class Orphans:
+    """Claims whose store could not say whether it stored them. They are given back when it answers again, by one task
+    and one at a time, so that a store that comes back is not run down by those who waited for it."""
+
+    def __init__(self, job_store: JobStore, at_most: int = 1_000) -> None:
+        """Of more than `at_most` the oldest are left to their leases' end."""
+        self._jobs, self._at_most = job_store, at_most
+        #: Session keys by job id and claimer, the oldest first.
+        self._claims: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._giving_back: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+    def add(self, job: Job, claimer: str) -> None:
+        self._claims[job.id, claimer] = job.session_key
+        if len(self._claims) > self._at_most:
+            self._claims.popitem(last=False)
+        if self._giving_back is None or self._giving_back.done():
+            self._giving_back = asyncio.create_task(self._give_back())
+
+    def close(self) -> None:
+        if self._giving_back is not None:
+            self._giving_back.cancel()
+
+    async def _give_back(self) -> None:
+        while self._claims:
+            (job_id, claimer), session_key = next(iter(self._claims.items()))
+            update = partial(self._jobs.update, job_id, session_key, jobs.disown(claimer))
+            with suppress(FluxFillError):
+                # A claim that never was stored has no job.
+                await insist(update)
+            self._claims.pop((job_id, claimer), None)
 
 
 def _why(e: StaleClaim) -> StaleClaim | Canceled:

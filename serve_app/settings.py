@@ -4,6 +4,7 @@
 effect on the next claimed job. `Secrets` come from the environment, and only here is the environment read.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,12 +115,6 @@ class VariantSettings(Scaling):
     threads: int = Field(2, ge=1, le=256)
     levers: Levers = Levers()
 
-    @property
-    def share(self) -> int:
-        """Messages in an ingress replica's hands that keep this variant busy: a batch painted and one ready to be on
-        each replica, and two on their way."""
-        return (self.levers.max_batch + 1) * self.max_replicas + 2
-
 
 class TextEncoderSettings(Scaling):
     """T5 and CLIP. They run once for a prompt that nobody has asked for before, so the CPU is the default."""
@@ -159,7 +154,8 @@ class MessagesSettings(_Frozen):
     dead_letter_subscription: ResourceName = "session-processing-dead"
     #: Gets a message for every job that is over. None: nobody is told so.
     completion_topic: ResourceName | None = None
-    #: Messages in an ingress replica's hands. None: two for each replica of each variant, and two for each variant.
+    #: Messages in an ingress replica's hands. None: its part of two for each replica of each variant and two for each
+    #: variant, which all ingress replicas share.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
 
     @model_validator(mode="after")
@@ -226,6 +222,9 @@ class Limits(_Frozen):
     image_pixels: int = Field(50_000_000, ge=1)
     image_side_px: int = Field(10_000, ge=1)
     message_bytes: int = Field(64_000, ge=1)
+    #: Pixels of decoded photos that an ingress keeps while replicas paint, at 4 bytes each with their masks. Photos
+    #: beyond it are kept encoded and decoded once more.
+    decoded_pixels: int = Field(200_000_000, ge=0)
 
     @property
     def stored_bytes(self) -> int:
@@ -275,7 +274,14 @@ class Work(_Frozen):
     lease_s: float = Field(60.0, gt=0)
     renew_s: float = Field(20.0, gt=0)
     max_attempts: int = Field(5, ge=1, le=100)
+    #: From when an engine begins with a job.
     inference_timeout_s: float = Field(240.0, gt=0)
+    #: How long a job waits for a replica or for the text encoder before its message is held back for others' sake.
+    replica_wait_s: float = Field(900.0, gt=0)
+    #: How long the upload of a painted photo is tried, before its message is held back.
+    upload_s: float = Field(300.0, gt=0)
+    #: How long a job may wait in all for weights, a replica, the text encoder or a store, before it fails.
+    wait_limit_s: float = Field(86_400.0, gt=0)
     #: The first hold-back after a failure; doubles with each attempt, with jitter.
     backoff_s: float = Field(2.0, gt=0)
     #: Pub/Sub holds a message back for 600 s at most.
@@ -291,8 +297,8 @@ class Work(_Frozen):
     stuck_s: float = Field(60.0, gt=0)
     #: How often what jobs owe (session documents, completion messages, webhooks) is looked for.
     outbox_poll_s: float = Field(2.0, gt=0)
-    #: On shutdown: how long jobs in hand may go on before they are given back.
-    grace_s: float = Field(20.0, ge=0)
+    #: On shutdown: how long jobs in hand may go on before they are given back. A spot node has 15 s in all.
+    grace_s: float = Field(5.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "Work":
@@ -430,9 +436,16 @@ class Settings(_Frozen):
         """What metrics call a variant: messages may name any, and each name would be a series for ever."""
         return name if name in self.variants else "other"
 
+    def share(self, name: str) -> int:
+        """Messages of a served variant in one ingress replica: with the other ingress replicas' enough to keep the
+        variant busy, a batch painted and one ready to be on each of its replicas, and two on their way. Whatever more
+        were claimed would wait where priorities do not reach."""
+        served = self.variants[name]
+        return math.ceil(((served.levers.max_batch + 1) * served.max_replicas + 2) / self.ingress_replicas)
+
     def in_flight(self) -> int:
-        """Messages an ingress replica holds: enough that no replica ever waits for the next photo."""
-        return self.messages.max_in_flight or sum(served.share for served in self.variants.values())
+        """Messages in one ingress replica."""
+        return self.messages.max_in_flight or sum(map(self.share, self.variants))
 
 
 class Secrets(_Frozen):

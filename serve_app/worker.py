@@ -27,15 +27,17 @@ from .errors import (
     FluxFillError,
     MalformedMessage,
     MessageRefused,
+    OtherVariant,
     StaleClaim,
     StoreUnavailable,
     Unavailable,
     UnknownVariant,
+    VariantLoadFailed,
     VariantNotReady,
 )
 from .holding import Shares, Waits
 from .jobs import Cause, Change, Job, JobError, Parameters, State, Timings
-from .lease import Lease, insist
+from .lease import Lease, Orphans, insist
 from .messages import Attributes, EditMessage, parse_attributes, parse_edit
 from .outbox import Courier, Webhooks
 from .ports import (
@@ -57,9 +59,6 @@ log = logging.getLogger(__name__)
 
 #: A variant that starts is ready in a minute: its messages must not be away for much longer.
 LONGEST_WAIT_FOR_A_VARIANT_S = 10.0
-
-#: How long a claim is tried to be given back after a store was away, in seconds: nobody waits for it.
-DISOWN_S = 3600.0
 
 #: How a job ends that is not tried again, by its error's disposition.
 _ENDS_BY = {
@@ -99,13 +98,12 @@ class Worker:
         self._settings, self._defaults, self._clock = settings, defaults, clock
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
         self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
-        self._disowning: set[asyncio.Task[None]] = set()
+        self._orphans = Orphans(job_store)
         self._waits = Waits()
         self._shares = Shares(painter, settings)
 
     def close(self) -> None:
-        for task in self._disowning:
-            task.cancel()
+        self._orphans.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def work(self, delivery: Delivery) -> Verdict:
@@ -121,7 +119,7 @@ class Worker:
             verdict = await self._work(delivery)
         except Busy as e:
             return self._held_back(delivery, e, at_most_s=e.details["retry_after_s"])
-        except VariantNotReady as e:
+        except (VariantNotReady, VariantLoadFailed) as e:
             return self._held_back(delivery, e, at_most_s=LONGEST_WAIT_FOR_A_VARIANT_S)
         except (Unavailable, StaleClaim) as e:
             return self._held_back(delivery, e)
@@ -144,9 +142,30 @@ class Worker:
                 log.warning(
                     "Ignored fields nobody here knows: %s", ", ".join(unknown), extra={"action": "unknown_fields"}
                 )
-            # Before the stores are asked anything: what is over its share comes again.
-            with self._shares.taken(message.variant or self._defaults().variant):
-                return await self._work_on(await self._new_job(message, attributes), delivery)
+            return await self._shared(message, attributes, delivery)
+
+    async def _shared(self, message: EditMessage, attributes: Attributes, delivery: Delivery) -> Verdict:
+        """Work on it within the share of its job's variant, which need not be the one it names today."""
+        variant = message.variant or self._defaults().variant
+        while True:
+            try:
+                # Before the stores are asked anything: what is over its share comes again.
+                with self._shares.taken(variant):
+                    return await self._work_on(await self._new_job(message, attributes, variant), delivery)
+            except OtherVariant as e:
+                variant = e.details["variant"]
+            except VariantNotReady as e:
+                if self._waits.waited_s(delivery.message_id) < self._settings.work.wait_limit_s:
+                    raise
+                return await self._given_up(await self._new_job(message, attributes, variant), delivery, e)
+
+    async def _given_up(self, new: Job, delivery: Delivery, error: VariantNotReady) -> Verdict:
+        """The end of a message that has waited for its share for too long."""
+        job = await self._claim(new, self._clock(), delivery.publish_time)
+        if not job.status.is_final:
+            change = jobs.finish(jobs.claim_of(job), Cause.EXHAUSTED, now=self._clock(), error=_job_error(error))
+            job = await self._update(job, change)
+        return await self._settle(job, delivery)
 
     async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
         with logged_with(job_id=new.id, session_key=new.session_key):
@@ -162,17 +181,18 @@ class Worker:
 
     # -- claiming
 
-    async def _new_job(self, message: EditMessage, attributes: Attributes) -> Job:
+    async def _new_job(self, message: EditMessage, attributes: Attributes, variant: str) -> Job:
         versions = await asyncio.gather(*(self._version(message, name) for name in INPUTS.values()))
         job_id = jobs.edit_job_id(message, versions=versions, idempotency_key=attributes.idempotency_key)
         defaults = self._defaults()
         explicit = message.explicit()
+        explicit.pop("variant", None)
         return Job(
             id=job_id,
             type="inpaint",
             user_id=message.user_id,
             session_id=message.session_id,
-            variant=explicit.pop("variant", defaults.variant),
+            variant=variant,
             seed=explicit.pop("seed", jobs.seed_of(job_id)),
             request=jobs.edit_request(message, idempotency_key=attributes.idempotency_key),
             parameters=Parameters(**(defaults.model_dump(exclude={"variant"}) | explicit)),
@@ -197,7 +217,7 @@ class Worker:
         try:
             return await asyncio.shield(claiming)
         except StoreUnavailable:
-            self._disown(new, claimer)
+            self._orphans.add(new, claimer)
             raise
         except asyncio.CancelledError:
             # The store may commit the claim after all; then it is ours to give back.
@@ -205,19 +225,6 @@ class Worker:
             if not claiming.cancelled() and claiming.exception() is None and not claiming.result().status.is_final:
                 await self._give_back(claiming.result())
             raise
-
-    def _disown(self, job: Job, claimer: str) -> None:
-        """Give the claim back in the background: it may have been stored although the store could not say so, and would
-        then cost a lease and an attempt."""
-
-        async def give_back() -> None:
-            change = jobs.disown(claimer)
-            with suppress(FluxFillError):
-                await insist(partial(self._jobs.update, job.id, job.session_key, change), for_s=DISOWN_S)
-
-        task = asyncio.create_task(give_back())
-        self._disowning.add(task)
-        task.add_done_callback(self._disowning.discard)
 
     # -- running
 
@@ -249,7 +256,7 @@ class Worker:
     async def _give_back(self, job: Job) -> None:
         """On shutdown. A claim that is over, or a store that stays down, leaves the job to others."""
         with suppress(FluxFillError):
-            await asyncio.shield(self._update(job, jobs.requeue(jobs.claim_of(job), Cause.GIVEN_BACK)))
+            await asyncio.shield(self._update(job, jobs.give_back(jobs.claim_of(job))))
             log.info("Gave a job back on shutdown", extra={"action": "given_back", **job.log_context()})
 
     async def _is_canceled(self, job: Job, delivery: Delivery) -> bool:
@@ -293,17 +300,22 @@ class Worker:
         extra = {"action": "attempt_failed", "code": e.code, **job.log_context()}
         log.warning("An attempt failed: %s", e.message, extra=extra, exc_info=cause if e is not cause else None)
         self._metrics.add("fluxfill_attempts_failed_total", variant=self._label(job), code=e.code)
-        claim, error = jobs.claim_of(job), JobError(code=e.code, message=e.message)
-        if e.disposition in (Disposition.WAIT, Disposition.NACK):
+        claim, error, work = jobs.claim_of(job), _job_error(e), self._settings.work
+        if e.disposition == Disposition.WAIT:
             try:
-                await self._update(job, jobs.requeue(claim, Cause.GIVEN_BACK))
+                after = await self._update(
+                    job, jobs.wait(claim, error=error, now=self._clock(), limit_s=work.wait_limit_s)
+                )
             except StoreUnavailable:
-                self._disown(job, job.claimed_by)
+                self._orphans.add(job, job.claimed_by)
                 raise
-            return self._held_back(delivery, e) if e.disposition == Disposition.WAIT else Verdict(action="nack")
-        if e.disposition == Disposition.RETRY and job.attempt < self._settings.work.max_attempts:
-            await self._update(job, jobs.requeue(claim, Cause.RETRIED, error=error))
-            return Verdict(action="hold", delay_s=self._backoff_s(job.attempt), reason=e.code)
+            if after.status.is_final:
+                return await self._settle(after, delivery)
+            raise e
+        if e.disposition == Disposition.RETRY and job.attempt < work.max_attempts:
+            backoff_s = self._backoff_s(job.attempt)
+            await self._update(job, jobs.retry(claim, error=error, now=self._clock(), backoff_s=backoff_s))
+            return Verdict(action="hold", delay_s=backoff_s, reason=e.code)
         change = jobs.finish(claim, _ENDS_BY[e.disposition], now=self._clock(), error=error)
         return await self._settle(await self._update(job, change), delivery)
 
@@ -367,3 +379,7 @@ class Worker:
     def _backoff_s(self, times: int) -> float:
         work = self._settings.work
         return min(work.backoff_max_s, work.backoff_s * 2.0 ** min(times - 1, 30)) * random.uniform(0.8, 1.2)
+
+
+def _job_error(e: FluxFillError) -> JobError:
+    return JobError(code=e.code, message=e.message)

@@ -231,7 +231,15 @@ class Clock:
         self.now += timedelta(seconds=seconds)
 
 
-FAST = {"lease_s": 1.0, "renew_s": 0.2, "cancel_poll_s": 0.05, "progress_s": 0.05, "mirror_s": 0.05, "max_attempts": 3}
+FAST = {
+    "lease_s": 1.0,
+    "renew_s": 0.2,
+    "cancel_poll_s": 0.05,
+    "progress_s": 0.05,
+    "mirror_s": 0.05,
+    "max_attempts": 3,
+    "upload_s": 0.2,
+}
 
 
 @dataclass

@@ -69,7 +69,7 @@ async def read_session(
     """Raises MissingInput; InvalidImage, also where the mask is empty; ImageTooLarge, MaskMismatch; StoreUnavailable.
     Prompts are encoded here, before any GPU is asked for."""
     ids = request.user_id, request.session_id
-    original, mask = [await read_input(blobs, *ids, role, settings.limits) for role in ("original", "mask")]
+    original, mask = [(await read_input(blobs, *ids, role, settings.limits))[0] for role in ("original", "mask")]
     photo, pixels, cuts = await asyncio.to_thread(_prepare, original, mask, request, settings)
     embeddings = await _embeddings(request.matrix, prompts, settings)
     feather_px = settings.windows.feather_px
@@ -111,7 +111,7 @@ async def _encoded(
     variant: str, prompt: str, prompts: PromptEncoder, settings: Settings
 ) -> bytes | FluxFillError | None:
     try:
-        return await encode_within(prompts, variant, prompt, settings.work.inference_timeout_s)
+        return await encode_within(prompts, variant, prompt, settings.work.replica_wait_s)
     except FluxFillError as e:
         extra = {"action": "audit_prompt_failed", "variant": variant, "code": e.code}
         log.warning("A prompt could not be encoded for %s: %s", variant, e, extra=extra)
