@@ -31,8 +31,7 @@
     │   └── Forbidden              a good token of somebody else
     ├── Interrupted                the job was stopped on purpose
     │   ├── Canceled               a user asked
-    │   ├── DeadlineExceeded       its deadline passed
-    │   └── ShuttingDown           this process is going away
+    │   └── DeadlineExceeded       its deadline passed
     ├── ClaimError                 somebody else has, or had, the right to this job
     │   ├── Busy                   a live lease, on the job or on its session, or the job's backoff
     │   ├── OtherVariant           the stored job is of another variant than its message names today
@@ -76,8 +75,6 @@ class Disposition(StrEnum):
     RETRY = "retry"
     #: Hold the message back with backoff; no attempt is used.
     WAIT = "wait"
-    #: Give the message back at once.
-    NACK = "nack"
 
 
 class FluxFillError(Exception):
@@ -241,12 +238,6 @@ class Canceled(Interrupted):
 class DeadlineExceeded(Interrupted):
     code = "deadline_exceeded"
     http_status = 504
-
-
-class ShuttingDown(Interrupted):
-    code = "shutting_down"
-    http_status = 503
-    disposition = Disposition.NACK
 
 
 class ClaimError(FluxFillError):

@@ -22,12 +22,15 @@ from deployments.config import load
 from deployments.ingress import Pushes
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
-from deployments.remote import RemotePainter, RemoteTrials, typed_errors
+from deployments.remote import RemotePainter, RemotePrompts, RemoteTrials, typed_errors
 from deployments.text_encoder import TextEncoder
+from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.api import VariantReadiness
+from serve_app.engine.prompts import PromptCache
 from serve_app.errors import (
     FluxFillError,
     GpuLost,
+    InferenceTimeout,
     OutOfMemory,
     PaintError,
     ReplicaLost,
@@ -209,6 +212,36 @@ async def test_a_text_encoder_that_lost_its_gpu_makes_its_replica_unhealthy() ->
         await encoder.encode("a cat", 8)
     with pytest.raises(GpuLost, match="an ECC error"):
         encoder.check_health()
+
+
+class SlowEncoder:
+    """Text encoders that take until they are let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.let_go = threading.Event(), threading.Event()
+
+    def encode(self, prompt: str, max_tokens: int) -> bytes:
+        self.begun.set()
+        self.let_go.wait(20)
+        return prompt.encode()
+
+
+async def test_a_prompt_is_limited_from_when_it_is_encoded_and_a_hung_encoder_is_replaced() -> None:
+    work = {"inference_timeout_s": 0.1, "stuck_s": 1e-6}
+    settings = Settings(variants={"telea": {}}, work=work)
+    encoder = TextEncoderReplica(Variant(family="flux-fill", base="nowhere"), settings, Counters())
+    encoder._loading._value = slow = SlowEncoder()
+    first = asyncio.create_task(encoder.encode("a", 8))
+    await asyncio.to_thread(slow.begun.wait)
+    waiting = asyncio.create_task(encoder.encode("b", 8))
+    with pytest.raises(InferenceTimeout, match=r"longer than 0\.1 s"):
+        await first
+    with pytest.raises(RuntimeError, match="at one prompt"):
+        encoder.check_health()
+    assert not waiting.done(), "it has waited for longer than the limit, and is not at fault"
+    slow.let_go.set()
+    assert await waiting == b"b"
+    encoder.check_health()
 
 
 # -- the composition root
@@ -418,6 +451,29 @@ async def test_a_variant_that_is_not_served_is_named_with_those_that_are() -> No
 async def test_a_stream_without_a_picture_is_an_error() -> None:
     with pytest.raises(PaintError, match="ended without a picture"):
         await paint(handle_of(Progress()))
+
+
+@pytest.mark.parametrize("gone", [ActorDiedError(), ReplicaLost("it was preempted")])
+async def test_a_replica_that_is_lost_before_it_begins_was_only_waited_for(gone: Exception) -> None:
+    with pytest.raises(VariantNotReady, match="it had not begun"):
+        await paint(handle_of(gone))
+    with pytest.raises(ReplicaLost):
+        await paint(handle_of(Progress(), gone))
+
+
+async def test_a_text_encoder_that_is_lost_was_only_waited_for() -> None:
+    class Gone:
+        def options(self, *, method_name: str) -> "Gone":
+            return self
+
+        async def remote(self, prompt: str, max_tokens: int) -> bytes:
+            raise ActorDiedError()
+
+    settings = Settings(variants={"tiny-Q4_0": {}})
+    base = str(settings.variant("tiny-Q4_0").base)
+    prompts = RemotePrompts({base: Gone()}, PromptCache(MemoryBlobStore("memory:prompts")), settings)
+    with pytest.raises(VariantNotReady, match="text encoder"):
+        await prompts.encode("tiny-Q4_0", "a cat")
 
 
 @pytest.mark.parametrize("error", [VariantLoadFailed("variant v did not load"), GpuLost("an ECC error")])

@@ -15,7 +15,7 @@ from serve_app.engine.canvas import LocalPainter, load, paint_canvas
 from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
 from serve_app.engine.tiny import TinyWeights
-from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ShuttingDown, UnknownVariant, VariantLoadFailed
+from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ReplicaLost, UnknownVariant, VariantLoadFailed
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
 from serve_app.messages import CropStrategy
@@ -298,7 +298,7 @@ async def test_canceling_the_real_pipeline_leaves_it_usable(tiny: TinyWeights, e
     await painter.close()
 
 
-@pytest.mark.parametrize("error", [Canceled("a user asked"), ShuttingDown("the process ends")])
+@pytest.mark.parametrize("error", [Canceled("a user asked"), ReplicaLost("the process ends")])
 async def test_what_on_progress_raises_stops_the_engine(error: Exception) -> None:
     engine = Recorder()
 

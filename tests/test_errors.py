@@ -20,11 +20,10 @@ CLASSES = [cls for _, cls in tree()]
 #: What becomes of the message, class by class: changing a row changes what users see.
 DISPOSITIONS = {
     Disposition.ACK: ["Interrupted", "Canceled", "DeadlineExceeded"],
-    Disposition.NACK: ["ShuttingDown"],
     Disposition.WAIT: [
         "Unavailable", "StoreUnavailable", "BrokerUnavailable", "WebhookFailed", "VariantNotReady", "ClaimError",
         "Busy", "InvalidCredentials", "UnknownJob", "StaleClaim", "IllegalTransition", "ReplicaTaken",
-        "JobsUnavailable",
+        "JobsUnavailable", "VariantLoadFailed", "StoreDenied", "OtherVariant",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
@@ -33,7 +32,7 @@ DISPOSITIONS = {
         "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible",
     ],
     Disposition.RETRY: [
-        "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory", "VariantLoadFailed",
+        "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory",
         "BlobError", "BlobConflict", "WeightsError", "MissingToken", "GatedRepo", "UnknownWeights", "CorruptWeights",
         "SettingsError",
     ],
