@@ -25,6 +25,8 @@ _Number = TypeVar("_Number", np.uint8, np.float32)
 #: Canvas pixels over which a window is blended into what windows before it painted. They were shown to the model as
 #: they are, so both pictures are nearly the same there.
 FADE_PX = 16
+#: Rows of a photo that are blended at a time: floats of a whole 50-megapixel photo would take a gigabyte.
+BAND_PX = 256
 
 
 def grow(mask: Pixels, px: int) -> Pixels:
@@ -67,7 +69,13 @@ def paste(photo: Pixels, painted: Pixels, mask: Pixels, plan: Plan, feather_px: 
     width, height = plan.content_size
     patch = _scale(painted[:height, :width], (plan.region.width, plan.region.height))[_within(reach, plan.region)]
     result = photo.copy()
-    _blend(result[reach.slices], patch, soft_mask(mask[reach.slices], feather_px))
+    target, kept = result[reach.slices], mask[reach.slices]
+    for top in range(0, reach.height, BAND_PX):
+        band = slice(top, top + BAND_PX)
+        # The feather reaches as many rows beyond the band.
+        above = min(top, feather_px)
+        opacity = soft_mask(kept[top - above : top + BAND_PX + feather_px], feather_px)[above : above + BAND_PX]
+        _blend(target[band], patch[band], opacity)
     return result
 
 

@@ -72,6 +72,11 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def pixel_pool() -> ThreadPoolExecutor:
+    """Decodes and encodes: as many photos at a time as one process has memory for."""
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
+
+
 class Worker:
     """Works on deliveries, many at a time. `defaults` is asked at each first claim, so it may change meanwhile."""
 
@@ -96,7 +101,7 @@ class Worker:
         self._cancellations, self._courier, self._webhooks = cancellations, courier, webhooks
         self._metrics = metrics or NoMetrics()
         self._settings, self._defaults, self._clock = settings, defaults, clock
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
+        self._pool = pixel_pool()
         self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
         self._orphans = Orphans(job_store)
         self._waits = Waits()

@@ -90,6 +90,17 @@ def test_every_masked_pixel_is_in_the_canvas_mask_and_in_a_window(
 
 
 @settings(max_examples=100, deadline=None)
+@given(mask=masks(), feather_px=feathers, band_px=st.integers(1, 40))
+def test_a_photo_blended_in_bands_is_the_photo_blended_at_once(mask: Pixels, feather_px: int, band_px: int) -> None:
+    photo, planned = noise(mask.shape[1], mask.shape[0]), made(mask, CropStrategy.AUTO, feather_px)
+    painted = np.full((planned.canvas_size[1], planned.canvas_size[0], 3), MAGENTA, np.uint8)
+    at_once = paste(photo, painted, mask, planned, feather_px)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("serve_app.paste.BAND_PX", band_px)
+        assert np.array_equal(paste(photo, painted, mask, planned, feather_px), at_once)
+
+
+@settings(max_examples=100, deadline=None)
 @given(mask=masks(longest_px=60), px=st.integers(0, 12))
 def test_grow_is_a_disc_round_every_pixel(mask: Pixels, px: int) -> None:
     masked = np.argwhere(mask)[:, None, None]
