@@ -39,15 +39,17 @@ class Memory:
     """The process's resident bytes above the start, looked at every 5 ms."""
 
     def __init__(self) -> None:
-        self._process, self.peak_bytes = psutil.Process(), 0
-        self._start = self._process.memory_info().rss
+        self._process = psutil.Process()
+        self.peak_bytes = 0
+        self._start: int = self._process.memory_info().rss
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     @property
     def bytes(self) -> int:
-        return int(self._process.memory_info().rss) - self._start
+        now: int = self._process.memory_info().rss
+        return now - self._start
 
     def end(self) -> None:
         self._ended.set()

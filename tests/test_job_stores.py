@@ -218,7 +218,7 @@ async def test_an_old_claim_can_do_nothing(jobs_url: str, opened: Opened) -> Non
     assert second.fence == first.fence + 1
     for change in (
         jobs.renew(first, now=at(101), lease_s=60),
-        jobs.requeue(first, Cause.RETRIED),
+        jobs.give_back(first),
         jobs.finish(first, Cause.SUCCEEDED, now=at(101)),
     ):
         with pytest.raises(StaleClaim):

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app import jobs
-from serve_app.errors import Busy, IllegalTransition, StaleClaim, UnknownJob
+from serve_app.errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
 from serve_app.jobs import TRANSITIONS, Cause, Change, Job, JobError, Progress, State, claim_of, edit_job_id, seed_of
 from serve_app.messages import CropStrategy, EditMessage
 
@@ -18,6 +18,7 @@ from .backends import at, make_job
 
 ALL_EDGES = list(itertools.product(State, Cause))
 LEASE_S = 60
+ERROR = JobError(code="x", message="y")
 
 
 def claim(job: Job, second: float = 0, max_attempts: int = 5) -> Change:
@@ -187,7 +188,7 @@ def test_a_lease_that_ran_out_is_taken_over_under_a_higher_number() -> None:
 
 def test_a_retry_forgets_the_error_of_the_last_attempt() -> None:
     job = claimed()
-    queued = one(jobs.requeue(claim_of(job), Cause.RETRIED, error=JobError(code="x", message="y"))(job, ()))
+    queued = one(jobs.retry(claim_of(job), error=ERROR, now=at(0), backoff_s=1)(job, ()))
     assert queued.error is not None
     assert one(claim(queued, 1)(queued, ())).error is None
 
@@ -248,13 +249,57 @@ def test_finishing(cause: Cause) -> None:
     assert done.lease_until is None
 
 
-@pytest.mark.parametrize(("cause", "attempt"), [(Cause.RETRIED, 1), (Cause.GIVEN_BACK, 0)])
-def test_putting_back_counts_only_attempts_that_were_the_jobs_fault(cause: Cause, attempt: int) -> None:
+PUT_BACK: dict[str, tuple[Callable[[jobs.Claim], Change], int]] = {
+    "retry": (lambda claim: jobs.retry(claim, error=ERROR, now=at(0), backoff_s=1), 1),
+    "give_back": (jobs.give_back, 0),
+    "wait": (lambda claim: jobs.wait(claim, error=ERROR, now=at(0), limit_s=1), 0),
+}
+
+
+@pytest.mark.parametrize("how", PUT_BACK)
+def test_putting_back_counts_only_attempts_that_were_the_jobs_fault(how: str) -> None:
     job = claimed()
-    queued = one(jobs.requeue(claim_of(job), cause)(job, ()))
+    change, attempt = PUT_BACK[how]
+    queued = one(change(claim_of(job))(job, ()))
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, attempt, None)
     with pytest.raises(StaleClaim):
         jobs.finish(claim_of(job), Cause.SUCCEEDED, now=at(1))(queued, ())
+
+
+def test_a_job_is_not_tried_before_its_backoff_is_over() -> None:
+    job = claimed()
+    queued = one(jobs.retry(claim_of(job), error=ERROR, now=at(10), backoff_s=5)(job, ()))
+    with pytest.raises(Busy) as caught:
+        claim(make_job(), 14)(queued, ())
+    assert caught.value.details["retry_after_s"] == 1
+    again = one(claim(make_job(), 15)(queued, ()))
+    assert (again.status, again.not_before) == (State.RUNNING, None)
+
+
+def test_waiting_has_an_end_from_its_first_moment_on() -> None:
+    job = claimed()
+    for second in (10, 11, 19):
+        queued = one(jobs.wait(claim_of(job), error=ERROR, now=at(second), limit_s=10)(job, ()))
+        assert (queued.status, queued.waiting_since, queued.error) == (State.QUEUED, at(10), ERROR)
+        job = one(claim(queued, second)(queued, ()))
+    failed = one(jobs.wait(claim_of(job), error=ERROR, now=at(20), limit_s=10)(job, ()))
+    assert (failed.status, failed.error, failed.finished_at) == (State.FAILED, ERROR, at(20))
+
+
+def test_an_attempt_that_was_made_ends_the_wait() -> None:
+    job = claimed()
+    waits = one(jobs.wait(claim_of(job), error=ERROR, now=at(0), limit_s=10)(job, ()))
+    job = one(claim(waits, 1)(waits, ()))
+    assert one(jobs.retry(claim_of(job), error=ERROR, now=at(2), backoff_s=1)(job, ())).waiting_since is None
+    assert one(jobs.give_back(claim_of(job))(job, ())).waiting_since == at(0)
+
+
+def test_a_job_stays_of_the_variant_it_was_first_claimed_with() -> None:
+    queued = make_job(variant="old")
+    with pytest.raises(OtherVariant) as caught:
+        claim(make_job(variant="new"))(queued, ())
+    assert caught.value.details["variant"] == "old"
+    assert one(claim(make_job(variant="old"))(queued, ())).status == State.RUNNING
 
 
 @pytest.mark.parametrize("status", [State.QUEUED, State.RUNNING])
@@ -290,7 +335,7 @@ def test_noting_the_dead_letter() -> None:
     assert mark(replayed.evolve(status=State.FAILED), ()) == (), "it failed again, and wants a letter of its own"
 
 
-@given(st.lists(st.sampled_from(["claim", "renew", "finish", "retry", "give_back", "cancel"]), max_size=12))
+@given(st.lists(st.sampled_from(["claim", "renew", "finish", "retry", "give_back", "wait", "cancel"]), max_size=12))
 def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -> None:
     stored: Job | None = None
     held: list[jobs.Claim] = []
@@ -301,8 +346,9 @@ def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -
             "claim": claim(make_job(), now, max_attempts=3),
             "renew": jobs.renew(mine, now=at(now), lease_s=LEASE_S),
             "finish": jobs.finish(mine, Cause.SUCCEEDED, now=at(now)),
-            "retry": jobs.requeue(mine, Cause.RETRIED),
-            "give_back": jobs.requeue(mine, Cause.GIVEN_BACK),
+            "retry": jobs.retry(mine, error=ERROR, now=at(now), backoff_s=LEASE_S),
+            "give_back": jobs.give_back(mine),
+            "wait": jobs.wait(mine, error=ERROR, now=at(now), limit_s=LEASE_S * 4),
             "cancel": jobs.cancel(now=at(now)),
         }[step]
         try:

@@ -20,6 +20,7 @@ from serve_app.errors import (
     OutOfMemory,
     ReplicaLost,
     StoreUnavailable,
+    VariantLoadFailed,
     VariantNotReady,
 )
 from serve_app.holding import Shares
@@ -415,6 +416,18 @@ async def test_a_painting_that_hangs_is_cut_off_and_tried_again(rig: Rig, held: 
     assert (await rig.job()).status == State.QUEUED
 
 
+# -- waiting for what is not there: no attempt is used, held back (the rest of it is in test_waiting.py)
+
+
+async def test_weights_that_are_not_there_are_waited_for(rig: Rig) -> None:
+    rig.engine.on_paint = _raise(VariantLoadFailed("variant telea did not load: no such file"))
+    verdict = await rig.work()
+    job = await rig.job()
+    assert (verdict.action, verdict.reason, verdict.delay_s <= 10) == ("hold", "variant_failed", True)
+    assert (job.error.code, job.status, job.attempt) == ("variant_failed", State.QUEUED, 0)
+    assert "no such file" in job.error.message
+
+
 # -- a store or the broker is unavailable: no attempt is used, held back with backoff
 
 
@@ -754,6 +767,7 @@ ROWS = {
     "unreadable message": test_an_unreadable_message_is_dead_lettered_with_its_reason,
     "bad input": test_bad_input_fails_the_job_and_is_dead_lettered,
     "painting failed": test_a_failed_painting_is_tried_again_then_dead_lettered,
+    "waiting for what is not there": test_weights_that_are_not_there_are_waited_for,
     "a store or the broker is unavailable": test_a_blob_store_that_is_down_uses_no_attempt,
     "user cancels": test_a_running_job_that_is_canceled_stops_within_a_step,
     "deadline passed": test_a_running_job_is_stopped_at_its_deadline,
