@@ -5,7 +5,7 @@ between sends it twice, which a job is made for, and loses nothing.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,6 @@ from serve_app.settings import Settings
 
 #: Letters in one pull: few enough to be worked on while they are in hand.
 BATCH = 100
-#: What the worker adds to the original attributes.
-_ADDED = "deadLetter"
 
 deadletters_app = typer.Typer(no_args_is_help=True, help="Messages that were given up: list them, send them again.")
 out = Console()
@@ -90,7 +88,7 @@ class Replay:
             # The job may be gone; its message makes it anew.
             with suppress(UnknownJob):
                 await self._jobs.update(job_id, session_key, jobs.replay)
-        await self._publisher.publish("sessions", letter.delivery.data, original_attributes(letter))
+        await self._publisher.publish("sessions", letter.delivery.data, messages.without_reasons(attributes))
         await self._letters.acknowledge([letter])
 
 
@@ -113,10 +111,6 @@ async def first(letters: DeadLetters, limit: int) -> Sequence[DeadLetter]:
     found = [letter async for letter in each(letters, limit)]
     await letters.give_back(found)
     return found
-
-
-def original_attributes(letter: DeadLetter) -> Mapping[str, str]:
-    return {name: value for name, value in letter.delivery.attributes.items() if not name.startswith(_ADDED)}
 
 
 def session_of(letter: DeadLetter, *, max_bytes: int) -> str:

@@ -150,15 +150,27 @@ def _push_routes(service: Services) -> APIRouter:
 async def _work_on_push(request: Request, service: Service) -> Verdict:
     # Before the body is read: strangers cost a header.
     await service.access.check_push(request.headers.get("Authorization"))
-    envelope = parse_envelope(await read_body(request, MAX_ENVELOPE_BYTES))
-    delivery = Delivery(
+    body = await read_body(request, MAX_ENVELOPE_BYTES)
+    try:
+        delivery = _delivery(body)
+    except MalformedMessage as e:
+        if not service.access.verifies_pushes:
+            raise
+        # Pub/Sub would send again what is refused, for ever; a client reads the answer.
+        return await service.work(Delivery(data=body, attributes={}, message_id="", fault=e.message))
+    _refuse_early(delivery, service.readiness(), service.limits)
+    return await service.work(delivery)
+
+
+def _delivery(body: bytes) -> Delivery:
+    """Raises MalformedMessage."""
+    envelope = parse_envelope(body)
+    return Delivery(
         data=envelope.payload(),
-        attributes=envelope.message.attributes,
+        attributes=envelope.message.attributes or {},
         message_id=envelope.message.message_id,
         publish_time=envelope.message.publish_time,
     )
-    _refuse_early(delivery, service.readiness(), service.limits)
-    return await service.work(delivery)
 
 
 def _job_routes(service: Services) -> APIRouter:

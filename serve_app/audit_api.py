@@ -28,7 +28,7 @@ from .audits import (
     Seed,
 )
 from .auth import Access
-from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName
+from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
 from .problems import problem, read_body
 from .settings import AuditSettings
 
@@ -57,10 +57,10 @@ class AuditBody(BaseModel):
     prompts: tuple[Prompt, ...] | None = None
     crops: tuple[CropStrategy, ...] | None = None
     reference: VariantName | None = None
-    runs: Annotated[int, Field(strict=True)] | None = None
+    runs: Whole | None = None
     compile_variants: tuple[VariantName, ...] | None = None
-    link_hours: float | None = Field(None, gt=0, le=MAX_LINK_HOURS)
-    price_per_hour: float | None = None
+    link_hours: float | None = Field(None, strict=True, gt=0, le=MAX_LINK_HOURS)
+    price_per_hour: float | None = Field(None, strict=True)
 
     def given(self) -> dict[str, Any]:
         """What is asked of the run, where it says anything."""

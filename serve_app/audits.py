@@ -21,13 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName
+from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
 
 #: Also a Ray submission id, and a folder of the blob store.
 RUN_ID_PATTERN = r"\A[A-Za-z0-9_-]{1,64}\z"
 RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
 _RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
-Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 
 #: A matrix of an L4 takes about a minute a cell, twice.
 MAX_CELLS = 500

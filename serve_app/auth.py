@@ -198,6 +198,8 @@ class Access:
 
     def __init__(self, settings: Settings, secrets: Secrets) -> None:
         self.takes_pushes = settings.push.enabled
+        #: Whether what passes `check_push` was sent by Pub/Sub.
+        self.verifies_pushes = settings.push.is_verified
         self._pushes = PushVerifier(settings.push) if settings.push.is_verified else None
         self._keys = ApiKeys(secrets.api_keys, is_production=settings.is_production)
 

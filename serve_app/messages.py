@@ -13,6 +13,7 @@ from pydantic import (
     AnyHttpUrl,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -34,12 +35,41 @@ _NAME_CHARS = 100
 #: version-traceid-parentid-flags of https://www.w3.org/TR/trace-context/, version 00; all zeros are no id.
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
+#: Attributes of a message, and bytes of an attribute's name and value: Pub/Sub's own limits
+#: (https://cloud.google.com/pubsub/quotas#resource_limits).
+MAX_ATTRIBUTES = 100
+_ATTRIBUTE_BYTES = 256 + 1024
+
+#: Every value in JSON follows one of these. A message's base64 holds none of them, so an envelope has no more than its
+#: attributes can hold, and a few of its own; counting them takes milliseconds, parsing a million values seconds.
+_SEPARATORS = b",:[{"
+_MAX_SEPARATORS = MAX_ATTRIBUTES * _ATTRIBUTE_BYTES + 1_000
+
+#: Attributes that begin with this say why a message was given up. Senders have none.
+DEAD_LETTER = "deadLetter"
+
+#: A moment in RFC 3339, section 5.6; pydantic alone also reads dates and Unix seconds.
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _whole(value: object) -> object:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
+#: JSON has one kind of number: 28.0 is 28. A string or a fraction is no whole number.
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 #: Range checks shared with the settings' own defaults.
-Steps = Annotated[int, Field(strict=True, ge=1, le=100)]
+Steps = Annotated[Whole, Field(ge=1, le=100)]
 GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
 Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+def _written(value: object) -> object:
+    if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
+        return value
+    raise ValueError("not a moment in RFC 3339 with a time zone, such as 2030-01-01T00:00:00Z")
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -49,7 +79,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("not between the years 1 and 9999 in UTC") from None
 
 
-Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+Moment = Annotated[AwareDatetime, BeforeValidator(_written), AfterValidator(_in_utc)]
 
 
 class CropStrategy(StrEnum):
@@ -73,9 +103,9 @@ class EditMessage(BaseModel):
     guidance_scale: GuidanceScale | None = None
     steps: Steps | None = None
     #: None or -1: derived from the job's id.
-    seed: Annotated[int, Field(strict=True, ge=-1, le=2**63 - 1)] | None = None
+    seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
-    #: With a time zone; painting that has not ended by then is given up.
+    #: Painting that has not ended by then is given up.
     deadline: Moment | None = None
     #: Called when the job is over.
     callback_url: AnyHttpUrl | None = None
@@ -109,10 +139,15 @@ class Attributes(BaseModel):
 class _PushMessage(BaseModel):
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
 
-    data: str = ""
-    attributes: dict[str, str] = {}
+    #: In protobuf's JSON, null is a field that was left out.
+    data: str | None = None
+    attributes: Annotated[dict[str, str], Field(max_length=MAX_ATTRIBUTES)] | None = None
     message_id: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     publish_time: Moment | None = None
+
+
+#: The alphabet of URLs (RFC 4648, section 5) in that of section 4.
+_STANDARD_BASE64 = str.maketrans("-_", "+/")
 
 
 class PushEnvelope(BaseModel):
@@ -121,16 +156,17 @@ class PushEnvelope(BaseModel):
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, extra="ignore")
 
     message: _PushMessage
-    subscription: Annotated[str, StringConstraints(max_length=512)] = ""
-    delivery_attempt: int = 0
 
     def payload(self) -> bytes:
-        """The decoded message data.
+        """The decoded message data. As in protobuf's JSON, either base64 alphabet is read, with or without padding.
 
         Raises MalformedMessage where it is not base64.
         """
+        text = (self.message.data or "").translate(_STANDARD_BASE64)
+        if "=" not in text:
+            text += "=" * (-len(text) % 4)
         try:
-            return base64.b64decode(self.message.data, validate=True)
+            return base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as e:
             raise MalformedMessage(f"message.data: not base64: {e}", field="message.data") from e
 
@@ -161,7 +197,14 @@ def parse_envelope(body: bytes) -> PushEnvelope:
 
     Raises MalformedMessage, which names the first field at fault.
     """
+    if len(body) - len(body.translate(None, _SEPARATORS)) > _MAX_SEPARATORS:
+        raise MalformedMessage("the body has more values than a message of Pub/Sub can have", field="")
     return _validate(PushEnvelope, body)
+
+
+def without_reasons(attributes: Mapping[str, str]) -> dict[str, str]:
+    """A message's attributes as its sender gave them."""
+    return {name: value for name, value in attributes.items() if not name.startswith(DEAD_LETTER)}
 
 
 class _RawObject(BaseModel):

@@ -143,6 +143,8 @@ class Delivery:
     attributes: Mapping[str, str]
     message_id: str
     publish_time: datetime | None = None
+    #: Why it is no message, where that is known already; `data` is then whatever came.
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,7 @@ from .errors import (
 from .holding import Shares, Waits
 from .jobs import Cause, Change, Job, JobError, Parameters, State, Timings
 from .lease import Lease, Orphans, insist
-from .messages import Attributes, EditMessage, parse_attributes, parse_edit
+from .messages import Attributes, EditMessage, parse_attributes, parse_edit, without_reasons
 from .outbox import Courier, Webhooks
 from .ports import (
     BlobStore,
@@ -137,6 +137,8 @@ class Worker:
 
     async def _work(self, delivery: Delivery) -> Verdict:
         try:
+            if delivery.fault:
+                raise MalformedMessage(delivery.fault)
             message, unknown = parse_edit(delivery.data, max_bytes=self._settings.limits.message_bytes)
             attributes = parse_attributes(delivery.attributes)
         except MalformedMessage as e:
@@ -362,7 +364,7 @@ class Worker:
             "deadLetterMessageId": delivery.message_id,
         }
         try:
-            await self._publisher.publish("dead", delivery.data, {**delivery.attributes, **reason})
+            await self._publisher.publish("dead", delivery.data, {**without_reasons(delivery.attributes), **reason})
         except MessageRefused:
             # At the broker's limit on size or attributes, the reason no longer fits: the message's beginning goes.
             beginning = delivery.data[: self._settings.limits.message_bytes]

@@ -15,7 +15,9 @@ from serve_app.api import MAX_ENVELOPE_BYTES, VariantState, create_app
 from serve_app.errors import ReplicaLost
 from serve_app.jobs import State
 
+from . import jwks_server
 from .http_service import LINKS, Process
+from .jwks_server import SigningKey
 from .rig import SESSION, USER, Rig
 
 
@@ -96,6 +98,66 @@ def test_a_push_for_another_variant_does_not_wait_for_the_default_one(client: Te
 def test_an_unreadable_push_is_dead_lettered_whatever_is_ready(client: TestClient, process: Process) -> None:
     process.state = "failed"
     assert client.post("/inpaint", json=envelope(b"{}")).json() == {"outcome": "malformed_message"}
+
+
+def test_a_push_of_another_encoder_is_worked_on(client: TestClient, process: Process) -> None:
+    body = envelope(attributes=None, publishTime=None)
+    body["message"]["data"] = body["message"]["data"].rstrip("=").translate(str.maketrans("+/", "-_"))
+    assert client.post("/inpaint", json=body).json() == {"outcome": "succeeded"}
+
+
+@pytest.fixture
+def from_pubsub(process: Process) -> Iterator[dict[str, str]]:
+    """Headers of a verified push."""
+    key = SigningKey("key-1")
+    with jwks_server.serve() as server:
+        server.keys = [key]
+        process.guard(is_production=True, jwks_url=server.url)
+        yield {"Authorization": f"Bearer {key.token()}"}
+
+
+#: Bodies of pushes that are no messages, and what is said of them. One is what comes without Pub/Sub's envelope.
+UNREADABLE = [
+    (b'{"message": {"data": "?", "messageId": "1"}}', "message.data: not base64"),
+    (b'{"message": {"data": "e30="}}', "message.messageId: "),
+    (json.dumps(envelope(attributes={f"a{i}": "" for i in range(101)})).encode(), "message.attributes: "),
+    (json.dumps(envelope(publishTime="20300101")).encode(), "message.publishTime: "),
+    (json.dumps({"userId": USER, "sessionId": SESSION}).encode(), "message: "),
+    (b"{" * 200_000, "the body has more values"),
+    (b"", "the message: "),
+    (b"\xff", "the message: "),
+]
+
+
+@pytest.mark.parametrize(("body", "told"), UNREADABLE)
+def test_what_pubsub_sends_and_cannot_be_read_is_dead_lettered_as_it_came(
+    client: TestClient, process: Process, from_pubsub: dict[str, str], body: bytes, told: str
+) -> None:
+    # Whatever is ready, because it would come again for ever.
+    process.state = "failed"
+    response = client.post("/inpaint", content=body, headers=from_pubsub)
+    assert (response.status_code, response.json()) == (200, {"outcome": "malformed_message"})
+    ((data, why),) = process.rig.topics.dead
+    assert data == body and why["deadLetterError"].startswith(told)
+    assert (why["deadLetterReason"], process.rig.engine.painted) == ("malformed_message", 0)
+    assert process.rig.metrics.total("fluxfill_dead_letters_total", "malformed_message") == 1
+
+
+@pytest.mark.parametrize(("body", "told"), UNREADABLE)
+def test_what_nobody_verified_and_cannot_be_read_is_refused(
+    client: TestClient, process: Process, body: bytes, told: str
+) -> None:
+    response = client.post("/inpaint", content=body)
+    assert (response.status_code, response.json()["code"]) == (400, "malformed_message")
+    assert response.json()["detail"].startswith(told)
+    assert process.rig.topics.dead == []
+
+
+def test_what_cannot_be_read_comes_again_while_the_broker_takes_no_dead_letter(
+    client: TestClient, process: Process, from_pubsub: dict[str, str]
+) -> None:
+    process.rig.broker.is_down = True
+    assert client.post("/inpaint", content=b"?", headers=from_pubsub).status_code == 503
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,13 @@ async def test_every_axis_and_option_may_be_asked_for(site: Site) -> None:
     assert {name: stored[name] for name in asked} == asked
 
 
+async def test_a_whole_number_may_be_written_with_a_point(site: Site) -> None:
+    asked = {"steps": [4.0], "seeds": [1.0], "runs": 3.0}
+    assert (await site.post(headers=ASYNC, run_id="points", **asked)).status_code == 202
+    request = (await site.store.get("points")).request
+    assert (request.matrix.steps, request.matrix.seeds, request.runs) == ((4,), (1,), 3)
+
+
 @pytest.mark.parametrize("status", [AuditStatus.INCOMPLETE, AuditStatus.CANCELED])
 async def test_a_run_that_ends_otherwise_is_answered_with_its_status(site: Site, status: AuditStatus) -> None:
     site.may_end.set()
@@ -330,6 +337,12 @@ async def test_where_audits_are_switched_off_none_is_started(site: Site) -> None
         ({"guidance_scales": ["2"]}, "body.guidance_scales.0: "),
         ({"steps": [0]}, "body.steps.0: "),
         ({"steps": [True]}, "body.steps.0: "),
+        ({"steps": [4.5]}, "body.steps.0: "),
+        ({"steps": ["4"]}, "body.steps.0: "),
+        ({"seeds": ["1"]}, "body.seeds.0: "),
+        ({"runs": "3"}, "body.runs: "),
+        ({"link_hours": "3"}, "body.link_hours: "),
+        ({"price_per_hour": "1"}, "body.price_per_hour: "),
         ({"seeds": [-1]}, "body.seeds.0: "),
         ({"seeds": list(range(251))}, "body: Value error, 502 cells are more than 500"),
         ({"prompts": ["x" * 2001]}, "body.prompts.0: "),

@@ -68,7 +68,7 @@ class Gate:
     def _push(self, body: bytes) -> None:
         envelope = parse_envelope(body)
         json.dumps(envelope.model_dump(mode="json")).encode()
-        parse_attributes(envelope.message.attributes)
+        parse_attributes(envelope.message.attributes or {})
         self._payload(envelope.payload())
 
     def _payload(self, data: bytes) -> None:
@@ -243,7 +243,7 @@ for name, body in bodies.items():
     assert len(body) <= MAX_ENVELOPE_BYTES, name
     try:
         envelope = parse_envelope(body)
-        parse_attributes(envelope.message.attributes)
+        parse_attributes(envelope.message.attributes or {})
         parse_edit(envelope.payload(), max_bytes=64_000)
         ended[name] = "read"
     except MalformedMessage:

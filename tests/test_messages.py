@@ -2,6 +2,7 @@
 
 import base64
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import MalformedMessage
-from serve_app.messages import CropStrategy, EditMessage, parse_attributes, parse_edit, parse_envelope
+from serve_app.messages import (
+    MAX_ATTRIBUTES,
+    CropStrategy,
+    EditMessage,
+    parse_attributes,
+    parse_edit,
+    parse_envelope,
+    without_reasons,
+)
 
 REQUIRED = {"userId": "u-1", "sessionId": "S_2"}
 
@@ -104,10 +113,15 @@ WRONG: list[tuple[str, list[object]]] = [
     ("variant", ["", "a/b", "x" * 65, 1]),
     ("prompt", ["x" * 2001, 1, []]),
     ("guidanceScale", [-0.1, 100.1, "10", True, []]),
-    ("steps", [0, 101, -1, 1.5, 28.0, "28", True]),
-    ("seed", [-2, 2**63, 1.0, "1", False]),
+    ("steps", [0, 101, -1, 1.5, 28.5, 100.5, 1e300, "28", "28.0", True, []]),
+    ("seed", [-2, -2.0, 2**63, 2.0**63, 1.5, "1", False]),
     ("cropStrategy", ["zoom", "AUTO", 1, ""]),
-    ("deadline", ["2030-01-01T00:00:00", "soon", [], "2030-13-01T00:00:00Z"]),
+    ("deadline", ["2030-01-01T00:00:00", "soon", [], "2030-13-01T00:00:00Z", "2030-01-01", "20300101", "1893456000"]),
+    ("deadline", [1893456000, 1893456000.5, True, "", "2030-01-01T00:00Z", "2030-01-01T00:00:00+02", "12:00:00Z"]),
+    (
+        "deadline",
+        ["2030-01-01T00:00:00+2400", " 2030-01-01T00:00:00Z", "2030-01-01T00:00:00Z\n", "P1D", "٢٠٣٠-01-01T00:00:00Z"],
+    ),
     ("callbackUrl", ["ftp://x.org", "x.org", "", 1]),
 ]
 
@@ -120,6 +134,34 @@ WRONG: list[tuple[str, list[object]]] = [
 def test_every_field_is_checked_and_named(field: str, value: object) -> None:
     error = refused({**REQUIRED, field: value})
     assert error.details["field"] == field and error.message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(("field", "name"), [("steps", "steps"), ("seed", "seed")])
+@pytest.mark.parametrize("written", ["7", "7.0", "7.000", "7e0", "0.7e1"])
+def test_a_whole_number_is_read_however_it_is_written(field: str, name: str, written: str) -> None:
+    explicit = parse(f'{{"userId":"u","sessionId":"s","{field}":{written}}}')[0].explicit()
+    assert explicit == {name: 7} and type(explicit[name]) is int
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("2030-01-01T00:00:00Z", datetime(2030, 1, 1)),
+        ("2030-01-01t00:00:00z", datetime(2030, 1, 1)),
+        ("2030-01-01 00:00:00Z", datetime(2030, 1, 1)),
+        ("2030-01-01T00:00:00-00:00", datetime(2030, 1, 1)),
+        ("2030-01-01T00:00:00+02:00", datetime(2029, 12, 31, 22)),
+        ("2030-01-01T00:00:00.5-23:59", datetime(2030, 1, 1, 23, 59, 0, 500_000)),
+        ("2030-01-01T00:00:00.123456789Z", datetime(2030, 1, 1, 0, 0, 0, 123_456)),
+    ],
+)
+def test_a_deadline_is_a_moment_in_rfc_3339(written: str, read: datetime) -> None:
+    assert parse({**REQUIRED, "deadline": written})[0].deadline == read.replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize("field", [name for name, _ in WRONG])
+def test_null_is_a_field_left_out(field: str) -> None:
+    assert parse({**REQUIRED, field: None}) == parse(REQUIRED)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -145,7 +187,18 @@ def test_several_faults_are_counted() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        *(b"", b"null", b"[]", b'"text"', b"1", b"{", b"\xff\xfe", b'{"userId": "\\ud800", "sessionId": "s"}', b"{}{}"),
+        *(
+            b"",
+            b"\xef\xbb\xbf" + json.dumps(REQUIRED).encode(),
+            b"null",
+            b"[]",
+            b'"text"',
+            b"1",
+            b"{",
+            b"\xff\xfe",
+            b'{"userId": "\\ud800", "sessionId": "s"}',
+            b"{}{}",
+        ),
         *(b"[" * 50_000, b'{"userId":' * 10_000),
         b'{"userId":"u","sessionId":"s","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}",
     ],
@@ -227,6 +280,11 @@ def test_a_bad_attribute_is_named(value: str) -> None:
     assert caught.value.details["field"] == "attributes.idempotencyKey"
 
 
+def test_a_senders_attributes_give_no_reasons() -> None:
+    sent = {"priority": "high", "deadletter": "x", "deadLetterTruncated": "true", "deadLetterJobId": "edit-1"}
+    assert without_reasons(sent) == {"priority": "high", "deadletter": "x"}
+
+
 # Envelopes
 
 
@@ -263,6 +321,8 @@ def test_both_spellings_that_pubsub_sends() -> None:
         (envelope(attributes=[]), "message.attributes"),
         (envelope(attributes={"a": 1}), "message.attributes.a"),
         (envelope(publishTime="then"), "message.publishTime"),
+        (envelope(publishTime=1893456000), "message.publishTime"),
+        (envelope(attributes={f"a{i}": "" for i in range(MAX_ATTRIBUTES + 1)}), "message.attributes"),
     ],
 )
 def test_a_bad_envelope_names_the_field(body: bytes, field: str) -> None:
@@ -271,15 +331,36 @@ def test_a_bad_envelope_names_the_field(body: bytes, field: str) -> None:
     assert caught.value.details["field"] == field
 
 
-@pytest.mark.parametrize("data", ["%%%", "YQ", "Y Q==", "é", "YQ==="])
+@pytest.mark.parametrize("data", ["%%%", "Y", "Y Q==", "é", "YQ=", "YQ===", "YQ==YQ", "====", "-_-_-"])
 def test_data_that_is_not_base64(data: str) -> None:
     with pytest.raises(MalformedMessage, match=r"message\.data") as caught:
         parse_envelope(envelope(data=data)).payload()
     assert caught.value.details["field"] == "message.data"
 
 
-def test_data_may_be_left_out() -> None:
+@pytest.mark.parametrize("data", ["+/8/Pn5+YQ==", "+/8/Pn5+YQ", "-_8_Pn5-YQ==", "-_8_Pn5-YQ", "-/8_Pn5+YQ"])
+def test_base64_is_read_in_either_alphabet_with_or_without_padding(data: str) -> None:
+    assert parse_envelope(envelope(data=data)).payload() == b"\xfb\xff?>~~a"
+
+
+def test_data_and_attributes_may_be_left_out_or_null() -> None:
     assert parse_envelope(b'{"message": {"messageId": "7", "attributes": {"a": "b"}}}').payload() == b""
+    assert parse_envelope(envelope(data=None)).payload() == b""
+    assert not parse_envelope(envelope(attributes=None)).message.attributes
+    assert parse(parse_envelope(envelope(publishTime=None)).payload()) == parse(REQUIRED)
+
+
+def test_the_largest_attributes_that_pubsub_takes_are_read() -> None:
+    attributes = {f"{i:02}" + "," * 254: ":" * 1024 for i in range(MAX_ATTRIBUTES)}
+    assert parse_envelope(envelope(attributes=attributes)).message.attributes == attributes
+
+
+@pytest.mark.parametrize("values", ['"a%d":"x",', '"a%d":[],', '"a%d":{"b":1},'])
+def test_more_values_than_a_message_can_have_are_not_parsed(values: str) -> None:
+    # Not even closed: a parser would say so.
+    body = '{"message":{"attributes":{' + "".join(values % i for i in range(100_000))
+    with pytest.raises(MalformedMessage, match="more values than a message of Pub/Sub can have"):
+        parse_envelope(body.encode())
 
 
 @given(st.binary(max_size=200))

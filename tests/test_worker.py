@@ -25,7 +25,7 @@ from serve_app.errors import (
 )
 from serve_app.holding import Shares
 from serve_app.jobs import State
-from serve_app.ports import Verdict
+from serve_app.ports import Delivery, Verdict
 from serve_app.settings import Inference, MessagesSettings, VariantSettings, Work
 
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
@@ -619,6 +619,14 @@ async def test_a_dead_letter_at_the_brokers_limits_loses_its_end_not_itself(rig:
     ((data, kept),) = rig.topics.dead
     assert data == b"x" * 64_000
     assert (kept["deadLetterTruncated"], kept["deadLetterReason"]) == ("true", "malformed_message")
+
+
+async def test_a_dead_letter_has_no_reason_that_its_sender_made_up(rig: Rig) -> None:
+    sent = {"deadLetterTruncated": "true", "deadLetterJobId": "edit-0", "priority": "high"}
+    await rig.take(Delivery(data=b"{}", attributes=sent, message_id="m9"))
+    ((_, kept),) = rig.topics.dead
+    assert (kept["priority"], kept["deadLetterJobId"]) == ("high", "")
+    assert "deadLetterTruncated" not in kept
 
 
 # -- a user cancels: canceled, acknowledged
