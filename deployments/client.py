@@ -9,6 +9,7 @@ from typing import Any
 from serve_app import adapters, jobs
 from serve_app.adapters.pubsub_names import address_of
 from serve_app.cancel import Canceler
+from serve_app.containers import content_type
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, StoreUnavailable
 from serve_app.jobs import Job
@@ -45,10 +46,10 @@ class Client:
         versions = []
         for role, source in (("original", original), ("mask", mask)):
             path = session_path(message.user_id, message.session_id, INPUTS[role])
-            content_type = "image/png" if role == "mask" else "image/jpeg"
-            versions.append(await self._put(path, source.read_bytes(), content_type))
-        data = message.model_dump_json(by_alias=True, exclude_none=True).encode()
-        await self._publisher.publish("sessions", data, attributes or {})
+            data = source.read_bytes()
+            versions.append(await self._put(path, data, content_type(data) or "application/octet-stream"))
+        published = message.model_dump_json(by_alias=True, exclude_none=True).encode()
+        await self._publisher.publish("sessions", published, attributes or {})
         key = (attributes or {}).get("idempotencyKey")
         return jobs.edit_job_id(message, versions=versions, idempotency_key=key)
 

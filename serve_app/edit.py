@@ -48,7 +48,7 @@ async def read_input(
     except BlobNotFound as e:
         raise MissingInput(f"{path} is not in the blob store", path=path) from e
     except BlobTooLarge as e:
-        raise ImageTooLarge(e.message, path=path) from e
+        raise ImageTooLarge(f"{e.message} (limits.image_bytes)", path=path) from e
 
 
 async def encode_within(prompts: PromptEncoder, variant: str, prompt: str, wait_s: float) -> bytes | None:
@@ -250,7 +250,7 @@ class Editor:
         photo, mask = prepared.decoded or self._decode(prepared.original, prepared.mask)
         if prepared.plan is None or painted is None:
             preview = images.encode_preview(photo, photo.pixels)
-            return {"preview": (preview, "image/jpeg"), "edited": (prepared.original, photo.content_type)}
+            return {"preview": (preview, "image/jpeg"), "edited": images.unchanged(photo, prepared.original)}
         pixels = paste.paste(photo.pixels, painted.canvas, mask, prepared.plan, self._settings.windows.feather_px)
         edited, preview = images.encode_edited(photo, pixels), images.encode_preview(photo, pixels)
         return {"preview": (preview, "image/jpeg"), "edited": (edited, "image/jpeg")}

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms
 
+from . import containers
 from .containers.source import MAX_ICC_BYTES
 from .pictures import DAMAGE, flatten, in_mode, load, turn
 from .pictures import Pixels as Pixels
@@ -61,6 +62,15 @@ def decode_photo(data: bytes, limits: Limits) -> Photo:
         content_type=said.content_type,
         dpi=said.dpi[::-1] if said.dpi and turned else said.dpi,
     )
+
+
+def unchanged(photo: Photo, original: bytes) -> tuple[bytes, str]:
+    """The photo's own file, pixels bit for bit, without what `encode_edited` leaves out either; and its content type.
+
+    A file that cannot be rewritten for sure becomes a JPEG.
+    """
+    file = containers.without_place(original)
+    return (file, photo.content_type) if file is not None else (encode_edited(photo, photo.pixels), "image/jpeg")
 
 
 def encode_edited(photo: Photo, pixels: Pixels) -> bytes:

@@ -40,14 +40,7 @@ DAMAGE = (
     *(TypeError, ValueError, Warning, struct.error, zlib.error),
 )
 
-_CONTENT_TYPES = {
-    "JPEG": "image/jpeg",
-    "PNG": "image/png",
-    "WEBP": "image/webp",
-    "HEIF": "image/heic",
-}
-
-_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_CONTENT_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "HEIF": "image/heic"}
 
 #: By EXIF orientation, how the stored pixels become upright (EXIF 2.32, 4.6.4 A, tag 0x0112).
 _UPRIGHT: Mapping[int, Callable[[Pixels], Pixels]] = {
@@ -146,7 +139,7 @@ def _formats(data: bytes, what: What) -> tuple[str, ...]:
     try:
         import pillow_heif
     except ImportError:
-        if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+        if containers.content_type(data) == "image/heic":
             raise InvalidImage(f"the {what} is HEIC, which needs the extra `heif`: flux-fill-serve[heif]") from None
         return "JPEG", "PNG", "WEBP"
     pillow_heif.register_heif_opener()

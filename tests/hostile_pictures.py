@@ -22,7 +22,7 @@ import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from serve_app.errors import InputError
-from serve_app.images import decode_photo
+from serve_app.images import decode_photo, unchanged
 from serve_app.masks import decode_mask
 from serve_app.settings import Limits
 
@@ -262,6 +262,14 @@ def outcome(decode: Callable[[], object]) -> str:
     return "decoded"
 
 
+def edit_nothing(data: bytes) -> None:
+    """What decodes can be written again, and then decodes to the same."""
+    photo = decode_photo(data, LIMITS)
+    file, kind = unchanged(photo, data)
+    if photo.pixels.size < 1_000_000 and kind == photo.content_type:
+        assert np.array_equal(decode_photo(file, LIMITS).pixels, photo.pixels)
+
+
 def decode_all(folder: Path) -> None:
     """Each as photo and as mask. Its name is printed before, for whoever looks into a crash."""
     Image.init()
@@ -271,7 +279,7 @@ def decode_all(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         print(path.name, flush=True)
-        for decode in (partial(decode_photo, data, LIMITS), partial(decode_mask, data, LIMITS, (WIDTH, HEIGHT))):
+        for decode in (partial(edit_nothing, data), partial(decode_mask, data, LIMITS, (WIDTH, HEIGHT))):
             ended = outcome(decode)
             outcomes[ended] += 1
             if ended.startswith("untyped"):

@@ -61,6 +61,17 @@ async def test_what_was_put_is_there(store: BlobStore) -> None:
     assert (put.path, put.size, put.content_type) == (PATH, 5, JPEG)
 
 
+async def test_a_picture_is_of_its_own_type_whatever_its_name(store: BlobStore) -> None:
+    for start, kind in (
+        (b"RIFF\4\0\0\0WEBP", "image/webp"),
+        (b"\0\0\0\x0cftypheic", "image/heic"),
+        (b"\xff\xd8", JPEG),
+    ):
+        put = await store.put(PATH, start, content_type=kind)
+        assert (put.content_type, (await store.head(PATH)).content_type) == (kind, kind)
+        assert (await store.get(PATH, max_bytes=99))[1] == put
+
+
 async def test_an_empty_blob_is_a_blob(store: BlobStore) -> None:
     await store.put(PATH, b"", content_type=JPEG)
     assert (await store.get(PATH, max_bytes=0))[0] == b""

@@ -12,9 +12,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from serve_app import jobs
 from serve_app.adapters.memory import MemoryJobStore
+from serve_app.containers import content_type
+from serve_app.edit import session_path
 from serve_app.errors import (
     BlobNotFound,
     OutOfMemory,
@@ -24,11 +27,18 @@ from serve_app.errors import (
     VariantNotReady,
 )
 from serve_app.holding import Shares
+from serve_app.images import decode_photo
 from serve_app.jobs import State
+<<<<<<< HEAD
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import Inference, MessagesSettings, VariantSettings, Work
+=======
+from serve_app.ports import Verdict
+from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings, Work
+>>>>>>> 3aa9a29 (An edit that changes nothing loses the photo's place without a pixel changing, and its result says what it is)
 
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
+from .test_images import FORMATS, encoded, telling_exif
 
 
 @pytest.fixture
@@ -98,6 +108,18 @@ async def test_an_empty_mask_stores_the_originals_own_bytes_and_wakes_no_engine(
     assert await rig.blob("edited.jpg") == await rig.blob("original.jpg")
     assert (await rig.blob("preview.jpg")).startswith(b"\xff\xd8")
     assert rig.engine.painted == 0
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_an_empty_mask_keeps_the_format_and_says_so_and_the_place_goes(rig: Rig, kind: str) -> None:
+    original = encoded(Image.fromarray(photo()), kind, exif=telling_exif(), xmp=b"<x>48,51N</x>")
+    await rig.put("original.jpg", original)
+    await rig.put("mask_auto.png", png(np.zeros((80, 96), np.uint8)))
+    assert (await rig.work()).reason == "succeeded"
+    edited, info = await rig.blobs.get(session_path(USER, SESSION, "edited.jpg"), max_bytes=10**7)
+    assert info.content_type == content_type(original) and b"48,51N" not in edited
+    before, after = (decode_photo(data, Limits()) for data in (original, edited))
+    assert np.array_equal(before.pixels, after.pixels)
 
 
 async def test_nothing_is_acknowledged_before_the_job_is_stored(rig: Rig) -> None:

@@ -5,8 +5,8 @@ time is set to be later than that of the file it replaces, so two writes never s
 version until it is written again, at the cost of one stat however large it is. A file edited in place by another
 program within one tick of the file system's clock, to the same size, would go unnoticed.
 
-The content type is told by the suffix (`TYPES`); what `put` is given is not kept. Unlike in a bucket, a blob cannot
-also be the folder of others: that is a BlobConflict.
+The content type is told by the suffix (`TYPES`), a picture's by its first bytes; what `put` is given is not kept.
+Unlike in a bucket, a blob cannot also be the folder of others: that is a BlobConflict.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from ..containers import content_type
 from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, FluxFillError, StoreUnavailable, UnsafePath
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
@@ -116,12 +117,13 @@ def _translated(path: str, work: Callable[[], T]) -> T:
         raise StoreUnavailable(f"blob {path}: {e.strerror or e}", path=path) from e
 
 
-def _info(path: str, stat: os.stat_result) -> BlobInfo:
+def _info(path: str, file: BinaryIO) -> BlobInfo:
+    stat, told = os.fstat(file.fileno()), TYPES.get(Path(path).suffix.lower(), "application/octet-stream")
     return BlobInfo(
         path=path,
         size=stat.st_size,
         version=f"{stat.st_mtime_ns:x}-{stat.st_ino:x}-{stat.st_size:x}",
-        content_type=TYPES.get(Path(path).suffix.lower(), "application/octet-stream"),
+        content_type=(told.startswith("image/") and content_type(os.pread(file.fileno(), 12, 0))) or told,
     )
 
 
@@ -132,7 +134,7 @@ def _opened(path: str, target: Path) -> Iterator[tuple[BinaryIO, BlobInfo]]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise BlobNotFound(f"blob {path} is not there", path=path) from e
     with file:
-        yield file, _info(path, os.fstat(file.fileno()))
+        yield file, _info(path, file)
 
 
 def _head(path: str, target: Path) -> BlobInfo:
@@ -174,7 +176,7 @@ def _write(path: str, target: Path, if_version: str, fill: Callable[[BinaryIO], 
         file.flush()
         os.fsync(file.fileno())
         _stamp(file, target)
-        info = _info(path, os.fstat(file.fileno()))
+        info = _info(path, file)
         part.replace(target)
         _sync_folder(target.parent)
         return info
@@ -226,7 +228,7 @@ def _lock(path: str, part: Path) -> BinaryIO:
     while True:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            file = part.open("ab")
+            file = part.open("a+b")
         except (FileExistsError, NotADirectoryError) as e:
             raise BlobConflict(f"blob {path}: a part of its path is a blob, not a folder", path=path) from e
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,6 +4,7 @@ What follows a picture's end, a phone's video or more pictures, is no part of it
 """
 
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,9 +57,21 @@ def read(data: bytes, what: str) -> Source:
         raise InvalidImage(f"the {what} is damaged: the file ends before its pixels do")
     return Source(
         streams=(stream,) if ended else tuple(stream.rstrip(b"\xff") + end for end in _CONTINUED),
-        exif=b"".join(s.body[len(exif.PREFIX) :] for s in segments if _is_exif(s)) or None,
+        exif=_exif(segments),
         icc=_profile(segments),
     )
+
+
+def without_place(data: bytes) -> bytes:
+    """The same pixels, bit for bit, up to their end; of what the file says only the profile and what `exif` keeps."""
+    segments = list(_segments(data, "photo"))
+    said = exif.parse(_exif(segments))
+    block = said.kept(orientation=said.orientation) or b""
+    header = [s.whole for s in segments if s.marker == _APP0 and _is_needed(s)]
+    if block:
+        header.append(struct.pack(">BBH", 0xFF, _APP1, len(block) + 2) + block)
+    rest = [s.whole for s in segments if s.marker not in (_APP0, _EOI) and (_is_needed(s) or _is_profile(s))]
+    return b"".join([START, *header, *rest]).rstrip(b"\xff") + END
 
 
 def _segments(data: bytes, what: str) -> Iterator[_Segment]:
@@ -103,13 +116,19 @@ def _is_needed(segment: _Segment) -> bool:
     return not (_APP0 <= segment.marker <= _APP15 or segment.marker == _COM)
 
 
-def _is_exif(segment: _Segment) -> bool:
-    return segment.marker == _APP1 and segment.body.startswith(exif.PREFIX)
+def _exif(segments: Sequence[_Segment]) -> bytes | None:
+    """A block may be continued in more segments."""
+    blocks = [s.body for s in segments if s.marker == _APP1 and s.body.startswith(exif.PREFIX)]
+    return b"".join(block.removeprefix(exif.PREFIX) for block in blocks) or None
+
+
+def _is_profile(segment: _Segment) -> bool:
+    return segment.marker == _APP2 and segment.body.startswith(_ICC)
 
 
 def _profile(segments: Sequence[_Segment]) -> bytes | None:
     """The parts in the order of their numbers (ICC.1:2022, B.4)."""
-    parts = [s.body[len(_ICC) :] for s in segments if s.marker == _APP2 and s.body.startswith(_ICC)]
+    parts = [s.body[len(_ICC) :] for s in segments if _is_profile(s)]
     return b"".join(part[2:] for part in sorted(parts, key=lambda part: part[:1])) or None
 
 

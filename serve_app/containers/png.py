@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import InvalidImage
+from . import exif
 from .source import MAX_ICC_BYTES, CodePoints, Source
 
 START = b"\x89PNG\r\n\x1a\n"
@@ -16,6 +17,11 @@ START = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000
 #: What a decoder needs, and the density. Of an animation that is its first frame.
 _DECODED = {b"IHDR", b"PLTE", b"tRNS", b"pHYs", b"IDAT"}
+#: What else changes how pixels look, and an animation's frames.
+_SHOWN = {
+    *(b"cHRM", b"gAMA", b"iCCP", b"sBIT", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"bKGD"),
+    *(b"acTL", b"fcTL", b"fdAT"),
+}
 _CRITICAL = {b"IHDR", b"PLTE", b"IDAT"}
 _SIZES = {b"pHYs": 9, b"cICP": 4}
 
@@ -46,6 +52,21 @@ def read(data: bytes, what: str) -> Source:
         icc=_profile(said.get(b"iCCP", b"")),
         code_points=CodePoints(points[0], points[1]) if points else None,
     )
+
+
+def without_place(data: bytes) -> bytes:
+    """The same pixels, bit for bit; of what the file says only what they look like and what `exif` keeps."""
+    stream, block = [], b""
+    for kind, whole, body in _chunks(data, "photo"):
+        if kind == b"eXIf" and not block:
+            said = exif.parse(body)
+            block = said.kept(orientation=said.orientation) or b""
+        elif kind in _DECODED or kind in _SHOWN:
+            stream.append(whole)
+    if block:
+        # Behind IHDR.
+        stream.insert(1, _chunk(b"eXIf", block.removeprefix(exif.PREFIX)))
+    return b"".join([START, *stream, _chunk(b"IEND", b"")])
 
 
 def _chunks(data: bytes, what: str) -> Iterator[_Chunk]:
