@@ -63,7 +63,7 @@ async def audited(settings: Settings, url: str, files: tuple[Path, Path], follow
         content_type = "image/png" if path.suffix == ".png" else "image/jpeg"
         await blobs.put(session_path(USER, session, name), path.read_bytes(), content_type=content_type)
     client = AuditClient(settings)
-    async with httpx.AsyncClient(base_url=url, timeout=120) as app:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as app:
         run_id = await _asked(app, session)
 
         async def look(run_id: str) -> Audit:

@@ -82,5 +82,5 @@ def _drift(config: Path) -> list[str]:
     loaded = load(config)
     # Nobody listens there, or it is no app of this kind.
     with suppress(httpx.TransportError, ValueError):
-        return drift(loaded, httpx.get(f"{loaded.url}/ready", timeout=5).json())
+        return drift(loaded, httpx.get(f"{loaded.url}/ready", timeout=5, trust_env=False).json())
     return []

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from serve_app.adapters.loopback import bypass_proxies
 from serve_app.audits import Audit
 from serve_app.errors import JobsUnavailable
 from serve_app.ports import LaunchState
@@ -42,6 +43,7 @@ class RayJobs:
     def __init__(self, address: str | None = None, *, app: str = "fluxfill", entrypoint: str = ENTRYPOINT) -> None:
         """`address` is the dashboard's URL, or the cluster's address; None: the Ray this process is connected to, or
         else the one on this machine. `app` is the name in Serve of the app that is audited."""
+        bypass_proxies()
         self._address, self._app, self._entrypoint = address, app, entrypoint
         self._client: JobSubmissionClient | None = None
         # The client's calls have no time-out of their own: one that hangs keeps its thread.

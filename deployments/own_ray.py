@@ -79,7 +79,7 @@ def _wait_ready(app: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     def ready() -> bool:
         if app.poll() is not None:
             raise SettingsError(f"the app ended at its start; the end of {log}:\n{_tail(log)}")
-        return httpx.get(f"{url}/ready", timeout=5).status_code == 200
+        return httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200
 
     try:
         ready()

@@ -26,6 +26,7 @@ from ..ports import (
 )
 from ..settings import MessagesSettings, Settings
 from .links import LocalLinks
+from .loopback import bypass_proxies
 
 
 class Row(NamedTuple):
@@ -135,6 +136,7 @@ def _adapter(table: Mapping[str, Row], url: str, what: str) -> Any:
         known = ", ".join(f"{name}:" for name in table)
         raise SettingsError(f"{what} {url!r}: its scheme is none of {known}", url=url)
     row = table[scheme]
+    bypass_proxies()
     module, _, name = row.target.partition(":")
     try:
         return getattr(import_module(module, __name__), name)
