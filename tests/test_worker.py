@@ -29,13 +29,8 @@ from serve_app.errors import (
 from serve_app.holding import Shares
 from serve_app.images import decode_photo
 from serve_app.jobs import State
-<<<<<<< HEAD
 from serve_app.ports import Delivery, Verdict
-from serve_app.settings import Inference, MessagesSettings, VariantSettings, Work
-=======
-from serve_app.ports import Verdict
 from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings, Work
->>>>>>> 3aa9a29 (An edit that changes nothing loses the photo's place without a pixel changing, and its result says what it is)
 
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
 from .test_images import FORMATS, encoded, telling_exif
