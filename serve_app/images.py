@@ -11,12 +11,12 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
 from . import containers
-from .containers.source import MAX_ICC_BYTES
-from .pictures import DAMAGE, flatten, in_mode, load, turn
+from .colours import to_rgb
 from .pictures import Pixels as Pixels
+from .pictures import flatten, load, turn
 from .settings import Limits
 
 EDITED_QUALITY = 95
@@ -48,11 +48,11 @@ class Photo:
 def decode_photo(data: bytes, limits: Limits) -> Photo:
     """The photo in JPEG, PNG, WebP or HEIC bytes; of an animation the first frame.
 
-    Transparency is laid on white, the paper that JPEG viewers and printers would show. Grey and CMYK pixels are taken
-    to sRGB through their profile where there is a usable one. Raises what `pictures.load` raises.
+    Transparency is laid on white, the paper that JPEG viewers and printers would show. Raises what
+    `pictures.load` raises.
     """
     flat, said = load(data, "photo", limits, lambda image: flatten(image, "white").image)
-    rgb, icc = _to_rgb(flat, said.icc)
+    rgb, icc = to_rgb(flat, said)
     del flat
     turned = said.exif.orientation > 4
     return Photo(
@@ -108,37 +108,3 @@ def encode_jpeg(
         out, "JPEG", quality=quality, subsampling=subsampling, icc_profile=icc, exif=exif or b"", dpi=dpi or (0, 0)
     )
     return out.getvalue()
-
-
-def _to_rgb(image: Image.Image, icc: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """RGB pixels, and the profile that describes them; a profile that is damaged or of other pixels is left out."""
-    transform = _to_srgb(icc) if icc else None
-    if transform is None:
-        return in_mode(image, "RGB"), None
-    if transform.input_mode == "RGB" and image.mode != "CMYK":
-        return in_mode(image, "RGB"), icc
-    if transform.input_mode == image.mode:
-        return transform.apply(image), None
-    return in_mode(image, "RGB"), None
-
-
-def _to_srgb(icc: bytes) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's pixels to sRGB; None where the profile is unusable or of a colour space no file here has.
-
-    Relative colorimetric with black point compensation, as browsers do.
-    """
-    if len(icc) > MAX_ICC_BYTES:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
-        return ImageCms.ImageCmsTransform(
-            profile,
-            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except DAMAGE:
-        return None

@@ -92,9 +92,9 @@ def load(data: bytes, what: What, limits: Limits, take: Callable[[Image.Image], 
 
 def _said(source: Source, image: Image.Image) -> Said:
     # Pillow and its plugins read what `containers` does not.
-    nclx = image.info.get("nclx_profile")
+    icc, nclx = source.icc or image.info.get("icc_profile"), image.info.get("nclx_profile")
     return Said(
-        icc=source.icc or image.info.get("icc_profile"),
+        icc=icc,
         code_points=CodePoints(nclx["color_primaries"], nclx["transfer_characteristics"])
         if nclx
         else source.code_points,
