@@ -117,8 +117,8 @@ async def measure(scenario: Scenario, config: Settings, folder: Path, sessions: 
         EditMessage(userId="bench", sessionId=f"{variant(scenario)}-{i}".replace(".", "_"), variant=variant(scenario))
         for i in range(sessions)
     ]
-    ids = [await client.submit(message, original, mask) for message in messages]
-    jobs = [await client.follow(job_id, lambda job: None, timeout_s=600) for job_id in ids]
+    asked = [await client.submit(message, original, mask) for message in messages]
+    jobs = [await client.follow(one, lambda job: None, timeout_s=600) for one in asked]
     failed = [job for job in jobs if job.status != State.SUCCEEDED]
     if failed:
         raise SystemExit(f"{len(failed)} jobs did not succeed, the first: {failed[0].error}")

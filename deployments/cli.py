@@ -16,7 +16,7 @@ from rich.text import Text
 
 from serve_app.errors import FluxFillError, MalformedMessage, UnknownJob, UnknownVariant
 from serve_app.jobs import Job, State
-from serve_app.messages import CropStrategy, EditMessage
+from serve_app.messages import CropStrategy, EditMessage, parse_attributes
 from serve_app.settings import Settings
 from serve_app.variants import BUILT_IN, Variant
 
@@ -79,11 +79,21 @@ def submit(
     seed: Annotated[int | None, typer.Option(help="Seed; derived from the job when left out.")] = None,
     crop: Annotated[CropStrategy | None, typer.Option(help="How much of the photo the model sees.")] = None,
     priority: Annotated[str | None, typer.Option(help="For the subscriptions' filters: high, low.")] = None,
+    key: Annotated[
+        str | None, typer.Option("--idempotency-key", help="What makes it the same edit, in place of the files.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Do it anew, though it succeeded before.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Where the result is written.", file_okay=False)] = Path("out"),
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the result.")] = 900,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Upload a photo and its mask, publish the message, follow the job, write the result."""
+    """Upload a photo and its mask, publish the message, follow the job, write the result.
+
+    An edit that succeeded before is not done twice: its result is written, or the exit status is 1 where a later edit
+    of the session has replaced it.
+    """
+    if again and key:
+        raise typer.BadParameter("--again makes a key: leave out --idempotency-key")
     given = {
         "userId": user,
         "sessionId": session or f"cli-{uuid.uuid4().hex[:12]}",
@@ -94,9 +104,10 @@ def submit(
         "seed": seed,
         "cropStrategy": crop,
     }
-    attributes = {"priority": priority} if priority else {}
+    asked = {"priority": priority, "idempotencyKey": f"again-{uuid.uuid4().hex}" if again else key}
+    attributes = {name: value for name, value in asked.items() if value is not None}
+    parse_attributes(attributes)
     job, files = _run(_submit(_message(given), original, mask, folder, timeout, config, attributes))
-    _show(job)
     if job.status != State.SUCCEEDED:
         raise typer.Exit(1)
     for path in files:
@@ -123,8 +134,8 @@ async def _submit(
     from .client import Client
 
     client = Client(_settings(config))
-    job_id = await client.submit(message, original, mask, attributes=attributes)
-    out.print(f"session {message.user_id}/{message.session_id}, job {job_id}", highlight=False)
+    submitted = await client.submit(message, original, mask, attributes=attributes)
+    out.print(f"session {message.user_id}/{message.session_id}, job {submitted.job_id}", highlight=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}"))
     with Progress(*columns, TimeElapsedColumn(), console=out) as bar:
         task = bar.add_task("waiting", total=1.0, steps="")
@@ -135,10 +146,11 @@ async def _submit(
             bar.update(task, description=f"{job.status} on {job.variant}", completed=done, steps=steps)
 
         try:
-            job = await client.follow(job_id, on_change, timeout_s=timeout_s)
+            job = await client.follow(submitted, on_change, timeout_s=timeout_s)
         except TimeoutError:
-            err.print(f"no result within {timeout_s:g} s; see: fluxfill jobs show {job_id}", highlight=False)
+            err.print(f"no result within {timeout_s:g} s; see: fluxfill jobs show {submitted.job_id}", highlight=False)
             raise typer.Exit(1) from None
+    _show(job)
     return job, await client.fetch(job, folder) if job.status == State.SUCCEEDED else []
 
 
@@ -357,7 +369,6 @@ def demo(
             session = f"cat-{uuid.uuid4().hex[:8]}"
             message = _message({"userId": "demo", "sessionId": session, "variant": variant, "steps": 8})
             job, files = _run(_submit(message, original, mask, folder / variant, 180, own))
-            _show(job)
             if job.status != State.SUCCEEDED:
                 raise FluxFillError(f"the {variant} edit {job.status}; see {folder / 'serve.log'}")
             pictures[variant] = files[0]

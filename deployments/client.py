@@ -3,22 +3,31 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve_app import adapters, jobs
 from serve_app.adapters.pubsub_names import address_of
 from serve_app.cancel import Canceler
 from serve_app.containers import content_type
 from serve_app.edit import INPUTS, session_path
-from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, StoreUnavailable
-from serve_app.jobs import Job
+from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable
+from serve_app.jobs import Cause, Job
 from serve_app.messages import EditMessage
+from serve_app.ports import BlobInfo
 from serve_app.settings import Settings
 from serve_app.worker import utc_now
 
 #: Seconds between two looks at a job.
 POLL_S = 0.2
+
+
+class Submitted(NamedTuple):
+    #: That the message becomes.
+    job_id: str
+    #: When the job last ended, where the message has it run again.
+    ended_before: datetime | None = None
 
 
 class Client:
@@ -35,8 +44,8 @@ class Client:
 
     async def submit(
         self, message: EditMessage, original: Path, mask: Path, *, attributes: Mapping[str, str] | None = None
-    ) -> str:
-        """Upload both files and publish, with Pub/Sub `attributes`; the id of the job that the message becomes.
+    ) -> Submitted:
+        """Upload both files and publish, with Pub/Sub `attributes`.
 
         Raises OSError for a file that cannot be read; StoreUnavailable; BrokerUnavailable, before anything is
         uploaded where nobody listens at the embedded server's address.
@@ -48,10 +57,21 @@ class Client:
             path = session_path(message.user_id, message.session_id, INPUTS[role])
             data = source.read_bytes()
             versions.append(await self._put(path, data, content_type(data) or "application/octet-stream"))
+        key = (attributes or {}).get("idempotencyKey")
+        job_id = jobs.edit_job_id(message, versions=versions, idempotency_key=key)
+        ended_before = await self._last_end(job_id)
         published = message.model_dump_json(by_alias=True, exclude_none=True).encode()
         await self._publisher.publish("sessions", published, attributes or {})
-        key = (attributes or {}).get("idempotencyKey")
-        return jobs.edit_job_id(message, versions=versions, idempotency_key=key)
+        return Submitted(job_id, ended_before)
+
+    async def _last_end(self, job_id: str) -> datetime | None:
+        """When the job ended, if a message published after this returns has it run again."""
+        job = await self._jobs.get(job_id)
+        if job is None or job.finished_at is None or (job.status, Cause.ASKED_AGAIN) not in jobs.TRANSITIONS:
+            return None
+        counts_at = job.finished_at + timedelta(seconds=jobs.AGAIN_S)
+        await asyncio.sleep(min(max(0.0, (counts_at - utc_now()).total_seconds()), jobs.AGAIN_S) + POLL_S)
+        return job.finished_at
 
     async def _put(self, path: str, data: bytes, content_type: str) -> str:
         """The version under which `data` is stored. Bytes that are there already are left alone, because writing them
@@ -62,27 +82,28 @@ class Client:
                 return info.version
         return (await self._blobs.put(path, data, content_type=content_type)).version
 
-    async def follow(self, job_id: str, on_change: Callable[[Job], None], *, timeout_s: float) -> Job:
+    async def follow(self, submitted: Submitted, on_change: Callable[[Job], None], *, timeout_s: float) -> Job:
         """The job once it is over. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while True:
-                job = await self._jobs.get(job_id)
-                if job is not None:
+                job = await self._jobs.get(submitted.job_id)
+                if job is not None and (job.finished_at is None or job.finished_at != submitted.ended_before):
                     on_change(job)
                     if job.status.is_final:
                         return job
                 await asyncio.sleep(POLL_S)
 
     async def fetch(self, job: Job, folder: Path) -> list[Path]:
-        """Write the job's artifacts into `folder`."""
+        """Write the job's artifacts into `folder`. Raises ResultReplaced, and then nothing is written."""
+        files = {}
+        for role, path in job.artifacts.items():
+            data, info = await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
+            _check_own(job, role, info)
+            files[folder / Path(path).name] = data
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        written = []
-        for path in job.artifacts.values():
-            data, _ = await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
-            to = folder / Path(path).name
+        for to, data in files.items():
             await asyncio.to_thread(to.write_bytes, data)
-            written.append(to)
-        return written
+        return list(files)
 
     async def get(self, job_id: str) -> Job | None:
         return await self._jobs.get(job_id)
@@ -110,9 +131,21 @@ class Client:
                 await mirror.write(job, jobs.session_document(job))
 
     async def links(self, job: Job, *, expires_s: int) -> dict[str, str]:
-        """Signed links to the job's artifacts, by role."""
+        """Signed links to the job's artifacts, by role. Raises ResultReplaced; a later edit replaces what they show."""
         signed = adapters.blob_links(self._settings)
+        for role, path in job.artifacts.items():
+            _check_own(job, role, await self._blobs.head(path))
         return {role: await signed.link(path, expires_s=expires_s) for role, path in job.artifacts.items()}
+
+
+def _check_own(job: Job, role: str, stored: BlobInfo) -> None:
+    """Raises ResultReplaced where `stored` is not what the job wrote."""
+    if job.versions.get(role) != stored.version:
+        raise ResultReplaced(
+            f"{stored.path} is another edit's by now, not that of job {job.id}: do the edit again with another "
+            "idempotency key, as `fluxfill submit --again` does",
+            path=stored.path,
+        )
 
 
 async def _check_listens(url: str) -> None:

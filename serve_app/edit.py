@@ -98,6 +98,8 @@ async def begun_within(
 class Result:
     #: Blob paths by role.
     artifacts: dict[str, str]
+    #: The versions that were written there.
+    versions: dict[str, str]
     timings: Timings
 
 
@@ -169,11 +171,12 @@ class Editor:
         painting = self._outputs.kept(job, inputs) or await self._painting(job, original, mask, on_progress, clock)
         try:
             with clock.stage("upload_s"):
-                await self._outputs.store(painting, paths, versions, confirm)
+                written = await self._outputs.store(painting, paths, versions, confirm)
         except StoreUnavailable:
             self._outputs.keep(job, inputs, painting)
             raise
-        return Result(artifacts=paths, timings=Timings(**{**painting.seconds, **clock.seconds}, gpu_ms=painting.gpu_ms))
+        timings = Timings(**{**painting.seconds, **clock.seconds}, gpu_ms=painting.gpu_ms)
+        return Result(artifacts=paths, versions=written, timings=timings)
 
     async def _in_pool(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

@@ -42,6 +42,7 @@
     │   ├── BlobNotFound
     │   ├── BlobTooLarge
     │   ├── BlobConflict           the blob changed since the version that was named
+    │   ├── ResultReplaced         a later edit of the session wrote over the job's picture
     │   ├── UnsafePath             a path that is not below the store's root
     │   └── InvalidLink            a signed link that has expired, or that nobody here signed
     ├── WeightsError               loading weights failed
@@ -289,6 +290,11 @@ class BlobTooLarge(BlobError):
 
 class BlobConflict(BlobError):
     code = "blob_conflict"
+    http_status = 409
+
+
+class ResultReplaced(BlobError):
+    code = "result_replaced"
     http_status = 409
 
 

@@ -196,6 +196,8 @@ class Job(_Value):
     timings: Timings = Timings()
     #: Blob paths of what the job wrote, by role: `edited`, `preview`.
     artifacts: dict[str, str] = Field(default_factory=dict)
+    #: Their versions, by role: the session's next edit writes to the same paths.
+    versions: dict[str, str] = Field(default_factory=dict)
     #: Whether its message was copied to the dead-letter topic.
     dead_lettered: bool = False
     #: What is still to be told of a job that is over.

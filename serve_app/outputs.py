@@ -78,19 +78,20 @@ class Outputs:
         paths: Mapping[str, str],
         versions: Mapping[str, str],
         confirm: Callable[[], Awaitable[None]],
-    ) -> None:
+    ) -> dict[str, str]:
         """Write each output to its path, over the one of `versions`, so that a stale worker's late write is either
-        refused or written over. `confirm` is awaited before each write.
+        refused or written over. `confirm` is awaited before each write. Returns the version of each that was written.
 
         Raises BlobConflict where others keep writing; StoreUnavailable after `upload_s`, and its StoreDenied at once;
         what `confirm` raises.
         """
+        written = {}
         for role, (data, content_type) in painting.files.items():
             path, version = paths[role], versions[role]
             for _ in range(CONFLICTS):
                 write = partial(self._write, path, data, content_type=content_type, if_version=version)
                 try:
-                    await self._insist(write, confirm)
+                    written[role] = (await self._insist(write, confirm)).version
                     break
                 except BlobConflict:
                     version = await self._version(path)
@@ -98,6 +99,7 @@ class Outputs:
                 raise BlobConflict(
                     f"{path} was written {CONFLICTS} times by others while it was to be stored", path=path
                 )
+        return written
 
     def keep(self, job: Job, inputs: Sequence[str], painting: Painting) -> None:
         """Keep what could not be stored; `inputs` are the versions it was painted from."""
@@ -109,7 +111,9 @@ class Outputs:
         """What `keep` was given, once."""
         return self._kept.pop((job.id, tuple(inputs)), None)
 
-    async def _insist(self, write: Callable[[], Awaitable[BlobInfo]], confirm: Callable[[], Awaitable[None]]) -> None:
+    async def _insist(
+        self, write: Callable[[], Awaitable[BlobInfo]], confirm: Callable[[], Awaitable[None]]
+    ) -> BlobInfo:
         async for attempt in AsyncRetrying(
             retry=retry_if_exception(_may_pass),
             stop=stop_after_delay(self._upload_s),
@@ -118,7 +122,8 @@ class Outputs:
         ):
             await confirm()
             with attempt:
-                await write()
+                return await write()
+        raise AssertionError("tenacity raises what the last attempt did")
 
     async def _write(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
         try:

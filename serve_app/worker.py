@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -249,7 +250,7 @@ class Worker:
                 change = jobs.finish(jobs.claim_of(job), Cause.CANCELED, now=self._clock(), error=error)
                 return await self._settle(await self._update(job, change), delivery)
             result = await self._attempt(job, delivery)
-            done = {"artifacts": result.artifacts, "timings": result.timings}
+            done = {"artifacts": result.artifacts, "versions": result.versions, "timings": result.timings}
             change = jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, now=self._clock(), **done)
             return await self._settle(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):
@@ -291,7 +292,7 @@ class Worker:
             }
         )
         self._measure(job, timings)
-        return Result(artifacts=result.artifacts, timings=timings)
+        return replace(result, timings=timings)
 
     def _measure(self, job: Job, timings: Timings) -> None:
         variant = self._label(job)

@@ -18,7 +18,7 @@ import psutil
 import yaml
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
-from deployments.client import Client
+from deployments.client import Client, Submitted
 from deployments.own_ray import free_port
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
@@ -131,10 +131,10 @@ class App:
         message = EditMessage.model_validate(
             {"userId": "u", "sessionId": session or uuid.uuid4().hex, **fields}, by_name=False
         )
-        return await self.client.submit(message, *self.photo_files(), attributes=attributes)
+        return (await self.client.submit(message, *self.photo_files(), attributes=attributes)).job_id
 
     async def finished(self, job_id: str, timeout_s: float = 90) -> Job:
-        return await self.client.follow(job_id, lambda job: None, timeout_s=timeout_s)
+        return await self.client.follow(Submitted(job_id), lambda job: None, timeout_s=timeout_s)
 
 
 def _title(process: psutil.Process) -> str:

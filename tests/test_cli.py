@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from deployments import cli
 from deployments.client import Client
 from deployments.own_ray import free_port
 from serve_app import adapters
+from serve_app import jobs as job_rules
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.tiny import TinyWeights
 from serve_app.jobs import Job, JobError, State, Timings
+from serve_app.messages import EditMessage
 from serve_app.outbox import Courier
 from serve_app.settings import Inference, Settings
 from serve_app.worker import Worker, utc_now
@@ -213,6 +216,52 @@ def test_the_same_photo_again_is_answered_by_the_finished_job(
     assert (tmp_path / "out" / "edited.jpg").exists()
 
 
+def test_another_edits_picture_is_not_shown_as_ones_own(submit: Command, service: Service, tmp_path: Path) -> None:
+    service.slow.fill, edited = 0, tmp_path / "out" / "edited.jpg"
+    one, other = ("--session", "replaced", "--seed", 1), ("--session", "replaced", "--variant", "slow")
+    job_id = job_id_in(submit(*one).out)
+    first = edited.read_bytes()
+    assert (submit(*other).status, edited.read_bytes() == first) == (0, False)
+    edited.unlink()
+
+    ended = submit(*one)
+    assert (ended.status, job_id_in(ended.out)) == (1, job_id)
+    assert ended.err.startswith("result_replaced: users/local/sessions/replaced/")
+    assert "fluxfill submit --again" in ended.err and "wrote" not in ended.out
+    assert not edited.exists()
+
+    again = submit(*one, "--again")
+    assert (again.status, again.err, edited.read_bytes() == first) == (0, "", True)
+    assert job_id_in(again.out) != job_id
+    assert job_id_in(submit(*one, "--again").out) not in (job_id, job_id_in(again.out))
+    service.slow.fill = None
+
+
+def test_an_idempotency_key_names_the_edit(submit: Command) -> None:
+    ended = [submit("--session", "named", "--idempotency-key", key) for key in ("a", "a", "b")]
+    assert [one.status for one in ended] == [0, 0, 0]
+    first, same, other = (job_id_in(one.out) for one in ended)
+    assert first == same != other
+    both = submit("--session", "named", "--idempotency-key", "a", "--again")
+    assert (both.status, both.out) == (2, "") and "--idempotency-key" in both.err
+
+
+@pytest.mark.parametrize("ended_s_ago", [3600, 0])
+def test_what_was_canceled_and_is_asked_for_again_is_followed_to_its_new_end(
+    submit: Command, service: Service, monkeypatch: pytest.MonkeyPatch, ended_s_ago: float
+) -> None:
+    monkeypatch.setattr(job_rules, "AGAIN_S", 0.3)
+    key = f"canceled {ended_s_ago}"
+    message = EditMessage.model_validate({"userId": "local", "sessionId": "wanted"})
+    job_id = job_rules.edit_job_id(message, versions=[], idempotency_key=key)
+    old = make_job(job_id, user_id="local", session_id="wanted", status=State.CANCELED, created_at=at(0))
+    error = JobError(code="canceled", message="an old end")
+    put(service.config, old.evolve(error=error, finished_at=utc_now() - timedelta(seconds=ended_s_ago)))
+    ended = submit("--session", "wanted", "--idempotency-key", key)
+    assert (ended.status, job_id_in(ended.out)) == (0, job_id)
+    assert "succeeded" in ended.out and "an old end" not in ended.out
+
+
 @pytest.mark.parametrize(
     ("options", "mask", "told"),
     [
@@ -245,6 +294,9 @@ def test_bad_input_fails_and_says_why(
         ("--variant", "a b", "variant: "),
         ("--prompt", "x" * 2001, "prompt: "),
         ("--seed", "-2", "seed: "),
+        ("--idempotency-key", "", "attributes.idempotencyKey: "),
+        ("--idempotency-key", "k" * 257, "attributes.idempotencyKey: "),
+        ("--priority", "p" * 65, "attributes.priority: "),
         ("--crop", "zoom", "--crop"),
         ("--original", "nowhere.jpg", "--original"),
         ("--config", "nowhere.yaml", "nowhere.yaml"),
@@ -318,8 +370,15 @@ def jobs(tmp_path: Path) -> Path:
     timings = Timings(engine_s=1.25)
     artifacts = {"edited": "users/u/sessions/d/edited.jpg", "preview": "users/u/sessions/d/preview.jpg"}
     done = make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings)
-    put(config, done.evolve(artifacts=artifacts))
+    versions = {role: write_blob(config, path) for role, path in artifacts.items()}
+    put(config, done.evolve(artifacts=artifacts, versions=versions))
     return config
+
+
+def write_blob(config: Path, path: str) -> str:
+    """Its version."""
+    blobs = adapters.blob_store(settings_in(config).blobs)
+    return asyncio.run(blobs.put(path, b"picture", content_type="image/jpeg")).version
 
 
 def put(config: Path, job: Job) -> None:
@@ -402,6 +461,16 @@ def test_links_to_a_jobs_pictures(fluxfill: Command, jobs: Path) -> None:
     assert local is not None and ended.status == 0
     read = dict(line.split(": ", 1) for line in ended.out.splitlines())
     assert {role: local.path_of(url.rpartition("/")[2]) for role, url in read.items()} == done.artifacts
+
+
+def test_there_are_no_links_to_another_edits_pictures(fluxfill: Command, jobs: Path) -> None:
+    [done] = [job for job in _stored(jobs) if job.id == "edit-done"]
+    put(jobs, done.evolve(id="edit-unsure", versions={}))
+    write_blob(jobs, done.artifacts["preview"])
+    for job_id in ("edit-done", "edit-unsure"):
+        ended = fluxfill("jobs", "links", job_id, "-c", jobs)
+        assert (ended.status, ended.out) == (1, "")
+        assert ended.err.startswith("result_replaced: users/u/sessions/d/")
 
 
 def test_a_job_that_is_over_is_not_canceled(fluxfill: Command, jobs: Path) -> None:

@@ -33,8 +33,8 @@ DISPOSITIONS = {
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory",
-        "BlobError", "BlobConflict", "WeightsError", "MissingToken", "GatedRepo", "UnknownWeights", "CorruptWeights",
-        "SettingsError",
+        "BlobError", "BlobConflict", "ResultReplaced", "WeightsError", "MissingToken", "GatedRepo", "UnknownWeights",
+        "CorruptWeights", "SettingsError",
     ],
 }  # fmt: skip
 

@@ -233,7 +233,7 @@ async def test_bad_pixels_fail_the_job_and_reach_the_dead_letter_topic(app: App,
     damaged, mask = tmp_path / "damaged.jpg", tmp_path / "mask.png"
     damaged.write_bytes(jpeg(photo())[:700])
     mask.write_bytes(png(line_mask()))
-    job_id = await app.client.submit(EditMessage(userId="u", sessionId="damaged"), damaged, mask)
+    job_id = (await app.client.submit(EditMessage(userId="u", sessionId="damaged"), damaged, mask)).job_id
     job = await app.finished(job_id)
     assert job.error is not None and (job.status, job.error.code) == (State.FAILED, "invalid_image")
     letters = {letter["deadLetterJobId"]: letter for letter in await dead_letters(app)}

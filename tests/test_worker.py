@@ -67,6 +67,7 @@ async def test_an_edit_is_stored_and_acknowledged(rig: Rig) -> None:
     assert verdict == Verdict(action="ack", reason="succeeded")
     assert (job.status, job.attempt, job.fence, job.lease_until) == (State.SUCCEEDED, 1, 1, None)
     assert job.artifacts == {role: f"users/{USER}/sessions/{SESSION}/{role}.jpg" for role in ("edited", "preview")}
+    assert job.versions == {role: (await rig.blobs.head(path)).version for role, path in job.artifacts.items()}
     edited = cv2.imdecode(np.frombuffer(await rig.blob("edited.jpg"), np.uint8), cv2.IMREAD_COLOR)
     assert edited.shape == (80, 96, 3)
     assert cv2.imdecode(np.frombuffer(await rig.blob("preview.jpg"), np.uint8), cv2.IMREAD_COLOR) is not None
