@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from serve_app.errors import (
     BlobNotFound,
     BlobTooLarge,
     SettingsError,
+    StoreDenied,
     StoreUnavailable,
     UnsafePath,
 )
@@ -400,3 +402,28 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(adapters.BLOB_STORES, "ghost", adapters.Row("a_package_nobody_has.stores:Store", "ghost"))
     with pytest.raises(SettingsError, match=r"a_package_nobody_has.*flux-fill-serve\[ghost\]"):
         adapters.blob_store("ghost:bucket")
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.EACCES, StoreDenied),
+        (errno.EROFS, StoreDenied),
+        (errno.ENOSPC, StoreDenied),
+        (errno.EIO, StoreUnavailable),
+        (errno.ESTALE, StoreUnavailable),
+    ],
+)
+async def test_a_folder_that_refuses_is_no_outage(
+    number: int, error: type[StoreUnavailable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, whom no permission stops: the system's answer is put in its place."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store = adapters.blob_store(f"files:{tmp_path}")
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(StoreUnavailable, match="blob users/u") as caught:
+        await store.put("users/u", b"x", content_type="image/jpeg")
+    assert type(caught.value) is error

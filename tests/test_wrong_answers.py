@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from serve_app import adapters
-from serve_app.errors import BlobTooLarge, BrokerUnavailable, MessageRefused, StoreUnavailable
+from serve_app.errors import BlobTooLarge, BrokerUnavailable, MessageRefused, StoreDenied, StoreUnavailable
 from serve_app.jobs import Progress, claim_of
 from serve_app.ports import BlobInfo, DeadLetter, Delivery, Verdict
 from serve_app.settings import MessagesSettings
@@ -90,6 +90,18 @@ async def test_a_blob_store_that_answers_nonsense_is_unavailable(
     # Some are longer than they say.
     assert {type(failure) for failure in failures} <= {StoreUnavailable, BlobTooLarge}
     assert [result for result in results if result not in failures and not is_usable(result)] == []
+
+
+async def test_a_blob_store_that_refuses_is_no_outage(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with answering_whole(lambda _line, _port: reply("403 Forbidden")) as port:
+        url = bucket_url(kind, port, "bucket", monkeypatch)
+        results = await asyncio.gather(*calls(url, tmp_path), return_exceptions=True)
+    listed = results.pop(4)
+    assert {type(result) for result in results} == {StoreDenied}
+    # obstore does not say why S3 lists nothing.
+    assert isinstance(listed, StoreUnavailable)
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ Unlike in a bucket, a blob cannot also be the folder of others: that is a BlobCo
 """
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import os
@@ -21,12 +22,15 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from ..containers import content_type
-from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, FluxFillError, StoreUnavailable, UnsafePath
+from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, FluxFillError, StoreDenied, StoreUnavailable, UnsafePath
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .transfers import whole_file
 
 T = TypeVar("T")
+
+#: What trying again does not change: permissions, a file system that is read-only or full.
+_DENIALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 TYPES = {
     ".jpg": "image/jpeg",
@@ -114,7 +118,8 @@ def _translated(path: str, work: Callable[[], T]) -> T:
     except FluxFillError:
         raise
     except OSError as e:
-        raise StoreUnavailable(f"blob {path}: {e.strerror or e}", path=path) from e
+        error = StoreDenied if e.errno in _DENIALS else StoreUnavailable
+        raise error(f"blob {path}: {e.strerror or e}", path=path) from e
 
 
 def _info(path: str, file: BinaryIO) -> BlobInfo:

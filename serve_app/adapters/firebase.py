@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import requests
 from firebase_admin import storage
-from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed
+from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
 from google.auth import iam
 from google.auth.credentials import AnonymousCredentials, Signing
 from google.auth.exceptions import GoogleAuthError
@@ -31,7 +31,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from google.oauth2 import service_account
 from requests.adapters import HTTPAdapter
 
-from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreUnavailable
+from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreDenied, StoreUnavailable
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .firebase_app import firebase_app
@@ -149,6 +149,8 @@ def _translated(path: str, work: Callable[[], T]) -> T:
         raise BlobNotFound(f"blob {path} is not there", path=path) from e
     except PreconditionFailed as e:
         raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
+    except (Forbidden, Unauthorized) as e:
+        raise StoreDenied(f"blob {path}: {e}", path=path) from e
     except (GoogleAPIError, GoogleAuthError, DataCorruption, requests.RequestException) as e:
         raise StoreUnavailable(f"blob {path}: {e}", path=path) from e
     except Exception as e:

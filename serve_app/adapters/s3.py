@@ -20,10 +20,16 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qsl, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store
 
-from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreUnavailable
+from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreDenied, StoreUnavailable
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .links import check_expiry
@@ -220,6 +226,8 @@ def _translated(path: str) -> Iterator[None]:
         raise BlobNotFound(f"blob {path} is not there", path=path) from e
     except (AlreadyExistsError, PreconditionError) as e:
         raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
+    except (PermissionDeniedError, UnauthenticatedError) as e:
+        raise StoreDenied(f"blob {path}: {_sentence(e)}", path=path) from e
     except BaseError as e:
         raise StoreUnavailable(f"blob {path}: {_sentence(e)}", path=path) from e
     except OSError:
