@@ -26,9 +26,9 @@ from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.edit import Editor, session_path
 from serve_app.jobs import Job, Parameters, Progress
 from serve_app.messages import CropStrategy
-from serve_app.ports import OnProgress, Painted, PaintRequest
+from serve_app.ports import OnProgress, Painted, PaintRequest, utc_now
 from serve_app.settings import Settings
-from serve_app.worker import pixel_pool, utc_now
+from serve_app.worker import pixel_pool
 
 from .context import machine
 

@@ -17,9 +17,8 @@ from serve_app.audit_runs import Audits
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditStatus
 from serve_app.errors import AuditError, BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
-from serve_app.ports import AuditLauncher, LaunchState
+from serve_app.ports import AuditLauncher, LaunchState, utc_now
 from serve_app.settings import Settings
-from serve_app.worker import utc_now
 
 #: Seconds between two looks at a run's record; every so many-th time its job is looked at, too.
 POLL_S, JOB_EVERY = 0.5, 10

@@ -17,7 +17,6 @@ from serve_app.jobs import Cause, Job
 from serve_app.messages import EditMessage
 from serve_app.ports import BlobInfo
 from serve_app.settings import Settings
-from serve_app.worker import utc_now
 
 #: Seconds between two looks at a job.
 POLL_S = 0.2
@@ -38,9 +37,7 @@ class Client:
         self._blobs = adapters.blob_store(settings.blobs)
         self._jobs = adapters.job_store(settings.jobs)
         self._publisher = adapters.publisher(settings.messages)
-        self._canceler = Canceler(
-            job_store=self._jobs, cancellations=adapters.cancellations(settings.jobs), clock=utc_now
-        )
+        self._canceler = Canceler(job_store=self._jobs, cancellations=adapters.cancellations(settings.jobs))
 
     async def submit(
         self, message: EditMessage, original: Path, mask: Path, *, attributes: Mapping[str, str] | None = None
@@ -70,7 +67,7 @@ class Client:
         if job is None or job.finished_at is None or (job.status, Cause.ASKED_AGAIN) not in jobs.TRANSITIONS:
             return None
         counts_at = job.finished_at + timedelta(seconds=jobs.AGAIN_S)
-        await asyncio.sleep(min(max(0.0, (counts_at - utc_now()).total_seconds()), jobs.AGAIN_S) + POLL_S)
+        await asyncio.sleep(min(max(0.0, (counts_at - await self._jobs.now()).total_seconds()), jobs.AGAIN_S) + POLL_S)
         return job.finished_at
 
     async def _put(self, path: str, data: bytes, content_type: str) -> str:

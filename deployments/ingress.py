@@ -24,10 +24,10 @@ from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, Unavailable
 from serve_app.jobs import Job
 from serve_app.outbox import Courier
-from serve_app.ports import BlobInfo, Delivery, Verdict
+from serve_app.ports import BlobInfo, Delivery, Verdict, utc_now
 from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
-from serve_app.worker import Worker, utc_now
+from serve_app.worker import Worker
 
 from .launcher import RayJobs
 from .metrics import RayMetrics
@@ -111,7 +111,7 @@ class Ingress:
             is_stopping=_an_ingress_stops,
         )
         job_store, cancellations = adapters.job_store(settings.jobs), adapters.cancellations(settings.jobs)
-        self._canceler = Canceler(job_store=job_store, cancellations=cancellations, clock=utc_now)
+        self._canceler = Canceler(job_store=job_store, cancellations=cancellations)
         mirror = adapters.session_mirror(settings.sessions_url)
         publisher = adapters.publisher(settings.messages)
         self._webhooks = Webhooks(settings.webhooks, secrets)
@@ -121,7 +121,6 @@ class Ingress:
             publisher=publisher,
             webhooks=self._webhooks,
             settings=settings,
-            clock=utc_now,
             metrics=self.metrics,
         )
         self._source = adapters.message_source(settings.messages, settings.in_flight())

@@ -6,12 +6,12 @@ from contextlib import suppress
 from . import jobs
 from .errors import IllegalTransition, UnknownJob
 from .jobs import Job
-from .ports import Cancellations, Clock, JobStore
+from .ports import Cancellations, JobStore
 
 
 class Canceler:
-    def __init__(self, *, job_store: JobStore, cancellations: Cancellations, clock: Clock) -> None:
-        self._jobs, self._cancellations, self._clock = job_store, cancellations, clock
+    def __init__(self, *, job_store: JobStore, cancellations: Cancellations) -> None:
+        self._jobs, self._cancellations = job_store, cancellations
 
     async def job(self, job_id: str) -> Job:
         """Stop one job. A waiting one never starts, a running one stops within a step.
@@ -21,17 +21,17 @@ class Canceler:
         stored = await self._jobs.get(job_id)
         if stored is None:
             raise UnknownJob(f"there is no job {job_id}")
-        return await self._jobs.update(job_id, stored.session_key, jobs.cancel(now=self._clock()))
+        return await self._jobs.update(job_id, stored.session_key, jobs.cancel)
 
     async def session(self, user_id: str, session_id: str) -> Sequence[Job]:
         """Stop every job of the session that is not over, and have its messages published up to now end canceled when
         they come. The jobs that were stopped; none may have begun yet. Raises StoreUnavailable."""
-        key, now = f"{user_id}/{session_id}", self._clock()
+        key = f"{user_id}/{session_id}"
         # First: a worker claims first and looks here then, so one of the two sees the other.
-        await self._cancellations.cancel_until(key, now)
+        await self._cancellations.cancel_until(key, await self._jobs.now())
         canceled = []
         for job in await self._jobs.list(session_key=key):
             if not job.status.is_final:
                 with suppress(IllegalTransition):
-                    canceled.append(await self._jobs.update(job.id, key, jobs.cancel(now=now)))
+                    canceled.append(await self._jobs.update(job.id, key, jobs.cancel))
         return canceled

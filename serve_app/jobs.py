@@ -1,7 +1,8 @@
 """Jobs: their record, their states, and the rules by which a claim is taken, kept and given up.
 
 The rules are pure functions from the stored records to the records to store. A job store runs one of them
-inside an atomic read-modify-write (`ports.JobStore.update`), so every backend keeps the same rules.
+inside an atomic read-modify-write (`ports.JobStore.update`), so every backend keeps the same rules. The store passes
+its own present time, so the rules compare moments of one clock only, and no host's clock matters.
 
     queued ──claimed──► running ──succeeded──► succeeded
        ▲                  ├──rejected, exhausted──► failed
@@ -18,7 +19,7 @@ A job that is over owes what others must be told (`Job.owed`), from the same wri
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -154,6 +155,9 @@ HEAD_START_S: Mapping[Debt, float] = {"session": 15.0, "completion": 15.0, "webh
 AGAIN_S = 2.0
 
 
+_NOT_YET = datetime.fromtimestamp(0, UTC)
+
+
 class Owed(_Value):
     """Something a job that is over still has to tell."""
 
@@ -183,12 +187,12 @@ class Job(_Value):
     attempt: int = 0
     #: The fencing number: grows with every claim and every cancellation.
     fence: int = 0
-    #: Who claimed it last: a name used for one claim.
+    #: Who claimed it last, or came to claim it and ended it: a name used for one claim.
     claimed_by: str = ""
     #: Not to be claimed before: the backoff after a failed attempt.
-    not_before: datetime | None = None
+    not_before: AwareDatetime | None = None
     #: Since when its attempts have been given back for want of something: weights, a replica, a store.
-    waiting_since: datetime | None = None
+    waiting_since: AwareDatetime | None = None
     #: While running: until when its worker may be silent.
     lease_until: AwareDatetime | None = None
     progress: Progress = Progress()
@@ -207,7 +211,8 @@ class Job(_Value):
     #: W3C trace context of the message that asked; empty where there is none.
     traceparent: str = ""
     deadline: AwareDatetime | None = None
-    created_at: AwareDatetime
+    #: This and the other moments are the job store's time. A new job has its own from its first claim.
+    created_at: AwareDatetime = _NOT_YET
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime | None = None
 
@@ -303,12 +308,13 @@ def seed_of(job_id: str) -> int:
     return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4], "big")
 
 
-#: From the job's stored record (None: no such job) and the other running jobs of its session, the records to store.
-Change = Callable[[Job | None, Sequence[Job]], Sequence[Job]]
+#: From the job's stored record (None: no such job), the session's other jobs that are not over, and the store's present
+#: time, the records to store.
+Change = Callable[[Job | None, Sequence[Job], datetime], Sequence[Job]]
 
 
 def claim(
-    new: Job, *, now: datetime, lease_s: float, max_attempts: int, claimer: str = "", asked_at: datetime | None = None
+    new: Job, *, lease_s: float, max_attempts: int, claimer: str = "", asked_at: datetime | None = None
 ) -> Change:
     """Take `new`, or the record already stored under its id, and run it. `claimer` is a name used for this claim only;
     `asked_at` is when the message was published.
@@ -322,13 +328,13 @@ def claim(
     OtherVariant where the stored record is of another variant than `new`.
     """
 
-    def change(stored: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
-        job = _asked_again(stored, new, asked_at) if stored else new
+    def change(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        job = _asked_again(stored, new, asked_at) if stored else new.evolve(created_at=now)
         if job.status.is_final:
             return tuple(_superseded(rival, job, now) for rival in rivals if _is_replaced(rival, job))
         _refuse_live(job, now)
         if job.attempt >= max_attempts:
-            return (_exhausted(job, now),)
+            return (_exhausted(job, now, claimed_by=claimer),)
         if job.variant != new.variant:
             raise OtherVariant(f"job {job.id} is of variant {job.variant}", variant=job.variant)
         if job.status == State.RUNNING:
@@ -336,7 +342,8 @@ def claim(
         for rival in rivals:
             _refuse_live(rival, now)
         if job.deadline is not None and now >= job.deadline:
-            return (job.after(Cause.EXPIRED, error=_too_late(job), fence=job.fence + 1, finished_at=now),)
+            changes = {"error": _too_late(job), "fence": job.fence + 1, "claimed_by": claimer, "finished_at": now}
+            return (job.after(Cause.EXPIRED, **changes),)
         _refuse_early(job, now)
         others = tuple(after for rival in rivals if (after := _beside(rival, job, now, max_attempts)) is not None)
         job = job.after(
@@ -356,7 +363,7 @@ def claim(
 def disown(claimer: str) -> Change:
     """Give a claim back of which `claimer` never heard that it was stored, and the attempt with it."""
 
-    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         if job is None or job.status != State.RUNNING or job.claimed_by != claimer:
             return ()
         return (job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1),)
@@ -364,35 +371,39 @@ def disown(claimer: str) -> Change:
     return change
 
 
-def renew(claim: Claim, *, now: datetime, lease_s: float) -> Change:
+def renew(claim: Claim, *, lease_s: float) -> Change:
     """Extend the lease. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job: job.evolve(lease_until=now + timedelta(seconds=lease_s)))
+    return _held(claim, lambda job, now: job.evolve(lease_until=now + timedelta(seconds=lease_s)))
 
 
-def finish(claim: Claim, cause: Cause, *, now: datetime, **changes: Any) -> Change:
+def finish(claim: Claim, cause: Cause, **changes: Any) -> Change:
     """End the job by `cause`. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job: job.after(cause, finished_at=now, **changes))
+    return _held(claim, lambda job, now: job.after(cause, finished_at=now, **changes))
 
 
-def retry(claim: Claim, *, error: JobError, now: datetime, backoff_s: float) -> Change:
+def retry(claim: Claim, *, error: JobError, backoff_s: float) -> Change:
     """Put the job back after an attempt that failed, not to be claimed for `backoff_s` seconds, whichever of its
     messages comes. Raises StaleClaim where the claim no longer holds."""
-    not_before = now + timedelta(seconds=backoff_s)
-    return _held(claim, lambda job: job.after(Cause.RETRIED, error=error, not_before=not_before, waiting_since=None))
+
+    def after(job: Job, now: datetime) -> Job:
+        not_before = now + timedelta(seconds=backoff_s)
+        return job.after(Cause.RETRIED, error=error, not_before=not_before, waiting_since=None)
+
+    return _held(claim, after)
 
 
 def give_back(claim: Claim) -> Change:
     """Put the job back, with the attempt uncounted. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job: job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1))
+    return _held(claim, lambda job, _now: job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1))
 
 
-def wait(claim: Claim, *, error: JobError, now: datetime, limit_s: float) -> Change:
+def wait(claim: Claim, *, error: JobError, limit_s: float) -> Change:
     """As `give_back`, for want of what `error` names; the job fails with it once it has waited for `limit_s` seconds.
 
     Raises StaleClaim where the claim no longer holds.
     """
 
-    def after(job: Job) -> Job:
+    def after(job: Job, now: datetime) -> Job:
         since = job.waiting_since or now
         if (now - since).total_seconds() >= limit_s:
             return job.after(Cause.EXHAUSTED, error=error, finished_at=now)
@@ -401,19 +412,15 @@ def wait(claim: Claim, *, error: JobError, now: datetime, limit_s: float) -> Cha
     return _held(claim, after)
 
 
-def cancel(*, now: datetime) -> Change:
+def cancel(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
     """Stop the job, waiting or running. Raises IllegalTransition where it is over, UnknownJob where there is none."""
-
-    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
-        if job is None:
-            raise UnknownJob("there is no such job")
-        error = JobError(code="canceled", message="canceled by a user")
-        return (job.after(Cause.CANCELED, fence=job.fence + 1, error=error, finished_at=now),)
-
-    return change
+    if job is None:
+        raise UnknownJob("there is no such job")
+    error = JobError(code="canceled", message="canceled by a user")
+    return (job.after(Cause.CANCELED, fence=job.fence + 1, error=error, finished_at=now),)
 
 
-def replay(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+def replay(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
     """Have a failed job run again, with all its attempts, when its message comes again. Others stay as they are.
 
     Raises UnknownJob where there is none.
@@ -426,21 +433,19 @@ def replay(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
     return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
 
 
-def take_debts(
-    taker: str, debts: Collection[Debt], *, now: datetime, wait_s: Callable[[Debt, int], float], later_s: float
-) -> Change:
+def take_debts(taker: str, debts: Collection[Debt], *, wait_s: Callable[[Debt, int], float], later_s: float) -> Change:
     """Take on telling those of `debts` that are due: each is due again `wait_s(debt, attempts)` later, so that nobody
     else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell. What else is due
     is put off by `later_s`, so that it does not stand in the way of others'."""
 
-    def after(debt: Debt, owed: Owed) -> Owed:
+    def after(debt: Debt, owed: Owed, now: datetime) -> Owed:
         if debt not in debts:
             return owed.model_copy(update={"due_at": now + timedelta(seconds=later_s)})
         attempts = owed.attempts + 1
         return Owed(attempts=attempts, due_at=now + timedelta(seconds=wait_s(debt, attempts)), taken_by=taker)
 
-    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
-        due = {debt: after(debt, owed) for debt, owed in job.owed.items() if owed.due_at <= now} if job else {}
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        due = {debt: after(debt, owed, now) for debt, owed in job.owed.items() if owed.due_at <= now} if job else {}
         return (job.evolve(owed=job.owed | due),) if job and due else ()
 
     return change
@@ -449,7 +454,7 @@ def take_debts(
 def pay(told: Job, debts: Collection[Debt]) -> Change:
     """Note that `debts` were told as of `told`. A job that has changed state since owes them still."""
 
-    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         if job is None or (job.fence, job.status) != (told.fence, told.status) or not job.owed.keys() & set(debts):
             return ()
         return (job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt not in debts}),)
@@ -461,7 +466,7 @@ def mark_dead_lettered(told: Job) -> Change:
     """Note that the message of the job, failed as in `told`, is in the dead-letter topic. One that was sent again since
     may fail again, and then wants a letter of its own."""
 
-    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         if job is None or (job.fence, job.status) != (told.fence, told.status):
             return ()
         return (job.evolve(dead_lettered=True),)
@@ -477,8 +482,8 @@ def check_held(job: Job | None, claim: Claim) -> Job:
     return job
 
 
-def _held(claim: Claim, to: Callable[[Job], Job]) -> Change:
-    return lambda job, _rivals: (to(check_held(job, claim)),)
+def _held(claim: Claim, to: Callable[[Job, datetime], Job]) -> Change:
+    return lambda job, _rivals, now: (to(check_held(job, claim), now),)
 
 
 def _refuse_live(job: Job, now: datetime) -> None:
@@ -529,9 +534,9 @@ def _lost(rival: Job, now: datetime, max_attempts: int) -> Job:
     return rival.after(Cause.LEASE_LOST, fence=rival.fence + 1)
 
 
-def _exhausted(job: Job, now: datetime) -> Job:
+def _exhausted(job: Job, now: datetime, **changes: Any) -> Job:
     error = JobError(code="attempts_exhausted", message=f"all {job.attempt} attempts are used up")
-    return job.after(Cause.EXHAUSTED, error=error, fence=job.fence + 1, finished_at=now)
+    return job.after(Cause.EXHAUSTED, error=error, fence=job.fence + 1, finished_at=now, **changes)
 
 
 def _too_late(job: Job) -> JobError:

@@ -14,7 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, s
 from . import jobs
 from .errors import Canceled, DeadlineExceeded, FluxFillError, StaleClaim, StoreUnavailable
 from .jobs import Job, Progress, State
-from .ports import Clock, JobStore, SessionMirror
+from .ports import JobStore, SessionMirror
 from .settings import Work
 
 log = logging.getLogger(__name__)
@@ -25,11 +25,14 @@ T = TypeVar("T")
 class Lease:
     """The keeper of one running job's claim."""
 
-    def __init__(self, job: Job, *, store: JobStore, mirror: SessionMirror, work: Work, clock: Clock) -> None:
+    def __init__(self, job: Job, *, store: JobStore, mirror: SessionMirror, work: Work, claimed_at: float) -> None:
+        """`claimed_at` is the moment on the monotonic clock before the store was asked for the claim."""
         self._job, self._claim = job, jobs.claim_of(job)
-        self._store, self._mirror, self._work, self._clock = store, mirror, work, clock
+        self._store, self._mirror, self._work = store, mirror, work
+        self._claimed_at = claimed_at
         self._latest = self._reported = self._mirrored = Progress()
-        self._renewed_at = time.monotonic()
+        #: On the monotonic clock, before the store was asked: its lease ends no earlier than `lease_s` after it.
+        self._renewed_at = claimed_at
         self._showing: asyncio.Future[None] | None = None
 
     async def hold(self, attempt: Awaitable[T]) -> T:
@@ -70,9 +73,11 @@ class Lease:
         await insist(self._renew, self._work.lease_s)
 
     def _seconds_left(self) -> float | None:
-        if self._job.deadline is None:
+        if self._job.deadline is None or self._job.started_at is None:
             return None
-        return max(0.0, (self._job.deadline - self._clock()).total_seconds())
+        # From the claim to the deadline by the store's clock, and since the claim by this host's monotonic one.
+        whole_s = (self._job.deadline - self._job.started_at).total_seconds()
+        return max(0.0, whole_s - (time.monotonic() - self._claimed_at))
 
     async def _keep(self) -> None:
         assert self._showing is not None
@@ -98,12 +103,12 @@ class Lease:
                     renewal.make_due()
 
     async def _renew(self) -> None:
-        change = jobs.renew(self._claim, now=self._clock(), lease_s=self._work.lease_s)
+        change, asked_at = jobs.renew(self._claim, lease_s=self._work.lease_s), time.monotonic()
         try:
             await self._store.update(self._claim.job_id, self._claim.session_key, change)
         except StaleClaim as e:
             raise _why(e) from e
-        self._renewed_at = time.monotonic()
+        self._renewed_at = asked_at
 
     def _check(self, job: Job | None) -> None:
         try:

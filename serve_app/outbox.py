@@ -14,14 +14,13 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from datetime import datetime
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from . import jobs
 from .errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
 from .jobs import Debt, Job
-from .ports import Clock, JobStore, Publisher, SessionMirror
+from .ports import JobStore, Publisher, SessionMirror
 from .settings import Settings
 from .telemetry import Metrics, NoMetrics, logged_with, trace_id
 
@@ -59,11 +58,10 @@ class Courier:
         publisher: Publisher,
         webhooks: Webhooks,
         settings: Settings,
-        clock: Clock,
         metrics: Metrics | None = None,
     ) -> None:
         self._jobs, self._mirror, self._publisher, self._webhooks = job_store, mirror, publisher, webhooks
-        self._settings, self._clock, self._metrics = settings, clock, metrics or NoMetrics()
+        self._settings, self._metrics = settings, metrics or NoMetrics()
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = _Places()
         self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
@@ -92,13 +90,13 @@ class Courier:
 
     async def look(self) -> None:
         """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""
-        now = self._clock()
+        now = await self._jobs.now()
         for job in await self._jobs.list(owes_by=now, limit=BATCH):
             due = [debt for debt, owed in job.owed.items() if owed.due_at <= now]
             reserved = [debt for debt in due if self._places.take(job, debt)]
             mine: list[Debt] = []
             try:
-                taken, mine = await self._take_on(job, reserved, now)
+                taken, mine = await self._take_on(job, reserved)
             except UnknownJob:
                 continue
             finally:
@@ -107,10 +105,10 @@ class Courier:
             if mine:
                 self._spawn(self._tell(taken, mine))
 
-    async def _take_on(self, job: Job, debts: list[Debt], now: datetime) -> tuple[Job, list[Debt]]:
+    async def _take_on(self, job: Job, debts: list[Debt]) -> tuple[Job, list[Debt]]:
         """The present record, and those of `debts` that are ours to tell."""
         taker, later_s = uuid.uuid4().hex, LATER_S * random.uniform(0.8, 1.2)
-        change = jobs.take_debts(taker, debts, now=now, wait_s=self._wait_s, later_s=later_s)
+        change = jobs.take_debts(taker, debts, wait_s=self._wait_s, later_s=later_s)
         # Without the session's other jobs, which debts have nothing to do with.
         taken = await self._jobs.update(job.id, "", change)
         return taken, [debt for debt, owed in taken.owed.items() if owed.taken_by == taker]

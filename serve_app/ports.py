@@ -5,7 +5,7 @@ Guarantees stand in the docstrings and are held by the contract tests, one suite
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,11 @@ from .windows import Box
 
 #: The present, with a time zone.
 Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """By this machine's clock."""
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,13 +89,18 @@ class BlobLinks(Protocol):
 
 
 class JobStore(Protocol):
-    """Job records. Every method raises StoreUnavailable while the store cannot be reached."""
+    """Job records, and the clock that they are dated by: all who use the store see the same time, whatever their own
+    clocks say. Every method raises StoreUnavailable while the store cannot be reached."""
+
+    async def now(self) -> datetime:
+        """The store's present time."""
 
     async def get(self, job_id: str) -> Job | None:
         """The record with its latest reported progress."""
 
     async def update(self, job_id: str, session_key: str, change: Change) -> Job:
-        """Run `change` on the stored record and the session's other jobs that are not over, and store what it returns.
+        """Run `change` on the stored record, the session's other jobs that are not over and the store's present time,
+        and store what it returns.
 
         Atomic: no other update of these records happens in between; what `change` raises passes through and nothing
         is stored. `change` may be run more than once. Returns the record stored under `job_id` afterwards; raises

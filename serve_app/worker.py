@@ -10,12 +10,13 @@ What others are told of a job's end is owed from the write that ended it, and to
 import asyncio
 import logging
 import random
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 
 from . import jobs
@@ -44,7 +45,6 @@ from .outbox import Courier, Webhooks
 from .ports import (
     BlobStore,
     Cancellations,
-    Clock,
     Delivery,
     JobStore,
     Painter,
@@ -69,10 +69,6 @@ _ENDS_BY = {
 }
 
 
-def utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
 def pixel_pool() -> ThreadPoolExecutor:
     """Decodes and encodes: as many photos at a time as one process has memory for."""
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
@@ -95,13 +91,12 @@ class Worker:
         prompts: PromptEncoder,
         settings: Settings,
         defaults: Callable[[], Inference],
-        clock: Clock = utc_now,
         metrics: Metrics | None = None,
     ) -> None:
         self._blobs, self._jobs, self._mirror, self._publisher = blobs, job_store, mirror, publisher
         self._cancellations, self._courier, self._webhooks = cancellations, courier, webhooks
         self._metrics = metrics or NoMetrics()
-        self._settings, self._defaults, self._clock = settings, defaults, clock
+        self._settings, self._defaults = settings, defaults
         self._pool = pixel_pool()
         self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
         self._orphans = Orphans(job_store)
@@ -169,23 +164,23 @@ class Worker:
 
     async def _given_up(self, new: Job, delivery: Delivery, error: VariantNotReady) -> Verdict:
         """The end of a message that has waited for its share for too long."""
-        job = await self._claim(new, self._clock(), delivery.publish_time)
+        job = await self._claim(new, _claimer(), delivery.publish_time)
         if not job.status.is_final:
-            change = jobs.finish(jobs.claim_of(job), Cause.EXHAUSTED, now=self._clock(), error=_job_error(error))
+            change = jobs.finish(jobs.claim_of(job), Cause.EXHAUSTED, error=_job_error(error))
             job = await self._update(job, change)
         return await self._settle(job, delivery)
 
     async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
         with logged_with(job_id=new.id, session_key=new.session_key):
-            now = self._clock()
-            job = await self._claim(new, now, delivery.publish_time)
+            claimer, claimed_at = _claimer(), time.monotonic()
+            job = await self._claim(new, claimer, delivery.publish_time)
             if job.status.is_final:
-                if job.finished_at != now:
+                if job.claimed_by != claimer:
                     self._metrics.add("fluxfill_duplicates_total")
                 return await self._settle(job, delivery)
             log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
             self._metrics.observe("fluxfill_queue_age_seconds", self._queued_s(job, delivery), variant=self._label(job))
-            return await self._run(job, delivery)
+            return await self._run(job, delivery, claimed_at)
 
     # -- claiming
 
@@ -207,7 +202,6 @@ class Worker:
             deadline=message.deadline,
             callback_url=str(message.callback_url or ""),
             traceparent=attributes.traceparent,
-            created_at=self._clock(),
         )
 
     async def _version(self, message: EditMessage, name: str) -> str:
@@ -216,10 +210,10 @@ class Worker:
         except BlobNotFound:
             return ""
 
-    async def _claim(self, new: Job, now: datetime, asked_at: datetime | None) -> Job:
-        work, claimer = self._settings.work, uuid.uuid4().hex
+    async def _claim(self, new: Job, claimer: str, asked_at: datetime | None) -> Job:
+        work = self._settings.work
         change = jobs.claim(
-            new, now=now, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer, asked_at=asked_at
+            new, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer, asked_at=asked_at
         )
         claiming = asyncio.ensure_future(self._jobs.update(new.id, new.session_key, change))
         try:
@@ -236,22 +230,22 @@ class Worker:
 
     # -- running
 
-    async def _run(self, job: Job, delivery: Delivery) -> Verdict:
+    async def _run(self, job: Job, delivery: Delivery, claimed_at: float) -> Verdict:
         try:
-            return await self._to_the_end(job, delivery)
+            return await self._to_the_end(job, delivery, claimed_at)
         except asyncio.CancelledError:
             await self._give_back(job)
             raise
 
-    async def _to_the_end(self, job: Job, delivery: Delivery) -> Verdict:
+    async def _to_the_end(self, job: Job, delivery: Delivery, claimed_at: float) -> Verdict:
         try:
             if await self._is_canceled(job, delivery):
                 error = JobError(code=Canceled.code, message="its session was canceled before it began")
-                change = jobs.finish(jobs.claim_of(job), Cause.CANCELED, now=self._clock(), error=error)
+                change = jobs.finish(jobs.claim_of(job), Cause.CANCELED, error=error)
                 return await self._settle(await self._update(job, change), delivery)
-            result = await self._attempt(job, delivery)
+            result = await self._attempt(job, delivery, claimed_at)
             done = {"artifacts": result.artifacts, "versions": result.versions, "timings": result.timings}
-            change = jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, now=self._clock(), **done)
+            change = jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, **done)
             return await self._settle(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):
             return await self._lost(job, delivery)
@@ -273,12 +267,12 @@ class Worker:
         return until is not None and delivery.publish_time is not None and delivery.publish_time <= until
 
     def _queued_s(self, job: Job, delivery: Delivery) -> float:
-        started = job.started_at or self._clock()
+        started = job.started_at or job.created_at
         return (started - min(delivery.publish_time or job.created_at, started)).total_seconds()
 
-    async def _attempt(self, job: Job, delivery: Delivery) -> Result:
-        started = self._clock()
-        lease = Lease(job, store=self._jobs, mirror=self._mirror, work=self._settings.work, clock=self._clock)
+    async def _attempt(self, job: Job, delivery: Delivery, claimed_at: float) -> Result:
+        work = self._settings.work
+        lease = Lease(job, store=self._jobs, mirror=self._mirror, work=work, claimed_at=claimed_at)
         if job.variant not in self._settings.variants:
             known = ", ".join(self._settings.variants)
             raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")
@@ -288,7 +282,7 @@ class Worker:
         timings = result.timings.model_copy(
             update={
                 "queued_s": self._queued_s(job, delivery),
-                "total_s": (self._clock() - started).total_seconds(),
+                "total_s": time.monotonic() - claimed_at,
             }
         )
         self._measure(job, timings)
@@ -311,9 +305,7 @@ class Worker:
         claim, error, work = jobs.claim_of(job), _job_error(e), self._settings.work
         if e.disposition == Disposition.WAIT:
             try:
-                after = await self._update(
-                    job, jobs.wait(claim, error=error, now=self._clock(), limit_s=work.wait_limit_s)
-                )
+                after = await self._update(job, jobs.wait(claim, error=error, limit_s=work.wait_limit_s))
             except StoreUnavailable:
                 self._orphans.add(job, job.claimed_by)
                 raise
@@ -322,9 +314,9 @@ class Worker:
             raise e
         if e.disposition == Disposition.RETRY and job.attempt < work.max_attempts:
             backoff_s = self._backoff_s(job.attempt)
-            await self._update(job, jobs.retry(claim, error=error, now=self._clock(), backoff_s=backoff_s))
+            await self._update(job, jobs.retry(claim, error=error, backoff_s=backoff_s))
             return Verdict(action="hold", delay_s=backoff_s, reason=e.code)
-        change = jobs.finish(claim, _ENDS_BY[e.disposition], now=self._clock(), error=error)
+        change = jobs.finish(claim, _ENDS_BY[e.disposition], error=error)
         return await self._settle(await self._update(job, change), delivery)
 
     async def _lost(self, job: Job, delivery: Delivery) -> Verdict:
@@ -387,6 +379,10 @@ class Worker:
     def _backoff_s(self, times: int) -> float:
         work = self._settings.work
         return min(work.backoff_max_s, work.backoff_s * 2.0 ** min(times - 1, 30)) * random.uniform(0.8, 1.2)
+
+
+def _claimer() -> str:
+    return uuid.uuid4().hex
 
 
 def _job_error(e: FluxFillError) -> JobError:

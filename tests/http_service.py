@@ -57,7 +57,7 @@ class Process:
             clock=rig.clock,
             is_stopping=self._stops,
         )
-        self._canceler = Canceler(job_store=rig.jobs, cancellations=rig.jobs, clock=rig.clock)
+        self._canceler = Canceler(job_store=rig.jobs, cancellations=rig.jobs)
 
     def guard(self, *, api_keys: str | None = None, **changes: Any) -> None:
         keys = None if api_keys is None else SecretStr(api_keys)

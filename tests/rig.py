@@ -219,7 +219,7 @@ class Prompts:
 
 
 class Clock:
-    """Time that a test moves."""
+    """A store's time, which a test moves."""
 
     def __init__(self) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
@@ -261,7 +261,7 @@ class Rig:
             messages={"completion_topic": "session-completed"},
         )
         self.blobs = BlobOutage(MemoryBlobStore(self.settings.blobs), StoreUnavailable)
-        self.jobs = Outage(MemoryJobStore(self.settings.jobs), StoreUnavailable)
+        self.jobs = Outage(MemoryJobStore(self.settings.jobs, self.clock), StoreUnavailable)
         self.mirror = Outage(MemorySessionMirror(self.settings.jobs), StoreUnavailable)
         self.topics = Topics()
         self.broker = Outage(self.topics, BrokerUnavailable)
@@ -274,7 +274,6 @@ class Rig:
             publisher=self.broker,
             webhooks=self.receivers,
             settings=self.settings,
-            clock=self.clock,
             metrics=self.metrics,
         )
         self.worker = Worker(
@@ -290,7 +289,6 @@ class Rig:
             prompts=Prompts(),
             settings=self.settings,
             defaults=lambda: self.inference,
-            clock=self.clock,
         )
 
     def beside(self) -> "Rig":

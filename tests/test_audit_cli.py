@@ -45,8 +45,8 @@ from serve_app.audits import (
 )
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import UnknownAudit
+from serve_app.ports import utc_now
 from serve_app.settings import Settings
-from serve_app.worker import utc_now
 
 from .audit_jobs import LocalJobs
 from .backends import until

@@ -12,8 +12,8 @@ from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import ALIVE_S, LAUNCH_S, AuditStore
 from serve_app.audits import AuditRequest, AuditStatus
 from serve_app.errors import AuditError, AuditExists, AuditRunning, UnknownAudit, UnknownVariant
+from serve_app.ports import utc_now
 from serve_app.settings import AuditSettings, Settings
-from serve_app.worker import utc_now
 
 WHOSE = ("--user", "u", "--session", "s")
 SETTINGS = Settings(

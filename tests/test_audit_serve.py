@@ -32,9 +32,8 @@ from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix, folder
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import ReplicaLost
-from serve_app.ports import PaintRequest
+from serve_app.ports import PaintRequest, utc_now
 from serve_app.settings import Settings
-from serve_app.worker import utc_now
 
 from .blob_servers import forget_firebase_app, new_bucket
 from .serving import APP, App, running

@@ -31,8 +31,9 @@ from serve_app.engine.tiny import TinyWeights
 from serve_app.jobs import Job, JobError, State, Timings
 from serve_app.messages import EditMessage
 from serve_app.outbox import Courier
+from serve_app.ports import utc_now
 from serve_app.settings import Inference, Settings
-from serve_app.worker import Worker, utc_now
+from serve_app.worker import Worker
 
 from .backends import at, make_job
 from .hub_server import COMMIT, HubServer, Repo, serve
@@ -101,9 +102,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     source = adapters.message_source(settings.messages, settings.in_flight())
     job_store, mirror = adapters.job_store(settings.jobs), adapters.session_mirror(settings.sessions_url)
     publisher, receivers = adapters.publisher(settings.messages), Receivers()
-    courier = Courier(
-        job_store=job_store, mirror=mirror, publisher=publisher, webhooks=receivers, settings=settings, clock=utc_now
-    )
+    courier = Courier(job_store=job_store, mirror=mirror, publisher=publisher, webhooks=receivers, settings=settings)
     worker = Worker(
         blobs=adapters.blob_store(settings.blobs),
         job_store=job_store,

@@ -211,7 +211,7 @@ class Bench:
         await self.store(job)
 
     async def store(self, job: Job) -> None:
-        await self.jobs.update(job.id, job.session_key, lambda _job, _rivals: (job,))
+        await self.jobs.update(job.id, job.session_key, lambda _job, _rivals, _now: (job,))
 
     async def replay(self, **wanted: str) -> Replayed:
         replay = Replay(self.letters, self.jobs, self.broker.publisher, max_bytes=MAX_BYTES)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ async def test_keys_that_firestore_does_not_take_are_stored(firestore_url: str, 
 
 @pytest.mark.emulator
 async def test_a_value_error_of_a_change_is_its_own(firestore_url: str, opened: Opened) -> None:
-    def fail(_job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def fail(_job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         raise ValueError("its own")
 
     with pytest.raises(ValueError, match="its own"):
@@ -244,7 +245,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_tried_again(firestore_url: 
     client._channel = grpc.intercept_channel(client._channel, network)
     runs: list[Job | None] = []
 
-    def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         runs.append(job)
         return (make_job(),)
 

@@ -4,13 +4,15 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 
 import pytest
 
 from serve_app import adapters, jobs
+from serve_app.adapters.sql import SqlJobStore
 from serve_app.errors import Busy, StaleClaim, UnknownJob
 from serve_app.jobs import Cause, Change, Job, Owed, Progress, State
-from serve_app.ports import Cancellations, JobStore, SessionMirror
+from serve_app.ports import Cancellations, JobStore, SessionMirror, utc_now
 
 from .backends import at, make_job
 from .job_servers import Opened
@@ -40,7 +42,12 @@ def crowd(jobs_url: str) -> int:
 
 
 def put(*records: Job) -> Change:
-    return lambda _job, _rivals: records
+    return lambda _job, _rivals, _now: records
+
+
+def dated(change: Change, second: float) -> Change:
+    """The change at a moment of the test's own, whatever the store's clock says."""
+    return lambda job, rivals, _now: change(job, rivals, at(second))
 
 
 class Slow:
@@ -49,15 +56,15 @@ class Slow:
     def __init__(self) -> None:
         self.begun, self.go_on = threading.Event(), threading.Event()
 
-    def __call__(self, _job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def __call__(self, _job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         self.begun.set()
         self.go_on.wait()
         return (make_job(),)
 
 
 async def claimed(store: JobStore, job: Job, second: float = 10) -> Job:
-    change = jobs.claim(job, now=at(second), lease_s=60, max_attempts=5)
-    return await store.update(job.id, job.session_key, change)
+    change = jobs.claim(job, lease_s=60, max_attempts=5)
+    return await store.update(job.id, job.session_key, dated(change, second))
 
 
 async def test_what_was_stored_is_there(store: JobStore) -> None:
@@ -83,7 +90,7 @@ async def test_update_sees_the_record_and_the_unfinished_rivals_of_its_session(s
     await store.update("a", KEY, put(*running, queued, *others))
     seen: list[tuple[Job | None, Sequence[Job]]] = []
 
-    def look(job: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
+    def look(job: Job | None, rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         seen.append((job, rivals))
         return ()
 
@@ -95,7 +102,7 @@ async def test_jobs_without_a_session_have_no_rivals(store: JobStore) -> None:
     alone = [make_job(id, user_id="", session_id="", status=State.RUNNING) for id in ("a", "b")]
     await store.update("a", "", put(*alone))
 
-    def no_rivals(job: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
+    def no_rivals(job: Job | None, rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         assert not rivals
         return ()
 
@@ -106,7 +113,7 @@ async def test_what_a_change_raises_passes_through_and_nothing_is_stored(store: 
     job = make_job()
     await store.update(job.id, KEY, put(job))
 
-    def fail(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+    def fail(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
         raise Busy("not now", retry_after_s=3)
 
     with pytest.raises(Busy, match="not now"):
@@ -118,7 +125,7 @@ async def test_an_update_that_stores_nothing_of_an_unknown_job_is_refused(store:
     with pytest.raises(UnknownJob, match="no job edit-1"):
         await store.update("edit-1", KEY, put())
     with pytest.raises(UnknownJob):
-        await store.update("edit-1", KEY, jobs.cancel(now=at(0)))
+        await store.update("edit-1", KEY, jobs.cancel)
 
 
 async def test_every_record_of_a_change_is_stored(store: JobStore) -> None:
@@ -128,10 +135,10 @@ async def test_every_record_of_a_change_is_stored(store: JobStore) -> None:
     lost = await store.get("a")
     assert lost and lost.status == State.QUEUED and lost.fence > first.fence
     with pytest.raises(StaleClaim):
-        await store.update("a", KEY, jobs.renew(jobs.claim_of(first), now=at(101), lease_s=60))
+        await store.update("a", KEY, dated(jobs.renew(jobs.claim_of(first), lease_s=60), 101))
 
 
-def add_one(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+def add_one(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
     assert job is not None
     return (job.evolve(seed=job.seed + 1),)
 
@@ -178,8 +185,8 @@ def overlapping(*changes: Change) -> list[Change]:
     made = [threading.Event() for _ in changes]
 
     def held(change: Change, mine: threading.Event, other: threading.Event) -> Change:
-        def hold(job: Job | None, rivals: Sequence[Job]) -> Sequence[Job]:
-            records = change(job, rivals)
+        def hold(job: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            records = change(job, rivals, now)
             mine.set()
             other.wait(0.3)
             return records
@@ -192,7 +199,7 @@ def overlapping(*changes: Change) -> list[Change]:
 async def test_new_jobs_of_a_session_that_are_claimed_in_the_same_moment(jobs_url: str, opened: Opened) -> None:
     stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
     records = [make_job("a"), make_job("b")]
-    claims = overlapping(*(jobs.claim(job, now=at(1), lease_s=60, max_attempts=5) for job in records))
+    claims = overlapping(*(jobs.claim(job, lease_s=60, max_attempts=5) for job in records))
     outcomes = await asyncio.gather(
         *(store.update(job.id, KEY, claim) for store, job, claim in zip(stores, records, claims, strict=True)),
         return_exceptions=True,
@@ -217,14 +224,14 @@ async def test_an_old_claim_can_do_nothing(jobs_url: str, opened: Opened) -> Non
     second = await claimed(two, make_job(), 100)
     assert second.fence == first.fence + 1
     for change in (
-        jobs.renew(first, now=at(101), lease_s=60),
+        jobs.renew(first, lease_s=60),
         jobs.give_back(first),
-        jobs.finish(first, Cause.SUCCEEDED, now=at(101)),
+        jobs.finish(first, Cause.SUCCEEDED),
     ):
         with pytest.raises(StaleClaim):
             await one.update("edit-1", KEY, change)
     assert await one.get("edit-1") == second
-    done = await two.update("edit-1", KEY, jobs.finish(jobs.claim_of(second), Cause.SUCCEEDED, now=at(101)))
+    done = await two.update("edit-1", KEY, jobs.finish(jobs.claim_of(second), Cause.SUCCEEDED))
     assert done.status == State.SUCCEEDED
 
 
@@ -246,7 +253,7 @@ async def test_get_has_the_progress_of_the_present_claim(store: JobStore) -> Non
 async def test_progress_is_no_part_of_the_record_and_moves_no_claim(store: JobStore) -> None:
     job = await claimed(store, make_job())
     await store.report(jobs.claim_of(job), Progress(step=1, steps=28))
-    assert await store.update(job.id, KEY, lambda stored, _rivals: (stored,) if stored == job else ()) == job
+    assert await store.update(job.id, KEY, lambda stored, _rivals, _now: (stored,) if stored == job else ()) == job
 
 
 async def test_progress_of_a_job_that_is_gone_is_ignored(store: JobStore) -> None:
@@ -287,7 +294,7 @@ async def test_debts_that_are_due_are_listed_the_earliest_first(store: JobStore)
 
 async def test_a_debt_that_is_paid_is_listed_no_more(store: JobStore) -> None:
     job = await claimed(store, make_job())
-    told = await store.update(job.id, KEY, jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, now=at(11)))
+    told = await store.update(job.id, KEY, dated(jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED), 11))
     assert [*await store.list(owes_by=told.owes_at)] == [told]
     later = told.evolve(owed=dict.fromkeys(told.owed, Owed(due_at=at(76), attempts=1)))
     await store.update(job.id, KEY, put(later))
@@ -307,6 +314,75 @@ async def test_delete(store: JobStore) -> None:
 async def test_stores_of_one_url_share_their_content(jobs_url: str, store: JobStore, opened: Opened) -> None:
     await store.update("edit-1", KEY, put(make_job()))
     assert await opened(adapters.job_store(jobs_url)).get("edit-1") == make_job()
+
+
+# The store's clock
+
+
+async def test_a_change_is_told_the_stores_present_time(store: JobStore) -> None:
+    seen: list[datetime] = []
+
+    def look(_job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        seen.append(now)
+        return (make_job(),)
+
+    before = await store.now()
+    await store.update("edit-1", KEY, look)
+    after = await store.now()
+    assert before <= seen[-1] <= after
+    assert {moment.utcoffset() for moment in (before, seen[-1], after)} == {timedelta(0)}
+
+
+@pytest.fixture
+def hosts(jobs_url: str, opened: Opened) -> Sequence[JobStore]:
+    """The store as three hosts use it whose clocks are a minute apart. SQLite and memory have one machine's only."""
+    if not jobs_url.startswith("postgresql:"):
+        return [opened(adapters.job_store(jobs_url)) for _ in range(3)]
+    skews = (timedelta(0), timedelta(minutes=1), timedelta(minutes=-1))
+    return [opened(SqlJobStore(jobs_url, clock=lambda skew=skew: utc_now() + skew)) for skew in skews]
+
+
+async def test_a_lease_is_as_long_for_every_host(hosts: Sequence[JobStore]) -> None:
+    for i, host in enumerate(hosts):
+        change = jobs.claim(make_job(f"edit-{i}", session_id=f"s{i}"), lease_s=0.02, max_attempts=5)
+        before = await hosts[0].now()
+        job = await host.update(f"edit-{i}", f"u/s{i}", change)
+        assert job.started_at and job.lease_until and job.created_at == job.started_at
+        assert before <= job.started_at <= await hosts[0].now()
+        assert job.lease_until - job.started_at == timedelta(seconds=0.02)
+        while await hosts[0].now() <= job.lease_until:
+            await asyncio.sleep(0.005)
+        for other in hosts:
+            job = await other.update(job.id, job.session_key, change)
+            assert job.lease_until
+            while await other.now() <= job.lease_until:
+                await asyncio.sleep(0.005)
+        assert job.attempt == 1 + len(hosts), "no host keeps a dead claim"
+
+
+async def test_no_host_takes_a_live_lease_over(hosts: Sequence[JobStore]) -> None:
+    change = jobs.claim(make_job(), lease_s=50, max_attempts=5)
+    for host in hosts:
+        job = await host.update("edit-1", KEY, change)
+        for other in hosts:
+            with pytest.raises(Busy) as caught:
+                await other.update("edit-1", KEY, change)
+            assert 0 < caught.value.details["retry_after_s"] <= 50
+            renewed = await other.update("edit-1", KEY, jobs.renew(jobs.claim_of(job), lease_s=50))
+            assert renewed.lease_until and job.lease_until and renewed.lease_until >= job.lease_until
+        await host.update("edit-1", KEY, jobs.give_back(jobs.claim_of(job)))
+
+
+async def test_the_document_of_the_job_claimed_later_stands_whichever_hosts_clock_is_ahead(
+    hosts: Sequence[JobStore], mirror: SessionMirror
+) -> None:
+    for i, host in enumerate(hosts):
+        change = jobs.claim(make_job(f"edit-{i}"), lease_s=60, max_attempts=5)
+        job = await host.update(f"edit-{i}", KEY, change)
+        await mirror.write(job, {"by": i})
+        document = await mirror.read("u", "s")
+        assert document and document["by"] == i
+        await host.update(job.id, KEY, jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED))
 
 
 # Cancellations

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -21,8 +22,16 @@ LEASE_S = 60
 ERROR = JobError(code="x", message="y")
 
 
-def claim(job: Job, second: float = 0, max_attempts: int = 5) -> Change:
-    return jobs.claim(job, now=at(second), lease_s=LEASE_S, max_attempts=max_attempts)
+#: A change at a moment of the test's own.
+Dated = Callable[[Job | None, Sequence[Job]], Sequence[Job]]
+
+
+def dated(change: Change, second: float) -> Dated:
+    return lambda stored, rivals: change(stored, rivals, at(second))
+
+
+def claim(job: Job, second: float = 0, max_attempts: int = 5) -> Dated:
+    return dated(jobs.claim(job, lease_s=LEASE_S, max_attempts=max_attempts), second)
 
 
 def claimed(job: Job | None = None, second: float = 0) -> Job:
@@ -66,7 +75,7 @@ def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
     failed = make_job(status=State.RUNNING, attempt=5, fence=5, started_at=at(1)).after(
         Cause.EXHAUSTED, error=JobError(code="replica_lost", message=""), finished_at=at(2), dead_lettered=True
     )
-    [again] = jobs.replay(failed, ())
+    [again] = jobs.replay(failed, (), at(3))
     assert (again.status, again.attempt, again.fence, again.error) == (State.QUEUED, 0, 6, None)
     assert (again.dead_lettered, again.finished_at, again.owed) == (False, None, {})
     assert again.parameters == failed.parameters
@@ -74,14 +83,13 @@ def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
 
 @pytest.mark.parametrize("state", [state for state in State if state != State.FAILED])
 def test_only_a_failed_job_is_replayed(state: State) -> None:
-    assert jobs.replay(make_job(status=state), ()) == ()
+    assert jobs.replay(make_job(status=state), (), at(3)) == ()
 
 
-def claimed_at(second: float, asked: float | None) -> Change:
+def claimed_at(second: float, asked: float | None) -> Dated:
     new = make_job(deadline=at(1000), traceparent="new")
-    return jobs.claim(
-        new, now=at(second), lease_s=60, max_attempts=5, asked_at=None if asked is None else at(asked), claimer="me"
-    )
+    asked_at = None if asked is None else at(asked)
+    return dated(jobs.claim(new, lease_s=60, max_attempts=5, asked_at=asked_at, claimer="me"), second)
 
 
 @pytest.mark.parametrize("state", [State.CANCELED, State.EXPIRED])
@@ -109,7 +117,7 @@ def test_what_succeeded_or_failed_is_a_duplicate_whenever_it_is_asked_for(state:
 def test_a_job_whose_worker_died_on_a_photo_since_replaced_is_superseded(status: State) -> None:
     dead = make_job("edit-old", request="r", status=status, fence=2, attempt=1, lease_until=at(10), started_at=at(1))
     new = make_job("edit-new", request="r")
-    claimed, old = jobs.claim(new, now=at(100), lease_s=60, max_attempts=5)(None, [dead])
+    claimed, old = jobs.claim(new, lease_s=60, max_attempts=5)(None, [dead], at(100))
     assert (claimed.id, claimed.status, old.status) == ("edit-new", State.RUNNING, State.CANCELED)
     assert old.error is not None and old.error.code == "superseded"
     assert old.fence > dead.fence and old.owed
@@ -119,22 +127,22 @@ def test_a_queued_job_whose_message_is_a_finished_one_now_is_superseded() -> Non
     done = make_job("edit-new", request="r", status=State.SUCCEEDED, finished_at=at(50))
     replayed = make_job("edit-old", request="r", fence=3)
     other = make_job("edit-other", request="q")
-    [old] = jobs.claim(done, now=at(100), lease_s=60, max_attempts=5)(done, [replayed, other])
+    [old] = jobs.claim(done, lease_s=60, max_attempts=5)(done, [replayed, other], at(100))
     assert (old.id, old.status) == ("edit-old", State.CANCELED)
 
 
 def test_a_claim_is_disowned_by_its_claimer_only() -> None:
     [claimed] = claimed_at(1, None)(None, ())
-    assert jobs.disown("somebody else")(claimed, ()) == ()
-    [queued] = jobs.disown("me")(claimed, ())
+    assert jobs.disown("somebody else")(claimed, (), at(2)) == ()
+    [queued] = jobs.disown("me")(claimed, (), at(2))
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, 0, None)
-    assert jobs.disown("me")(queued, ()) == ()
-    assert jobs.disown("me")(None, ()) == ()
+    assert jobs.disown("me")(queued, (), at(2)) == ()
+    assert jobs.disown("me")(None, (), at(2)) == ()
 
 
 def test_a_job_that_nobody_knows_is_not_replayed() -> None:
     with pytest.raises(UnknownJob):
-        jobs.replay(None, ())
+        jobs.replay(None, (), at(3))
 
 
 def test_every_cause_names_an_edge_and_every_state_is_reached() -> None:
@@ -183,12 +191,12 @@ def test_a_lease_that_ran_out_is_taken_over_under_a_higher_number() -> None:
     again = one(claim(job, LEASE_S)(job, ()))
     assert (again.status, again.attempt, again.fence) == (State.RUNNING, 2, 2)
     with pytest.raises(StaleClaim):
-        jobs.renew(claim_of(job), now=at(LEASE_S), lease_s=1)(again, ())
+        jobs.renew(claim_of(job), lease_s=1)(again, (), at(LEASE_S))
 
 
 def test_a_retry_forgets_the_error_of_the_last_attempt() -> None:
     job = claimed()
-    queued = one(jobs.retry(claim_of(job), error=ERROR, now=at(0), backoff_s=1)(job, ()))
+    queued = one(jobs.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(0)))
     assert queued.error is not None
     assert one(claim(queued, 1)(queued, ())).error is None
 
@@ -207,7 +215,7 @@ def test_a_live_rival_is_busy_and_a_lost_one_is_fenced_out() -> None:
     assert (mine.id, mine.status) == ("edit-1", State.RUNNING)
     assert (lost.id, lost.status, lost.fence, lost.attempt) == ("rival", State.QUEUED, 2, 1)
     with pytest.raises(StaleClaim):
-        jobs.finish(claim_of(rival), Cause.SUCCEEDED, now=at(0))(lost, ())
+        jobs.finish(claim_of(rival), Cause.SUCCEEDED)(lost, (), at(0))
 
 
 def test_attempts_are_used_up() -> None:
@@ -238,21 +246,21 @@ def test_a_job_past_its_deadline_expires_instead(running: bool) -> None:
 
 def test_renewing_extends_the_lease() -> None:
     job = claimed()
-    assert one(jobs.renew(claim_of(job), now=at(20), lease_s=LEASE_S)(job, ())).lease_until == at(80)
+    assert one(jobs.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20))).lease_until == at(80)
 
 
 @pytest.mark.parametrize("cause", [Cause.SUCCEEDED, Cause.REJECTED, Cause.EXHAUSTED, Cause.EXPIRED])
 def test_finishing(cause: Cause) -> None:
     job = claimed()
-    done = one(jobs.finish(claim_of(job), cause, now=at(9), artifacts={"edited": "e"})(job, ()))
+    done = one(jobs.finish(claim_of(job), cause, artifacts={"edited": "e"})(job, (), at(9)))
     assert done.status.is_final and done.finished_at == at(9) and done.artifacts == {"edited": "e"}
     assert done.lease_until is None
 
 
 PUT_BACK: dict[str, tuple[Callable[[jobs.Claim], Change], int]] = {
-    "retry": (lambda claim: jobs.retry(claim, error=ERROR, now=at(0), backoff_s=1), 1),
+    "retry": (lambda claim: jobs.retry(claim, error=ERROR, backoff_s=1), 1),
     "give_back": (jobs.give_back, 0),
-    "wait": (lambda claim: jobs.wait(claim, error=ERROR, now=at(0), limit_s=1), 0),
+    "wait": (lambda claim: jobs.wait(claim, error=ERROR, limit_s=1), 0),
 }
 
 
@@ -260,15 +268,15 @@ PUT_BACK: dict[str, tuple[Callable[[jobs.Claim], Change], int]] = {
 def test_putting_back_counts_only_attempts_that_were_the_jobs_fault(how: str) -> None:
     job = claimed()
     change, attempt = PUT_BACK[how]
-    queued = one(change(claim_of(job))(job, ()))
+    queued = one(change(claim_of(job))(job, (), at(0)))
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, attempt, None)
     with pytest.raises(StaleClaim):
-        jobs.finish(claim_of(job), Cause.SUCCEEDED, now=at(1))(queued, ())
+        jobs.finish(claim_of(job), Cause.SUCCEEDED)(queued, (), at(1))
 
 
 def test_a_job_is_not_tried_before_its_backoff_is_over() -> None:
     job = claimed()
-    queued = one(jobs.retry(claim_of(job), error=ERROR, now=at(10), backoff_s=5)(job, ()))
+    queued = one(jobs.retry(claim_of(job), error=ERROR, backoff_s=5)(job, (), at(10)))
     with pytest.raises(Busy) as caught:
         claim(make_job(), 14)(queued, ())
     assert caught.value.details["retry_after_s"] == 1
@@ -279,19 +287,19 @@ def test_a_job_is_not_tried_before_its_backoff_is_over() -> None:
 def test_waiting_has_an_end_from_its_first_moment_on() -> None:
     job = claimed()
     for second in (10, 11, 19):
-        queued = one(jobs.wait(claim_of(job), error=ERROR, now=at(second), limit_s=10)(job, ()))
+        queued = one(jobs.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(second)))
         assert (queued.status, queued.waiting_since, queued.error) == (State.QUEUED, at(10), ERROR)
         job = one(claim(queued, second)(queued, ()))
-    failed = one(jobs.wait(claim_of(job), error=ERROR, now=at(20), limit_s=10)(job, ()))
+    failed = one(jobs.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(20)))
     assert (failed.status, failed.error, failed.finished_at) == (State.FAILED, ERROR, at(20))
 
 
 def test_an_attempt_that_was_made_ends_the_wait() -> None:
     job = claimed()
-    waits = one(jobs.wait(claim_of(job), error=ERROR, now=at(0), limit_s=10)(job, ()))
+    waits = one(jobs.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(0)))
     job = one(claim(waits, 1)(waits, ()))
-    assert one(jobs.retry(claim_of(job), error=ERROR, now=at(2), backoff_s=1)(job, ())).waiting_since is None
-    assert one(jobs.give_back(claim_of(job))(job, ())).waiting_since == at(0)
+    assert one(jobs.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(2))).waiting_since is None
+    assert one(jobs.give_back(claim_of(job))(job, (), at(2))).waiting_since == at(0)
 
 
 def test_a_job_stays_of_the_variant_it_was_first_claimed_with() -> None:
@@ -305,7 +313,7 @@ def test_a_job_stays_of_the_variant_it_was_first_claimed_with() -> None:
 @pytest.mark.parametrize("status", [State.QUEUED, State.RUNNING])
 def test_cancelling_fences_the_worker_out(status: State) -> None:
     job = claimed() if status == State.RUNNING else make_job()
-    canceled = one(jobs.cancel(now=at(1))(job, ()))
+    canceled = one(jobs.cancel(job, (), at(1)))
     assert (canceled.status, canceled.finished_at) == (State.CANCELED, at(1))
     assert canceled.error and canceled.error.code == "canceled"
     with pytest.raises(StaleClaim) as caught:
@@ -316,23 +324,23 @@ def test_cancelling_fences_the_worker_out(status: State) -> None:
 @pytest.mark.parametrize("job", [None, *(make_job(status=state) for state in State if state.is_final)])
 def test_cancelling_what_is_over_or_unknown_is_refused(job: Job | None) -> None:
     with pytest.raises(UnknownJob if job is None else IllegalTransition):
-        jobs.cancel(now=at(1))(job, ())
+        jobs.cancel(job, (), at(1))
 
 
 def test_a_claim_on_a_job_that_is_gone_is_stale() -> None:
     with pytest.raises(StaleClaim) as caught:
-        jobs.finish(claim_of(claimed()), Cause.SUCCEEDED, now=at(0))(None, ())
+        jobs.finish(claim_of(claimed()), Cause.SUCCEEDED)(None, (), at(0))
     assert caught.value.details["status"] is None
 
 
 def test_noting_the_dead_letter() -> None:
     failed = make_job(status=State.FAILED, fence=3)
     mark = jobs.mark_dead_lettered(failed)
-    assert one(mark(failed, ())) == failed.evolve(dead_lettered=True)
-    assert mark(None, ()) == ()
-    [replayed] = jobs.replay(failed, ())
-    assert mark(replayed, ()) == ()
-    assert mark(replayed.evolve(status=State.FAILED), ()) == (), "it failed again, and wants a letter of its own"
+    assert one(mark(failed, (), at(9))) == failed.evolve(dead_lettered=True)
+    assert mark(None, (), at(9)) == ()
+    [replayed] = jobs.replay(failed, (), at(3))
+    assert mark(replayed, (), at(9)) == ()
+    assert mark(replayed.evolve(status=State.FAILED), (), at(9)) == (), "it failed again, and wants a letter of its own"
 
 
 @given(st.lists(st.sampled_from(["claim", "renew", "finish", "retry", "give_back", "wait", "cancel"]), max_size=12))
@@ -340,19 +348,19 @@ def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -
     stored: Job | None = None
     held: list[jobs.Claim] = []
     for i, step in enumerate(steps):
-        now = i * LEASE_S * 1.5
+        now = at(i * LEASE_S * 1.5)
         mine = held[-1] if held else claim_of(make_job(fence=99))
-        change = {
-            "claim": claim(make_job(), now, max_attempts=3),
-            "renew": jobs.renew(mine, now=at(now), lease_s=LEASE_S),
-            "finish": jobs.finish(mine, Cause.SUCCEEDED, now=at(now)),
-            "retry": jobs.retry(mine, error=ERROR, now=at(now), backoff_s=LEASE_S),
+        change: Change = {
+            "claim": jobs.claim(make_job(), lease_s=LEASE_S, max_attempts=3),
+            "renew": jobs.renew(mine, lease_s=LEASE_S),
+            "finish": jobs.finish(mine, Cause.SUCCEEDED),
+            "retry": jobs.retry(mine, error=ERROR, backoff_s=LEASE_S),
             "give_back": jobs.give_back(mine),
-            "wait": jobs.wait(mine, error=ERROR, now=at(now), limit_s=LEASE_S * 4),
-            "cancel": jobs.cancel(now=at(now)),
+            "wait": jobs.wait(mine, error=ERROR, limit_s=LEASE_S * 4),
+            "cancel": jobs.cancel,
         }[step]
         try:
-            records = change(stored, ())
+            records = change(stored, (), now)
         except (Busy, StaleClaim, IllegalTransition, UnknownJob):
             continue
         for record in records:
@@ -364,6 +372,13 @@ def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -
         for stale in held[:-1]:
             with pytest.raises(StaleClaim):
                 jobs.check_held(stored, stale)
+
+
+@pytest.mark.parametrize("module", ["jobs", "worker", "lease", "outbox", "cancel", "adapters/session_documents"])
+def test_no_rule_reads_a_hosts_clock(module: str) -> None:
+    """The store says what time it is; lengths are counted on the monotonic clock."""
+    source = Path(f"serve_app/{module}.py").read_text()
+    assert not re.search(r"utc_now|\.(now|utcnow|today)\((?!\))|datetime\.now|time\.time\(|: Clock", source)
 
 
 # The record

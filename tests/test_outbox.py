@@ -83,9 +83,9 @@ async def test_what_is_down_is_told_later_and_holds_up_nothing_else(rig: Rig, de
 async def test_a_process_that_dies_after_the_last_write_loses_nothing(rig: Rig) -> None:
     await rig.work()
     job = await rig.job()
-    died = jobs.claim(make_job("edit-2", user_id=USER, session_id=SESSION), now=rig.clock(), lease_s=9, max_attempts=5)
+    died = jobs.claim(make_job("edit-2", user_id=USER, session_id=SESSION), lease_s=9, max_attempts=5)
     claimed = await rig.jobs.update("edit-2", job.session_key, died)
-    done = jobs.finish(jobs.claim_of(claimed), Cause.SUCCEEDED, now=rig.clock(), artifacts={"edited": "e"})
+    done = jobs.finish(jobs.claim_of(claimed), Cause.SUCCEEDED, artifacts={"edited": "e"})
     await rig.jobs.update("edit-2", job.session_key, done)
     await told_later(rig, jobs.HEAD_START_S["session"] - 1)
     assert (await rig.document())["jobId"] == job.id, "the process that ended it has a head start"
@@ -173,14 +173,15 @@ async def test_a_callback_that_may_not_be_called_fails_the_job_before_it_is_pain
 async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
     over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, finished_at=make_job().created_at)
     assert over.owed.keys() == {"session", "completion"}
-    [again] = jobs.replay(over, ())
+    [again] = jobs.replay(over, (), over.created_at)
     assert again.owed == {}
     failed_again = again.evolve(status=State.RUNNING).after(Cause.REJECTED, finished_at=make_job().created_at)
     assert failed_again.owed.keys() == {"session", "completion"}
-    assert jobs.pay(over, ["session"])(failed_again, ()) == (), "that it failed before was told, not this"
-    [paid] = jobs.pay(over, ["session"])(over, ())
+    pay, now = jobs.pay(over, ["session"]), over.created_at
+    assert pay(failed_again, (), now) == (), "that it failed before was told, not this"
+    [paid] = pay(over, (), now)
     assert paid.owed.keys() == {"completion"}
-    assert jobs.pay(over, ["session"])(paid, ()) == ()
+    assert pay(paid, (), now) == ()
 
 
 def test_a_debt_is_taken_only_when_it_is_due() -> None:
@@ -189,7 +190,7 @@ def test_a_debt_is_taken_only_when_it_is_due() -> None:
     assert over.owes_at == due_at
 
     def take(at: datetime, *debts: jobs.Debt) -> Sequence[Job]:
-        return jobs.take_debts("me", debts, now=at, wait_s=lambda debt, n: 10 * n, later_s=60)(over, ())
+        return jobs.take_debts("me", debts, wait_s=lambda debt, n: 10 * n, later_s=60)(over, (), at)
 
     assert take(due_at - timedelta(seconds=1), "session", "completion") == ()
     [taken] = take(due_at, "session")

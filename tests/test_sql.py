@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ COUNT_UP = """
     async def main():
         store = adapters.job_store(sys.argv[1])
         for _ in range(50):
-            await store.update("edit-1", "u/s", lambda job, rivals: (job.evolve(seed=job.seed + 1),))
+            await store.update("edit-1", "u/s", lambda job, rivals, now: (job.evolve(seed=job.seed + 1),))
 
     asyncio.run(main())
 """
@@ -56,7 +57,7 @@ async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, open
     await store.update("a", KEY, put(make_job("a", seed=0), make_job("b", seed=0)))
 
     def both(*ids: str) -> Change:
-        def change(job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
             assert job is not None
             return [make_job(id, seed=job.seed + 1) for id in ids]
 
@@ -331,7 +332,7 @@ async def test_several_write_at_once(postgresql_url: str, opened: Opened) -> Non
     jobs = [make_job("a"), make_job("b", session_id="s2")]
 
     def together(job: Job) -> Callable[..., Sequence[Job]]:
-        def change(_job: Job | None, _rivals: Sequence[Job]) -> Sequence[Job]:
+        def change(_job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
             both.wait()
             return (job,)
 

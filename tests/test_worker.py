@@ -866,7 +866,7 @@ def _raise(error: Exception) -> Callable[[], None]:
 
 async def _cancel(rig: Rig) -> None:
     job = await rig.job()
-    await MemoryJobStore(rig.settings.jobs).update(job.id, job.session_key, jobs.cancel(now=rig.clock()))
+    await MemoryJobStore(rig.settings.jobs).update(job.id, job.session_key, jobs.cancel)
 
 
 async def _claim_and_die(rig: Rig) -> None:
@@ -874,4 +874,4 @@ async def _claim_and_die(rig: Rig) -> None:
     from serve_app.messages import Attributes, EditMessage
 
     message = EditMessage(userId=USER, sessionId=SESSION)
-    await rig.worker._claim(await rig.worker._new_job(message, Attributes(), "telea"), rig.clock(), None)
+    await rig.worker._claim(await rig.worker._new_job(message, Attributes(), "telea"), "dead", None)

@@ -21,10 +21,9 @@ from serve_app import adapters
 from serve_app.audit_store import AuditStore
 from serve_app.audits import PAGE, Audit, AuditRequest, AuditStatus, folder
 from serve_app.errors import FluxFillError, JobsUnavailable
-from serve_app.ports import BlobStore
+from serve_app.ports import BlobStore, utc_now
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
-from serve_app.worker import utc_now
 
 from . import app, arguments
 from .outage import waited_out

@@ -18,8 +18,7 @@ from markupsafe import Markup
 
 from serve_app.audits import PAGE, REPORT, RESULTS, TABLE, Audit, AuditStatus, CellResult, folder, plain
 from serve_app.images import Pixels
-from serve_app.ports import BlobLinks, BlobStore, Clock
-from serve_app.worker import utc_now
+from serve_app.ports import BlobLinks, BlobStore, Clock, utc_now
 
 from . import chart
 from .columns import NONE, axes, columns, gigabytes

@@ -9,7 +9,7 @@ Queries need the indexes in k8s/firestore.indexes.json: `firebase deploy --only 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -31,6 +31,9 @@ class FirestoreJobStore:
     def __init__(self, url: str) -> None:
         """See `Firestore`."""
         self._database = Firestore(url)
+
+    async def now(self) -> datetime:
+        return await self._database.run(lambda: _read_at(self._document("clock", "now").get()))
 
     async def get(self, job_id: str) -> Job | None:
         return await self._database.run(lambda: self._get(job_id))
@@ -89,7 +92,8 @@ class FirestoreJobStore:
         stored = self._document("jobs", job_id).get(transaction=transaction)
         job = _record(stored) if stored.exists else None
         rivals = self._rivals(transaction, job_id, session_key)
-        changed = {after.id: after for after in current_call().callers(lambda: change(job, rivals))}
+        now = _read_at(stored)
+        changed = {after.id: after for after in current_call().callers(lambda: change(job, rivals, now))}
         for after in changed.values():
             transaction.set(self._document("jobs", after.id), _columns(after))
         job = changed.get(job_id, job)
@@ -183,6 +187,12 @@ def _columns(job: Job) -> Mapping[str, Any]:
 
 def _record(stored: Any) -> Job:
     return read_record(unquote(stored.id), stored.to_dict().get("record", ""))
+
+
+def _read_at(stored: Any) -> datetime:
+    """The server's time when it read `stored`, which need not be there."""
+    read_at: datetime = stored.read_time
+    return datetime.fromtimestamp(read_at.timestamp(), UTC)
 
 
 def _until(stored: Any) -> datetime | None:

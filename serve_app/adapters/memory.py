@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
-from ..ports import ANY_VERSION, BlobInfo
+from ..ports import ANY_VERSION, BlobInfo, Clock, utc_now
 from .blob_paths import check_path
 from .session_documents import SessionDocument, written
 from .transfers import check_size, whole_file
@@ -37,6 +37,7 @@ class _Content:
     progress: dict[str, tuple[int, Progress]] = field(default_factory=dict)
     cancellations: dict[str, datetime] = field(default_factory=dict)
     sessions: dict[tuple[str, str], SessionDocument] = field(default_factory=dict)
+    clock: Clock = utc_now
 
     _named: ClassVar[dict[str, "_Content"]] = {}
 
@@ -96,8 +97,14 @@ class MemoryBlobStore:
 
 
 class MemoryJobStore:
-    def __init__(self, url: str = "memory:") -> None:
+    def __init__(self, url: str = "memory:", clock: Clock | None = None) -> None:
+        """`clock` becomes that of all stores of this name; it is the machine's where none was given."""
         self._content = _Content.of(url)
+        if clock is not None:
+            self._content.clock = clock
+
+    async def now(self) -> datetime:
+        return self._content.clock()
 
     async def get(self, job_id: str) -> Job | None:
         with self._content.lock:
@@ -107,7 +114,7 @@ class MemoryJobStore:
     async def update(self, job_id: str, session_key: str, change: Change) -> Job:
         with self._content.lock:
             jobs = self._content.jobs
-            for job in change(jobs.get(job_id), self._rivals(job_id, session_key)):
+            for job in change(jobs.get(job_id), self._rivals(job_id, session_key), self._content.clock()):
                 jobs[job.id] = job
             if job_id not in jobs:
                 raise UnknownJob(f"there is no job {job_id}")

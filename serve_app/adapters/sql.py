@@ -8,23 +8,29 @@ import sqlalchemy as sa
 
 from ..errors import UnknownJob
 from ..jobs import Change, Claim, Job, Progress, State
+from ..ports import Clock, utc_now
 from .calls import current_call
 from .job_records import read_all, read_record, read_stored, with_progress
 from .session_documents import SessionDocument, written
-from .sql_database import Database, lock
+from .sql_database import Database, lock, server_time
 from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, seconds
 
 
 class SqlJobStore:
-    def __init__(self, url: str) -> None:
-        """See `Database`."""
-        self._database = Database(url)
+    """Its clock is the server's; SQLite's is the machine's, which all its processes run on."""
+
+    def __init__(self, url: str, clock: Clock = utc_now) -> None:
+        """See `Database`. `clock` stands for the machine's."""
+        self._database, self._clock = Database(url), clock
+
+    async def now(self) -> datetime:
+        return await self._database.read(lambda c: server_time(c) or self._clock())
 
     async def get(self, job_id: str) -> Job | None:
         return await self._database.read(lambda c: _get(c, job_id))
 
     async def update(self, job_id: str, session_key: str, change: Change) -> Job:
-        return await self._database.write(lambda c: _update(c, job_id, session_key, change))
+        return await self._database.write(lambda c: _update(c, job_id, session_key, change, self._clock))
 
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.write(lambda c: _report(c, claim, progress))
@@ -108,11 +114,11 @@ def _job(row: Any) -> Job:
     return job if row.step is None else with_progress(job, {"step": row.step, "steps": row.steps})
 
 
-def _update(connection: sa.Connection, job_id: str, session_key: str, change: Change) -> Job:
+def _update(connection: sa.Connection, job_id: str, session_key: str, change: Change, clock: Clock) -> Job:
     # Rows that are not there yet cannot be locked: two new jobs of one session would not see each other.
-    lock(connection, f"jobs/{session_key or job_id}")
+    now = lock(connection, f"jobs/{session_key or job_id}") or clock()
     stored, rivals = _record(connection, job_id), _rivals(connection, job_id, session_key)
-    for job in current_call().callers(lambda: change(stored, rivals)):
+    for job in current_call().callers(lambda: change(stored, rivals, now)):
         columns = {
             "type": job.type,
             "status": job.status,

@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -51,6 +52,13 @@ _LOST_RACES = frozenset({"40001", "40P01", "23505"})
 _CONNECTION = {"connect_timeout": "4", "keepalives_idle": "10", "keepalives_interval": "5", "tcp_user_timeout": "5000"}
 #: Of each transaction on PostgreSQL. The second frees what a client that hangs has locked.
 LIMITS = "SET LOCAL statement_timeout = '8s'; SET LOCAL idle_in_transaction_session_timeout = '30s'"
+
+
+#: Not `now()`, which is when the transaction began: before it waited.
+_NOW = sa.text("SELECT clock_timestamp()")
+_LOCK = sa.text(
+    "WITH locked AS MATERIALIZED (SELECT pg_advisory_xact_lock(:number)) SELECT clock_timestamp() FROM locked"
+)
 
 
 def _has_lost_race(error: BaseException) -> bool:
@@ -136,12 +144,24 @@ class Database:
         self._is_prepared = True
 
 
-def lock(connection: sa.Connection, name: str) -> None:
-    """Wait for the transactions that locked `name`, and keep others from it until this one ends."""
+def lock(connection: sa.Connection, name: str) -> datetime | None:
+    """Wait for the transactions that locked `name`, and keep others from it until this one ends. Returns the
+    server's time then, None on SQLite, which has none of its own."""
     # On SQLite a writing transaction excludes all others anyway.
-    if connection.dialect.name == "postgresql":
-        number = int.from_bytes(blake2b(f"flux-fill-serve/{name}".encode(), digest_size=8).digest(), signed=True)
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+    if connection.dialect.name != "postgresql":
+        return None
+    number = int.from_bytes(blake2b(f"flux-fill-serve/{name}".encode(), digest_size=8).digest(), signed=True)
+    return _utc(connection.scalar(_LOCK, {"number": number}))
+
+
+def server_time(connection: sa.Connection) -> datetime | None:
+    """None on SQLite."""
+    return _utc(connection.scalar(_NOW)) if connection.dialect.name == "postgresql" else None
+
+
+def _utc(moment: Any) -> datetime:
+    assert isinstance(moment, datetime)
+    return moment.astimezone(UTC)
 
 
 def _prepare_alone(connection: sa.Connection) -> None:
