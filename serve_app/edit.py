@@ -159,8 +159,8 @@ class Editor:
         """Paint `job` and store the result; `confirm` is awaited before the store is written to. What was painted and
         could not be stored is kept, and not painted again.
 
-        Raises MissingInput, InvalidImage, ImageTooLarge, MaskMismatch for bad input; what the painter, the encoder
-        and the store raise; InferenceTimeout; and what `confirm` raises.
+        Raises MissingInput, InvalidImage, ImageTooLarge, MaskMismatch, MaskUnclear for bad input; what the painter, the
+        encoder and the store raise; InferenceTimeout; and what `confirm` raises.
         """
         clock, paths = _Clock(), _paths(job)
         await self._outputs.check_writable()

@@ -8,7 +8,7 @@
     │   ├── ImageTooLarge          over the limit on bytes, pixels or side
     │   ├── BodyTooLarge           an HTTP body over its limit
     │   ├── MaskMismatch           the mask's shape does not fit the photo's
-    │   ├── MaskUnclear            the mask shows something, and not what to edit
+    │   ├── MaskUnclear            the mask does not say what to edit: no bright pixels, or a photo
     │   ├── CallbackRefused        a callbackUrl that this app may not call
     │   └── UnknownVariant         a variant this app does not serve
     ├── PaintError                 painting failed for a reason that may pass: an attempt is used

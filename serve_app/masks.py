@@ -43,16 +43,16 @@ def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pix
     the other side's scale, give or take a pixel. A photo's pixel is edited where any part of an edited one falls into
     it, so that no line is lost. `photo_size` is (width, height) after turning.
 
-    A uniform mask without bright pixels edits nothing. Raises MaskUnclear for one that shows something and nothing
-    bright, and for a photo; in lossy formats values that differ by less than `_NOISE` show nothing. Grey masks are
-    never taken for a photo. Raises MaskMismatch, and what `pictures.load` raises.
+    A uniform mask without bright pixels edits nothing. Raises MaskUnclear for a mask that has content but no bright
+    pixels, and for a colour photo; in lossy formats, values that differ by `_NOISE` or less are no content. Grey masks
+    are never taken for photos. Raises MaskMismatch, and what `pictures.load` raises.
     """
     seen, said = load(data, "mask", limits, _look)
     grey = turn(seen.grey, said.exif.orientation)
     size = grey.shape[1], grey.shape[0]
     _check_shape(size, photo_size)
     if seen.looks_like_photo:
-        raise MaskUnclear(f"the mask looks like a photo, for it has too many colours; {_REMEDIES}")
+        raise MaskUnclear(f"the mask looks like a photo: it has more colours than a drawn mask; {_REMEDIES}")
     mask = np.asarray(cv2.threshold(grey, THRESHOLD - 1, 255, cv2.THRESH_BINARY)[1], np.uint8)
     if not mask.any():
         _check_means_nothing(seen, noise=0 if said.content_type == "image/png" else _NOISE)
@@ -62,8 +62,8 @@ def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pix
 
 
 _REMEDIES = (
-    "draw what is to be edited in white on black, invert a mask that is drawn the other way round, "
-    "or save the alpha channel as the mask if the shape is in there"
+    "draw the area to edit in white on black, invert a mask that is drawn the other way round, "
+    "or export the alpha channel as the mask if it holds the shape"
 )
 
 
@@ -104,10 +104,10 @@ def _check_shape(size: tuple[int, int], photo_size: tuple[int, int]) -> None:
 
 def _check_means_nothing(seen: _Seen, *, noise: int) -> None:
     if seen.brightest - seen.darkest > noise:
-        bright = f"its brightest pixel is {seen.brightest}, and {THRESHOLD} of 255 or more is edited"
-        raise MaskUnclear(f"the mask shows something, but nothing bright: {bright}; {_REMEDIES}")
+        bright = f"the brightest is {seen.brightest}, and pixels from {THRESHOLD} of 255 are edited"
+        raise MaskUnclear(f"the mask has content but no bright pixels: {bright}; {_REMEDIES}")
     if seen.opacities > noise:
-        raise MaskUnclear(f"the mask is dark wherever it is opaque, so nothing of it is edited; {_REMEDIES}")
+        raise MaskUnclear(f"the mask has a shape only in its transparency, which counts as black; {_REMEDIES}")
 
 
 def _scaled(mask: Pixels, length: int, *, axis: int) -> Pixels:
@@ -116,7 +116,8 @@ def _scaled(mask: Pixels, length: int, *, axis: int) -> Pixels:
     if was == length:
         return mask
     ends = np.arange(1, length + 1) * was
-    # The first to the last that a pixel covers, less that one, and it.
-    highest: Pixels = np.maximum.reduceat(mask, (ends - was) // length, axis=axis)
-    last: Pixels = mask.take((ends - 1) // length, axis=axis)
-    return np.maximum(highest, last)
+    first, last = (ends - was) // length, (ends - 1) // length
+    # All that a pixel covers but the last; of a smaller mask it covers two at most.
+    before: Pixels = mask.take(first, axis) if was < length else np.maximum.reduceat(mask, first, axis)
+    at_last: Pixels = mask.take(last, axis)
+    return np.maximum(before, at_last)
