@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torchao.quantization import quant_api
 
-from serve_app.engine.repack import layers, repack, repacked
+from serve_app.engine.repack import _overflows, layers, repack, repacked
 from serve_app.engine.tiny import TinyWeights
 from serve_app.errors import VariantLoadFailed
 from serve_app.variants import Repacking
@@ -31,6 +31,16 @@ def transformer(tiny: TinyWeights) -> Iterator[Any]:
     engine.load()
     yield engine._pipeline.transformer
     engine.close()
+
+
+@pytest.fixture(params=[8, 7], ids=["8 bits where int8 does not overflow", "7 bits where it does"])
+def bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Those that w8a8 rounds to: 8 on a CPU with VNNI, and 7, which any CPU computes, without it."""
+    number = int(request.param)
+    if number == 8 and _overflows(torch.device("cpu")):
+        pytest.skip("this CPU's sums of int8 products overflow at 8 bits")
+    monkeypatch.setattr("serve_app.engine.repack._overflows", lambda device: number == 7)
+    return number
 
 
 @pytest.fixture
@@ -57,10 +67,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).float().norm() / expected.float().norm())
 
 
-def int8_error(rows: Tensor) -> float:
-    """Root mean square of what rounding to int8 leaves, relative to the rows': a row's largest number is 127 steps, and
-    rounding is uniform within one."""
-    steps = rows.abs().amax(-1, keepdim=True) / 127
+def rounding_error(rows: Tensor, bits: int) -> float:
+    """Root mean square of what rounding to so many bits leaves, relative to the rows': a row's largest number is 127 or
+    63 steps, and rounding is uniform within one."""
+    steps = rows.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     return float((steps.square() / 12).mean().sqrt() / rows.square().mean().sqrt())
 
 
@@ -99,7 +109,7 @@ def test_a_weight_takes_one_byte(transformer: Any) -> None:
         assert all(scale.shape == (layer.out_features, 1) for scale in scales)
 
 
-def test_each_layer_computes_nearly_the_same(transformer: Any) -> None:
+def test_each_layer_computes_nearly_the_same(transformer: Any, bits: int) -> None:
     for name in layers(transformer)[0]:
         layer = transformer.get_submodule(name)
         inputs, weight = activations(layer.in_features), dequantize_gguf_tensor(layer.weight).float()
@@ -107,12 +117,19 @@ def test_each_layer_computes_nearly_the_same(transformer: Any) -> None:
             plain = layer(inputs) - layer.bias
             found = repacked(layer, "w8a8")(inputs) - layer.bias
         # Both factors are rounded, independently: relative errors add as squares do.
-        expected = (int8_error(inputs) ** 2 + int8_error(weight) ** 2) ** 0.5
+        expected = (rounding_error(inputs, bits) ** 2 + rounding_error(weight, bits) ** 2) ** 0.5
         assert 0.5 * expected < relative(found, plain) < 1.1 * expected, name
 
 
-def test_the_variant_paints_nearly_the_same(tiny: TinyWeights, embeddings: bytes) -> None:
-    given, painted = window(embeddings=embeddings), []
+def test_sums_of_the_largest_products_do_not_overflow() -> None:
+    """With what this CPU is found to have."""
+    layer = nn.Linear(256, 64, bias=False).requires_grad_(False)
+    layer.weight.fill_(1)
+    assert repacked(layer, "w8a8")(torch.ones(1, 256)).numpy() == pytest.approx(256, rel=0.03)
+
+
+def test_the_variant_paints_nearly_the_same(tiny: TinyWeights, embeddings: bytes, bits: int) -> None:
+    given, painted = window(64, 64, embeddings=embeddings), []
     for quant in ("Q8_0", "Q8_0-w8a8"):
         engine = flux_fill(tiny, quant)
         engine.load()
@@ -120,7 +137,7 @@ def test_the_variant_paints_nearly_the_same(tiny: TinyWeights, embeddings: bytes
         engine.close()
     assert painted[1].shape == given.pixels.shape
     # Of 255. Another seed's picture differs by 40, Q5_K_S's by 0.7.
-    assert 0 < abs(painted[1] - painted[0]).mean() < 0.2
+    assert 0 < abs(painted[1] - painted[0]).mean() < {8: 0.2, 7: 0.4}[bits]
 
 
 def test_no_two_layers_are_unpacked_at_once(transformer: Any) -> None:
@@ -135,13 +152,13 @@ def test_no_two_layers_are_unpacked_at_once(transformer: Any) -> None:
     assert 4 * everything > 2 * peak
 
 
-def test_unpacked_weights_are_repacked_too() -> None:
+def test_unpacked_weights_are_repacked_too(bits: int) -> None:
     """A file may hold a tensor that no packing was used for."""
     layer = nn.Linear(256, 64, bias=False).requires_grad_(False)
     found = repacked(layer, "w8a8")
     assert stored(found.weight)[0].dtype == torch.int8
     assert found.bias is None
-    assert relative(found(activations(256)), layer(activations(256))) < 0.02
+    assert relative(found(activations(256)), layer(activations(256))) < {8: 0.02, 7: 0.04}[bits]
 
 
 def test_rows_of_a_batch_do_not_touch_each_other() -> None:
@@ -153,14 +170,17 @@ def test_rows_of_a_batch_do_not_touch_each_other() -> None:
 
 
 def single_block(dtype: torch.dtype) -> nn.Module:
-    """One of FLUX.1's full width with weights of variance 1 / width, in a module with its name in the transformer."""
+    """One of FLUX.1's full width with weights of variance 1 / width, in a module with its name in the transformer.
+
+    A matrix repeats 64 rows, so that it is made quickly: each is rounded by itself.
+    """
     torch.manual_seed(0)
     with torch.device("meta"):
         block = FluxSingleTransformerBlock(3072, 24, 128)
     block = block.to_empty(device="cpu").to(dtype).requires_grad_(False)
     for parameter in block.parameters():
         if parameter.ndim == 2:
-            parameter.normal_(std=3072**-0.5)
+            parameter.view(-1, 64, parameter.shape[1])[:] = torch.randn(64, parameter.shape[1]) * 3072**-0.5
         else:
             parameter.fill_(1)
     holder = nn.Module()
@@ -168,17 +188,22 @@ def single_block(dtype: torch.dtype) -> nn.Module:
     return holder
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "bound"),
-    [
-        ("w8a8", torch.float32, 0.03),
-        pytest.param("w8a8", torch.bfloat16, 0.03, marks=pytest.mark.slow),
-        pytest.param("fp8", torch.bfloat16, 0.07, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_of_full_width_in_w8a8(dtype: torch.dtype, bits: int) -> None:
+    """Measured: 0.019 and 0.020 at 8 bits, 0.037 and 0.038 at 7; three layers follow one on another."""
+    assert 0 < error_of_a_block("w8a8", dtype) < {8: 0.03, 7: 0.05}[bits]
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("fp8_anywhere")
-def test_a_block_of_full_width(kind: Repacking, dtype: torch.dtype, bound: float) -> None:
-    """What the block adds to its input. Measured: 0.022, 0.023 and 0.053; three layers follow one on another."""
+def test_a_block_of_full_width_in_fp8() -> None:
+    """Measured: 0.056."""
+    assert 0 < error_of_a_block("fp8", torch.bfloat16) < 0.07
+
+
+def error_of_a_block(kind: Repacking, dtype: torch.dtype) -> float:
+    """Of what it adds to its input."""
     holder = single_block(dtype)
     generator = torch.Generator().manual_seed(1)
     image, text, row = (
@@ -194,7 +219,7 @@ def test_a_block_of_full_width(kind: Repacking, dtype: torch.dtype, bound: float
     plain = added()
     for name in layers(holder)[0]:
         holder.set_submodule(name, repacked(holder.get_submodule(name), kind))
-    assert 0 < relative(added(), plain) < bound
+    return relative(added(), plain)
 
 
 @pytest.mark.usefixtures("fp8_anywhere")
@@ -220,6 +245,7 @@ def test_fp8_needs_a_gpu_that_multiplies_it(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiling")
 def test_it_compiles_without_a_graph_break(tiny: TinyWeights, embeddings: bytes) -> None:
     """With the modulation taken out: torch 2.13 breaks the graph at the class of a GGUF weight without Inductor."""
     # Graphs of the same blocks that other tests compiled count towards torch's limit.
@@ -228,8 +254,8 @@ def test_it_compiles_without_a_graph_break(tiny: TinyWeights, embeddings: bytes)
     engine.load()
     transformer = engine._pipeline.transformer
     repack(transformer, "w8a8")
-    eager = engine.paint(window(embeddings=embeddings, steps=1))
+    eager = engine.paint(window(64, 64, embeddings=embeddings, steps=1))
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    assert (engine.paint(window(embeddings=embeddings, steps=1)) == eager).all()
+    assert (engine.paint(window(64, 64, embeddings=embeddings, steps=1)) == eager).all()
     engine.close()
     torch._dynamo.reset()

@@ -17,6 +17,7 @@ torchao's int8 product prints its input, which waits for the device.
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,8 +92,18 @@ def _unpacked(layer: Any) -> nn.Linear:
 
 
 def _w8a8(device: torch.device) -> Any:
-    # CPUs that sum int8 products in 16 bits overflow at the full range.
-    return Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(device), set_inductor_config=False)
+    reduce_range = should_reduce_range(device) or _overflows(device)
+    return Int8DynamicActivationInt8WeightConfig(reduce_range=reduce_range, set_inductor_config=False)
+
+
+@cache
+def _overflows(device: torch.device) -> bool:
+    """Whether products of int8 are summed in 16 bits at first, too few for the full range: a CPU's without VNNI, or where
+    oneDNN was told to leave VNNI alone, which torchao does not see."""
+    if device.type != "cpu":
+        return False
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    return int(torch._int_mm(largest, largest)[0, 0]) != 64 * 127**2
 
 
 def _fp8(_: torch.device) -> Any:
