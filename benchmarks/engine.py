@@ -1,8 +1,9 @@
 """What an edit costs the engine, against the recipe that the service replaces, on the same weights in one process.
 
 The recipe paints the whole frame at 1024, takes the prompt in words each time with both text encoders loaded, and runs
-eagerly; on a GPU with CPU offload. Both compute in bfloat16, and are warmed up; seconds are medians. FLOPs are counted,
-of an edit of 28 steps whatever `--steps` says; with step caching as if no step were cached. Without Ray.
+eagerly; on a GPU with CPU offload. Both compute in bfloat16, or in float32 on a CPU that only emulates bfloat16, and
+are warmed up; seconds are medians. FLOPs are counted, of an edit of 28 steps whatever `--steps` says; with step caching
+as if no step were cached. Without Ray.
 
 `wall_ratio` compares steps alone. `job_ratio` compares whole edits, with text encoders, VAE and offload: with
 `--steps 28` it says how many times faster than the replaced recipe an edit is.
@@ -41,7 +42,7 @@ from serve_app.engine.weights import Sources, Weights, fetch, fetch_text_encoder
 from serve_app.settings import Inference, Levers, Secrets, WeightsSettings
 from serve_app.variants import BUILT_IN, Repacking
 
-from .comparison import memory, synthetic
+from .comparison import memory, number_type, synthetic
 from .comparison.counts import Flops
 from .comparison.models import FULL, Shape
 from .comparison.recipe import Recipe
@@ -53,7 +54,6 @@ from .context import machine
 #: Wide enough for the table, where no terminal says how wide it is.
 out = Console(width=None if sys.stdout.isatty() else 120)
 
-_DTYPE = torch.bfloat16
 _EDIT = Inference()
 _PACKAGES = ("torch", "diffusers", "transformers", "gguf")
 #: Of the replica whose memory `--memory` tells, in pixels.
@@ -93,7 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--scenarios", type=lambda names: names.split(","), help=f"of {', '.join(SCENARIOS)}")
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=7, help="at most; of runs that take minutes there are fewer")
     parser.add_argument("--steps", type=int, default=2, help="of a measured edit")
     parser.add_argument("--memory", action="store_true", help="print a replica's peak memory instead")
     parser.add_argument("--folder", type=Path, help="where synthetic weights are written; a temporary one otherwise")
@@ -110,6 +110,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measured(args: argparse.Namespace) -> Found:
     device, shape = torch.device(args.device), _shape(args)
+    dtype = number_type.of(device)
     flops = Flops(shape)
     sizes = flops.sizes()
     out.print(", ".join(f"{name} {weights / 1e6:,.1f} M" for name, weights in sizes.items()), "weights")
@@ -117,22 +118,22 @@ def _measured(args: argparse.Namespace) -> Found:
     asked = _EDIT.model_copy(update={"steps": args.steps})
     found: dict[str, Any] = {}
     with _weights(args, shape) as weights:
-        recipe = Recipe(weights, device, _DTYPE)
+        recipe = Recipe(weights, device, dtype)
         alone = _recipes(recipe, scenarios, asked) if device.type == "cuda" else {}
         by_turns(alone.values(), args.runs)
         for (levers, repack), group in _by_engine(scenarios).items():
-            service = Service(weights, levers, repack, device=device, dtype=_DTYPE, threads=args.threads)
+            service = Service(weights, levers, repack, device=device, dtype=dtype, threads=args.threads)
             service.warm_up(group)
             services = {one.name: service.contender(one, asked) for one in group}
             rivals = {} if alone else _recipes(recipe, group, asked)
             by_turns([*rivals.values(), *services.values()], args.runs)
             found |= _figures(group, alone or rivals, services, flops, asked)
             service.close()
-    matmul = matmul_tflop_per_s(device, _DTYPE)
+    matmul = matmul_tflop_per_s(device, dtype)
     for one in found.values():
         one["service"]["share_of_matmul"] = round(one["service"]["tflop_per_s"] / matmul, 3)
     _show(found)
-    return found, _context(args, sizes, matmul)
+    return found, _context(args, sizes, dtype, matmul)
 
 
 def _shape(args: argparse.Namespace) -> Shape:
@@ -218,20 +219,21 @@ def _spread(step_s: Mapping[str, Any]) -> str:
     return f"{step_s['median']:.2f} ({step_s['min']:.2f}-{step_s['max']:.2f})"
 
 
-def _context(args: argparse.Namespace, sizes: Mapping[str, int], matmul: float) -> dict[str, Any]:
+def _context(args: argparse.Namespace, sizes: Mapping[str, int], dtype: torch.dtype, matmul: float) -> dict[str, Any]:
     on = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
     blocks = f"{FULL.double} + {FULL.single}" if args.weights == "real" else f"{args.double} + {args.single}"
+    of, number = f"{blocks} blocks of width {args.width}", number_type.name(dtype)
     return {
-        "title": f"{args.weights} weights, {blocks} blocks of width {args.width}, {args.packing}, bfloat16, on {on}",
+        "title": f"{args.weights} weights, {of}, {args.packing}, {number}, on {on}",
         "device": on,
-        "dtype": "bfloat16",
+        "dtype": number,
         "threads": args.threads,
         "weights": args.weights,
         "packing": args.packing,
         "model_weights": sizes,
         "steps": args.steps,
         "steps_of_flops": _EDIT.steps,
-        "runs": args.runs,
+        "most_runs": args.runs,
         "warm_up_edits_left_out": 2,
         "matmul_tflop_per_s": round(matmul, 3),
         **machine(_PACKAGES),
@@ -241,20 +243,22 @@ def _context(args: argparse.Namespace, sizes: Mapping[str, int], matmul: float) 
 def _memory(args: argparse.Namespace) -> Found:
     """Of a full-size replica. The check is of a model that a CPU runs in seconds."""
     replica = memory.tracked(FULL, args.packing, _FRAME_PX)
-    small = Shape(width=1024, double=2, single=4)
-    tracked = memory.tracked(small, args.packing, 256, on_cpu=True)
-    measured = memory.measured(small, args.packing, 256)
+    small, dtype = Shape(width=1024, double=2, single=4), number_type.of(torch.device("cpu"))
+    tracked = memory.tracked(small, args.packing, 256, dtype=dtype, on_cpu=True)
+    measured = memory.measured(small, args.packing, 256, dtype=dtype)
     table = Table("what", "GB", title=f"A replica of FLUX.1-Fill {args.packing}, one {_FRAME_PX}x{_FRAME_PX} window")
     table.add_row("resident on the device", f"{replica.resident / 1e9:.2f}")
     table.add_row("peak on the device, loading", f"{replica.loading / 1e9:.2f}")
     table.add_row("peak on the device, painting", f"{replica.painting / 1e9:.2f}")
     table.add_row("modulation, on the host", f"{replica.host / 1e9:.2f}")
-    table.add_row("a small model on a CPU, painting: tracked", f"{tracked.painting / 1e9:.3f}")
+    table.add_row(
+        f"a small model on a CPU in {number_type.name(dtype)}, painting: tracked", f"{tracked.painting / 1e9:.3f}"
+    )
     table.add_row("the same, measured", f"{measured.painting / 1e9:.3f}")
     out.print(table)
     found = {
         "memory": {**asdict(replica), "packing": args.packing, "window": f"{_FRAME_PX}x{_FRAME_PX}"},
-        "check": {"tracked": asdict(tracked), "measured": asdict(measured)},
+        "check": {"tracked": asdict(tracked), "measured": asdict(measured), "dtype": number_type.name(dtype)},
     }
     return found, machine(_PACKAGES)
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from benchmarks import engine
-from benchmarks.comparison import memory
+from benchmarks.comparison import memory, number_type
 from benchmarks.comparison.counts import Calls, Flops, unpacked_bytes
 from benchmarks.comparison.meter import Meter
 from benchmarks.comparison.models import FULL, Shape
 from benchmarks.comparison.recipe import frame_size
-from benchmarks.comparison.runs import Contender, Run, compared
+from benchmarks.comparison.runs import Contender, Run, by_turns, compared
 from benchmarks.comparison.scenarios import SCENARIOS
 from benchmarks.comparison.service import planned
 from serve_app.cost import forward_flops
 from serve_app.engine.tiny import TinyWeights
 
+from .cpu import own_number_type
 from .engine_fixtures import flux_fill
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,7 @@ def flops() -> Flops:
     return Flops(FULL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1024, 1024), (768, 512), (256, 256)])
 def test_the_planners_formula_agrees_with_the_counter(flops: Flops, size: tuple[int, int]) -> None:
     assert forward_flops(*size) == pytest.approx(flops.step(size), rel=0.003)
@@ -50,6 +52,7 @@ def test_the_models_are_as_large_as_the_real_ones(flops: Flops) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("thin_vertical", 3.4), ("thin_diagonal", 1.2)])
 def test_a_thin_leash_takes_so_many_times_fewer_flops(flops: Flops, name: str, least: float) -> None:
     """At full size, and at the CPU's."""
@@ -97,6 +100,14 @@ def test_steps_are_compared_with_steps_and_jobs_with_jobs() -> None:
     assert service["job_s"] == {"median": 10, "min": 9, "max": 13, "runs_s": [10, 9, 13]}
     ratios = {"flops_ratio": 1, "wall_ratio": 3, "job_ratio": 12, "text_encoder_calls": 0}
     assert compared(recipe=recipe, service=service) == ratios
+
+
+@pytest.mark.parametrize(("enough_s", "runs"), [(3600, 5), (-1, 3)], ids=["quick", "slow"])
+def test_slow_runs_are_fewer_and_three_at_least(monkeypatch: pytest.MonkeyPatch, enough_s: float, runs: int) -> None:
+    monkeypatch.setattr("benchmarks.comparison.runs._ENOUGH_S", enough_s)
+    contenders = [_contender(1, ()), _contender(1, ())]
+    by_turns(contenders, 5)
+    assert [len(one.runs) for one in contenders] == [runs, runs]
 
 
 def test_what_the_host_holds_counts_on_a_cpu() -> None:
@@ -175,19 +186,22 @@ def test_storages_are_counted_from_their_birth_to_their_death() -> None:
 
 
 @pytest.mark.slow
-def test_tracked_memory_is_what_the_allocator_measures() -> None:
+@own_number_type
+def test_tracked_memory_is_what_the_allocator_measures(dtype: torch.dtype) -> None:
     """To 1% where the transformer decides; convolutions on a CPU copy what the tracker does not see."""
     for shape, side, most in (
         (Shape(width=1024, double=2, single=4, narrow_vae=True), 256, 1.01),
-        (Shape(width=1024, double=2, single=4), 256, 1.7),
+        (Shape(width=512, double=1, single=1), 128, 1.7),
     ):
-        real, counted = memory.measured(shape, "Q8_0", side), memory.tracked(shape, "Q8_0", side, on_cpu=True)
+        real = memory.measured(shape, "Q8_0", side, dtype=dtype)
+        counted = memory.tracked(shape, "Q8_0", side, dtype=dtype, on_cpu=True)
         assert real.resident == pytest.approx(counted.resident, rel=0.01), shape
         assert real.loading == pytest.approx(counted.loading, rel=0.01), shape
         # What an edit takes besides the weights, which are the most.
         assert 0.99 < (real.painting - real.resident) / (counted.painting - counted.resident) < most, shape
 
 
+@pytest.mark.slow
 def test_a_full_size_q8_0_replica_fits_into_20_gb() -> None:
     found = memory.tracked(FULL, "Q8_0", 1024)
     # As much as the packed weights of GGUF's file less the modulation's, and the VAE's.
@@ -218,6 +232,8 @@ benchmarks.engine.main()
     assert 1 < one["flops_ratio"] < 1.1
     assert one["service"]["unpacked_gb_per_step"] < one["recipe"]["unpacked_gb_per_step"]
     assert one["service"]["peak_gb"] < one["recipe"]["peak_gb"]
+    dtype = number_type.name(number_type.of(torch.device("cpu")))
+    assert context["context"]["dtype"] == dtype and dtype in context["context"]["title"]
     assert context["context"]["weights"] == "synthetic" and context["context"]["versions"]["torch"]
     assert [len(loads) for loads in context["context"]["load_average"].values()] == [3, 3]
     assert chart.read_bytes().startswith(b"\x89PNG")

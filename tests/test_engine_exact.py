@@ -1,6 +1,8 @@
 """The exact levers change no bit: each is compared with diffusers' own pipeline, in one process, on the CPU."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,18 @@ from serve_app.images import Pixels
 from serve_app.messages import CropStrategy
 from serve_app.paste import cut
 from serve_app.settings import WindowSettings
-from serve_app.windows import plan
+from serve_app.windows import Plan, plan
 
+from .cpu import own_number_type
 from .engine_fixtures import SIDE, flux_fill, photo, request, window
 
-QUANTS = ("Q4_0", "Q5_K_S", "Q8_0")
+QUANTS = (
+    "Q8_0",
+    pytest.param("Q4_0", marks=pytest.mark.slow),
+    pytest.param("Q5_K_S", marks=pytest.mark.slow),
+)
+#: One process paints what all of them are compared with.
+pytestmark = pytest.mark.xdist_group("exact")
 
 
 def plain(tiny: TinyWeights, quant: str, dtype: torch.dtype) -> Callable[[Window], Pixels]:
@@ -64,15 +73,53 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: TinyWeights, quant: str, dtype: torch.dtype) -> Callable[[Window], Pixels]:
-    torch.set_num_threads(2)
-    return plain(tiny, quant, dtype)
-
-
-@pytest.fixture(scope="module")
 def another(embeddings: bytes) -> bytes:
     """Another prompt's embeddings."""
     return safetensors.torch.save({name: -tensor for name, tensor in safetensors.torch.load(embeddings).items()})
+
+
+@dataclass(frozen=True, slots=True)
+class WholeFrame:
+    """A job with `crop_strategy: resize`."""
+
+    plan: Plan
+    frame: Pixels
+    canvas: Pixels
+    mask: Pixels
+
+
+@pytest.fixture(scope="module")
+def whole_frame() -> WholeFrame:
+    frame, mask = photo(256, 256), np.zeros((256, 256), np.uint8)
+    mask[20:230, 100:110] = 255
+    settings = WindowSettings()
+    planned = plan(mask, CropStrategy.RESIZE, settings)
+    assert planned is not None
+    return WholeFrame(planned, frame, *cut(frame, mask, planned, settings.feather_px))
+
+
+@pytest.fixture(scope="module")
+def cases(embeddings: bytes, another: bytes, whole_frame: WholeFrame) -> dict[str, Window]:
+    """One, and others that differ from it in one thing each that the modulation depends on."""
+    small: dict[str, Any] = {"height": 64, "width": 64, "embeddings": embeddings, "steps": 2, "seed": 11}
+    return {
+        "one": window(**small),
+        "another prompt": window(**small | {"embeddings": another}),
+        "another size": window(**small | {"width": 96}),
+        "another number of steps": window(**small | {"steps": 1}),
+        "another guidance scale": window(**small | {"guidance_scale": 0.0}),
+        "whole frame": window(
+            256, 256, pixels=whole_frame.frame, mask=whole_frame.mask, embeddings=embeddings, steps=1, seed=3
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: TinyWeights, quant: str, dtype: torch.dtype, cases: dict[str, Window]) -> Callable[[str], Pixels]:
+    """The plain pipeline's picture of a case, painted once."""
+    torch.set_num_threads(2)
+    paint = plain(tiny, quant, dtype)
+    return cache(lambda case: paint(cases[case]))
 
 
 LEVERS: dict[str, dict[str, bool]] = {
@@ -90,24 +137,15 @@ def test_every_exact_lever_paints_the_plain_pipelines_bits(
     tiny: TinyWeights,
     quant: str,
     dtype: torch.dtype,
-    expected: Callable[[Window], Pixels],
-    embeddings: bytes,
-    another: bytes,
+    expected: Callable[[str], Pixels],
+    cases: dict[str, Window],
     levers: str,
 ) -> None:
+    """One after the other on one engine, and the first again, from what was kept."""
     engine = flux_fill(tiny, quant, dtype=dtype, **LEVERS[levers])
     engine.load()
-    for given in (
-        window(embeddings=embeddings, steps=3, seed=11),
-        # What the modulation depends on, one after the other: prompt, schedule by size and by steps, guidance scale.
-        window(embeddings=another, steps=3, seed=11),
-        window(96, 160, embeddings=embeddings, steps=3, seed=5),
-        window(embeddings=embeddings, steps=1, seed=11),
-        window(embeddings=embeddings, steps=3, seed=11, guidance_scale=0.0),
-        # The first again, from what was kept.
-        window(embeddings=embeddings, steps=3, seed=11),
-    ):
-        assert np.array_equal(engine.paint(given), expected(given))
+    for case in (*(case for case in cases if case != "whole frame"), "one"):
+        assert np.array_equal(engine.paint(cases[case]), expected(case)), case
 
 
 def test_the_vae_encodes_once_and_the_plain_pipeline_twice(tiny: TinyWeights, embeddings: bytes) -> None:
@@ -125,23 +163,33 @@ def test_the_vae_encodes_once_and_the_plain_pipeline_twice(tiny: TinyWeights, em
             return encode(*given, **named)
 
         vae.encode = counting
-        engine.paint(window(embeddings=embeddings))
+        engine.paint(window(64, 64, embeddings=embeddings, steps=1))
         counted[one_encode] = calls
     assert counted == {True: 1, False: 2}
 
 
-def wide() -> FluxTransformer2DModel:
-    """One block of each kind at FLUX.1's own width, where batched rows do differ."""
+def wide(dtype: torch.dtype) -> FluxTransformer2DModel:
+    """One block of each kind at FLUX.1's own width, where batched rows do differ.
+
+    A matrix repeats 1024 rows, so that it is made quickly.
+    """
     torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=384, out_channels=64, num_layers=1, num_single_layers=1, guidance_embeds=True
-    )
-    return model.to(torch.bfloat16).eval()
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            in_channels=384, out_channels=64, num_layers=1, num_single_layers=1, guidance_embeds=True
+        )
+    model = model.to_empty(device="cpu").to(dtype).eval()
+    for parameter in model.parameters():
+        rows = torch.randn(min(1024, len(parameter)), *parameter.shape[1:]) * 0.02
+        parameter.data.view(-1, *rows.shape)[:] = rows
+    return model
 
 
 @pytest.mark.slow
-def test_at_flux_own_width_the_rows_are_the_plain_models_in_every_step() -> None:
-    model, dtype = wide(), torch.bfloat16
+@own_number_type
+def test_at_flux_own_width_the_rows_are_the_plain_models_in_every_step(dtype: torch.dtype) -> None:
+    """Where bfloat16 is emulated, its batched rows are bit-equal, and float32's are not."""
+    model = wide(dtype)
     pooled, side = torch.randn(1, 768, dtype=dtype), SIDE // 16
     shared = {
         "hidden_states": torch.randn(1, side * side, 384, dtype=dtype),
@@ -178,8 +226,8 @@ def test_the_modulations_weights_leave_the_model_and_are_unpacked_once(tiny: Tin
     modulation = engine._modulation
     assert modulation is not None and modulation.host_bytes > 0
     places = [linear.weight.data_ptr() for linear in modulation._linears]
-    engine.paint(window(embeddings=embeddings))
-    engine.paint(window(embeddings=embeddings, guidance_scale=2.0))
+    engine.paint(window(64, 64, embeddings=embeddings))
+    engine.paint(window(64, 64, embeddings=embeddings, guidance_scale=2.0))
     assert [linear.weight.data_ptr() for linear in modulation._linears] == places
 
 
@@ -197,7 +245,7 @@ def test_rows_are_computed_once_for_each_schedule_guidance_and_prompt(
     engine = flux_fill(tiny)
     engine.load()
     for guidance_scale in (30.0, 30.0, 2.0, 30.0):
-        engine.paint(window(embeddings=embeddings, guidance_scale=guidance_scale))
+        engine.paint(window(64, 64, embeddings=embeddings, guidance_scale=guidance_scale))
     assert computed == [30.0, 2.0]
 
 
@@ -206,7 +254,7 @@ def test_what_is_kept_is_bounded(tiny: TinyWeights, embeddings: bytes, monkeypat
     engine = flux_fill(tiny)
     engine.load()
     for guidance_scale in (30.0, 2.0):
-        engine.paint(window(embeddings=embeddings, guidance_scale=guidance_scale))
+        engine.paint(window(64, 64, embeddings=embeddings, guidance_scale=guidance_scale))
     assert engine._modulation is not None
     assert [key[1] for key in engine._modulation._kept] == [2.0]
 
@@ -217,7 +265,7 @@ def test_windows_painted_together_are_nearly_those_painted_alone(
     """Nearly: a batch is computed by other kernels."""
     engine: FluxFill = flux_fill(tiny)
     engine.load()
-    one, two = window(embeddings=embeddings, seed=1), window(embeddings=another, seed=2)
+    one, two = window(64, 64, embeddings=embeddings, seed=1), window(64, 64, embeddings=another, seed=2)
     together = engine.paint_together([one, two])
     alone = [engine.paint(one), engine.paint(two)]
     for painted, expected in zip(together, alone, strict=True):
@@ -230,22 +278,17 @@ def test_a_window_forced_to_the_whole_frame_paints_the_plain_pipelines_bits(
     tiny: TinyWeights,
     quant: str,
     dtype: torch.dtype,
-    expected: Callable[[Window], Pixels],
+    expected: Callable[[str], Pixels],
     embeddings: bytes,
+    whole_frame: WholeFrame,
     unpack: bool,
 ) -> None:
     """From the plan to the canvas that comes back, as a job goes, with `crop_strategy: resize`."""
-    frame, mask = photo(256, 256), np.zeros((256, 256), np.uint8)
-    mask[20:230, 100:110] = 255
-    settings = WindowSettings()
-    planned = plan(mask, CropStrategy.RESIZE, settings)
-    assert planned is not None
-    canvas, canvas_mask = cut(frame, mask, planned, settings.feather_px)
+    frame, mask, windows = whole_frame.frame, whole_frame.mask, whole_frame.plan.windows
     engine = flux_fill(tiny, quant, dtype=dtype, unpack=unpack)
     engine.load()
-    asked = request(canvas=canvas, mask=canvas_mask, windows=planned.windows, embeddings=embeddings, seed=3)
+    asked = request(canvas=whole_frame.canvas, mask=mask, windows=windows, embeddings=embeddings, steps=1, seed=3)
     painted = paint_canvas(engine, asked, lambda progress: None).canvas
-    whole = expected(window(256, 256, pixels=frame, mask=canvas_mask, embeddings=embeddings, seed=3))
-    is_painted = canvas_mask > 0
+    whole, is_painted = expected("whole frame"), mask > 0
     assert np.array_equal(painted[is_painted], whole[is_painted])
     assert np.array_equal(painted[~is_painted], frame[~is_painted])

@@ -34,7 +34,6 @@ from . import models
 from .models import Shape
 from .synthetic import is_packed
 
-_BF16 = torch.bfloat16
 _STEPS = 28
 
 
@@ -109,31 +108,33 @@ class _NoKey(Conditions):
         return ()
 
 
-def tracked(shape: Shape, packing: str, side_px: int, *, on_cpu: bool = False) -> Memory:
+def tracked(
+    shape: Shape, packing: str, side_px: int, *, dtype: torch.dtype = torch.bfloat16, on_cpu: bool = False
+) -> Memory:
     """Of an edit of one window of `side_px` x `side_px`, under fake tensors; `on_cpu` as `measured` counts."""
-    transformer, vae = _unfilled(shape, packing)
+    transformer, vae = _unfilled(shape, packing, dtype)
     storages = Storages()
     leaves: AbstractContextManager[None] = nullcontext() if on_cpu else storages.elsewhere()
     with FakeTensorMode(), torch.inference_mode(), storages:
-        _fill(transformer, packing)
-        _fill(vae, packing)
+        _fill(transformer, packing, dtype)
+        _fill(vae, packing, dtype)
         with leaves:
-            modulation = Modulation(transformer, _BF16)
+            modulation = Modulation(transformer, dtype)
         loaded, resident, loading = storages.happened(), storages.now(), storages.peak()
-        _edit(shape, transformer, vae, modulation, side_px)
+        _edit(shape, transformer, vae, modulation, side_px, dtype)
     return Memory(resident=resident, loading=loading, painting=storages.peak(loaded), host=modulation.host_bytes)
 
 
-def measured(shape: Shape, packing: str, side_px: int) -> Memory:
+def measured(shape: Shape, packing: str, side_px: int, *, dtype: torch.dtype) -> Memory:
     """The same on real tensors of a CPU, as its allocator reports it to PyTorch's profiler."""
-    transformer, vae = _unfilled(shape, packing)
+    transformer, vae = _unfilled(shape, packing, dtype)
     with torch.inference_mode():
         with _allocations() as loading:
-            _fill(transformer, packing)
-            _fill(vae, packing)
-            modulation = Modulation(transformer, _BF16)
+            _fill(transformer, packing, dtype)
+            _fill(vae, packing, dtype)
+            modulation = Modulation(transformer, dtype)
         with _allocations() as painting:
-            _edit(shape, transformer, vae, modulation, side_px)
+            _edit(shape, transformer, vae, modulation, side_px, dtype)
     resident = sum(loading)
     return Memory(
         resident=resident,
@@ -153,27 +154,27 @@ def _allocations() -> Iterator[list[int]]:
     sizes.extend(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
 
 
-def _unfilled(shape: Shape, packing: str) -> tuple[Any, Any]:
+def _unfilled(shape: Shape, packing: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Transformer and VAE whose parameters take no memory yet; GGUF's linears where its weights are packed."""
     with torch.device("meta"):
         transformer, vae = models.transformer(shape), models.vae(shape)
         for name, linear in list(transformer.named_modules()):
             if isinstance(linear, nn.Linear) and is_packed(f"{name}.weight", linear.weight.shape, packing):
-                packed = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, _BF16)
+                packed = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, dtype)
                 transformer.set_submodule(name, packed)
     return transformer, vae
 
 
-def _fill(model: nn.Module, packing: str) -> None:
+def _fill(model: nn.Module, packing: str, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             is_weight = isinstance(module, GGUFLinear) and name == "weight"
-            filled = _packed(parameter, packing) if is_weight else _plain(parameter)
+            filled = _packed(parameter, packing) if is_weight else _plain(parameter, dtype)
             setattr(module, name, filled)
 
 
-def _plain(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty(parameter.shape, dtype=_BF16, device="cpu"), requires_grad=False)
+def _plain(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu"), requires_grad=False)
 
 
 def _packed(weight: Tensor, packing: str) -> Any:
@@ -189,10 +190,10 @@ def _packed(weight: Tensor, packing: str) -> Any:
     return parameter
 
 
-def _edit(shape: Shape, transformer: Any, vae: Any, modulation: Modulation, side_px: int) -> None:
-    given = models.inputs(shape, side_px, side_px, "cpu")
+def _edit(shape: Shape, transformer: Any, vae: Any, modulation: Modulation, side_px: int, dtype: torch.dtype) -> None:
+    given = models.inputs(shape, side_px, side_px, "cpu", dtype)
     modulation.begin([_NoKey(torch.ones(_STEPS), 30.0, given["pooled_projections"])])
-    photo = torch.empty((1, 3, side_px, side_px), dtype=_BF16)
+    photo = torch.empty((1, 3, side_px, side_px), dtype=dtype)
     latents = vae.encode(photo).latent_dist.mode()
     transformer(**given)
     vae.decode(latents)

@@ -111,9 +111,7 @@ def clip(shape: Shape) -> Any:
     ).eval()
 
 
-def inputs(
-    shape: Shape, width_px: int, height_px: int, device: str, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Any]:
+def inputs(shape: Shape, width_px: int, height_px: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """What one forward of the transformer takes for a window of this size: memory that nobody has filled."""
     t5_width, clip_width = shape.text_widths
     tokens = (width_px // 16) * (height_px // 16)

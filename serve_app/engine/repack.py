@@ -98,8 +98,8 @@ def _w8a8(device: torch.device) -> Any:
 
 @cache
 def _overflows(device: torch.device) -> bool:
-    """Whether products of int8 are summed in 16 bits at first, too few for the full range: a CPU's without VNNI, or where
-    oneDNN was told to leave VNNI alone, which torchao does not see."""
+    """Whether products of int8 are summed in 16 bits at first, too few for the full range: those of a CPU without VNNI,
+    or where oneDNN was told to leave VNNI alone, which torchao does not see."""
     if device.type != "cpu":
         return False
     largest = torch.full((64, 64), 127, dtype=torch.int8)
