@@ -3,6 +3,8 @@
 import io
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +100,36 @@ class TestJpeg:
         rewritten(encoded(blocks().convert(mode), "JPEG", exif=telling_exif()))
 
 
+def heic(pieces: int, *, version: int = 1, in_idat: bool = False, wide: bool = False) -> bytes:
+    """A container with a picture, EXIF in so many pieces and XMP, as ISO/IEC 14496-12 lets them be listed (8.11.3 and
+    8.11.6). The picture itself does not decode."""
+    item = struct.pack(">I", 6) + exif([text(TAG.Make, b"Lumen"), (0x8825, 4, 1, bytes(4))]) + b"GPS 48.85"
+    bodies = {1: b"picture", 2: item, 3: b"xmpmeta 48.85"}
+    id_form, count_form = (">I", ">I") if wide else (">H", ">H")
+    names = [(1, b"hvc1\0"), (2, b"Exif\0"), (3, b"mime\0application/rdf+xml\0")]
+    entries = [
+        box(b"infe", bytes([3 if wide else 2, 0, 0, 0]) + struct.pack(id_form, i) + bytes(2) + n) for i, n in names
+    ]
+    iinf = box(b"iinf", bytes([wide, 0, 0, 0]) + struct.pack(count_form, 3) + b"".join(entries))
+    data = b"".join(bodies.values())
+
+    def meta(start: int) -> bytes:
+        places, at = b"", start
+        for number, body in bodies.items():
+            cuts = [len(body) * i // pieces for i in range(pieces + 1)] if number == 2 else [0, len(body)]
+            extents = [(at + a, b - a) for a, b in pairwise(cuts)]
+            places += struct.pack(id_form, number) + (struct.pack(">H", in_idat) if version else b"") + bytes(2)
+            places += struct.pack(">H", len(extents)) + b"".join(struct.pack(">II", *extent) for extent in extents)
+            at += len(body)
+        iloc = bytes([version, 0, 0, 0, 0x44, 0]) + struct.pack(count_form, 3) + places
+        held = [box(b"hdlr", bytes(20)), box(b"iloc", iloc), iinf, *([box(b"idat", data)] if in_idat else [])]
+        return box(b"meta", bytes(4) + b"".join(held))
+
+    head = box(b"ftyp", b"heic" + bytes(4))
+    start = 0 if in_idat else len(head + meta(0)) + 8
+    return head + meta(start) + box(b"mdat", b"" if in_idat else data)
+
+
 class TestPng:
     def test_text_goes_and_what_colours_look_like_stays(self) -> None:
         data = with_chunks(
@@ -124,6 +156,25 @@ class TestHeic:
         assert not [
             t for t in TELLING if t in rewritten(encoded(picture, "HEIF", exif=telling_exif(), xmp=XMP, **options))
         ]
+
+    @pytest.mark.parametrize("pieces", [1, 2, 5])
+    @pytest.mark.parametrize(
+        "listed",
+        [
+            {},
+            {"version": 0},
+            {"version": 2, "wide": True},
+            {"in_idat": True},
+            {"version": 2, "wide": True, "in_idat": True},
+        ],
+        ids=lambda listed: "-".join([*listed, "plain"][:3]),
+    )
+    def test_items_are_found_however_they_are_listed(self, listed: Mapping[str, Any], pieces: int) -> None:
+        data = heic(pieces, **listed)
+        file = without_place(data)
+        assert file is not None and len(file) == len(data) and b"picture" in file
+        assert b"48.85" in data and b"48.85" not in file and b"GPS" not in file
+        assert (b"Lumen" in file) == (pieces == 1)
 
     @pytest.mark.parametrize("odd", [(b"iinf", b"iinx"), (b"iloc", b"ilox"), (b"mdat", b"mdax")])
     def test_one_that_is_built_otherwise_is_not_rewritten(self, odd: tuple[bytes, bytes]) -> None:
