@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +64,8 @@ class Client:
     async def _last_end(self, job_id: str) -> datetime | None:
         """When the job ended, if a message published after this returns has it run again."""
         job = await self._jobs.get(job_id)
-        if job is None or job.finished_at is None or (job.status, Cause.ASKED_AGAIN) not in jobs.TRANSITIONS:
+        if job is None or (job.status, Cause.ASKED_AGAIN) not in jobs.TRANSITIONS:
             return None
-        counts_at = job.finished_at + timedelta(seconds=jobs.AGAIN_S)
-        await asyncio.sleep(min(max(0.0, (counts_at - await self._jobs.now()).total_seconds()), jobs.AGAIN_S) + POLL_S)
         return job.finished_at
 
     async def _put(self, path: str, data: bytes, content_type: str) -> str:

@@ -1,7 +1,8 @@
 """Dead letters: `fluxfill deadletters list | replay`.
 
 A letter that is replayed is acknowledged last, after its job may run again and its message is published: a crash in
-between sends it twice, which a job is made for, and loses nothing.
+between sends it twice, which a job is made for, and loses nothing. Where the job was asked for again meanwhile, the
+message is a duplicate; where a user has then canceled it, the message is not sent.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from rich.table import Column, Table
 
 from serve_app import adapters, jobs, messages
 from serve_app.errors import FluxFillError, MalformedMessage, MessageRefused, Unavailable, UnknownJob
+from serve_app.jobs import State
 from serve_app.ports import DeadLetter, DeadLetters, JobStore, Publisher
 from serve_app.settings import Settings
 
@@ -34,6 +36,8 @@ class Replayed:
     sent: int = 0
     #: Not chosen.
     left: int = 0
+    #: Not sent, and gone: their jobs were asked for again by another message, and then canceled.
+    canceled: int = 0
     #: Of those that cannot be sent, why not.
     refused: list[str] = field(default_factory=list)
     #: What ended it early.
@@ -58,7 +62,7 @@ class Replay:
                 kept.append(letter)
                 if not is_chosen(letter) or _content(letter) in self._sent:
                     done.left += 1
-                elif await self._is_sent(letter, done):
+                elif await self._is_done(letter, done):
                     kept.pop()
         except Unavailable as e:
             done.error = e
@@ -69,16 +73,19 @@ class Replay:
             done.error = done.error or e
         return done
 
-    async def _is_sent(self, letter: DeadLetter, done: Replayed) -> bool:
+    async def _is_done(self, letter: DeadLetter, done: Replayed) -> bool:
         try:
-            await self._send(letter)
+            is_sent = await self._is_sent(letter)
         except MessageRefused as e:
             done.refused.append(f"message {letter.delivery.message_id}: {e}")
             return False
-        done.sent += 1
+        await self._letters.acknowledge([letter])
+        done.sent += is_sent
+        done.canceled += not is_sent
         return True
 
-    async def _send(self, letter: DeadLetter) -> None:
+    async def _is_sent(self, letter: DeadLetter) -> bool:
+        """False for a letter whose job a user has canceled since it failed: its message must not run it again."""
         attributes = letter.delivery.attributes
         if attributes.get("deadLetterTruncated"):
             raise MessageRefused("only its beginning was kept")
@@ -87,9 +94,11 @@ class Replay:
             session_key = session_of(letter, max_bytes=self._max_bytes)
             # The job may be gone; its message makes it anew.
             with suppress(UnknownJob):
-                await self._jobs.update(job_id, session_key, jobs.replay)
+                job = await self._jobs.update(job_id, session_key, jobs.replay)
+                if job.status == State.CANCELED:
+                    return False
         await self._publisher.publish("sessions", letter.delivery.data, messages.without_reasons(attributes))
-        await self._letters.acknowledge([letter])
+        return True
 
 
 async def each(letters: DeadLetters, limit: int | None = None) -> AsyncIterator[DeadLetter]:
@@ -167,7 +176,8 @@ def replay_letters(
         return wanted.items() <= letter.delivery.attributes.items()
 
     done = asyncio.run(_replayed(_settings(config), is_chosen))
-    out.print(f"replayed {done.sent}, left {done.left}, could not replay {len(done.refused)}", highlight=False)
+    counts = f"replayed {done.sent}, left {done.left}, canceled since {done.canceled}"
+    out.print(f"{counts}, could not replay {len(done.refused)}", highlight=False)
     for why in done.refused:
         out.print(why, highlight=False, markup=False)
     if done.error:

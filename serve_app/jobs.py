@@ -11,7 +11,7 @@ its own present time, so the rules compare moments of one clock only, and no hos
          retried,         └──expired──► expired
          given_back
     queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
-    failed ──replayed──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
+    failed ──replayed, asked_again──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
 
 A job that is over owes what others must be told (`Job.owed`), from the same write that ended it: `outbox.py` pays.
 """
@@ -67,7 +67,7 @@ class Cause(StrEnum):
     GIVEN_BACK = "given_back"
     #: An operator sent its dead letter again.
     REPLAYED = "replayed"
-    #: It was asked for once more, after it had been canceled or had expired.
+    #: A message asked for it once more: published after it failed or was canceled, or with a later deadline.
     ASKED_AGAIN = "asked_again"
 
 
@@ -87,6 +87,7 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.RUNNING, Cause.RETRIED): State.QUEUED,
     (State.RUNNING, Cause.GIVEN_BACK): State.QUEUED,
     (State.FAILED, Cause.REPLAYED): State.QUEUED,
+    (State.FAILED, Cause.ASKED_AGAIN): State.QUEUED,
     (State.CANCELED, Cause.ASKED_AGAIN): State.QUEUED,
     (State.EXPIRED, Cause.ASKED_AGAIN): State.QUEUED,
 }
@@ -151,9 +152,6 @@ Debt = Literal["session", "completion", "webhook"]
 #: telling may take, in seconds.
 HEAD_START_S: Mapping[Debt, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
 
-#: A message published so long after a job ended asks for it again; before, clocks may disagree. Seconds.
-AGAIN_S = 2.0
-
 
 _NOT_YET = datetime.fromtimestamp(0, UTC)
 
@@ -211,7 +209,9 @@ class Job(_Value):
     #: W3C trace context of the message that asked; empty where there is none.
     traceparent: str = ""
     deadline: AwareDatetime | None = None
-    #: This and the other moments are the job store's time. A new job has its own from its first claim.
+    #: When the newest message that asked for it was published, by the broker's clock.
+    asked_at: AwareDatetime | None = None
+    #: This and the moments below are the job store's time. A new job has its own from its first claim.
     created_at: AwareDatetime = _NOT_YET
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime | None = None
@@ -319,17 +319,18 @@ def claim(
     """Take `new`, or the record already stored under its id, and run it. `claimer` is a name used for this claim only;
     `asked_at` is when the message was published.
 
-    The stored record wins over `new`: parameters and seed are those of the first claim. A final record is left as
-    it is, unless it was canceled or had expired before the message was published: then it runs again. A record past its
-    deadline becomes expired, one whose attempts are used up failed. Another job of the session that waits for the same
-    request, on a photo or mask since replaced, is superseded.
+    The stored record wins over `new`: parameters and seed are those of the first claim; deadline, callback and trace
+    are the newest message's. A final record is left as it is, unless a newer message asks for it again: `_asked_again`.
+    A record past its deadline becomes expired, one whose attempts are used up failed. Another job of the session that
+    waits for the same request, on a photo or mask since replaced, is superseded.
 
     Raises Busy (from the change) while a live lease holds the job or another job of its session, or its backoff lasts;
     OtherVariant where the stored record is of another variant than `new`.
     """
 
     def change(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
-        job = _asked_again(stored, new, asked_at) if stored else new.evolve(created_at=now)
+        asked = new.evolve(asked_at=asked_at)
+        job = _asked_again(stored, asked, now) if stored else asked.evolve(created_at=now)
         if job.status.is_final:
             return tuple(_superseded(rival, job, now) for rival in rivals if _is_replaced(rival, job))
         _refuse_live(job, now)
@@ -498,16 +499,22 @@ def _refuse_early(job: Job, now: datetime) -> None:
         raise Busy(f"job {job.id} is not tried before {job.not_before.isoformat()}", retry_after_s=left_s)
 
 
-def _asked_again(stored: Job, new: Job, asked_at: datetime | None) -> Job:
-    """The stored record, queued again where the message came after somebody had canceled it, or with a later deadline
-    than the one it missed."""
-    if asked_at is None or stored.finished_at is None or asked_at <= stored.finished_at + timedelta(seconds=AGAIN_S):
+def _asked_again(stored: Job, new: Job, now: datetime) -> Job:
+    """The stored record with the wishes of a newer message whose deadline is not over; queued again where the job
+    failed or was canceled before that message was published, or expired. A message that comes again asks nothing."""
+    asked_at = new.asked_at
+    if asked_at is None or (stored.asked_at is not None and asked_at <= stored.asked_at):
         return stored
-    if (stored.status, Cause.ASKED_AGAIN) not in TRANSITIONS:
+    if new.deadline is not None and new.deadline <= now:
         return stored
-    fresh = {"not_before": None, "waiting_since": None}
-    wish = {"deadline": new.deadline, "callback_url": new.callback_url, "traceparent": new.traceparent}
-    return stored.after(Cause.ASKED_AGAIN, attempt=0, error=None, finished_at=None, **fresh, **wish)
+    wishes = {name: getattr(new, name) for name in ("asked_at", "deadline", "callback_url", "traceparent")}
+    if not stored.status.is_final:
+        return stored.evolve(**wishes)
+    is_after_the_end = stored.finished_at is not None and asked_at > stored.finished_at
+    if stored.status == State.SUCCEEDED or not (is_after_the_end or stored.status == State.EXPIRED):
+        return stored
+    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "finished_at": None}
+    return stored.after(Cause.ASKED_AGAIN, **fresh, not_before=None, waiting_since=None, **wishes)
 
 
 def _beside(rival: Job, claimed: Job, now: datetime, max_attempts: int) -> Job | None:

@@ -239,7 +239,7 @@ class Worker:
 
     async def _to_the_end(self, job: Job, delivery: Delivery, claimed_at: float) -> Verdict:
         try:
-            if await self._is_canceled(job, delivery):
+            if await self._is_canceled(job):
                 error = JobError(code=Canceled.code, message="its session was canceled before it began")
                 change = jobs.finish(jobs.claim_of(job), Cause.CANCELED, error=error)
                 return await self._settle(await self._update(job, change), delivery)
@@ -261,10 +261,10 @@ class Worker:
             await asyncio.shield(self._update(job, jobs.give_back(jobs.claim_of(job))))
             log.info("Gave a job back on shutdown", extra={"action": "given_back", **job.log_context()})
 
-    async def _is_canceled(self, job: Job, delivery: Delivery) -> bool:
-        """Whether the session was canceled after the message was published. Asked after the claim: see cancel.py."""
+    async def _is_canceled(self, job: Job) -> bool:
+        """Whether the session was canceled after the job was last asked for. Asked after the claim: see cancel.py."""
         until = await self._cancellations.canceled_until(job.session_key)
-        return until is not None and delivery.publish_time is not None and delivery.publish_time <= until
+        return until is not None and job.asked_at is not None and job.asked_at <= until
 
     def _queued_s(self, job: Job, delivery: Delivery) -> float:
         started = job.started_at or job.created_at

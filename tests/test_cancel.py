@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from serve_app.cancel import Canceler
-from serve_app.errors import IllegalTransition, UnknownJob
+from serve_app.errors import IllegalTransition, ReplicaLost, UnknownJob
 from serve_app.jobs import State
 from serve_app.ports import Delivery
 
@@ -86,6 +86,37 @@ async def test_who_cancels_and_asks_again_gets_an_edit(rig: Rig, canceler: Cance
     assert (await rig.document())["processingStatus"] == "completed"
     assert (await rig.take(published(rig, 200))).reason == "succeeded", "an old duplicate changes nothing"
     assert rig.engine.painted == 2
+
+
+async def test_who_asks_again_at_once_gets_an_edit(rig: Rig, canceler: Canceler, held: Held) -> None:
+    working = asyncio.create_task(rig.take(published(rig, 1)))
+    await asyncio.to_thread(wait_for, held.entered.is_set)
+    await canceler.session(USER, SESSION)
+    held.let_go.set()
+    assert (await working).reason == "canceled"
+    rig.clock.advance(0.1)
+    assert (await rig.take(published(rig, 0))).reason == "succeeded"
+
+
+async def test_a_message_from_before_the_cancellation_does_not_stop_one_from_after_it(
+    rig: Rig, canceler: Canceler
+) -> None:
+    early = published(rig, 0)
+    await canceler.session(USER, SESSION)
+    assert (await rig.take(early)).reason == "canceled"
+    rig.clock.advance(1)
+    late = published(rig, 0)
+    rig.engine.on_paint = fail
+    assert (await rig.take(late)).reason == "replica_lost", "it is to be tried again"
+    rig.clock.advance(600)
+    rig.engine.on_paint = lambda: None
+    assert (await rig.take(early)).reason == "succeeded", "which of the job's messages comes first does not matter"
+    assert (await rig.take(late)).reason == "succeeded"
+    assert rig.engine.painted == 2
+
+
+def fail() -> None:
+    raise ReplicaLost("gone")
 
 
 async def test_a_message_published_after_the_cancellation_runs(rig: Rig, canceler: Canceler) -> None:

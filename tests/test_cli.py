@@ -245,17 +245,17 @@ def test_an_idempotency_key_names_the_edit(submit: Command) -> None:
     assert (both.status, both.out) == (2, "") and "--idempotency-key" in both.err
 
 
-@pytest.mark.parametrize("ended_s_ago", [3600, 0])
-def test_what_was_canceled_and_is_asked_for_again_is_followed_to_its_new_end(
-    submit: Command, service: Service, monkeypatch: pytest.MonkeyPatch, ended_s_ago: float
+@pytest.mark.parametrize(("status", "ended_s_ago"), [(State.CANCELED, 3600), (State.CANCELED, 0), (State.FAILED, 0)])
+def test_what_ended_and_is_asked_for_again_is_followed_to_its_new_end(
+    submit: Command, service: Service, ended_s_ago: float, status: State
 ) -> None:
-    monkeypatch.setattr(job_rules, "AGAIN_S", 0.3)
-    key = f"canceled {ended_s_ago}"
+    key = f"{status} {ended_s_ago}"
     message = EditMessage.model_validate({"userId": "local", "sessionId": "wanted"})
     job_id = job_rules.edit_job_id(message, versions=[], idempotency_key=key)
-    old = make_job(job_id, user_id="local", session_id="wanted", status=State.CANCELED, created_at=at(0))
-    error = JobError(code="canceled", message="an old end")
-    put(service.config, old.evolve(error=error, finished_at=utc_now() - timedelta(seconds=ended_s_ago)))
+    old = make_job(job_id, user_id="local", session_id="wanted", status=status)
+    error = JobError(code=status, message="an old end")
+    end, asked_at = utc_now() - timedelta(seconds=ended_s_ago), utc_now() - timedelta(hours=2)
+    put(service.config, old.evolve(error=error, asked_at=asked_at, finished_at=end))
     ended = submit("--session", "wanted", "--idempotency-key", key)
     assert (ended.status, job_id_in(ended.out)) == (0, job_id)
     assert "succeeded" in ended.out and "an old end" not in ended.out

@@ -248,6 +248,20 @@ async def test_the_chosen_letters_are_sent_again_and_the_others_stay(bench: Benc
     assert await bench.left() == ["edit-2"]
 
 
+async def test_a_letter_whose_job_was_asked_for_again_and_canceled_runs_nothing(bench: Bench) -> None:
+    for id, status in (("edit-1", State.CANCELED), ("edit-2", State.QUEUED), ("edit-3", State.SUCCEEDED)):
+        await bench.fail(id, "out_of_memory", id=id)
+        await bench.store(make_job(id, status=status, attempt=1, finished_at=at(20)))
+    done = await bench.replay()
+    assert (done.sent, done.canceled, done.left) == (2, 1, 0)
+    sent = (await bench.published(2)).deliveries
+    assert {delivery.attributes["id"] for delivery in sent} == {"edit-2", "edit-3"}
+    stored = {job.id: (job.status, job.attempt) for job in await bench.jobs.list()}
+    expected = [(State.CANCELED, 1), (State.QUEUED, 1), (State.SUCCEEDED, 1)]
+    assert [stored[id] for id in sorted(stored)] == expected, "replaying a job that did not fail changes nothing"
+    assert await bench.left() == []
+
+
 async def test_a_message_without_a_job_is_sent_again(bench: Bench) -> None:
     await bury(bench.broker, b"not json", deadLetterReason="malformed_message", deadLetterJobId="")
     await bury(bench.broker, SESSION, deadLetterReason="missing_input", deadLetterJobId="edit-gone")
@@ -378,9 +392,10 @@ def test_the_commands(app: tuple[Path, Broker], fluxfill: Command) -> None:
     assert status != 0 and "--all" in screen
     assert fluxfill("deadletters", "replay", "--job", "edit-1", "-c", config) == (
         0,
-        "replayed 1, left 1, could not replay 0\n",
+        "replayed 1, left 1, canceled since 0, could not replay 0\n",
     )
     status, screen = fluxfill("deadletters", "replay", "--all", "-c", config)
-    assert status == 1 and "replayed 0, left 0, could not replay 1\n" in screen and "only its beginning" in screen
+    assert status == 1 and "only its beginning" in screen
+    assert "replayed 0, left 0, canceled since 0, could not replay 1\n" in screen
     status, screen = fluxfill("deadletters", "list", "-c", config)
     assert "malformed_message" in screen and "edit-1" not in screen

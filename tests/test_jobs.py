@@ -65,6 +65,7 @@ def test_final_states_have_no_way_out_but_when_somebody_asks() -> None:
     ways_out = {edge for edge in TRANSITIONS if edge[0].is_final}
     assert ways_out == {
         (State.FAILED, Cause.REPLAYED),
+        (State.FAILED, Cause.ASKED_AGAIN),
         (State.CANCELED, Cause.ASKED_AGAIN),
         (State.EXPIRED, Cause.ASKED_AGAIN),
     }
@@ -86,31 +87,87 @@ def test_only_a_failed_job_is_replayed(state: State) -> None:
     assert jobs.replay(make_job(status=state), (), at(3)) == ()
 
 
-def claimed_at(second: float, asked: float | None) -> Dated:
-    new = make_job(deadline=at(1000), traceparent="new")
+def claimed_at(second: float, asked: float | None, **wishes: object) -> Dated:
+    new = make_job(**{"deadline": at(1000), "traceparent": "new", **wishes})
     asked_at = None if asked is None else at(asked)
     return dated(jobs.claim(new, lease_s=60, max_attempts=5, asked_at=asked_at, claimer="me"), second)
 
 
-@pytest.mark.parametrize("state", [State.CANCELED, State.EXPIRED])
-def test_who_asks_again_after_the_end_gets_another_run(state: State) -> None:
-    ended = make_job(
-        status=state, fence=3, attempt=4, finished_at=at(100), deadline=at(90), error=JobError(code="c", message="")
-    )
-    [again] = claimed_at(200, asked=150)(ended, ())
+def ended(status: State, **changes: object) -> Job:
+    """A job whose message was published at 10, and that ended at 100."""
+    error = JobError(code="c", message="")
+    of_the_end = {"fence": 3, "attempt": 4, "finished_at": at(100), "error": error, "waiting_since": at(20)}
+    return make_job(**{"status": status, "asked_at": at(10), "deadline": at(90), **of_the_end, **changes})
+
+
+@pytest.mark.parametrize("asked", [100.000001, 150])
+@pytest.mark.parametrize("state", [State.CANCELED, State.EXPIRED, State.FAILED])
+def test_who_asks_again_after_the_end_gets_another_run(state: State, asked: float) -> None:
+    [again] = claimed_at(200, asked)(ended(state, dead_lettered=True), ())
     assert (again.status, again.attempt, again.fence, again.error) == (State.RUNNING, 1, 4, None)
-    assert (again.deadline, again.traceparent, again.finished_at, again.owed) == (at(1000), "new", None, {})
+    assert (again.deadline, again.traceparent, again.asked_at) == (at(1000), "new", at(asked))
+    assert (again.dead_lettered, again.waiting_since, again.finished_at, again.owed) == (False, None, None, {})
 
 
-@pytest.mark.parametrize("asked", [None, 50, 100 + jobs.AGAIN_S])
-def test_a_message_from_before_the_end_is_a_duplicate(asked: float | None) -> None:
-    for state in (State.CANCELED, State.EXPIRED):
-        assert claimed_at(200, asked)(make_job(status=state, finished_at=at(100)), ()) == ()
+@pytest.mark.parametrize("asked", [None, 10, 50, 100])
+@pytest.mark.parametrize("state", [State.CANCELED, State.FAILED])
+def test_a_message_from_before_the_end_is_a_duplicate(state: State, asked: float | None) -> None:
+    assert claimed_at(200, asked)(ended(state), ()) == ()
 
 
-@pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED])
-def test_what_succeeded_or_failed_is_a_duplicate_whenever_it_is_asked_for(state: State) -> None:
-    assert claimed_at(200, asked=150)(make_job(status=state, finished_at=at(100)), ()) == ()
+@pytest.mark.parametrize("state", [State.CANCELED, State.FAILED])
+def test_the_same_message_never_asks_again_whatever_the_clocks_say(state: State) -> None:
+    """The broker's clock is ahead of the store's: the message seems to come from after the end."""
+    over = ended(state, asked_at=at(105))
+    assert claimed_at(200, 105)(over, ()) == ()
+    assert claimed_at(200, 104)(over, ()) == (), "nor does an older one"
+    assert claimed_at(200, 105.000001)(over, ()) != ()
+
+
+@pytest.mark.parametrize("deadline", [None, at(200.000001)])
+def test_a_later_deadline_is_used_also_when_it_was_sent_before_the_first_was_over(deadline: object) -> None:
+    [again] = claimed_at(200, asked=50, deadline=deadline)(ended(State.EXPIRED), ())
+    assert (again.status, again.deadline, again.attempt) == (State.RUNNING, deadline, 1)
+
+
+def test_an_expired_job_stays_so_without_a_newer_message_in_time() -> None:
+    assert claimed_at(200, asked=50, deadline=at(200))(ended(State.EXPIRED), ()) == (), "it would expire again"
+    for asked in (None, 5, 10):
+        assert claimed_at(200, asked)(ended(State.EXPIRED), ()) == ()
+
+
+@pytest.mark.parametrize("state", [State.CANCELED, State.FAILED])
+def test_a_message_whose_own_deadline_is_over_asks_for_nothing(state: State) -> None:
+    assert claimed_at(200, asked=150, deadline=at(199))(ended(state), ()) == ()
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING])
+def test_a_job_that_waits_takes_a_newer_messages_wishes(state: State) -> None:
+    waits = make_job(status=state, asked_at=at(10), deadline=at(90), lease_until=at(60), callback_url="old", attempt=1)
+    [newer] = claimed_at(80, asked=20, callback_url="new")(waits, ())
+    assert (newer.deadline, newer.callback_url, newer.traceparent) == (at(1000), "new", "new")
+    assert (newer.asked_at, newer.attempt) == (at(20), 2)
+    [older] = claimed_at(80, asked=10, callback_url="new")(waits, ())
+    assert (older.deadline, older.callback_url, older.asked_at) == (at(90), "old", at(10))
+    [late] = claimed_at(80, asked=20, deadline=at(79))(waits, ())
+    assert (late.status, late.deadline, late.asked_at) == (State.RUNNING, at(90), at(10)), "it must not expire the job"
+
+
+def test_a_job_that_expires_at_its_claim_does_so_by_the_newest_deadline() -> None:
+    waits = make_job(asked_at=at(10), deadline=at(90))
+    [expired] = claimed_at(95, asked=10)(waits, ())
+    assert (expired.status, expired.claimed_by) == (State.EXPIRED, "me")
+    [runs] = claimed_at(95, asked=20)(waits, ())
+    assert runs.status == State.RUNNING
+
+
+def test_what_succeeded_is_a_duplicate_whenever_it_is_asked_for() -> None:
+    assert claimed_at(200, asked=150)(ended(State.SUCCEEDED), ()) == ()
+
+
+def test_a_first_claim_notes_when_it_was_asked_for() -> None:
+    [first] = claimed_at(200, asked=150)(None, ())
+    assert (first.asked_at, first.created_at) == (at(150), at(200))
 
 
 @pytest.mark.parametrize("status", [State.QUEUED, State.RUNNING])

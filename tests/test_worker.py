@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from serve_app.containers import content_type
 from serve_app.edit import session_path
 from serve_app.errors import (
     BlobNotFound,
+    MaskMismatch,
     OutOfMemory,
     ReplicaLost,
     StoreUnavailable,
@@ -240,6 +242,55 @@ async def test_the_lease_is_renewed_while_the_job_runs(rig: Rig, held: Held) -> 
             await asyncio.sleep(0.02)
     held.let_go.set()
     await working
+
+
+# -- asked again
+
+
+def asking(rig: Rig, message_id: str, **fields: Any) -> Delivery:
+    """A message published now."""
+    return replace(delivery(message_id, **fields), publish_time=rig.clock())
+
+
+async def test_a_failed_edit_runs_again_for_who_asks_again_and_for_no_other(rig: Rig) -> None:
+    first, twin = asking(rig, "m1"), asking(rig, "m2")
+    rig.clock.advance(1)
+    rig.engine.on_paint = _raise(MaskMismatch("no"))
+    for _ in range(3):
+        assert (await rig.take(first)).reason == "mask_mismatch"
+    rig.engine.on_paint = lambda: None
+    assert (await rig.take(twin)).reason == "mask_mismatch", "it was asked before the failure, too"
+    assert ((await rig.job()).status, len(rig.topics.dead)) == (State.FAILED, 1)
+    rig.clock.advance(0.1)
+    again = asking(rig, "m3")
+    assert (await rig.take(again)).reason == "succeeded"
+    assert (await rig.document())["processingStatus"] == "completed"
+    for late in (first, twin, again):
+        assert (await rig.take(late)).reason == "succeeded"
+    job = await rig.job()
+    assert (job.status, job.dead_lettered, job.attempt, rig.engine.painted) == (State.SUCCEEDED, False, 1, 2)
+
+
+async def test_an_edit_that_fails_again_has_a_dead_letter_of_its_own(rig: Rig) -> None:
+    rig.engine.on_paint = _raise(MaskMismatch("no"))
+    for message_id in ("m1", "m2"):
+        await rig.take(asking(rig, message_id))
+        rig.clock.advance(1)
+    assert [letter["deadLetterMessageId"] for _, letter in rig.topics.dead] == ["m1", "m2"]
+    assert len(rig.topics.completed) == 2
+
+
+async def test_a_later_deadline_that_is_sent_while_the_first_message_waits_is_used(rig: Rig) -> None:
+    def in_s(seconds: float) -> str:
+        return (rig.clock() + timedelta(seconds=seconds)).isoformat()
+
+    first = asking(rig, "m1", deadline=in_s(10))
+    rig.clock.advance(1)
+    second = asking(rig, "m2", deadline=in_s(100))
+    rig.clock.advance(20)
+    assert (await rig.take(first)).reason == "deadline_exceeded"
+    assert (await rig.take(second)).reason == "succeeded"
+    assert (await rig.take(first)).reason == "succeeded"
 
 
 # -- lost lease
