@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -317,6 +318,7 @@ async def test_a_writer_that_is_killed_leaves_a_whole_blob(
     assert data == data[:1] * 8_000_000
     async with asyncio.timeout(10):
         await folder_store.put("big", b"next", content_type="")
+    assert (await folder_store.get("big", max_bytes=8_000_000))[0] == b"next"
     assert [path.name for path in folder.iterdir()] == ["big"], "the next writer uses up what the dead one left"
 
 
@@ -328,6 +330,34 @@ async def test_files_of_other_programs_with_names_that_no_blob_can_have_are_not_
     for name in (b"\xff.jpg", b"new\nline", b"back\\slash"):
         (Path(os.fsdecode(folder)) / os.fsdecode(name)).write_bytes(b"y")
     assert await listed(folder_store, "users") == ["users/u/a"]
+
+
+@pytest.mark.parametrize("left", [b"", b"half", b"much more than what comes next"])
+async def test_what_a_dead_writer_left_is_no_part_of_the_next_blob(
+    folder_store: BlobStore, tmp_path: Path, left: bytes
+) -> None:
+    part = await unfinished(folder_store, tmp_path)
+    part.write_bytes(left)
+    info = await folder_store.put("a", b"next", content_type="")
+    assert (await folder_store.get("a", max_bytes=100))[0] == b"next"
+    assert info.size == 4
+
+
+async def unfinished(store: BlobStore, tmp_path: Path) -> Path:
+    """The file that the blob `a` is written to first."""
+    conflict = store.put("a", b"x", content_type="", if_version="another")
+    with pytest.raises(BlobConflict):
+        await conflict
+    return tmp_path / "blobs" / f".part-{hashlib.sha256(b'a').hexdigest()[:32]}"
+
+
+async def test_a_link_in_the_unfinished_files_place_is_not_followed(folder_store: BlobStore, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"theirs")
+    part = await unfinished(folder_store, tmp_path)
+    part.symlink_to(tmp_path / "outside")
+    with pytest.raises(UnsafePath, match="link"):
+        await folder_store.put("a", b"ours", content_type="")
+    assert (tmp_path / "outside").read_bytes() == b"theirs"
 
 
 async def test_unfinished_files_are_not_listed_and_cannot_be_named(folder_store: BlobStore, tmp_path: Path) -> None:

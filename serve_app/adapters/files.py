@@ -220,7 +220,8 @@ def _locked(path: str, target: Path) -> Iterator[tuple[Path, BinaryIO]]:
     part = target.with_name(PART + hashlib.sha256(target.name.encode()).hexdigest()[:32])
     file = _lock(path, part)
     try:
-        file.truncate()
+        # A writer that was killed has left a part of its blob in it.
+        file.truncate(0)
         yield part, file
     finally:
         # After the replacement the name may already be the next writer's file.
@@ -233,9 +234,13 @@ def _lock(path: str, part: Path) -> BinaryIO:
     while True:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            file = part.open("a+b")
+            file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
         except (FileExistsError, NotADirectoryError) as e:
             raise BlobConflict(f"blob {path}: a part of its path is a blob, not a folder", path=path) from e
+        except OSError as e:
+            if part.is_symlink():
+                raise UnsafePath(f"blob {path}: its unfinished file is a link", path=path) from e
+            raise
         fcntl.flock(file, fcntl.LOCK_EX)
         if _is_same(part, file):
             return file
