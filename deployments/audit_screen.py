@@ -14,10 +14,12 @@ from rich.text import Text
 
 from serve_app.audits import Audit, CellProgress, plain
 
+from .screen import Screen
+
 CONFIG = Path("serve_config.yaml")
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve config file of the app.")]
-out = Console()
-err = Console(stderr=True)
+out = Screen()
+err = Screen(stderr=True)
 #: A path or a link that is broken over lines cannot be copied.
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 

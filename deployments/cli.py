@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -22,6 +21,7 @@ from serve_app.variants import BUILT_IN, Variant
 
 from .audits import audit_app
 from .deadletters import deadletters_app
+from .screen import Screen
 from .subcommands import goes_to_subcommand
 
 app = typer.Typer(
@@ -37,8 +37,8 @@ app.add_typer(weights_app, name="weights")
 app.add_typer(deadletters_app, name="deadletters")
 app.add_typer(audit_app, name="audit")
 
-out = Console()
-err = Console(stderr=True)
+out = Screen()
+err = Screen(stderr=True)
 
 T = TypeVar("T")
 

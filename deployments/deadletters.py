@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from serve_app import adapters, jobs, messages
 from serve_app.errors import FluxFillError, MalformedMessage, MessageRefused, Unavailable, UnknownJob
@@ -22,11 +22,13 @@ from serve_app.jobs import State
 from serve_app.ports import DeadLetter, DeadLetters, JobStore, Publisher
 from serve_app.settings import Settings
 
+from .screen import Screen
+
 #: Letters in one pull: few enough to be worked on while they are in hand.
 BATCH = 100
 
 deadletters_app = typer.Typer(no_args_is_help=True, help="Messages that were given up: list them, send them again.")
-out = Console()
+out = Screen()
 
 
 @dataclass
@@ -151,12 +153,13 @@ def list_letters(
     table = Table("when", Column("reason, attempts", no_wrap=True), Column("job, session", no_wrap=True), "message")
     for letter in asyncio.run(_listed(settings, limit)):
         why, published = letter.delivery.attributes, letter.delivery.publish_time
-        table.add_row(
+        cells = (
             published.astimezone().strftime("%m-%d %H:%M") if published else "",
             f"{why.get('deadLetterReason', '')}\n{why.get('deadLetterAttempts', '')}",
             f"{why.get('deadLetterJobId', '')}\n{session_of(letter, max_bytes=settings.limits.message_bytes)}",
             why.get("deadLetterError", ""),
         )
+        table.add_row(*map(Text, cells))
     out.print(table)
 
 

@@ -54,13 +54,13 @@ class RayJobs:
 
     async def stop(self, audit: Audit) -> None:
         def stop(client: JobSubmissionClient) -> None:
-            if _found(client, audit) is not None:
+            if self._found(client, audit) is not None:
                 client.stop_job(audit.job_name)
 
         await self._ask(stop)
 
     async def state(self, audit: Audit) -> LaunchState:
-        found = await self._ask(lambda client: _found(client, audit))
+        found = await self._ask(lambda client: self._found(client, audit))
         return "gone" if found is None else _STATES[found.status]
 
     def _submit(self, client: JobSubmissionClient, audit: Audit) -> None:
@@ -74,12 +74,26 @@ class RayJobs:
                 entrypoint=self._entrypoint,
                 submission_id=audit.job_name,
                 runtime_env={"env_vars": which},
-                metadata={"audit": audit.id, "attempt": str(audit.attempt), "app": self._app},
+                metadata=self._metadata(audit),
             )
         except RuntimeError:
             # Ray takes a submission id once, and refuses it with an error that bears no code.
-            if _found(client, audit) is None:
+            if self._found(client, audit) is None:
                 raise
+
+    def _metadata(self, audit: Audit) -> dict[str, str]:
+        return {"audit": audit.id, "attempt": str(audit.attempt), "app": self._app}
+
+    def _found(self, client: JobSubmissionClient, audit: Audit) -> JobDetails | None:
+        """The audit's job. A job that anyone else submitted under its id is not ours: it is neither followed nor
+        stopped."""
+        try:
+            found = client.get_job_info(audit.job_name)
+        except RuntimeError as e:
+            if "status code 404" in str(e):
+                return None
+            raise
+        return found if found.metadata == self._metadata(audit) else None
 
     async def _ask(self, question: Callable[[JobSubmissionClient], T], limit_s: float | None = None) -> T:
         """Raises JobsUnavailable within `limit_s`, or else ANSWER_S, where there is no answer."""
@@ -107,15 +121,6 @@ def _own_cluster() -> str:
         address: str = ray.get_runtime_context().gcs_address
         return address
     return "auto"
-
-
-def _found(client: JobSubmissionClient, audit: Audit) -> JobDetails | None:
-    try:
-        return client.get_job_info(audit.job_name)
-    except RuntimeError as e:
-        if "status code 404" in str(e):
-            return None
-        raise
 
 
 def _first_line(e: Exception) -> str:

@@ -23,7 +23,7 @@ from pydantic import (
 
 from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
 
-#: Also a Ray submission id, and a folder of the blob store.
+#: Also in a Ray submission id, and a folder of the blob store.
 RUN_ID_PATTERN = r"\A[A-Za-z0-9_-]{1,64}\z"
 RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
 _RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
@@ -336,8 +336,10 @@ class Audit(_Frozen):
 
     @property
     def job_name(self) -> str:
-        """The submission id of its Ray job: the run id, which Ray takes once, and for a resume one of its own."""
-        return self.id if self.attempt == 1 else f"{self.id}.{self.attempt}"
+        """The submission id of its Ray job, which Ray takes once: no other job of the cluster has this prefix, and each
+        resume has an id that differs."""
+        name = f"fluxfill-audit-{self.id}"
+        return name if self.attempt == 1 else f"{name}.{self.attempt}"
 
     def is_alive(self, now: datetime) -> bool:
         return not self.status.is_over and now < self.alive_until

@@ -475,12 +475,12 @@ async def test_a_run_that_lost_cells_is_resumed(site: Site) -> None:
     site.ends_as = AuditStatus.SUCCEEDED
     response = await site.client.post("/audit", json=resume())
     assert (response.status_code, response.json()["status"]) == (200, "succeeded")
-    assert set(site.process.jobs.tasks) == {"run-1", "run-1.2"}
+    assert set(site.process.jobs.tasks) == {"fluxfill-audit-run-1", "fluxfill-audit-run-1.2"}
 
 
 async def test_a_run_whose_job_was_killed_just_now_is_resumed_at_once(site: Site) -> None:
     run_id = await site.started()
-    site.process.jobs.tasks[run_id].cancel()
+    site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
     site.may_end.set()
     assert (await site.client.post("/audit", json=resume(run_id))).status_code == 200
 
@@ -488,7 +488,7 @@ async def test_a_run_whose_job_was_killed_just_now_is_resumed_at_once(site: Site
 async def test_a_silent_job_is_stopped_before_its_run_goes_on(site: Site) -> None:
     run_id = await site.started()
     site.process.rig.clock.advance(ALIVE_S)
-    first = site.process.jobs.tasks[run_id]
+    first = site.process.jobs.tasks[f"fluxfill-audit-{run_id}"]
     stopped_first: list[bool] = []
 
     async def work(audit: Audit) -> None:
@@ -526,7 +526,7 @@ async def test_a_silent_job_that_does_not_stop_is_not_waited_for_for_ever(
 
 async def test_a_run_whose_job_was_killed_just_now_is_in_nobodys_way(site: Site) -> None:
     run_id = await site.started()
-    site.process.jobs.tasks[run_id].cancel()
+    site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
     assert (await site.post(headers=ASYNC)).status_code == 202
     killed = await site.store.get(run_id)
     assert killed.status == AuditStatus.FAILED and killed.error is not None and killed.error.code == "job_died"
@@ -650,8 +650,8 @@ async def test_a_job_that_runs_and_cannot_write_is_not_dead(site: Site) -> None:
 async def test_a_job_that_was_stopped_from_outside_after_a_cancellation_is_canceled(site: Site) -> None:
     run_id = await site.started()
     await site.process.rig.blobs.put(cancel_path(run_id), b"", content_type="text/plain")
-    site.process.jobs.tasks[run_id].cancel()
-    await asyncio.gather(site.process.jobs.tasks[run_id], return_exceptions=True)
+    site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
+    await asyncio.gather(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], return_exceptions=True)
     assert (await site.client.get(f"/audits/{run_id}")).json()["status"] == "canceled"
 
 
@@ -690,7 +690,7 @@ async def test_a_canceled_job_has_time_to_write_its_report(site: Site) -> None:
     await site.until("run-1", AuditStatus.CANCELED)
     assert (await site.client.get("/audits/run-1")).json()["report_url"] is None
     site.may_end.set()
-    await asyncio.wait_for(site.process.jobs.tasks["run-1"], 10)
+    await asyncio.wait_for(site.process.jobs.tasks["fluxfill-audit-run-1"], 10)
     assert (await site.client.get("/audits/run-1")).json()["report_path"] == "audit/run-1/report.html"
 
 
@@ -705,8 +705,8 @@ async def test_a_job_that_does_not_stop_is_stopped(site: Site, monkeypatch: pyte
     run_id = await site.started()
     assert (await site.client.post(f"/audits/{run_id}/cancel")).json()["status"] == "running"
     await site.until(run_id, AuditStatus.CANCELED)
-    await asyncio.gather(site.process.jobs.tasks[run_id], return_exceptions=True)
-    assert site.process.jobs.tasks[run_id].cancelled()
+    await asyncio.gather(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], return_exceptions=True)
+    assert site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancelled()
 
 
 async def test_an_audit_that_waits_for_its_job_is_canceled_at_once(site: Site) -> None:
@@ -719,8 +719,8 @@ async def test_an_audit_that_waits_for_its_job_is_canceled_at_once(site: Site) -
     await site.post(headers=ASYNC, run_id="run-1")
     assert (await site.client.post("/audits/run-1/cancel")).json()["status"] == "canceled"
     async with asyncio.timeout(10):
-        await asyncio.gather(site.process.jobs.tasks["run-1"], return_exceptions=True)
-    assert site.process.jobs.tasks["run-1"].cancelled()
+        await asyncio.gather(site.process.jobs.tasks["fluxfill-audit-run-1"], return_exceptions=True)
+    assert site.process.jobs.tasks["fluxfill-audit-run-1"].cancelled()
 
 
 async def test_a_job_that_cannot_be_stopped_is_logged(site: Site, caplog: pytest.LogCaptureFixture) -> None:

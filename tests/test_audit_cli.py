@@ -298,7 +298,7 @@ def test_a_job_that_died_is_noticed_and_the_run_resumed(bench: Bench) -> None:
     assert bench.get("r").result_count == 2
     bench.jobs.work = partial(done_job(bench.settings.blobs), bench.store)
     assert bench.audit("--resume", "r").status == 0
-    assert (bench.get("r").attempt, set(bench.jobs.tasks)) == (2, {"r", "r.2"})
+    assert (bench.get("r").attempt, set(bench.jobs.tasks)) == (2, {"fluxfill-audit-r", "fluxfill-audit-r.2"})
 
 
 async def ends_incomplete(store: AuditStore, audit: Audit) -> None:

@@ -308,7 +308,7 @@ def test_text_is_only_text_in_markdown(text: str) -> None:
     assert parsed.tags == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r="])
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r=", "\n=", " \n\t@", "\u00a0=", "\uff1d"])
 async def test_no_word_becomes_a_spreadsheet_s_formula(start: str) -> None:
     words = f"{start}HYPERLINK(\"http://f.example\",'x')\n,;"
     matrix = Matrix(variants=("Q4_0", "Q8_0"), guidance_scales=(2.0,), prompts=(words,))

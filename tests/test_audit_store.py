@@ -77,7 +77,7 @@ async def damage(blobs: BlobStore, path: str) -> None:
 
 async def test_a_run_from_its_creation_to_its_end(store: AuditStore, clock: Clock) -> None:
     audit = await store.create(REQUEST, "run")
-    assert (audit.status, audit.attempt, audit.job_name) == (AuditStatus.QUEUED, 1, "run")
+    assert (audit.status, audit.attempt, audit.job_name) == (AuditStatus.QUEUED, 1, "fluxfill-audit-run")
     assert audit.cells == {"telea_gs2": CellProgress(), "telea_gs4": CellProgress()}
     clock.advance(10)
     assert (await store.begin("run", 1)).started_at == clock.now
@@ -357,7 +357,12 @@ async def test_a_resumed_run_keeps_what_succeeded(store: AuditStore, clock: Cloc
     await store.update("run", 1, lambda audit: audit.model_copy(update={"cells": done, "stage": "painting"}))
     clock.advance(ALIVE_S)
     resumed = await store.resume("run")
-    assert (resumed.status, resumed.attempt, resumed.job_name, resumed.stage) == ("queued", 2, "run.2", "")
+    assert (resumed.status, resumed.attempt, resumed.job_name, resumed.stage) == (
+        "queued",
+        2,
+        "fluxfill-audit-run.2",
+        "",
+    )
     assert resumed.cells == {"telea_gs2": CellProgress(status="succeeded"), "telea_gs4": CellProgress()}
     assert resumed.is_alive(clock.now)
 

@@ -419,6 +419,16 @@ def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
     assert "mask_mismatch: the mask is too wide" in fluxfill("jobs", "show", "edit-failed", "-c", jobs).out
 
 
+def test_a_prompt_reaches_the_terminal_without_its_control_characters(fluxfill: Command, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    job = make_job("edit-1")
+    prompt = "grass\x1b]52;c;aGk=\x07 and\x1b[2J\x9b0m stone\nand sand"
+    put(config, job.evolve(parameters=job.parameters.model_copy(update={"prompt": prompt})))
+    shown = fluxfill("jobs", "show", "edit-1", "-c", config).out
+    assert "grass]52;c;aGk= and[2J0m stone" in shown and "and sand" in shown
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+
+
 def test_options_before_a_subcommand_are_not_dropped(fluxfill: Command) -> None:
     ended = fluxfill("jobs", "-c", "prod.yaml", "show", "edit-done")
     assert (ended.status, ended.out) == (2, "")

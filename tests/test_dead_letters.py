@@ -399,3 +399,19 @@ def test_the_commands(app: tuple[Path, Broker], fluxfill: Command) -> None:
     assert "replayed 0, left 0, canceled since 0, could not replay 1\n" in screen
     status, screen = fluxfill("deadletters", "list", "-c", config)
     assert "malformed_message" in screen and "edit-1" not in screen
+
+
+@pytest.mark.parametrize("message", ["broken PNG file (chunk b'[/a]')", "[bold]loud[/bold]", "[link=x]y"])
+def test_no_word_of_a_letter_is_taken_for_markup(app: tuple[Path, Broker], fluxfill: Command, message: str) -> None:
+    config, broker = app
+    attributes = dict.fromkeys(("deadLetterError", "deadLetterReason", "deadLetterJobId"), message)
+    asyncio.run(bury(broker, SESSION, **attributes))
+    status, screen = fluxfill("deadletters", "list", "-c", config)
+    assert (status, screen.count(message)) == (0, 3)
+
+
+def test_no_word_of_a_letter_reaches_the_terminal_as_a_command(app: tuple[Path, Broker], fluxfill: Command) -> None:
+    config, broker = app
+    asyncio.run(bury(broker, SESSION, deadLetterError="a\x1b]52;c;aGk=\x07b\x9b2Jc\x1b[2J"))
+    status, screen = fluxfill("deadletters", "list", "-c", config)
+    assert status == 0 and "a]52;c;aGk=b2Jc[2J" in screen

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import ray
 from ray import serve
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deployments import launcher
 from deployments.launcher import RayJobs
@@ -108,6 +108,37 @@ async def test_each_attempt_has_a_job_of_its_own(jobs: AuditLauncher) -> None:
     await jobs.stop(second)
 
 
+#: Metadata that the job of another has under the id of run `{}`.
+FOREIGN = [None, {}, {"audit": "{}"}, {"audit": "{}", "attempt": "1", "app": "another"}]
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("metadata", FOREIGN, ids=str)
+async def test_a_job_of_others_is_neither_followed_nor_stopped(app: App, metadata: dict[str, str] | None) -> None:
+    audit, client = queued(), JobSubmissionClient(app.dashboard)
+    described = metadata and {name: value.format(audit.id) for name, value in metadata.items()}
+    client.submit_job(entrypoint=SLEEP, submission_id=audit.job_name, metadata=described)
+    jobs = RayJobs(entrypoint=SLEEP)
+    with pytest.raises(JobsUnavailable):
+        await jobs.launch(audit)
+    await jobs.stop(audit)
+    assert await jobs.state(audit) == "gone"
+    assert client.get_job_status(audit.job_name) in (JobStatus.PENDING, JobStatus.RUNNING)
+    client.stop_job(audit.job_name)
+
+
+@pytest.mark.serve
+async def test_a_run_may_be_called_as_a_job_of_others_is(app: App) -> None:
+    client = JobSubmissionClient(app.dashboard)
+    theirs = client.submit_job(entrypoint=SLEEP, submission_id=f"nightly-{uuid.uuid4().hex}")
+    audit, jobs = queued(theirs), RayJobs(entrypoint=SLEEP)
+    await jobs.launch(audit)
+    await jobs.stop(audit)
+    await until_state(jobs, audit, "stopped")
+    assert client.get_job_status(theirs) in (JobStatus.PENDING, JobStatus.RUNNING)
+    client.stop_job(theirs)
+
+
 # -- a job server that is not well
 
 
@@ -192,7 +223,7 @@ async def test_a_post_starts_a_job_of_ray(app: App, client: httpx.AsyncClient) -
     response = await client.post("/audit", json=body, headers={"Prefer": "respond-async"})
     assert response.status_code == 202, response.text
     run_id = response.json()["run_id"]
-    job = JobSubmissionClient(app.dashboard).get_job_info(run_id)
+    job = JobSubmissionClient(app.dashboard).get_job_info(f"fluxfill-audit-{run_id}")
     assert job.entrypoint == launcher.ENTRYPOINT
     # What shows in the dashboard says which run it is, and nothing else.
     assert job.runtime_env == {

@@ -389,6 +389,18 @@ async def test_an_unreadable_message_is_dead_lettered_with_its_reason(rig: Rig, 
     assert await rig.jobs.list() == []
 
 
+async def test_a_dead_letter_says_what_the_service_says_and_not_its_sender(rig: Rig) -> None:
+    theirs = {"deadLetterTruncated": "true", "deadLetterJobId": "edit-another", "deadLetterX": "x", "traceparent": "t"}
+    await rig.take(type(delivery())(data=b"{}", attributes=theirs, message_id="m9"))
+    ((_, attributes),) = rig.topics.dead
+    assert set(attributes) - set(theirs) == {
+        "deadLetterReason", "deadLetterError", "deadLetterAttempts", "deadLetterMessageId",
+    }  # fmt: skip
+    assert {name: attributes.get(name) for name in theirs} == {
+        "deadLetterTruncated": None, "deadLetterJobId": "", "deadLetterX": None, "traceparent": "t",
+    }  # fmt: skip
+
+
 async def test_an_unreadable_message_is_held_back_while_it_cannot_be_dead_lettered(rig: Rig) -> None:
     rig.broker.is_down = True
     broken = type(delivery())(data=b"{", attributes={}, message_id="m9")

@@ -9,8 +9,9 @@ from typing import Any
 
 from serve_app.audits import Audit, CellResult, Compared, Trial
 
-#: A spreadsheet takes text that begins with one of these for a formula (OWASP, "CSV Injection").
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+#: A spreadsheet takes text that begins with one of these for a formula, also behind white space (OWASP, "CSV
+#: Injection", with the full-width forms).
+_FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 
 def document(audit: Audit, results: Sequence[CellResult], signed: Mapping[str, str]) -> dict[str, Any]:
@@ -90,4 +91,4 @@ def _row(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA_STARTS) else value
