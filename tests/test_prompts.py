@@ -1,6 +1,7 @@
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,7 +20,8 @@ from serve_app.variants import BUILT_IN, Variant
 
 from .engine_fixtures import flux_fill, photo, window
 
-VARIANT = BUILT_IN["tiny-Q4_0"]
+#: With as many tokens as the fixture `embeddings` has.
+VARIANT = BUILT_IN["tiny-Q4_0"].model_copy(update={"max_prompt_tokens": 16})
 
 
 class Encoder:
@@ -143,10 +145,11 @@ async def test_one_prompt_does_not_wait_for_another(store: MemoryBlobStore, enco
     assert await waiting == encoder.data
 
 
+@pytest.mark.parametrize("damage", [lambda sound: sound[:-1], lambda _: (10_000).to_bytes(8, "little") + b"[" * 10_000])
 async def test_a_damaged_blob_is_replaced(
-    store: MemoryBlobStore, encoder: Encoder, caplog: pytest.LogCaptureFixture
+    store: MemoryBlobStore, encoder: Encoder, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
 ) -> None:
-    await store.put(blob_of("a wall"), encoder.data[:-1], content_type="application/octet-stream")
+    await store.put(blob_of("a wall"), damage(encoder.data), content_type="application/octet-stream")
     with caplog.at_level(logging.WARNING):
         assert await PromptCache(store).get_or_encode(VARIANT, None, "a wall", encoder) == encoder.data
     assert encoder.calls == 1
@@ -185,7 +188,7 @@ def test_the_key_tells_apart_all_that_the_embeddings_depend_on() -> None:
         key_of(other_tokens, None, "a wall"),
     }
     assert len(keys) == 5
-    assert key_of(Variant(family="flux-fill", base=VARIANT.base, max_prompt_tokens=64), None, "a wall") in keys
+    assert key_of(Variant(family="flux-fill", base=VARIANT.base, max_prompt_tokens=16), None, "a wall") in keys
 
 
 def header(**entries: object) -> bytes:
@@ -216,14 +219,35 @@ POOLED, EMBEDS = tensor([1, 2], 0, 8), tensor([1, 3, 2], 8, 32)
         (b"\xff" * 64, False),
         (b"<html>Sign in</html>", False),
         ((2).to_bytes(8, "little") + b"[]", False),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=tensor([1, -3, -2], 8, 32)) + bytes(32), False),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=tensor([1, -1, -1], 8, 12)) + bytes(12), False),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=tensor([1, 4, 2], 8, 40)) + bytes(40), False),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=tensor([1, 3, 2], -24, 0)) + bytes(8), False),
+        (
+            header(pooled_prompt_embeds=tensor([1, 2], 24, 32), prompt_embeds=tensor([1, 3, 2], 8, 32)) + bytes(32),
+            False,
+        ),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS) + bytes(28) + b"\0\0\xc0\x7f", False),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=tensor([1, 3, 0], 8, 8)) + bytes(8), False),
+        ((10_000).to_bytes(8, "little") + b"[" * 10_000, False),
+        (header(pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS, more=" " * 20_000) + bytes(32), False),
     ],
 )
 def test_soundness(data: bytes, sound: bool) -> None:
-    assert is_sound(data) is sound
+    assert is_sound(data, tokens=3) is sound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1.0])
+def test_no_number_is_infinite(dtype: torch.dtype, value: float) -> None:
+    embeds = torch.full((1, 3, 2), torch.finfo(dtype).max, dtype=dtype)
+    embeds[0, 2, 1] = value
+    data = safetensors.torch.save({"prompt_embeds": embeds, "pooled_prompt_embeds": torch.zeros((1, 2), dtype=dtype)})
+    assert is_sound(data, tokens=3) is (value == 1.0)
 
 
 def test_what_safetensors_writes_is_sound(embeddings: bytes) -> None:
-    assert is_sound(embeddings)
+    assert is_sound(embeddings, tokens=VARIANT.max_prompt_tokens)
     assert len(embeddings) < prompts._MAX_BYTES
 
 
@@ -253,7 +277,7 @@ def test_prompts_are_encoded_as_the_whole_pipeline_does(
     with torch.inference_mode():
         prompt_embeds, pooled, _ = whole.encode_prompt(prompt, max_sequence_length=64)
     data = text_encoder.encode(prompt, 64)
-    assert is_sound(data)
+    assert is_sound(data, tokens=64)
     found = safetensors.torch.load(data)
     assert found["prompt_embeds"].shape == (1, 64, 256)
     assert torch.equal(found["prompt_embeds"], prompt_embeds)

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from math import prod
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from ..errors import BlobError, BlobNotFound, StoreUnavailable
 from ..ports import BlobStore
 from ..variants import Variant
@@ -21,10 +23,12 @@ log = logging.getLogger(__name__)
 _CONTENT_TYPE = "application/octet-stream"
 #: Twice the size of 512 tokens of T5-XXL in float32, `[1, 512, 4096]`.
 _MAX_BYTES = 16_000_000
+#: What comes before the tensors; ours takes 200 bytes.
+_MAX_HEADER_BYTES = 16_384
 #: Tensor -> its number of dimensions, of which the first is 1.
 _TENSORS = {"prompt_embeds": 3, "pooled_prompt_embeds": 2}
-#: Bytes of a number, by safetensors' name for its type.
-_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
+#: By safetensors' name for a type: what holds its bits, and those that are all set in an infinity or a NaN.
+_DTYPES = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F80_0000)}
 
 
 def key_of(variant: Variant, base_revision: str | None, prompt: str) -> str:
@@ -36,28 +40,36 @@ def key_of(variant: Variant, base_revision: str | None, prompt: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def is_sound(data: bytes) -> bool:
-    """Whether these are whole safetensors bytes with the two tensors, shaped as `ports.PaintRequest` wants them.
-
-    Reads the header only; format: github.com/huggingface/safetensors.
+def is_sound(data: bytes, *, tokens: int) -> bool:
+    """Whether these are whole safetensors bytes of the two tensors, shaped as `ports.PaintRequest` wants them for so
+    many `tokens`, each number finite. Format: github.com/huggingface/safetensors.
     """
     header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > _MAX_HEADER_BYTES:
+        return False
+    body = memoryview(data)[8 + header_bytes :]
     try:
         header = json.loads(data[8 : 8 + header_bytes])
-        entries = [header[name] for name in _TENSORS]
-        ends = [_checked_end(entry, dimensions) for entry, dimensions in zip(entries, _TENSORS.values(), strict=True)]
-    except (ValueError, KeyError, TypeError):
+        first, last = sorted(_checked_range(header[name], body, dimensions) for name, dimensions in _TENSORS.items())
+        is_whole = first[0] == 0 and first[1] == last[0] and last[1] == len(body)
+        return is_whole and header["prompt_embeds"]["shape"][1] == tokens
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return max(ends) == len(data) - 8 - header_bytes
 
 
-def _checked_end(entry: dict[str, list[int]], dimensions: int) -> int:
-    """Where the tensor ends. Raises ValueError, KeyError or TypeError where the entry makes no sense."""
+def _checked_range(entry: dict[str, list[int]], body: memoryview, dimensions: int) -> tuple[int, int]:
+    """Where the tensor begins and ends. Raises ValueError, KeyError or TypeError where the entry makes no sense."""
     start, end = entry["data_offsets"]
     shape = entry["shape"]
-    if len(shape) != dimensions or shape[0] != 1 or end - start != prod(shape) * _DTYPES[str(entry["dtype"])]:
+    dtype, infinite = _DTYPES[str(entry["dtype"])]
+    if len(shape) != dimensions or shape[0] != 1 or not all(type(n) is int and n > 0 for n in (*shape, end)):
+        raise ValueError(f"a tensor of {shape}")
+    bits = np.frombuffer(body[start:end], dtype)
+    if start < 0 or bits.size != prod(shape) or bits.nbytes != end - start:
         raise ValueError(f"{shape} in bytes {start} to {end}")
-    return end
+    if np.any((bits & infinite) == infinite):
+        raise ValueError("a number that is not finite")
+    return start, end
 
 
 class PromptCache:
@@ -83,7 +95,7 @@ class PromptCache:
         key = key_of(variant, base_revision, prompt)
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
-            data = self._remembered(key) or await self._stored(key)
+            data = self._remembered(key) or await self._stored(key, variant.max_prompt_tokens)
             if data is None:
                 data = await encode()
                 await self._store(key, data)
@@ -104,7 +116,7 @@ class PromptCache:
             _, dropped = self._kept.popitem(last=False)
             self._bytes -= len(dropped)
 
-    async def _stored(self, key: str) -> bytes | None:
+    async def _stored(self, key: str, tokens: int) -> bytes | None:
         try:
             data, _ = await self._blobs.get(_path(key), max_bytes=_MAX_BYTES)
         except BlobNotFound:
@@ -112,7 +124,7 @@ class PromptCache:
         except (BlobError, StoreUnavailable) as e:
             log.warning("A prompt's embeddings cannot be read: %s", e, extra={"action": "prompt_cache_read_failed"})
             return None
-        if not is_sound(data):
+        if not is_sound(data, tokens=tokens):
             log.warning("The embeddings at %s are damaged.", _path(key), extra={"action": "prompt_cache_corrupt"})
             return None
         return data
