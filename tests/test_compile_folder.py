@@ -73,3 +73,13 @@ def test_a_folder_of_another_name_is_left_alone(tmp_path: Path) -> None:
 def test_a_process_that_ends_by_itself_leaves_nothing() -> None:
     subprocess.run([sys.executable, "-c", REPLICA], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
     assert homes() == []
+
+
+def test_a_link_is_not_what_a_replica_left_behind(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "cache").mkdir(parents=True)
+    (theirs / "lock").write_text("kept")
+    (tmp_path / "flux-fill-compiled-x").symlink_to(theirs)
+    compile_folder.new()
+    assert (theirs / "lock").read_text() == "kept"
+    assert (theirs / "cache").is_dir()

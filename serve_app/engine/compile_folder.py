@@ -6,6 +6,7 @@ Each is held by a lock, which the system lets go of when its process ends, howev
 import atexit
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -47,9 +48,17 @@ def remove() -> None:
 def _remove_left_behind() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_FOLDER}"):
         home = folder.parent
-        # In use, by another process or this one; another user's; or removed by another process meanwhile.
-        with suppress(OSError), _lock(home).acquire(timeout=0):
-            shutil.rmtree(home, ignore_errors=True)
+        # In use, by another process or this one; or removed by another process meanwhile.
+        with suppress(OSError):
+            if _is_ours(home):
+                with _lock(home).acquire(timeout=0):
+                    shutil.rmtree(home, ignore_errors=True)
+
+
+def _is_ours(home: Path) -> bool:
+    """Not another user's, and no link: taking its lock writes a file in it."""
+    found = home.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _lock(home: Path) -> FileLock:
