@@ -1,17 +1,71 @@
 """The embedded Pub/Sub server as a deployment of its own, so that it outlives an ingress."""
 
+import asyncio
+import logging
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.errors import BrokerUnavailable
 from serve_app.settings import MessagesSettings
 from serve_app.telemetry import configure_logging
 
+log = logging.getLogger(__name__)
+
+#: How often the server is asked whether it listens, in seconds.
+POLL_S = 1.0
+#: How long it may take to answer.
+ANSWER_S = 5.0
+
 
 class PubSub:
-    """One replica. Keeps messages in memory: they go with it."""
+    """One replica. Keeps messages in memory: they go with it. One that cannot listen says why, and tries again whenever
+    it is asked."""
 
     def __init__(self, settings: MessagesSettings) -> None:
         configure_logging()
         self._server = EmbeddedPubSub.of(settings)
-        self._server.__enter__()
+        self._error = "it has not started yet"
+        self.status()
+
+    def status(self) -> str:
+        """Why it does not listen; empty where it does."""
+        if self._error:
+            try:
+                self._server.__enter__()
+                self._error = ""
+            except BrokerUnavailable as e:
+                if self._error != e.message:
+                    log.error("%s", e, extra={"action": "pubsub_not_started"})
+                self._error = e.message
+        return self._error
 
     def __del__(self) -> None:
         self._server.__exit__(None, None, None)
+
+
+class BrokerWatch:
+    """What an ingress knows of the embedded server. Nothing may be pulled before `listens`: until then another
+    program's server may answer at its address, with other people's messages."""
+
+    def __init__(self, handle: DeploymentHandle | None) -> None:
+        """Without a `handle` the broker is somebody else's."""
+        self._ask = None if handle is None else handle.options(method_name="status")
+        #: Why there are no messages; empty where nothing is known to be wrong.
+        self.error = "" if handle is None else "the embedded Pub/Sub server has not started yet"
+        self.listens = asyncio.Event()
+
+    async def run(self) -> None:
+        """Look every second, for ever."""
+        while True:
+            if self._ask is not None:
+                try:
+                    self.error = await asyncio.wait_for(self._ask.remote(), ANSWER_S)
+                except (TimeoutError, RayError, RayServeException) as e:
+                    # Its replica starts, or is busy.
+                    log.debug("The embedded server does not answer: %s", e, extra={"action": "pubsub_silent"})
+            if not self.error:
+                self.listens.set()
+            await asyncio.sleep(POLL_S)

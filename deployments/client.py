@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from serve_app import adapters, jobs
+from serve_app.adapters.pubsub_connection import check_speaks
 from serve_app.adapters.pubsub_names import address_of
 from serve_app.cancel import Canceler
 from serve_app.containers import content_type
@@ -16,10 +17,12 @@ from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, Resu
 from serve_app.jobs import Cause, Job
 from serve_app.messages import EditMessage
 from serve_app.ports import BlobInfo
-from serve_app.settings import Settings
+from serve_app.settings import MessagesSettings, Settings
 
 #: Seconds between two looks at a job.
 POLL_S = 0.2
+#: How long the embedded server may take to greet, in seconds.
+SPEAKS_S = 2.0
 
 
 class Submitted(NamedTuple):
@@ -48,7 +51,7 @@ class Client:
         uploaded where nobody listens at the embedded server's address.
         """
         if self._settings.messages.is_embedded:
-            await _check_listens(self._settings.messages.url)
+            await _check_listens(self._settings.messages)
         versions = []
         for role, source in (("original", original), ("mask", mask)):
             path = session_path(message.user_id, message.session_id, INPUTS[role])
@@ -143,11 +146,12 @@ def _check_own(job: Job, role: str, stored: BlobInfo) -> None:
         )
 
 
-async def _check_listens(url: str) -> None:
+async def _check_listens(settings: MessagesSettings) -> None:
     """The publisher would try for ten seconds, because a broker elsewhere may come back; this one is the app's own."""
     try:
-        _, writer = await asyncio.open_connection(*address_of(url))
+        _, writer = await asyncio.open_connection(*address_of(settings.url))
     except OSError as e:
-        what = f"nobody listens at {url}; start the app first: `serve run` with this config"
-        raise BrokerUnavailable(what, url=url) from e
+        what = f"nobody listens at {settings.url}; start the app first: `serve run` with this config"
+        raise BrokerUnavailable(what, url=settings.url) from e
     writer.close()
+    await check_speaks(settings, SPEAKS_S)

@@ -29,6 +29,7 @@ from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
 from serve_app.worker import Worker
 
+from .broker import BrokerWatch
 from .launcher import RayJobs
 from .metrics import RayMetrics
 from .readiness import VariantWatch
@@ -89,7 +90,7 @@ class Ingress:
         painters: Mapping[str, DeploymentHandle],
         encoders: Mapping[str, DeploymentHandle],
         deployments: Mapping[str, str],
-        _broker: DeploymentHandle | None,
+        broker: DeploymentHandle | None,
     ) -> None:
         configure_logging()
         secrets = Secrets.from_environment()
@@ -123,6 +124,7 @@ class Ingress:
             settings=settings,
             metrics=self.metrics,
         )
+        self._broker = BrokerWatch(broker)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
         self._worker = Worker(
             blobs=self._blobs,
@@ -138,7 +140,7 @@ class Ingress:
             defaults=self._defaults,
             metrics=self.metrics,
         )
-        background = (self._watch.run(), self._courier.run(), self._show_subscriptions())
+        background = (self._watch.run(), self._broker.run(), self._courier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), answer_s=settings.push.answer_s)
 
@@ -160,7 +162,11 @@ class Ingress:
         started, self._inference, self._defaults_error = self._inference is not None, inference, ""
         log.info("Took inference defaults", extra={"action": "defaults", **inference.model_dump(exclude={"prompt"})})
         if not started:
-            self._tasks.append(asyncio.create_task(self._source.run(self._worker.work)))
+            self._tasks.append(asyncio.create_task(self._pull()))
+
+    async def _pull(self) -> None:
+        await self._broker.listens.wait()
+        await self._source.run(self._worker.work)
 
     def _check_served(self, inference: Inference) -> None:
         if inference.variant not in self._settings.variants:
@@ -177,12 +183,13 @@ class Ingress:
 
     def readiness(self) -> Readiness:
         default = self._defaults().variant
+        no_broker = {"connected": False, "error": self._broker.error} if self._broker.error else {}
         return Readiness(
-            ready=self._watch.states[default].can_serve,
+            ready=self._watch.states[default].can_serve and not no_broker,
             default_variant=default,
             defaults=self._defaults().model_dump(mode="json", exclude={"prompt"}),
             variants=self._watch.states,
-            messages={name: asdict(status) for name, status in self._source.status().items()},
+            messages={name: asdict(status) | no_broker for name, status in self._source.status().items()},
             defaults_error=self._defaults_error,
         )
 

@@ -121,7 +121,8 @@ def _state_routes(service: Services) -> APIRouter:
 
     @routes.get("/ready")
     async def ready(response: Response) -> Readiness:
-        """200 when the default variant can serve, else 503; each variant's state either way."""
+        """200 when the default variant can serve and an embedded Pub/Sub server listens, else 503; each variant's and
+        each subscription's state either way."""
         readiness = service().readiness()
         response.status_code = 200 if readiness.ready else 503
         return readiness

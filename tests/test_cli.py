@@ -5,6 +5,7 @@ import asyncio
 import hashlib
 import json
 import re
+import socketserver
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import cv2
@@ -20,7 +22,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from deployments import cli
+from deployments import cli, client
 from deployments.client import Client
 from deployments.own_ray import free_port
 from serve_app import adapters
@@ -318,6 +320,26 @@ def test_without_a_broker_it_says_at_once_what_to_start(submit: Command, tmp_pat
         ended.err == f"broker_unavailable: nobody listens at {url}; start the app first: `serve run` with this config\n"
     )
     assert not (tmp_path / "blobs").exists() or not any((tmp_path / "blobs").rglob("*.jpg"))
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_another_programs_server_is_said_to_be_one(
+    submit: Command, tmp_path: Path, greeting: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SPEAKS_S", 0.2)
+    config = write_config(tmp_path)
+    host, _, port = settings_in(config).messages.url.removeprefix("embedded://").rpartition(":")
+
+    class Greet(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(greeting)
+
+    with socketserver.ThreadingTCPServer((host, int(port)), Greet) as other:
+        Thread(target=other.serve_forever).start()
+        ended = submit("-c", config)
+        other.shutdown()
+    assert (ended.status, ended.out) == (1, "")
+    assert "is no Pub/Sub server" in ended.err and "messages.url" in ended.err
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, Deploym
 
 from deployments import demo, loading, own_ray, readiness
 from deployments.app import absolute, build, deployment_names, text_encoder_name
+from deployments.broker import BrokerWatch, PubSub
 from deployments.config import load
 from deployments.ingress import Pushes
 from deployments.loading import Loading
@@ -25,6 +26,7 @@ from deployments.readiness import VariantWatch
 from deployments.remote import RemotePainter, RemotePrompts, RemoteTrials, typed_errors
 from deployments.text_encoder import TextEncoder
 from serve_app.adapters.memory import MemoryBlobStore
+from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.api import VariantReadiness
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import (
@@ -42,7 +44,7 @@ from serve_app.errors import (
 )
 from serve_app.jobs import Progress
 from serve_app.ports import Measured, Painted, PaintRequest, Verdict
-from serve_app.settings import Settings
+from serve_app.settings import MessagesSettings, Settings
 from serve_app.variants import Variant
 
 from .backends import until
@@ -655,6 +657,29 @@ def test_a_ray_of_ones_own_has_a_token_of_its_own() -> None:
 
 
 # -- pushes in hand
+
+
+async def test_a_broker_whose_port_is_taken_says_so_and_starts_when_it_is_free() -> None:
+    with EmbeddedPubSub("127.0.0.1", 0) as other:
+        settings = MessagesSettings(url=f"embedded://{other.address}")
+        handle = serve.run(serve.deployment(PubSub).bind(settings), _local_testing_mode=True)
+        watch = BrokerWatch(handle)
+        assert "not started" in watch.error
+        watching = asyncio.create_task(watch.run())
+        await until(lambda: "not started" not in watch.error)
+        assert other.address in watch.error and "messages.url" in watch.error
+        assert not watch.listens.is_set(), "what another program's server has is not ours to pull"
+    await until(watch.listens.is_set)
+    assert watch.error == ""
+    watching.cancel()
+
+
+async def test_a_broker_elsewhere_is_not_asked() -> None:
+    watch = BrokerWatch(None)
+    watching = asyncio.create_task(watch.run())
+    await until(watch.listens.is_set)
+    assert watch.error == ""
+    watching.cancel()
 
 
 async def test_a_push_goes_on_when_its_sender_hangs_up() -> None:

@@ -77,10 +77,22 @@ def _channel(settings: MessagesSettings) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_OPTIONS)
 
 
-async def connect(channel: grpc.Channel) -> None:
+async def check_speaks(settings: MessagesSettings, limit_s: float) -> None:
+    """Raises BrokerUnavailable where what listens at the address in `messages.url` is no Pub/Sub server."""
+    channel = _channel(settings)
+    try:
+        await connect(channel, limit_s)
+    except BrokerUnavailable as e:
+        what = "is no Pub/Sub server: another program has the port; see GET /ready, or name another in messages.url"
+        raise BrokerUnavailable(f"what listens at {settings.url} {what}", url=settings.url) from e
+    finally:
+        channel.close()
+
+
+async def connect(channel: grpc.Channel, limit_s: float = CONNECT_S) -> None:
     """Wait for a channel's first connection; once only, or a thread of gRPC's fails when the channel is closed.
 
-    Raises BrokerUnavailable where there is none after `CONNECT_S`.
+    Raises BrokerUnavailable where there is none after `limit_s`.
     """
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
@@ -90,10 +102,10 @@ async def connect(channel: grpc.Channel) -> None:
 
     channel.subscribe(note, try_to_connect=True)
     try:
-        async with asyncio.timeout(CONNECT_S):
+        async with asyncio.timeout(limit_s):
             await ready.wait()
     except TimeoutError as e:
-        raise BrokerUnavailable(f"no connection to Pub/Sub within {CONNECT_S:g} s") from e
+        raise BrokerUnavailable(f"no connection to Pub/Sub within {limit_s:g} s") from e
     finally:
         channel.unsubscribe(note)
 

@@ -88,7 +88,11 @@ class EmbeddedPubSub:
         try:
             self._port = self._server.add_insecure_port(self.address)
         except RuntimeError as e:
-            raise BrokerUnavailable(f"the embedded Pub/Sub server cannot listen on {self.address}: {e}") from e
+            raise BrokerUnavailable(
+                f"the embedded Pub/Sub server cannot listen on {self.address}: another program has the port (8085 is "
+                "also that of Google's emulator); stop it, or name another port in messages.url",
+                address=self.address,
+            ) from e
         await self._server.start()
         self._ticker = asyncio.create_task(calls.keep_ticking())
         log.info("The embedded Pub/Sub server listens on %s", self.address, extra={"action": "pubsub_started"})
@@ -101,8 +105,13 @@ class EmbeddedPubSub:
             await self._server.stop(grace=None)
 
     def __enter__(self) -> "EmbeddedPubSub":
-        self._thread = _LoopThread()
-        self._thread.call(self.start())
+        thread = _LoopThread()
+        try:
+            thread.call(self.start())
+        except BaseException:
+            thread.end()
+            raise
+        self._thread = thread
         return self
 
     def __exit__(self, *_: object) -> None:
