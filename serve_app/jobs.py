@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -151,6 +152,8 @@ Debt = Literal["session", "completion", "webhook"]
 #: The process that ended a job tells the others at once; should it die first, anybody may after this. Longer than
 #: telling may take, in seconds.
 HEAD_START_S: Mapping[Debt, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
+#: A URL of these schemes need not name the port.
+_PORTS = {"https": 443, "http": 80}
 
 
 _NOT_YET = datetime.fromtimestamp(0, UTC)
@@ -226,6 +229,11 @@ class Job(_Value):
         """When the first thing it owes is due; None where it owes nothing."""
         return min((owed.due_at for owed in self.owed.values()), default=None)
 
+    @property
+    def receiver(self) -> str:
+        """Whom a webhook of it calls, as `receiver_of` has it; empty where it calls nobody."""
+        return receiver_of(self.callback_url)
+
     def evolve(self, **changes: Any) -> "Job":
         return type(self).model_validate({**self.__dict__, **changes})
 
@@ -248,6 +256,19 @@ class Job(_Value):
             "attempt": self.attempt,
             "fence": self.fence,
         }
+
+
+def receiver_of(url: str) -> str:
+    """The host that the URL is of, and the port where it is not the scheme's own, however both are spelt; empty where
+    there is none."""
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+        host = host.encode("idna").decode()
+    except ValueError:
+        # What is no URL is never called either; UnicodeError is one.
+        return ""
+    return f"{host}:{port}" if port and port != _PORTS.get(parts.scheme) else host
 
 
 def _debts(job: Job) -> dict[Debt, Owed]:
@@ -434,19 +455,17 @@ def replay(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[
     return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
 
 
-def take_debts(taker: str, debts: Collection[Debt], *, wait_s: Callable[[Debt, int], float], later_s: float) -> Change:
+def take_debts(taker: str, debts: Collection[Debt], *, wait_s: Callable[[Debt, int], float]) -> Change:
     """Take on telling those of `debts` that are due: each is due again `wait_s(debt, attempts)` later, so that nobody
-    else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell. What else is due
-    is put off by `later_s`, so that it does not stand in the way of others'."""
+    else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell."""
 
-    def after(debt: Debt, owed: Owed, now: datetime) -> Owed:
-        if debt not in debts:
-            return owed.model_copy(update={"due_at": now + timedelta(seconds=later_s)})
+    def after(owed: Owed, debt: Debt, now: datetime) -> Owed:
         attempts = owed.attempts + 1
         return Owed(attempts=attempts, due_at=now + timedelta(seconds=wait_s(debt, attempts)), taken_by=taker)
 
     def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
-        due = {debt: after(debt, owed, now) for debt, owed in job.owed.items() if owed.due_at <= now} if job else {}
+        owed = job.owed if job else {}
+        due = {debt: after(owed[debt], debt, now) for debt in debts if debt in owed and owed[debt].due_at <= now}
         return (job.evolve(owed=job.owed | due),) if job and due else ()
 
     return change

@@ -3,7 +3,7 @@
 A job owes these from the write that ended it (`Job.owed`), so nothing is lost with a process. The process that ended
 the job tells at once; what is still owed when its head start is over, anybody's courier takes on and tells, again and
 again with backoff. What finds no free place waits in the store, not here. None of it holds up a message, a worker or
-another debt: a receiver that is down only waits longer.
+a debt to another: each lane has places of its own, and is looked for apart.
 At least once: a courier that dies between telling and noting it leaves the debt.
 """
 
@@ -14,12 +14,12 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol
 
 from . import jobs
 from .errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
-from .jobs import Debt, Job
+from .jobs import Debt, Job, receiver_of
 from .ports import JobStore, Publisher, SessionMirror
 from .settings import Settings
 from .telemetry import Metrics, NoMetrics, logged_with, trace_id
@@ -30,14 +30,11 @@ log = logging.getLogger(__name__)
 TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0}
 #: The longest waits between two attempts, in seconds. The stores and the broker are ours, a receiver is a stranger's.
 LONGEST_WAIT_S: Mapping[Debt, float] = {"session": 60.0, "completion": 60.0, "webhook": 3 * 3600.0}
-#: What is told at a time, of each kind, and to each receiver's host: a dead one must not take every place.
-AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 32}
-PER_HOST = 4
-#: A debt that finds no free place is looked at again so much later, in seconds.
-LATER_S = 60.0
+#: What is told at a time: session documents, completions, and webhooks to each receiver.
+AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 4}
 #: Debts told within this are paid by one write; one that takes longer, by its own.
 TOGETHER_S = 0.5
-#: Jobs taken on at each look.
+#: Jobs looked at beyond those that a lane has places for: of receivers that the settings name no longer.
 BATCH = 100
 
 
@@ -64,6 +61,8 @@ class Courier:
         self._settings, self._metrics = settings, metrics or NoMetrics()
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = _Places()
+        hosts = {receiver_of(f"https://{host}") for host in settings.webhooks.hosts}
+        self._lanes = [_Lane("session"), _Lane("completion"), *(_Lane("webhook", host) for host in sorted(hosts))]
         self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
             "session": self._write_session,
             "completion": self._publish_completion,
@@ -91,9 +90,18 @@ class Courier:
     async def look(self) -> None:
         """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""
         now = await self._jobs.now()
-        for job in await self._jobs.list(owes_by=now, limit=BATCH):
+        # Each lane's own, and no more than it has places for: what is owed to a dead receiver may be any number.
+        for lane in self._lanes:
+            if free := self._places.free(lane):
+                await self._look(now, free, debt=lane.debt, receiver=lane.receiver)
+        await self._look(now, BATCH)
+
+    async def _look(self, now: datetime, limit: int, **whose: Any) -> None:
+        for job in await self._jobs.list(owes_by=now, limit=limit, **whose):
             due = [debt for debt, owed in job.owed.items() if owed.due_at <= now]
             reserved = [debt for debt in due if self._places.take(job, debt)]
+            if not reserved:
+                continue
             mine: list[Debt] = []
             try:
                 taken, mine = await self._take_on(job, reserved)
@@ -107,8 +115,8 @@ class Courier:
 
     async def _take_on(self, job: Job, debts: list[Debt]) -> tuple[Job, list[Debt]]:
         """The present record, and those of `debts` that are ours to tell."""
-        taker, later_s = uuid.uuid4().hex, LATER_S * random.uniform(0.8, 1.2)
-        change = jobs.take_debts(taker, debts, wait_s=self._wait_s, later_s=later_s)
+        taker = uuid.uuid4().hex
+        change = jobs.take_debts(taker, debts, wait_s=self._wait_s)
         # Without the session's other jobs, which debts have nothing to do with.
         taken = await self._jobs.update(job.id, "", change)
         return taken, [debt for debt, owed in taken.owed.items() if owed.taken_by == taker]
@@ -213,31 +221,39 @@ class Courier:
         return TELL_S[debt] + backoff_s * random.uniform(0.8, 1.2)
 
 
+class _Lane(NamedTuple):
+    """Those that are told of the same place, and wait for each other only."""
+
+    debt: Debt
+    #: Of webhooks.
+    receiver: str | None = None
+
+    @classmethod
+    def of(cls, job: Job, debt: Debt) -> "_Lane":
+        return cls(debt, job.receiver if debt == "webhook" else None)
+
+
 class _Places:
-    """What is being told. No debt twice at a time, and no kind and no receiver more than its share."""
+    """What is being told. No debt twice at a time, and no lane more than its share."""
 
     def __init__(self) -> None:
         self._telling: set[tuple[str, Debt]] = set()
-        self._taken: Counter[str] = Counter()
+        self._taken: Counter[_Lane] = Counter()
+
+    def free(self, lane: _Lane) -> int:
+        return AT_ONCE[lane.debt] - self._taken[lane]
 
     def take(self, job: Job, debt: Debt) -> bool:
         """Whether there was a place; it is then to be left."""
-        lanes = _lanes(job, debt)
-        if (job.id, debt) in self._telling or any(self._taken[lane] >= most for lane, most in lanes.items()):
+        lane = _Lane.of(job, debt)
+        if (job.id, debt) in self._telling or not self.free(lane):
             return False
         self._telling.add((job.id, debt))
-        self._taken.update(lanes.keys())
+        self._taken[lane] += 1
         return True
 
     def leave(self, job: Job, debt: Debt) -> None:
         self._telling.discard((job.id, debt))
-        self._taken.subtract(_lanes(job, debt).keys())
-        # Nothing is kept of a host that nobody calls.
+        self._taken[_Lane.of(job, debt)] -= 1
+        # Nothing is kept of a receiver that nobody calls.
         self._taken = +self._taken
-
-
-def _lanes(job: Job, debt: Debt) -> Mapping[str, int]:
-    """The ways that telling takes a place on, and how many each has."""
-    if debt != "webhook":
-        return {debt: AT_ONCE[debt]}
-    return {debt: AT_ONCE[debt], f"host {urlsplit(job.callback_url).netloc}": PER_HOST}

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from .audits import Audit, Trial
 from .images import Pixels
-from .jobs import Change, Claim, Job, Progress, State
+from .jobs import Change, Claim, Debt, Job, Progress, State
 from .windows import Box
 
 #: The present, with a time zone.
@@ -116,10 +116,13 @@ class JobStore(Protocol):
         status: State | None = None,
         session_key: str | None = None,
         owes_by: datetime | None = None,
+        debt: Debt | None = None,
+        receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Newest first by `created_at`. With `owes_by` (and then no other condition) those that owe something due by
-        then (`Job.owes_at`), earliest due first."""
+        """Newest first by `created_at`. With `owes_by` (and then neither `status` nor `session_key`) those that owe
+        something due by then, earliest due first; with `debt` too, those that owe this by then; with a `receiver`
+        (`Job.receiver`) beside the debt `webhook`, those that owe it to this one."""
 
     async def delete(self, job_id: str) -> None:
         """Deleting what is not there is no error."""

@@ -12,7 +12,7 @@ from serve_app import adapters
 from serve_app.adapters.firestore_database import Firestore
 from serve_app.adapters.sql_tables import CANCELLATIONS, JOBS, SESSIONS
 from serve_app.errors import StoreUnavailable
-from serve_app.jobs import Job, Progress, State, claim_of
+from serve_app.jobs import Progress, State, claim_of
 from serve_app.ports import JobStore
 
 from .backends import at, make_job
@@ -152,7 +152,7 @@ async def test_a_session_document_whose_claim_others_damaged_is_written_all_the_
 async def test_what_a_change_raises_is_not_the_stores(jobs_url: str, opened: Opened) -> None:
     """A fault of ours must not look like an outage, which would be waited for."""
 
-    def fail(_job: Job | None, _rivals: Any) -> Any:
+    def fail(*_: object) -> Any:
         raise ArithmeticError("its own")
 
     store = opened(adapters.job_store(jobs_url))

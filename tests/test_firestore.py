@@ -60,6 +60,7 @@ def test_every_filtered_and_ordered_query_has_its_index() -> None:
     assert {index["collectionGroup"] for index in indexes} == {"jobs"}
     for filtered in (["status"], ["sessionKey"], ["sessionKey", "status"]):
         assert dict.fromkeys(filtered, "ASCENDING") | {"createdAt": "DESCENDING"} in found
+    assert {"receiver": "ASCENDING", "owes.webhook": "ASCENDING"} in found
 
 
 async def test_a_server_that_is_not_there_is_unavailable_and_no_reason_not_to_start(

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -290,6 +291,36 @@ async def test_debts_that_are_due_are_listed_the_earliest_first(store: JobStore)
     assert [job.id for job in await store.list(owes_by=at(30.000001), limit=2)] == ["both", "now"]
     assert [job.id for job in await store.list(owes_by=at(99))] == ["both", "now", "late"]
     assert list(await store.list(owes_by=at(9.999999))) == []
+
+
+async def test_each_debt_is_listed_apart_and_webhooks_by_receiver(store: JobStore) -> None:
+    def owes(id: str, url: str, **due_at: float) -> Job:
+        owed = {debt: Owed(due_at=at(second)) for debt, second in due_at.items()}
+        return make_job(id, status=State.SUCCEEDED, owed=owed, callback_url=url)
+
+    records = [
+        owes("all", "https://A.example:443/x", session=3, completion=2, webhook=1),
+        owes("a", "https://a.example./y", webhook=2),
+        owes("b", "https://a.example:8443/", webhook=0, session=9),
+        owes("c", "https://c.example/", completion=1),
+    ]
+    for job in records:
+        await store.update(job.id, "", put(job))
+
+    async def listed(debt: jobs.Debt, by: float = 5, **which: Any) -> list[str]:
+        return [job.id for job in await store.list(owes_by=at(by), debt=debt, **which)]
+
+    assert await listed("session") == ["all"]
+    assert await listed("session", 9) == ["all", "b"]
+    assert await listed("completion") == ["c", "all"]
+    assert await listed("webhook") == ["b", "all", "a"]
+    assert await listed("webhook", receiver="a.example") == ["all", "a"]
+    assert await listed("webhook", receiver="a.example", limit=1) == ["all"]
+    assert await listed("webhook", receiver="a.example:8443") == ["b"]
+    assert await listed("webhook", receiver="c.example") == []
+    await store.update("all", "", put(records[0].evolve(owed={})))
+    assert await listed("webhook", receiver="a.example") == ["a"]
+    assert await listed("session") == []
 
 
 async def test_a_debt_that_is_paid_is_listed_no_more(store: JobStore) -> None:

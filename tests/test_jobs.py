@@ -522,3 +522,21 @@ def test_seeds_are_32_bits_and_repeat(job_id: str) -> None:
 
 def test_ids_can_be_names_of_files() -> None:
     assert re.fullmatch(r"edit-[0-9a-f]{32}", identity({}))
+
+
+@pytest.mark.parametrize(
+    ("url", "receiver"),
+    [
+        ("https://a.example/hook?x=1", "a.example"),
+        ("https://A.Example.:443/", "a.example"),
+        ("http://a.example:80", "a.example"),
+        ("https://a.example:80", "a.example:80"),
+        ("https://bücher.example/", "xn--bcher-kva.example"),
+        ("https://[::1]:8443/", "::1:8443"),
+        ("https://a.example:99999/", ""),
+        ("https://" + "a" * 64 + ".example/", ""),
+        ("", ""),
+    ],
+)
+def test_a_receiver_is_the_same_however_its_host_is_spelt(url: str, receiver: str) -> None:
+    assert jobs.receiver_of(url) == receiver

@@ -17,7 +17,7 @@ from google.cloud.firestore import FieldFilter, Query
 from pydantic import ValidationError
 
 from ..errors import StoreUnavailable, UnknownJob
-from ..jobs import Change, Claim, Job, Progress, State
+from ..jobs import Change, Claim, Debt, Job, Progress, State
 from .calls import current_call
 from .firestore_database import ONCE, Firestore, Transaction, document_name
 from .job_records import read_all, read_record, with_progress
@@ -50,11 +50,13 @@ class FirestoreJobStore:
         status: State | None = None,
         session_key: str | None = None,
         owes_by: datetime | None = None,
+        debt: Debt | None = None,
+        receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         def query() -> Sequence[Job]:
             if owes_by is not None:
-                return self._owing(owes_by, limit)
+                return self._owing(owes_by, debt, receiver, limit)
             return self._newest({"status": status, "sessionKey": session_key}, limit)
 
         return await self._database.run(query)
@@ -124,8 +126,12 @@ class FirestoreJobStore:
                 query = query.where(filter=FieldFilter(field, "==", value))
         return self._listed(query.order_by("createdAt", direction=Query.DESCENDING), limit)
 
-    def _owing(self, by: datetime, limit: int) -> Sequence[Job]:
-        return self._listed(self._where("owesAt", "<=", by).order_by("owesAt"), limit)
+    def _owing(self, by: datetime, debt: Debt | None, receiver: str | None, limit: int) -> Sequence[Job]:
+        due_at = f"owes.{debt}" if debt else "owesAt"
+        query = self._where(due_at, "<=", by).order_by(due_at)
+        if receiver is not None:
+            query = query.where(filter=FieldFilter("receiver", "==", receiver))
+        return self._listed(query, limit)
 
     def _where(self, field: str, comparison: str, value: object) -> Any:
         return self._database.client.collection("jobs").where(filter=FieldFilter(field, comparison, value))
@@ -181,6 +187,8 @@ def _columns(job: Job) -> Mapping[str, Any]:
         "sessionKey": job.session_key,
         "createdAt": job.created_at,
         "owesAt": job.owes_at,
+        "owes": {debt: owed.due_at for debt, owed in job.owed.items()},
+        "receiver": job.receiver if "webhook" in job.owed else None,
         "record": job.model_dump_json(),
     }
 

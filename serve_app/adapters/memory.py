@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
-from ..jobs import Change, Claim, Job, Progress, State
+from ..jobs import Change, Claim, Debt, Job, Progress, State
 from ..ports import ANY_VERSION, BlobInfo, Clock, utc_now
 from .blob_paths import check_path
 from .session_documents import SessionDocument, written
@@ -132,10 +132,12 @@ class MemoryJobStore:
         status: State | None = None,
         session_key: str | None = None,
         owes_by: datetime | None = None,
+        debt: Debt | None = None,
+        receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
-            return self._owing(owes_by)[:limit]
+            return self._owing(owes_by, debt, receiver)[:limit]
         with self._content.lock:
             found = [
                 self._with_progress(job)
@@ -157,10 +159,16 @@ class MemoryJobStore:
     async def canceled_until(self, session_key: str) -> datetime | None:
         return self._content.cancellations.get(session_key)
 
-    def _owing(self, by: datetime) -> Sequence[Job]:
+    def _owing(self, by: datetime, debt: Debt | None, receiver: str | None) -> Sequence[Job]:
         with self._content.lock:
-            due = [(job.owes_at, job) for job in self._content.jobs.values() if job.owes_at and job.owes_at <= by]
-        return [job for _, job in sorted(due, key=lambda pair: pair[0])]
+            jobs = list(self._content.jobs.values())
+        owing = [
+            (min(owed[name].due_at for name in owed), job)
+            for job in jobs
+            if receiver in (None, job.receiver)
+            and (owed := {name: owed for name, owed in job.owed.items() if debt in (None, name)})
+        ]
+        return [job for due_at, job in sorted(owing, key=lambda pair: pair[0]) if due_at <= by]
 
     def _rivals(self, job_id: str, session_key: str) -> Sequence[Job]:
         return [

@@ -7,13 +7,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from ..errors import UnknownJob
-from ..jobs import Change, Claim, Job, Progress, State
+from ..jobs import Change, Claim, Debt, Job, Progress, State
 from ..ports import Clock, utc_now
 from .calls import current_call
 from .job_records import read_all, read_record, read_stored, with_progress
 from .session_documents import SessionDocument, written
 from .sql_database import Database, lock, server_time
-from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, seconds
+from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, owed_columns, seconds
 
 
 class SqlJobStore:
@@ -41,10 +41,14 @@ class SqlJobStore:
         status: State | None = None,
         session_key: str | None = None,
         owes_by: datetime | None = None,
+        debt: Debt | None = None,
+        receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
-            query = _JOBS.where(JOBS.c.owes_at <= seconds(owes_by)).order_by(JOBS.c.owes_at)
+            due_at = JOBS.c[f"owes_{debt}_at" if debt else "owes_at"]
+            query = _JOBS.where(due_at <= seconds(owes_by)).order_by(due_at)
+            query = query if receiver is None else query.where(JOBS.c.receiver == receiver)
         else:
             wanted = {JOBS.c.status: status, JOBS.c.session_key: session_key}
             query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
@@ -124,7 +128,7 @@ def _update(connection: sa.Connection, job_id: str, session_key: str, change: Ch
             "status": job.status,
             "session_key": job.session_key,
             "created_at": job.created_at.timestamp(),
-            "owes_at": seconds(job.owes_at),
+            **owed_columns(job),
             "fence": job.fence,
             "record": job.model_dump_json(),
         }

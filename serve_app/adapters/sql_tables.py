@@ -3,15 +3,18 @@
 A record is kept as JSON beside the columns that queries need.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any, get_args
 
 import sqlalchemy as sa
 
 from ..errors import SettingsError
+from ..jobs import Debt, Job
 from .job_records import read_all, read_record
 
-#: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations.
-SCHEMA = 2
+#: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations. 3: what is owed, apart.
+SCHEMA = 3
 
 _METADATA = sa.MetaData()
 _VERSION = sa.Table("schema_version", _METADATA, sa.Column("version", sa.Integer, primary_key=True))
@@ -26,9 +29,20 @@ JOBS = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False, index=True),
     sa.Column("fence", sa.Integer, nullable=False),
     sa.Column("record", sa.Text, nullable=False),
+    #: When the first debt is due, and when each is.
     sa.Column("owes_at", sa.Double),
+    *(sa.Column(f"owes_{debt}_at", sa.Double) for debt in get_args(Debt)),
+    #: Whom the webhook is owed.
+    sa.Column("receiver", sa.Text),
 )
-_OWES_AT = sa.Index("ix_jobs_owes_at", JOBS.c.owes_at)
+_INDEXES = {
+    2: [sa.Index("ix_jobs_owes_at", JOBS.c.owes_at)],
+    3: [
+        sa.Index("ix_jobs_owes_session_at", JOBS.c.owes_session_at),
+        sa.Index("ix_jobs_owes_completion_at", JOBS.c.owes_completion_at),
+        sa.Index("ix_jobs_owes_webhook_at", JOBS.c.receiver, JOBS.c.owes_webhook_at),
+    ],
+}
 PROGRESS = sa.Table(
     "progress",
     _METADATA,
@@ -76,7 +90,7 @@ def bring_up_to_date(connection: sa.Connection) -> None:
             schema=version,
         )
     elif version < SCHEMA:
-        _from_1_to_2(connection)
+        _add_columns(connection, version)
         connection.execute(_VERSION.update().values(version=SCHEMA))
 
 
@@ -85,11 +99,26 @@ def seconds(moment: datetime | None) -> float | None:
     return None if moment is None else moment.timestamp()
 
 
-def _from_1_to_2(connection: sa.Connection) -> None:
+def owed_columns(job: Job) -> Mapping[str, Any]:
+    """What is owed, and to whom, as it is stored."""
+    due = {debt: owed.due_at for debt, owed in job.owed.items()}
+    return {
+        "owes_at": seconds(job.owes_at),
+        **{f"owes_{debt}_at": seconds(due.get(debt)) for debt in get_args(Debt)},
+        "receiver": job.receiver if "webhook" in due else None,
+    }
+
+
+def _add_columns(connection: sa.Connection, version: int) -> None:
     # Cancellations are there already: a table that is absent is made whatever the version.
-    connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN owes_at DOUBLE PRECISION")
-    _OWES_AT.create(connection)
+    added = {2: ["owes_at"], 3: [*(f"owes_{debt}_at" for debt in get_args(Debt)), "receiver"]}
+    for since in range(version + 1, SCHEMA + 1):
+        for name in added[since]:
+            kind = "TEXT" if name == "receiver" else "DOUBLE PRECISION"
+            connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
+        for index in _INDEXES[since]:
+            index.create(connection)
     owing = sa.select(JOBS.c.id, JOBS.c.record).where(JOBS.c.record.contains('"due_at"'))
     rows = connection.execute(owing).all()
     for job in read_all(lambda offset: rows[offset:], lambda row: read_record(row.id, row.record), len(rows)):
-        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(owes_at=seconds(job.owes_at)))
+        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(**owed_columns(job)))
