@@ -140,8 +140,8 @@ def _check_own(job: Job, role: str, stored: BlobInfo) -> None:
     """Raises ResultReplaced where `stored` is not what the job wrote."""
     if job.versions.get(role) != stored.version:
         raise ResultReplaced(
-            f"{stored.path} is another edit's by now, not that of job {job.id}: do the edit again with another "
-            "idempotency key, as `fluxfill submit --again` does",
+            f"{stored.path} was overwritten by a later edit of the session, and the picture of job {job.id} is gone: "
+            "`fluxfill submit --again` does the edit anew, as any other idempotency key does",
             path=stored.path,
         )
 

@@ -225,4 +225,5 @@ def _malformed(e: ValidationError, prefix: str) -> MalformedMessage:
     field = (prefix + ".".join(str(part) for part in first["loc"]))[:_NAME_CHARS]
     where = field or "the message"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return MalformedMessage(f"{where}: {first['msg']}{more}", field=field)
+    what = first["msg"].removeprefix("Value error, ")
+    return MalformedMessage(f"{where}: {what}{more}", field=field)
