@@ -13,7 +13,8 @@ its own present time, so the rules compare moments of one clock only, and no hos
     queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
     failed ──replayed, asked_again──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
 
-A job that is over owes what others must be told (`Job.owed`), from the same write that ended it: `outbox.py` pays.
+A job that is over owes what others must be told (`Job.owed`), from the same write that ended it. One that is not over
+owes its message (`dispatch`), should the broker have lost it. `outbox.py` pays.
 """
 
 import hashlib
@@ -146,8 +147,9 @@ class Timings(_Value):
     total_s: float | None = None
 
 
-#: Who is told that a job is over: the session document, the completion topic, the publisher's own URL.
-Debt = Literal["session", "completion", "webhook"]
+#: Who is told that a job is over: the session document, the completion topic, the publisher's own URL. `dispatch` is
+#: what a job that is not over owes: its message, published again.
+Debt = Literal["session", "completion", "webhook", "dispatch"]
 
 #: The process that ended a job tells the others at once; should it die first, anybody may after this. Longer than
 #: telling may take, in seconds.
@@ -160,7 +162,7 @@ _NOT_YET = datetime.fromtimestamp(0, UTC)
 
 
 class Owed(_Value):
-    """Something a job that is over still has to tell."""
+    """Something a job still has to tell."""
 
     #: Not to be told before.
     due_at: AwareDatetime
@@ -168,6 +170,14 @@ class Owed(_Value):
     attempts: int = 0
     #: Who began last.
     taken_by: str = ""
+
+
+class Message(_Value):
+    """What asked for a job, to be published again should the broker lose it."""
+
+    #: JSON, as `messages.EditMessage` reads it.
+    data: str
+    attributes: dict[str, str]
 
 
 class Job(_Value):
@@ -205,13 +215,17 @@ class Job(_Value):
     versions: dict[str, str] = Field(default_factory=dict)
     #: Whether its message was copied to the dead-letter topic.
     dead_lettered: bool = False
-    #: What is still to be told of a job that is over.
+    #: What is still to be told.
     owed: dict[Debt, Owed] = Field(default_factory=dict)
     #: Where the publisher wants to be called when the job is over; empty: nowhere.
     callback_url: str = ""
     #: W3C trace context of the message that asked; empty where there is none.
     traceparent: str = ""
     deadline: AwareDatetime | None = None
+    #: The newest message that asked for it; None in records of a version that kept none.
+    message: Message | None = None
+    #: The message is published again when nothing was heard of the job for so long, in seconds.
+    redispatch_s: float = 3600.0
     #: When the newest message that asked for it was published, by the broker's clock.
     asked_at: AwareDatetime | None = None
     #: This and the moments below are the job store's time. A new job has its own from its first claim.
@@ -237,7 +251,7 @@ class Job(_Value):
     def evolve(self, **changes: Any) -> "Job":
         return type(self).model_validate({**self.__dict__, **changes})
 
-    def after(self, cause: Cause, **changes: Any) -> "Job":
+    def after(self, cause: Cause, now: datetime, **changes: Any) -> "Job":
         """The record after the edge that `cause` names.
 
         Raises IllegalTransition where the state machine has no such edge.
@@ -245,8 +259,10 @@ class Job(_Value):
         to = TRANSITIONS.get((self.status, cause))
         if to is None:
             raise IllegalTransition(f"job {self.id} is {self.status} and cannot be {cause}", status=self.status)
-        after = self.evolve(status=to, lease_until=None if to != State.RUNNING else self.lease_until, **changes)
-        return after.evolve(owed=_debts(after))
+        lease_until = self.lease_until if to == State.RUNNING else None
+        finished_at = now if to.is_final else None
+        after = self.evolve(status=to, lease_until=lease_until, finished_at=finished_at, **changes)
+        return after.evolve(owed=_debts(after, now))
 
     def log_context(self) -> dict[str, Any]:
         return {
@@ -271,17 +287,16 @@ def receiver_of(url: str) -> str:
     return f"{host}:{port}" if port and port != _PORTS.get(parts.scheme) else host
 
 
-def _debts(job: Job) -> dict[Debt, Owed]:
-    if not job.status.is_final or job.finished_at is None:
-        return {}
+def _debts(job: Job, now: datetime) -> dict[Debt, Owed]:
+    if not job.status.is_final:
+        return {"dispatch": Owed(due_at=now + timedelta(seconds=job.redispatch_s))}
     wanted: dict[Debt, bool] = {
         "session": bool(job.session_id),
         "completion": True,
         "webhook": bool(job.callback_url),
     }
-    ended = job.finished_at
     return {
-        debt: Owed(due_at=ended + timedelta(seconds=HEAD_START_S[debt]))
+        debt: Owed(due_at=now + timedelta(seconds=HEAD_START_S[debt]))
         for debt, is_wanted in wanted.items()
         if is_wanted
     }
@@ -334,11 +349,8 @@ def seed_of(job_id: str) -> int:
 Change = Callable[[Job | None, Sequence[Job], datetime], Sequence[Job]]
 
 
-def claim(
-    new: Job, *, lease_s: float, max_attempts: int, claimer: str = "", asked_at: datetime | None = None
-) -> Change:
-    """Take `new`, or the record already stored under its id, and run it. `claimer` is a name used for this claim only;
-    `asked_at` is when the message was published.
+def claim(new: Job, *, lease_s: float, max_attempts: int, claimer: str = "") -> Change:
+    """Take `new`, or the record already stored under its id, and run it. `claimer` is a name used for this claim only.
 
     The stored record wins over `new`: parameters and seed are those of the first claim; deadline, callback and trace
     are the newest message's. A final record is left as it is, unless a newer message asks for it again: `_asked_again`.
@@ -350,8 +362,7 @@ def claim(
     """
 
     def change(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
-        asked = new.evolve(asked_at=asked_at)
-        job = _asked_again(stored, asked, now) if stored else asked.evolve(created_at=now)
+        job = _asked_again(stored, new, now) if stored else new.evolve(created_at=now)
         if job.status.is_final:
             return tuple(_superseded(rival, job, now) for rival in rivals if _is_replaced(rival, job))
         _refuse_live(job, now)
@@ -360,16 +371,17 @@ def claim(
         if job.variant != new.variant:
             raise OtherVariant(f"job {job.id} is of variant {job.variant}", variant=job.variant)
         if job.status == State.RUNNING:
-            job = job.after(Cause.LEASE_LOST)
+            job = job.after(Cause.LEASE_LOST, now)
         for rival in rivals:
             _refuse_live(rival, now)
         if job.deadline is not None and now >= job.deadline:
-            changes = {"error": _too_late(job), "fence": job.fence + 1, "claimed_by": claimer, "finished_at": now}
-            return (job.after(Cause.EXPIRED, **changes),)
+            late = {"error": _too_late(job), "fence": job.fence + 1, "claimed_by": claimer}
+            return (job.after(Cause.EXPIRED, now, **late),)
         _refuse_early(job, now)
         others = tuple(after for rival in rivals if (after := _beside(rival, job, now, max_attempts)) is not None)
         job = job.after(
             Cause.CLAIMED,
+            now,
             attempt=job.attempt + 1,
             fence=job.fence + 1,
             claimed_by=claimer,
@@ -385,10 +397,10 @@ def claim(
 def disown(claimer: str) -> Change:
     """Give a claim back of which `claimer` never heard that it was stored, and the attempt with it."""
 
-    def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
         if job is None or job.status != State.RUNNING or job.claimed_by != claimer:
             return ()
-        return (job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1),)
+        return (job.after(Cause.GIVEN_BACK, now, attempt=job.attempt - 1),)
 
     return change
 
@@ -400,7 +412,7 @@ def renew(claim: Claim, *, lease_s: float) -> Change:
 
 def finish(claim: Claim, cause: Cause, **changes: Any) -> Change:
     """End the job by `cause`. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job, now: job.after(cause, finished_at=now, **changes))
+    return _held(claim, lambda job, now: job.after(cause, now, **changes))
 
 
 def retry(claim: Claim, *, error: JobError, backoff_s: float) -> Change:
@@ -409,14 +421,14 @@ def retry(claim: Claim, *, error: JobError, backoff_s: float) -> Change:
 
     def after(job: Job, now: datetime) -> Job:
         not_before = now + timedelta(seconds=backoff_s)
-        return job.after(Cause.RETRIED, error=error, not_before=not_before, waiting_since=None)
+        return job.after(Cause.RETRIED, now, error=error, not_before=not_before, waiting_since=None)
 
     return _held(claim, after)
 
 
 def give_back(claim: Claim) -> Change:
     """Put the job back, with the attempt uncounted. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job, _now: job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1))
+    return _held(claim, lambda job, now: job.after(Cause.GIVEN_BACK, now, attempt=job.attempt - 1))
 
 
 def wait(claim: Claim, *, error: JobError, limit_s: float) -> Change:
@@ -428,8 +440,8 @@ def wait(claim: Claim, *, error: JobError, limit_s: float) -> Change:
     def after(job: Job, now: datetime) -> Job:
         since = job.waiting_since or now
         if (now - since).total_seconds() >= limit_s:
-            return job.after(Cause.EXHAUSTED, error=error, finished_at=now)
-        return job.after(Cause.GIVEN_BACK, attempt=job.attempt - 1, error=error, waiting_since=since)
+            return job.after(Cause.EXHAUSTED, now, error=error)
+        return job.after(Cause.GIVEN_BACK, now, attempt=job.attempt - 1, error=error, waiting_since=since)
 
     return _held(claim, after)
 
@@ -439,10 +451,10 @@ def cancel(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[J
     if job is None:
         raise UnknownJob("there is no such job")
     error = JobError(code="canceled", message="canceled by a user")
-    return (job.after(Cause.CANCELED, fence=job.fence + 1, error=error, finished_at=now),)
+    return (job.after(Cause.CANCELED, now, fence=job.fence + 1, error=error),)
 
 
-def replay(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
+def replay(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
     """Have a failed job run again, with all its attempts, when its message comes again. Others stay as they are.
 
     Raises UnknownJob where there is none.
@@ -451,22 +463,27 @@ def replay(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[
         raise UnknownJob("there is no such job")
     if job.status != State.FAILED:
         return ()
-    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "finished_at": None, "waiting_since": None}
-    return (job.after(Cause.REPLAYED, **fresh, fence=job.fence + 1),)
+    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "waiting_since": None}
+    return (job.after(Cause.REPLAYED, now, **fresh, fence=job.fence + 1),)
 
 
 def take_debts(taker: str, debts: Collection[Debt], *, wait_s: Callable[[Debt, int], float]) -> Change:
     """Take on telling those of `debts` that are due: each is due again `wait_s(debt, attempts)` later, so that nobody
-    else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell."""
+    else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell.
 
-    def after(owed: Owed, debt: Debt, now: datetime) -> Owed:
-        attempts = owed.attempts + 1
+    A job under a live lease is heard of, though renewals leave its debts alone: its message is put off until then."""
+
+    def after(job: Job, debt: Debt, now: datetime) -> Owed:
+        if debt == "dispatch" and job.lease_until is not None and job.lease_until > now:
+            return Owed(due_at=job.lease_until + timedelta(seconds=job.redispatch_s))
+        attempts = job.owed[debt].attempts + 1
         return Owed(attempts=attempts, due_at=now + timedelta(seconds=wait_s(debt, attempts)), taken_by=taker)
 
     def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
-        owed = job.owed if job else {}
-        due = {debt: after(owed[debt], debt, now) for debt in debts if debt in owed and owed[debt].due_at <= now}
-        return (job.evolve(owed=job.owed | due),) if job and due else ()
+        if job is None:
+            return ()
+        due = {debt: after(job, debt, now) for debt in debts if debt in job.owed and job.owed[debt].due_at <= now}
+        return (job.evolve(owed=job.owed | due),) if due else ()
 
     return change
 
@@ -478,6 +495,18 @@ def pay(told: Job, debts: Collection[Debt]) -> Change:
         if job is None or (job.fence, job.status) != (told.fence, told.status) or not job.owed.keys() & set(debts):
             return ()
         return (job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt not in debts}),)
+
+    return change
+
+
+def lose(found: Job, message: str) -> Change:
+    """End the job, as it was `found`, because it waits for a message that will not come; `message` says why."""
+
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        if job is None or (job.fence, job.status) != (found.fence, found.status):
+            return ()
+        error = JobError(code="message_lost", message=message)
+        return (job.after(Cause.EXHAUSTED, now, error=error, fence=job.fence + 1),)
 
     return change
 
@@ -522,18 +551,20 @@ def _asked_again(stored: Job, new: Job, now: datetime) -> Job:
     """The stored record with the wishes of a newer message whose deadline is not over; queued again where the job
     failed or was canceled before that message was published, or expired. A message that comes again asks nothing."""
     asked_at = new.asked_at
+    if stored.message is None:
+        stored = stored.evolve(message=new.message)
     if asked_at is None or (stored.asked_at is not None and asked_at <= stored.asked_at):
         return stored
     if new.deadline is not None and new.deadline <= now:
         return stored
-    wishes = {name: getattr(new, name) for name in ("asked_at", "deadline", "callback_url", "traceparent")}
+    wishes = {name: getattr(new, name) for name in ("asked_at", "message", "deadline", "callback_url", "traceparent")}
     if not stored.status.is_final:
         return stored.evolve(**wishes)
     is_after_the_end = stored.finished_at is not None and asked_at > stored.finished_at
     if stored.status == State.SUCCEEDED or not (is_after_the_end or stored.status == State.EXPIRED):
         return stored
-    fresh = {"attempt": 0, "error": None, "dead_lettered": False, "finished_at": None}
-    return stored.after(Cause.ASKED_AGAIN, **fresh, not_before=None, waiting_since=None, **wishes)
+    fresh = {"attempt": 0, "error": None, "dead_lettered": False}
+    return stored.after(Cause.ASKED_AGAIN, now, **fresh, not_before=None, waiting_since=None, **wishes)
 
 
 def _beside(rival: Job, claimed: Job, now: datetime, max_attempts: int) -> Job | None:
@@ -550,19 +581,19 @@ def _is_replaced(rival: Job, by: Job) -> bool:
 
 def _superseded(rival: Job, by: Job, now: datetime) -> Job:
     error = JobError(code="superseded", message=f"its photo or mask was replaced; see job {by.id}")
-    return rival.after(Cause.SUPERSEDED, error=error, fence=rival.fence + 1, finished_at=now)
+    return rival.after(Cause.SUPERSEDED, now, error=error, fence=rival.fence + 1)
 
 
 def _lost(rival: Job, now: datetime, max_attempts: int) -> Job:
     """A rival whose lease ran out: queued again, or failed, with its number raised so that its worker cannot write."""
     if rival.attempt >= max_attempts:
         return _exhausted(rival, now)
-    return rival.after(Cause.LEASE_LOST, fence=rival.fence + 1)
+    return rival.after(Cause.LEASE_LOST, now, fence=rival.fence + 1)
 
 
 def _exhausted(job: Job, now: datetime, **changes: Any) -> Job:
     error = JobError(code="attempts_exhausted", message=f"all {job.attempt} attempts are used up")
-    return job.after(Cause.EXHAUSTED, error=error, fence=job.fence + 1, finished_at=now, **changes)
+    return job.after(Cause.EXHAUSTED, now, error=error, fence=job.fence + 1, **changes)
 
 
 def _too_late(job: Job) -> JobError:

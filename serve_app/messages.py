@@ -47,6 +47,8 @@ _MAX_SEPARATORS = MAX_ATTRIBUTES * _ATTRIBUTE_BYTES + 1_000
 
 #: Attributes that begin with this say why a message was given up. Senders have none.
 DEAD_LETTER = "deadLetter"
+#: The attribute of a message that the outbox published again: when the first one was.
+ASKED_AT = "askedAt"
 
 #: A moment in RFC 3339, section 5.6; pydantic alone also reads dates and Unix seconds.
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -129,6 +131,8 @@ class Attributes(BaseModel):
     priority: Annotated[str, StringConstraints(max_length=64)] | None = None
     #: W3C trace context. What is none is ignored, as the standard has it.
     traceparent: str = ""
+    #: See ASKED_AT.
+    asked_at: Moment | None = None
 
     @field_validator("traceparent")
     @classmethod
@@ -204,7 +208,7 @@ def parse_envelope(body: bytes) -> PushEnvelope:
 
 def without_reasons(attributes: Mapping[str, str]) -> dict[str, str]:
     """A message's attributes as its sender gave them."""
-    return {name: value for name, value in attributes.items() if not name.startswith(DEAD_LETTER)}
+    return {n: value for n, value in attributes.items() if not n.startswith(DEAD_LETTER) and n != ASKED_AT}
 
 
 class _RawObject(BaseModel):

@@ -1,4 +1,5 @@
-"""Tells others what became of jobs: the session document, the completion topic, the publisher's own URL.
+"""Tells others what became of jobs: the session document, the completion topic, the publisher's own URL. And publishes
+the messages of jobs again that are not over and of which nothing was heard for long: the broker may have lost them.
 
 A job owes these from the write that ended it (`Job.owed`), so nothing is lost with a process. The process that ended
 the job tells at once; what is still owed when its head start is over, anybody's courier takes on and tells, again and
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from . import jobs
 from .errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
 from .jobs import Debt, Job, receiver_of
+from .messages import ASKED_AT
 from .ports import JobStore, Publisher, SessionMirror
 from .settings import Settings
 from .telemetry import Metrics, NoMetrics, logged_with, trace_id
@@ -27,11 +29,16 @@ from .telemetry import Metrics, NoMetrics, logged_with, trace_id
 log = logging.getLogger(__name__)
 
 #: How long telling may take, in seconds; nobody else tells it meanwhile. Shorter than jobs.HEAD_START_S.
-TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0}
+TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0, "dispatch": 12.0}
 #: The longest waits between two attempts, in seconds. The stores and the broker are ours, a receiver is a stranger's.
-LONGEST_WAIT_S: Mapping[Debt, float] = {"session": 60.0, "completion": 60.0, "webhook": 3 * 3600.0}
-#: What is told at a time: session documents, completions, and webhooks to each receiver.
-AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 4}
+LONGEST_WAIT_S: Mapping[Debt, float] = {
+    "session": 60.0,
+    "completion": 60.0,
+    "webhook": 3 * 3600.0,
+    "dispatch": 24 * 3600.0,
+}
+#: What is told at a time: session documents, completions, webhooks to each receiver, messages.
+AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 4, "dispatch": 32}
 #: Debts told within this are paid by one write; one that takes longer, by its own.
 TOGETHER_S = 0.5
 #: Jobs looked at beyond those that a lane has places for: of receivers that the settings name no longer.
@@ -62,17 +69,24 @@ class Courier:
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = _Places()
         hosts = {receiver_of(f"https://{host}") for host in settings.webhooks.hosts}
-        self._lanes = [_Lane("session"), _Lane("completion"), *(_Lane("webhook", host) for host in sorted(hosts))]
+        self._lanes = [
+            _Lane("session"),
+            _Lane("completion"),
+            _Lane("dispatch"),
+            *(_Lane("webhook", host) for host in sorted(hosts)),
+        ]
         self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
             "session": self._write_session,
             "completion": self._publish_completion,
             "webhook": webhooks.call,
+            "dispatch": self._dispatch,
         }
 
     def tell(self, job: Job) -> None:
-        """Tell in the background what `job`, as it was just stored, owes. What finds no free place stays owed. Wants a
-        running event loop."""
-        if begun := [debt for debt in job.owed if self._places.take(job, debt)]:
+        """Tell in the background what became of `job`, as it was just stored. What finds no free place stays owed.
+        Wants a running event loop."""
+        begun: list[Debt] = [debt for debt in job.owed if debt != "dispatch" and self._places.take(job, debt)]
+        if begun:
             self._spawn(self._tell(job, begun))
 
     async def run(self) -> None:
@@ -147,7 +161,8 @@ class Courier:
             while telling:
                 done, _ = await asyncio.wait(telling, return_when=asyncio.FIRST_COMPLETED)
                 ended = {telling.pop(task): task.result() for task in done}
-                await self._pay(job, [debt for debt, is_told in ended.items() if is_told])
+                # A job that is not over goes on owing its message.
+                await self._pay(job, [debt for debt, is_told in ended.items() if is_told and debt != "dispatch"])
         finally:
             for task in telling:
                 task.cancel()
@@ -215,8 +230,25 @@ class Courier:
         named = {name: value for name, value in attributes.items() if value}
         await self._publisher.publish("completed", json.dumps(body).encode(), named)
 
+    async def _dispatch(self, job: Job) -> None:
+        """The copy is the same message to the rules of asking again: it carries the moment of the first."""
+        if job.message is None:
+            await self._lose(job, "its message is gone, and its record keeps none")
+            return
+        asked_at = {ASKED_AT: job.asked_at.isoformat()} if job.asked_at else {}
+        try:
+            await self._publisher.publish("sessions", job.message.data.encode(), {**job.message.attributes, **asked_at})
+        except MessageRefused as e:
+            await self._lose(job, f"its message is gone, and the broker does not take it again: {e}")
+            return
+        log.warning("Published a job's message again", extra={"action": "redispatched", **job.log_context()})
+
+    async def _lose(self, job: Job, why: str) -> None:
+        self.tell(await self._jobs.update(job.id, "", jobs.lose(job, why)))
+
     def _wait_s(self, debt: Debt, attempts: int) -> float:
-        first_s = self._settings.webhooks.backoff_s if debt == "webhook" else self._settings.work.backoff_s
+        firsts_s = {"webhook": self._settings.webhooks.backoff_s, "dispatch": self._settings.work.redispatch_s}
+        first_s = firsts_s.get(debt, self._settings.work.backoff_s)
         backoff_s = min(LONGEST_WAIT_S[debt], first_s * 2.0 ** min(attempts - 1, 30))
         return TELL_S[debt] + backoff_s * random.uniform(0.8, 1.2)
 

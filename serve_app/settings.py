@@ -297,6 +297,8 @@ class Work(_Frozen):
     stuck_s: float = Field(60.0, gt=0)
     #: How often what jobs owe (session documents, completion messages, webhooks) is looked for.
     outbox_poll_s: float = Field(2.0, gt=0)
+    #: How long nothing may be heard of a job that is not over before its message is published again.
+    redispatch_s: float = Field(3600.0, gt=0)
     #: On shutdown: how long jobs in hand may go on before they are given back. A spot node has 15 s in all.
     grace_s: float = Field(5.0, ge=0)
 

@@ -38,7 +38,7 @@ from .errors import (
     VariantNotReady,
 )
 from .holding import Shares, Waits
-from .jobs import Cause, Change, Job, JobError, Parameters, State, Timings
+from .jobs import Cause, Change, Job, JobError, Message, Parameters, State, Timings
 from .lease import Lease, Orphans, insist
 from .messages import Attributes, EditMessage, parse_attributes, parse_edit, without_reasons
 from .outbox import Courier, Webhooks
@@ -154,17 +154,17 @@ class Worker:
             try:
                 # Before the stores are asked anything: what is over its share comes again.
                 with self._shares.taken(variant):
-                    return await self._work_on(await self._new_job(message, attributes, variant), delivery)
+                    return await self._work_on(await self._new_job(message, attributes, variant, delivery), delivery)
             except OtherVariant as e:
                 variant = e.details["variant"]
             except VariantNotReady as e:
                 if self._waits.waited_s(delivery.message_id) < self._settings.work.wait_limit_s:
                     raise
-                return await self._given_up(await self._new_job(message, attributes, variant), delivery, e)
+                return await self._given_up(await self._new_job(message, attributes, variant, delivery), delivery, e)
 
     async def _given_up(self, new: Job, delivery: Delivery, error: VariantNotReady) -> Verdict:
         """The end of a message that has waited for its share for too long."""
-        job = await self._claim(new, _claimer(), delivery.publish_time)
+        job = await self._claim(new, _claimer())
         if not job.status.is_final:
             change = jobs.finish(jobs.claim_of(job), Cause.EXHAUSTED, error=_job_error(error))
             job = await self._update(job, change)
@@ -173,7 +173,7 @@ class Worker:
     async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
         with logged_with(job_id=new.id, session_key=new.session_key):
             claimer, claimed_at = _claimer(), time.monotonic()
-            job = await self._claim(new, claimer, delivery.publish_time)
+            job = await self._claim(new, claimer)
             if job.status.is_final:
                 if job.claimed_by != claimer:
                     self._metrics.add("fluxfill_duplicates_total")
@@ -184,7 +184,7 @@ class Worker:
 
     # -- claiming
 
-    async def _new_job(self, message: EditMessage, attributes: Attributes, variant: str) -> Job:
+    async def _new_job(self, message: EditMessage, attributes: Attributes, variant: str, delivery: Delivery) -> Job:
         versions = await asyncio.gather(*(self._version(message, name) for name in INPUTS.values()))
         job_id = jobs.edit_job_id(message, versions=versions, idempotency_key=attributes.idempotency_key)
         defaults = self._defaults()
@@ -202,6 +202,12 @@ class Worker:
             deadline=message.deadline,
             callback_url=str(message.callback_url or ""),
             traceparent=attributes.traceparent,
+            asked_at=_asked_at(attributes, delivery),
+            message=Message(
+                data=message.model_dump_json(by_alias=True, exclude_none=True),
+                attributes=without_reasons(delivery.attributes),
+            ),
+            redispatch_s=self._settings.work.redispatch_s,
         )
 
     async def _version(self, message: EditMessage, name: str) -> str:
@@ -210,11 +216,9 @@ class Worker:
         except BlobNotFound:
             return ""
 
-    async def _claim(self, new: Job, claimer: str, asked_at: datetime | None) -> Job:
+    async def _claim(self, new: Job, claimer: str) -> Job:
         work = self._settings.work
-        change = jobs.claim(
-            new, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer, asked_at=asked_at
-        )
+        change = jobs.claim(new, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer)
         claiming = asyncio.ensure_future(self._jobs.update(new.id, new.session_key, change))
         try:
             return await asyncio.shield(claiming)
@@ -379,6 +383,12 @@ class Worker:
     def _backoff_s(self, times: int) -> float:
         work = self._settings.work
         return min(work.backoff_max_s, work.backoff_s * 2.0 ** min(times - 1, 30)) * random.uniform(0.8, 1.2)
+
+
+def _asked_at(attributes: Attributes, delivery: Delivery) -> datetime | None:
+    """When the message was first published: a copy that the outbox published asks no later than it."""
+    published = [moment for moment in (attributes.asked_at, delivery.publish_time) if moment is not None]
+    return min(published, default=None)
 
 
 def _claimer() -> str:

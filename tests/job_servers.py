@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
@@ -69,20 +69,25 @@ def plain(url: str) -> Iterator[sa.Connection]:
 
 def add_field(url: str, job_id: str) -> None:
     """Put a field into a stored record that this version does not know."""
+    set_record(url, job_id, lambda record: record.replace("{", '{"hue": 1, ', 1))
 
-    def added(record: str) -> str:
-        return record.replace("{", '{"hue": 1, ', 1)
+
+def set_record(url: str, job_id: str, after: str | Callable[[str], str]) -> None:
+    """Change a stored record behind the store's back."""
+
+    def changed(record: str) -> str:
+        return after if isinstance(after, str) else after(record)
 
     if url.startswith("firestore:"):
         database = Firestore(url)
         document = database.client.document(f"jobs/{job_id}")
-        document.update({"record": added(document.get().get("record"))})
+        document.update({"record": changed(document.get().get("record"))})
         database.close()
     else:
         with plain(url) as connection:
             where = JOBS.c.id == job_id
             record = connection.scalars(sa.select(JOBS.c.record).where(where)).one()
-            connection.execute(JOBS.update().where(where).values(record=added(record)))
+            connection.execute(JOBS.update().where(where).values(record=changed(record)))
 
 
 @pytest.fixture

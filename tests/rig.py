@@ -146,13 +146,16 @@ class Topics:
 
     def __init__(self) -> None:
         self.dead: list[tuple[bytes, dict[str, str]]] = []
+        self.sessions: list[Delivery] = []
         self.completed: list[tuple[dict[str, Any], dict[str, str]]] = []
         self.max_attributes = 100
 
     async def publish(self, topic: str, data: bytes, attributes: Mapping[str, str]) -> str:
         if len(attributes) > self.max_attributes:
             raise MessageRefused(f"{len(attributes)} attributes")
-        if topic == "completed":
+        if topic == "sessions":
+            self.sessions.append(Delivery(data=data, attributes=attributes, message_id=uuid.uuid4().hex))
+        elif topic == "completed":
             self.completed.append((json.loads(data), dict(attributes)))
         else:
             assert topic == "dead"

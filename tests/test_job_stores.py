@@ -335,6 +335,19 @@ async def test_a_debt_that_is_paid_is_listed_no_more(store: JobStore) -> None:
     assert paid.owed == {} and list(await store.list(owes_by=at(76))) == []
 
 
+async def test_a_job_that_is_not_over_owes_its_message(store: JobStore) -> None:
+    job = await claimed(store, make_job(redispatch_s=100, message=jobs.Message(data="{}", attributes={"ü": "é"})), 10)
+    assert [*await store.list(owes_by=at(110))] == [job]
+    assert list(await store.list(owes_by=at(109.999999))) == []
+    renewed = await store.update(job.id, KEY, dated(jobs.renew(jobs.claim_of(job), lease_s=60), 50))
+    assert [*await store.list(owes_by=at(110))] == [renewed], "a renewal moves nothing"
+    queued = await store.update(job.id, KEY, dated(jobs.give_back(jobs.claim_of(job)), 60))
+    assert list(await store.list(owes_by=at(159.999999))) == []
+    assert [*await store.list(owes_by=at(160))] == [queued]
+    done = await store.update(job.id, KEY, dated(jobs.cancel, 70))
+    assert done.owed.keys() == {"session", "completion"} and done.message == job.message
+
+
 async def test_delete(store: JobStore) -> None:
     await store.update("edit-1", KEY, put(make_job()))
     await store.delete("edit-1")

@@ -5,11 +5,11 @@ import pytest
 from serve_app import adapters
 from serve_app.adapters import job_records
 from serve_app.errors import StoreUnavailable
-from serve_app.jobs import State
+from serve_app.jobs import Message, State
 from serve_app.ports import JobStore
 
 from .backends import at, make_job
-from .job_servers import Opened, add_field
+from .job_servers import Opened, add_field, set_record
 from .test_job_stores import KEY, claimed, owing, put
 
 
@@ -49,3 +49,15 @@ async def test_nothing_runs_beside_a_job_that_cannot_be_read(shared: JobStore) -
         await claimed(shared, make_job())
     assert await shared.get("edit-1") is None
     assert (await claimed(shared, make_job(session_id="s2"))).attempt == 1
+
+
+async def test_a_record_of_a_version_that_kept_no_message_is_read(kept_url: str, opened: Opened) -> None:
+    """As it was written before jobs kept their messages."""
+    store = opened(adapters.job_store(kept_url))
+    new_fields = {"message", "redispatch_s", "asked_at", "not_before", "waiting_since", "versions"}
+    old = make_job("old", status=State.RUNNING, fence=1, attempt=1, lease_until=at(5), started_at=at(1))
+    await store.update("old", KEY, put(old))
+    set_record(kept_url, "old", old.model_dump_json(exclude=new_fields))
+    assert await store.get("old") == old
+    again = await claimed(store, make_job("old", message=Message(data="{}", attributes={}), asked_at=at(3)), 10)
+    assert (again.attempt, again.message and again.message.data, again.owed.keys()) == (2, "{}", {"dispatch"})

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from random import Random
 
@@ -54,9 +55,9 @@ def test_every_pair_of_state_and_cause(state: State, cause: Cause) -> None:
     to = TRANSITIONS.get((state, cause))
     if to is None:
         with pytest.raises(IllegalTransition, match=f"edit-1 is {state} and cannot be {cause}"):
-            job.after(cause)
+            job.after(cause, at(5))
     else:
-        after = job.after(cause)
+        after = job.after(cause, at(5))
         assert after.status == to
         assert after.lease_until == (at(1) if to == State.RUNNING else None)
 
@@ -74,11 +75,11 @@ def test_final_states_have_no_way_out_but_when_somebody_asks() -> None:
 
 def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
     failed = make_job(status=State.RUNNING, attempt=5, fence=5, started_at=at(1)).after(
-        Cause.EXHAUSTED, error=JobError(code="replica_lost", message=""), finished_at=at(2), dead_lettered=True
+        Cause.EXHAUSTED, at(2), error=JobError(code="replica_lost", message=""), dead_lettered=True
     )
     [again] = jobs.replay(failed, (), at(3))
     assert (again.status, again.attempt, again.fence, again.error) == (State.QUEUED, 0, 6, None)
-    assert (again.dead_lettered, again.finished_at, again.owed) == (False, None, {})
+    assert (again.dead_lettered, again.finished_at, again.owed.keys()) == (False, None, {"dispatch"})
     assert again.parameters == failed.parameters
 
 
@@ -88,9 +89,9 @@ def test_only_a_failed_job_is_replayed(state: State) -> None:
 
 
 def claimed_at(second: float, asked: float | None, **wishes: object) -> Dated:
-    new = make_job(**{"deadline": at(1000), "traceparent": "new", **wishes})
     asked_at = None if asked is None else at(asked)
-    return dated(jobs.claim(new, lease_s=60, max_attempts=5, asked_at=asked_at, claimer="me"), second)
+    new = make_job(**{"deadline": at(1000), "traceparent": "new", "asked_at": asked_at, **wishes})
+    return dated(jobs.claim(new, lease_s=60, max_attempts=5, claimer="me"), second)
 
 
 def ended(status: State, **changes: object) -> Job:
@@ -106,7 +107,8 @@ def test_who_asks_again_after_the_end_gets_another_run(state: State, asked: floa
     [again] = claimed_at(200, asked)(ended(state, dead_lettered=True), ())
     assert (again.status, again.attempt, again.fence, again.error) == (State.RUNNING, 1, 4, None)
     assert (again.deadline, again.traceparent, again.asked_at) == (at(1000), "new", at(asked))
-    assert (again.dead_lettered, again.waiting_since, again.finished_at, again.owed) == (False, None, None, {})
+    assert (again.dead_lettered, again.waiting_since, again.finished_at) == (False, None, None)
+    assert again.owed.keys() == {"dispatch"}
 
 
 @pytest.mark.parametrize("asked", [None, 10, 50, 100])
@@ -218,6 +220,64 @@ def test_the_diagram_shows_the_table() -> None:
     for cause in re.findall(r"^ *(?:└─)?(\w+)(?:,.*)?$", diagram, re.MULTILINE):
         drawn[State.RUNNING, Cause(cause)] = State.QUEUED
     assert drawn == TRANSITIONS
+
+
+# The message of a job that is not over
+
+
+def due_at(job: Job) -> datetime:
+    return job.owed["dispatch"].due_at
+
+
+def test_a_claim_and_what_puts_a_job_back_push_its_message_on() -> None:
+    job = claimed(make_job(redispatch_s=100), 5)
+    assert due_at(job) == at(105)
+    for second, (change, _) in enumerate(PUT_BACK.values(), start=50):
+        assert due_at(one(change(claim_of(job))(job, (), at(second)))) == at(second + 100)
+    assert due_at(one(jobs.disown(job.claimed_by)(job, (), at(70)))) == at(170)
+    _, lost = claim(make_job(), 5 + LEASE_S)(None, (job.evolve(id="rival"),))
+    assert due_at(lost) == at(105 + LEASE_S)
+
+
+def test_a_renewal_rewrites_nothing_but_the_lease() -> None:
+    job = claimed(make_job(redispatch_s=100))
+    renewed = one(jobs.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20)))
+    assert renewed == job.evolve(lease_until=at(20 + LEASE_S))
+
+
+def take_dispatch(job: Job, second: float) -> Sequence[Job]:
+    return jobs.take_debts("me", ["dispatch"], wait_s=lambda _debt, n: 10 * n)(job, (), at(second))
+
+
+def test_a_job_under_a_live_lease_is_heard_of_whatever_it_owes() -> None:
+    job = claimed(make_job(redispatch_s=100)).evolve(lease_until=at(130))
+    assert take_dispatch(job, 99) == ()
+    put_off = one(take_dispatch(job, 101))
+    assert put_off == job.evolve(owed={"dispatch": jobs.Owed(due_at=at(230))})
+    dead = one(take_dispatch(job, 130))
+    assert dead.owed == {"dispatch": jobs.Owed(due_at=at(140), attempts=1, taken_by="me")}
+
+
+def test_a_waiting_job_whose_message_is_lost_ends_unless_it_has_moved_on() -> None:
+    for status in (State.QUEUED, State.RUNNING):
+        found = make_job(status=status, fence=3)
+        failed = one(jobs.lose(found, "gone")(found, (), at(9)))
+        assert (failed.status, failed.fence, failed.error) == (
+            State.FAILED,
+            4,
+            JobError(code="message_lost", message="gone"),
+        )
+        assert jobs.lose(found, "gone")(found.evolve(fence=4), (), at(9)) == ()
+        assert jobs.lose(found, "gone")(failed, (), at(9)) == ()
+        assert jobs.lose(found, "gone")(None, (), at(9)) == ()
+
+
+def test_a_record_without_its_message_takes_the_next_ones() -> None:
+    message = jobs.Message(data="{}", attributes={})
+    [again] = claimed_at(5, asked=None, message=message)(make_job(message=None), ())
+    assert again.message == message
+    [kept] = claimed_at(5, asked=None, message=message)(make_job(message=message.model_copy(update={"data": "1"})), ())
+    assert kept.message and kept.message.data == "1", "no newer one"
 
 
 # Claims
@@ -422,6 +482,8 @@ def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -
             continue
         for record in records:
             assert stored is None or record.fence >= stored.fence
+            owed = {"session", "completion"} if record.status.is_final else {"dispatch"}
+            assert record.owed.keys() == owed, "what is not over is heard of again"
             assert 0 <= record.attempt <= 3
             stored = record
         if step == "claim" and stored and stored.status == State.RUNNING:
@@ -479,6 +541,14 @@ explicit = st.fixed_dictionaries(
 def identity(fields: dict[str, object], versions: tuple[str, ...] = ("1", "2"), key: str | None = None) -> str:
     message = EditMessage.model_validate({"userId": "u", "sessionId": "s", **fields})
     return edit_job_id(message, versions=versions, idempotency_key=key)
+
+
+@given(explicit)
+def test_a_message_that_is_published_again_asks_for_the_same(fields: dict[str, object]) -> None:
+    message = EditMessage.model_validate({"userId": "u", "sessionId": "s", **fields})
+    copy = EditMessage.model_validate_json(message.model_dump_json(by_alias=True, exclude_none=True))
+    ids = {edit_job_id(one, versions=("1", "2"), idempotency_key=None) for one in (message, copy)}
+    assert len(ids) == 1 and copy == message
 
 
 @given(explicit, st.randoms())

@@ -173,11 +173,11 @@ async def test_a_callback_that_may_not_be_called_fails_the_job_before_it_is_pain
 
 
 async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
-    over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, finished_at=make_job().created_at)
+    over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, make_job().created_at)
     assert over.owed.keys() == {"session", "completion"}
     [again] = jobs.replay(over, (), over.created_at)
-    assert again.owed == {}
-    failed_again = again.evolve(status=State.RUNNING).after(Cause.REJECTED, finished_at=make_job().created_at)
+    assert again.owed.keys() == {"dispatch"}
+    failed_again = again.evolve(status=State.RUNNING).after(Cause.REJECTED, make_job().created_at)
     assert failed_again.owed.keys() == {"session", "completion"}
     pay, now = jobs.pay(over, ["session"]), over.created_at
     assert pay(failed_again, (), now) == (), "that it failed before was told, not this"
@@ -187,7 +187,7 @@ async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
 
 
 def test_a_debt_is_taken_only_when_it_is_due() -> None:
-    over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, finished_at=make_job().created_at)
+    over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, make_job().created_at)
     due_at = over.created_at + timedelta(seconds=jobs.HEAD_START_S["session"])
     assert over.owes_at == due_at
 
@@ -202,7 +202,8 @@ def test_a_debt_is_taken_only_when_it_is_due() -> None:
 
 
 def test_the_head_start_is_longer_than_telling_may_take() -> None:
-    assert all(jobs.HEAD_START_S[debt] > limit_s for debt, limit_s in outbox.TELL_S.items())
+    assert all(head_start_s > outbox.TELL_S[debt] for debt, head_start_s in jobs.HEAD_START_S.items())
+    assert {*jobs.HEAD_START_S, "dispatch"} == set(outbox.TELL_S)
     assert Settings(variants={"telea": {}}, webhooks={"timeout_s": 25}).webhooks.timeout_s < outbox.TELL_S["webhook"]
 
 
@@ -229,7 +230,7 @@ AT_ONCE = outbox.AT_ONCE["webhook"]
 async def over(rig: Rig, number: int, url: str, owes: Sequence[jobs.Debt] = get_args(jobs.Debt)) -> None:
     """A stored job that has just ended, and of which only these were not told."""
     ended = make_job(f"edit-{number}", session_id=f"s{number}", status=State.RUNNING, fence=1, callback_url=url)
-    job = ended.after(Cause.REJECTED, finished_at=rig.clock())
+    job = ended.after(Cause.REJECTED, rig.clock())
     job = job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt in owes})
     await rig.jobs.update(job.id, job.session_key, lambda *_: (job,))
 

@@ -937,4 +937,5 @@ async def _claim_and_die(rig: Rig) -> None:
     from serve_app.messages import Attributes, EditMessage
 
     message = EditMessage(userId=USER, sessionId=SESSION)
-    await rig.worker._claim(await rig.worker._new_job(message, Attributes(), "telea"), "dead", None)
+    new = await rig.worker._new_job(message, Attributes(), "telea", delivery())
+    await rig.worker._claim(new, "dead")

@@ -40,6 +40,7 @@ _INDEXES = {
     3: [
         sa.Index("ix_jobs_owes_session_at", JOBS.c.owes_session_at),
         sa.Index("ix_jobs_owes_completion_at", JOBS.c.owes_completion_at),
+        sa.Index("ix_jobs_owes_dispatch_at", JOBS.c.owes_dispatch_at),
         sa.Index("ix_jobs_owes_webhook_at", JOBS.c.receiver, JOBS.c.owes_webhook_at),
     ],
 }
