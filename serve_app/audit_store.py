@@ -4,6 +4,9 @@ A record is written by one job at a time: every write names the attempt it belon
 refused. Records and the lock are written by compare-and-set; a change that was stored though its answer was lost is
 recognized when it is tried again, here or by a backend's client. The lock counts for what the record that it names
 says, so a run is alive in its record before it asks for the lock: of two that are made at once, one gets it.
+
+Runs are listed by an index, whose names are in it before their records are. A name without the record that it is of
+counts for nothing.
 """
 
 import asyncio
@@ -18,6 +21,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from .audits import (
+    INDEX,
     LOCK_PATH,
     Audit,
     AuditFault,
@@ -30,6 +34,7 @@ from .audits import (
     cell_path,
     folder,
     image_path,
+    index_path,
     is_run_id,
     record_path,
 )
@@ -99,18 +104,22 @@ class AuditStore:
             alive_until=now + timedelta(seconds=LAUNCH_S),
             cells={name: CellProgress() for name in names},
         )
+        # Before the record, so that no run is missing in the list.
+        await self._blobs.put(index_path(audit.id, now), b"", content_type="text/plain")
         try:
             await self._put(record_path(audit.id), audit, "")
         except (BlobConflict, StoreUnavailable) as e:
             if not await self._is_stored(audit):
                 if isinstance(e, StoreUnavailable):
                     raise
+                await self._blobs.delete(index_path(audit.id, now))
                 what = f"there is a run {audit.id} already; resume it, or take another id"
                 raise AuditExists(what, run_id=audit.id) from None
         try:
             await self._lock(audit.id, several)
         except FluxFillError:
             await self._blobs.delete(record_path(audit.id))
+            await self._blobs.delete(index_path(audit.id, now))
             raise
         return audit
 
@@ -206,11 +215,19 @@ class AuditStore:
         return (await self._read(run_id))[0]
 
     async def list(self, limit: int = 50) -> list[Audit]:
-        """Newest first by `created_at`. Damaged records are left out."""
-        paths = [info.path async for info in self._blobs.list("audit")]
-        ids = [match[1] for path in paths if (match := _RECORD.fullmatch(path))]
-        audits = await _some(self._readable, ids)
-        return sorted(audits, key=lambda audit: (audit.created_at, audit.id), reverse=True)[:limit]
+        """Newest first by `created_at`. Damaged records are left out; few are read that are not given."""
+        names = sorted([info.path async for info in self._blobs.list(INDEX)])
+        found: list[Audit] = []
+        while names and len(found) < limit:
+            read = [names.pop() for _ in range(min(limit - len(found), len(names)))]
+            found += await _some(self._indexed, read)
+        return found
+
+    async def _indexed(self, path: str) -> Audit | None:
+        """The run of a name in the index; None where it is gone, or where it never came to be under that name."""
+        match = _INDEXED.fullmatch(path)
+        audit = await self._readable(match[1]) if match else None
+        return audit if audit and index_path(audit.id, audit.created_at) == path else None
 
     async def cancel(self, run_id: str) -> Audit:
         """Ask the run to stop; its job ends it, and a run without a live job is over at once. Raises UnknownAudit;
@@ -343,7 +360,9 @@ class AuditStore:
     async def _readable(self, run_id: str) -> Audit | None:
         try:
             return await self.get(run_id)
-        except (UnknownAudit, BlobError) as e:
+        except UnknownAudit:
+            return None
+        except BlobError as e:
             log.warning("Left a run out: %s", e.message, extra={"action": "record_unreadable", "run_id": run_id})
             return None
 
@@ -355,7 +374,7 @@ class AuditStore:
             await self._blobs.put(path, data, content_type=_JSON, if_version=version)
 
 
-_RECORD = re.compile(r"audit/([^/]+)/run\.json")
+_INDEXED = re.compile(rf"{INDEX}/[0-9T.]+Z-([^/]+)")
 
 
 async def _some(read: Callable[[str], Awaitable[T | None]], names: Iterable[str]) -> list[T]:

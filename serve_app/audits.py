@@ -381,6 +381,15 @@ def record_path(run_id: str) -> str:
     return f"{folder(run_id)}/run.json"
 
 
+#: A folder of names alone, which sort by time: what lists runs reads no record that it does not show.
+INDEX = "audit-index"
+
+
+def index_path(run_id: str, created_at: datetime) -> str:
+    """`created_at` in UTC, as the service's clock gives it."""
+    return f"{INDEX}/{created_at:%Y%m%dT%H%M%S.%fZ}-{run_id}"
+
+
 def cancel_path(run_id: str) -> str:
     """A blob that is there once the run is to stop."""
     return f"{folder(run_id)}/cancel"

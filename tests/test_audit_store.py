@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app import adapters
+from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import ALIVE_S, JOB_DIED, LAUNCH_S, AuditStore
 from serve_app.audits import (
     LOCK_PATH,
@@ -21,6 +23,7 @@ from serve_app.audits import (
     Matrix,
     cancel_path,
     cell_path,
+    index_path,
     record_path,
 )
 from serve_app.errors import (
@@ -35,7 +38,7 @@ from serve_app.errors import (
     StoreUnavailable,
     UnknownAudit,
 )
-from serve_app.ports import BlobStore
+from serve_app.ports import BlobInfo, BlobStore
 
 from .rig import Clock, Outage
 
@@ -184,6 +187,12 @@ class Deaf:
 
         self._blobs.after["put"] = lost
 
+    def hears_no_second_answer(self, error: Exception) -> None:
+        async def heard() -> None:
+            self.hears_no_answer(error)
+
+        self._blobs.after["put"] = heard
+
 
 @pytest.fixture
 def deaf(blobs: BlobStore, clock: Clock) -> Deaf:
@@ -197,7 +206,7 @@ LOST = pytest.mark.parametrize("lost", [BlobConflict("there is a newer one"), St
 @IN_MEMORY
 @LOST
 async def test_a_run_whose_creation_was_not_answered_is_created(deaf: Deaf, lost: Exception) -> None:
-    deaf.hears_no_answer(lost)
+    deaf.hears_no_second_answer(lost)  # The first put is the index's.
     audit = await deaf.store.create(REQUEST, "run")
     assert await deaf.store.get("run") == audit
     with pytest.raises(AuditExists):
@@ -480,11 +489,50 @@ async def test_the_newest_run_is_listed_first(store: AuditStore, blobs: BlobStor
     assert [audit.id for audit in await store.list(limit=2)] == ["a", "c"]
 
 
+class Reads(MemoryBlobStore):
+    """Notes what is read."""
+
+    def __init__(self) -> None:
+        super().__init__(f"memory:{uuid.uuid4().hex}")
+        self.read: list[str] = []
+
+    async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
+        self.read.append(path)
+        return await super().get(path, max_bytes=max_bytes)
+
+
+async def test_listing_reads_no_run_that_is_not_listed(clock: Clock) -> None:
+    reads = Reads()
+    store = AuditStore(reads, clock)
+    for name in ("a", "b", "c", "d"):
+        await store.create(REQUEST, name, several=True)
+        clock.advance(1)
+    await damage(reads, record_path("c"))
+    reads.read.clear()
+    assert [audit.id for audit in await store.list(limit=2)] == ["d", "b"]
+    assert sorted(reads.read) == [record_path(name) for name in ("b", "c", "d")]
+
+
+async def test_a_run_is_listed_once_and_where_it_began(store: AuditStore, blobs: BlobStore, clock: Clock) -> None:
+    await store.create(REQUEST, "a", several=True)
+    clock.advance(1)
+    await store.create(REQUEST, "b", several=True)
+    clock.advance(1)
+    with pytest.raises(AuditExists):
+        await store.create(REQUEST, "a", several=True)
+    assert len([info async for info in blobs.list("audit-index")]) == 2
+    # What is left of one that a dead process did not get to create, or of one that was removed.
+    for path in (index_path("a", clock()), index_path("gone", clock()), "audit-index/x"):
+        await blobs.put(path, b"", content_type="text/plain")
+    assert [audit.id for audit in await store.list()] == ["b", "a"]
+
+
 @LOCAL
 async def test_a_damaged_record_hides_no_other(
     store: AuditStore, blobs: BlobStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await store.create(REQUEST, "sound", several=True)
+    for name in ("sound", "damaged"):
+        await store.create(REQUEST, name, several=True)
     await damage(blobs, record_path("damaged"))
     with caplog.at_level(logging.WARNING):
         assert [audit.id for audit in await store.list()] == ["sound"]
