@@ -22,7 +22,7 @@ audit: install  ## three tiny variants at five guidance scales, by a Ray job aga
 	$(BIN)/fluxfill audit demo
 
 run: install  ## serve on this machine; then `fluxfill submit` from a second terminal
-	$(RAY) $(BIN)/serve run serve_config.yaml
+	umask 077; $(RAY) $(BIN)/serve run serve_config.yaml
 
 test: install  ## every test
 	$(BIN)/pytest

@@ -1,6 +1,7 @@
 """Reading a Serve config file, strictly: what is wrong in it, and on which line."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from ray.serve.schema import (
 from serve_app import adapters
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.errors import SettingsError
-from serve_app.settings import Inference, Settings
+from serve_app.settings import OPEN_PUSHES, Inference, Settings
+from serve_app.urls import is_loopback
 
 from .app import deployment_names
 
@@ -64,13 +66,13 @@ def load(path: Path) -> Config:
         raise SettingsError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
     raw = yaml.safe_load(path.read_text())
     app = raw["applications"][position(raw)]
-    http = HTTPOptionsSchema.model_validate(raw.get("http_options") or {})
+    http = HTTPOptionsSchema.model_validate(raw["http_options"])
     settings = Settings.model_validate(app["args"])
     return Config(
         settings=settings,
         inference=Inference.model_validate(_user_config(app, settings)),
-        host=http.host or "127.0.0.1",
-        port=http.port or 8000,
+        host=http.host,
+        port=http.port,
     )
 
 
@@ -111,6 +113,7 @@ def _problems(raw: dict[str, Any]) -> Found:
         at: Keys = ("applications", i)
         yield from _app_problems(at, app)
         yield from _port_problems((*at, "args", "messages", "url"), app, raw.get("http_options"))
+        yield from _host_problems(app, raw.get("http_options"))
 
 
 def _serve_problems(raw: dict[str, Any]) -> Found:
@@ -157,6 +160,16 @@ def _port_problems(at: Keys, app: dict[str, Any], http: Any) -> Found:
     port = http.get("port", 8000) if isinstance(http, dict) else 8000
     if url.startswith("embedded:") and url.endswith(f":{port}"):
         yield at, f"port {port} is the HTTP port already"
+
+
+def _host_problems(app: dict[str, Any], http: Any) -> Found:
+    host = http.get("host") if isinstance(http, dict) else None
+    if not isinstance(host, str) or not host:
+        yield ("http_options", "host"), "must be written: where it is not, Serve listens on every address"
+    elif not is_loopback(host):
+        with suppress(ValidationError):
+            if Settings.model_validate(app.get("args", {})).push.is_open:
+                yield ("http_options", "host"), f"strangers may reach {host}: {OPEN_PUSHES}"
 
 
 def _url_problems(at: Keys, settings: Settings) -> Found:

@@ -10,7 +10,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -21,7 +23,7 @@ from serve_app.audit_runs import Audits
 from serve_app.auth import Access
 from serve_app.cancel import Canceler
 from serve_app.engine.prompts import PromptCache
-from serve_app.errors import InvalidLink, Unavailable
+from serve_app.errors import InvalidLink, SettingsError, Unavailable
 from serve_app.jobs import Job
 from serve_app.outbox import Courier
 from serve_app.ports import BlobInfo, Delivery, Verdict, utc_now
@@ -95,7 +97,9 @@ class Ingress:
         configure_logging()
         secrets = Secrets.from_environment()
         self.metrics: Metrics = RayMetrics()
-        self.access = Access(settings, secrets)
+        self.access = Access(settings, secrets, host=_http_host())
+        if self.access.is_production:
+            check_ray_token()
         self.limits = settings.limits
         self._settings = settings
         self._inference: Inference | None = None
@@ -241,6 +245,18 @@ class Ingress:
         await self.audits.close()
         await self._courier.close(grace_s=TELL_GRACE_S)
         await self._webhooks.close()
+
+
+def _http_host() -> str:
+    """Where Serve's proxies listen, whatever this app's config file says: an app that is deployed on a running Serve
+    changes nothing there. Serve has no public call that tells it inside a replica."""
+    return _get_global_client().http_config.host or ""
+
+
+def check_ray_token() -> None:
+    """Raises SettingsError where Ray's own ports, which run what they are sent, ask nobody for a token."""
+    if not is_token_auth_enabled():
+        raise SettingsError("in production Ray must run with RAY_AUTH_MODE=token; see docs/security.md")
 
 
 async def _an_ingress_stops() -> bool:

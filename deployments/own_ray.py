@@ -45,6 +45,8 @@ def serving(config: Path, url: str, log: Path) -> Iterator[None]:
             stderr=subprocess.STDOUT,
             env=ray_environment(),
             start_new_session=True,
+            # Photos are their owner's alone.
+            umask=0o077,
             # Only SIGINT ends `serve run` cleanly, and a process started in the background may have it ignored.
             preexec_fn=_take_interrupts,
         )

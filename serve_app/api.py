@@ -17,8 +17,9 @@ from .auth import Access
 from .errors import FluxFillError, MalformedMessage, VariantNotReady
 from .jobs import Job, State
 from .messages import ID_PATTERN, Id, parse_edit, parse_envelope
+from .pages import check_page
 from .ports import BlobInfo, Delivery, Verdict
-from .problems import answer_problems, problem, read_body
+from .problems import Bodies, Gate, answer_problems, problem
 from .settings import Limits
 from .telemetry import Metrics
 
@@ -28,7 +29,14 @@ log = logging.getLogger(__name__)
 #: read to be acknowledged and dead-lettered: a refused push comes again for ever.
 MAX_ENVELOPE_BYTES = 14_000_000
 
+#: The value of a header that bears one.
+Credential = Annotated[str | None, Header()]
+
 VariantState = Literal["starting", "ready", "scaled_to_zero", "failed"]
+
+
+#: In place of a reason.
+WITHHELD = "an API key shows why"
 
 
 class VariantReadiness(BaseModel):
@@ -53,6 +61,15 @@ class Readiness(BaseModel):
     messages: dict[str, dict[str, Any]] = {}
     #: Why the last change of the inference defaults was not taken; empty where it was.
     defaults_error: str = ""
+
+    def without_reasons(self) -> "Readiness":
+        """For those who are not known: reasons name files and hosts."""
+        variants = {
+            name: one.model_copy(update={"error": one.error and WITHHELD}) for name, one in self.variants.items()
+        }
+        messages = {name: {**one, "error": WITHHELD if one.get("error") else ""} for name, one in self.messages.items()}
+        error = self.defaults_error and WITHHELD
+        return self.model_copy(update={"variants": variants, "messages": messages, "defaults_error": error})
 
 
 class CanceledJob(BaseModel):
@@ -102,12 +119,19 @@ class Service(Protocol):
 Services = Callable[[], Service]
 
 
-def create_app(service: Services) -> FastAPI:
-    app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None)
+def create_app(service: Services, bodies: Bodies | None = None) -> FastAPI:
+    def check(request: Request) -> None:
+        # In production every route wants what no browser adds by itself, and probes and proxies use many names.
+        if not service().access.is_production:
+            check_page(request.method, request.headers)
+
+    app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None, openapi_url=None)
     answer_problems(app)
-    for routes in (_state_routes, _push_routes, _job_routes, _blob_routes):
-        app.include_router(routes(service))
-    app.include_router(audit_routes(lambda: service().access, lambda: service().audits))
+    app.add_middleware(Gate, check=check)
+    bodies = bodies or Bodies()
+    for routes in (_state_routes(service), _push_routes(service, bodies), _job_routes(service), _blob_routes(service)):
+        app.include_router(routes)
+    app.include_router(audit_routes(lambda: service().access, lambda: service().audits, bodies))
     return app
 
 
@@ -120,17 +144,17 @@ def _state_routes(service: Services) -> APIRouter:
         return {"status": "ok"}
 
     @routes.get("/ready")
-    async def ready(response: Response) -> Readiness:
+    async def ready(response: Response, authorization: Credential = None, x_api_key: Credential = None) -> Readiness:
         """200 when the default variant can serve and an embedded Pub/Sub server listens, else 503; each variant's and
-        each subscription's state either way."""
+        each subscription's state either way, and to clients why."""
         readiness = service().readiness()
         response.status_code = 200 if readiness.ready else 503
-        return readiness
+        return readiness if service().access.is_client(authorization, x_api_key) else readiness.without_reasons()
 
     return routes
 
 
-def _push_routes(service: Services) -> APIRouter:
+def _push_routes(service: Services, bodies: Bodies) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/inpaint")
@@ -139,7 +163,7 @@ def _push_routes(service: Services) -> APIRouter:
         if not service().access.takes_pushes:
             raise HTTPException(404, "this app takes no pushes: push.enabled is false")
         try:
-            return _answer(await _work_on_push(request, service()))
+            return _answer(await _work_on_push(request, service(), bodies))
         except FluxFillError as e:
             service().metrics.add("fluxfill_pushes_refused_total", code=e.code)
             log.warning("Refused a push: %s", e.message, extra={"action": "push_refused", "code": e.code})
@@ -148,10 +172,10 @@ def _push_routes(service: Services) -> APIRouter:
     return routes
 
 
-async def _work_on_push(request: Request, service: Service) -> Verdict:
+async def _work_on_push(request: Request, service: Service, bodies: Bodies) -> Verdict:
     # Before the body is read: strangers cost a header.
     await service.access.check_push(request.headers.get("Authorization"))
-    body = await read_body(request, MAX_ENVELOPE_BYTES)
+    body = await bodies.read(request, MAX_ENVELOPE_BYTES)
     try:
         delivery = _delivery(body)
     except MalformedMessage as e:
@@ -175,9 +199,7 @@ def _delivery(body: bytes) -> Delivery:
 
 
 def _job_routes(service: Services) -> APIRouter:
-    def client(
-        authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
-    ) -> None:
+    def client(authorization: Credential = None, x_api_key: Credential = None) -> None:
         service().access.check_client(authorization, x_api_key, scope="jobs")
 
     routes = APIRouter(prefix="/v1", dependencies=[Depends(client)])

@@ -29,7 +29,7 @@ from .audits import (
 )
 from .auth import Access
 from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
-from .problems import problem, read_body
+from .problems import Bodies, problem
 from .settings import AuditSettings
 
 MAX_BODY_BYTES = 64_000
@@ -156,8 +156,8 @@ async def _view(audit: Audit, audits: Audits) -> AuditView:
 _Run = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
 
 
-def routes(access: Callable[[], Access], audits: Callable[[], Audits]) -> APIRouter:
-    """Both are asked at each request, because Serve makes the app before the replica."""
+def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: Bodies) -> APIRouter:
+    """The first two are asked at each request, because Serve makes the app before the replica."""
 
     def client(
         authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
@@ -169,7 +169,7 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits]) -> APIRou
     @made.post("/audit")
     async def audit(request: Request) -> Response:
         """Start an audit, and answer when it is over; with `Prefer: respond-async` at once."""
-        started = await _start(request, audits())
+        started = await _start(request, audits(), bodies)
         if _prefers_async(request.headers.getlist("Prefer")):
             return await _accepted(request, started, audits(), {"Preference-Applied": "respond-async"})
         ended = await audits().wait(started.id)
@@ -198,10 +198,10 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits]) -> APIRou
     return made
 
 
-async def _start(request: Request, audits: Audits) -> Audit:
+async def _start(request: Request, audits: Audits, bodies: Bodies) -> Audit:
     if not audits.settings.audit.enabled:
         raise HTTPException(404, "this app starts no audits: audit.enabled is false")
-    data = await read_body(request, MAX_BODY_BYTES)
+    data = await bodies.read(request, MAX_BODY_BYTES)
     try:
         body = AuditBody.model_validate_json(data)
         asked = None if body.resume else body.request(audits.settings.audit)

@@ -8,14 +8,16 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import jwt
 from jwt import PyJWK, PyJWKClient
 from pydantic import SecretStr
 
-from .errors import Forbidden, SettingsError, Unauthorized, Unavailable
-from .settings import PushSettings, Secrets, Settings
+from .errors import AuthError, Forbidden, SettingsError, Unauthorized, Unavailable
+from .settings import OPEN_PUSHES, PushSettings, Secrets, Settings
+from .urls import is_loopback
 
 #: A Google token with its claims has about 1,000 characters, and servers commonly take 8 KiB of headers.
 MAX_CREDENTIAL_CHARS = 8192
@@ -143,6 +145,9 @@ def _bearer(authorization: str | None) -> str:
     return credential.strip()
 
 
+#: Of a key, in production: 20 characters of hexadecimal digits are 80 bits.
+MIN_KEY_CHARS = 20
+
 #: What a client's key may be good for: the jobs of `/v1`, and audits, which take GPUs for an hour.
 Scope = Literal["jobs", "audit"]
 _SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -153,9 +158,11 @@ class ApiKeys:
     any, everybody may call where nobody else can: not in production."""
 
     def __init__(self, keys: SecretStr | None, *, is_production: bool) -> None:
-        """Raises SettingsError for a key that is empty, or that is to be good for something else."""
+        """Raises SettingsError for a key that is empty, or that is to be good for something else; in production, also
+        for one that may be guessed."""
         given = keys.get_secret_value().split(",") if keys else []
-        self._keys = [_key(entry.strip(), place) for place, entry in enumerate(given, 1) if entry.strip()]
+        at_least = MIN_KEY_CHARS if is_production else 1
+        self._keys = [_key(entry.strip(), place, at_least) for place, entry in enumerate(given, 1) if entry.strip()]
         self._is_open = keys is None and not is_production
 
     def check(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
@@ -177,7 +184,7 @@ class ApiKeys:
             raise Forbidden(f"the API key has not the scope {scope}")
 
 
-def _key(entry: str, place: int) -> tuple[bytes, frozenset[str]]:
+def _key(entry: str, place: int, at_least: int) -> tuple[bytes, frozenset[str]]:
     """A key's digest, and its scopes. Digests have one length, so that comparing them tells nothing of the keys'."""
     key, colon, named = entry.rpartition(":")
     scopes = frozenset(named.split("+")) if colon else frozenset({"jobs"})
@@ -186,7 +193,9 @@ def _key(entry: str, place: int) -> tuple[bytes, frozenset[str]]:
         raise SettingsError(f"API_KEYS, key {place}: what follows its last colon is not of {', '.join(_SCOPES)}")
     if colon and not key:
         raise SettingsError(f"API_KEYS, key {place}: there is nothing before the colon")
-    return _digest(key if colon else entry), scopes
+    if len(secret := key if colon else entry) < at_least:
+        raise SettingsError(f"API_KEYS, key {place}: in production a key has at least {at_least} characters")
+    return _digest(secret), scopes
 
 
 def _digest(key: str) -> bytes:
@@ -194,14 +203,19 @@ def _digest(key: str) -> bytes:
 
 
 class Access:
-    """Both, as an app's settings and secrets want them."""
+    """Both, as an app's settings and secrets want them, and the address that it listens on."""
 
-    def __init__(self, settings: Settings, secrets: Secrets) -> None:
+    def __init__(self, settings: Settings, secrets: Secrets, *, host: str = "127.0.0.1") -> None:
+        """Raises SettingsError for what must not be open to strangers: `host` is where the HTTP server listens."""
+        #: Whether strangers may reach the app.
+        self.is_production = settings.is_production or not is_loopback(host)
+        if self.is_production and settings.push.is_open:
+            raise SettingsError(f"push: {OPEN_PUSHES}. The HTTP server listens on {host or 'every address'}")
         self.takes_pushes = settings.push.enabled
         #: Whether what passes `check_push` was sent by Pub/Sub.
         self.verifies_pushes = settings.push.is_verified
         self._pushes = PushVerifier(settings.push) if settings.push.is_verified else None
-        self._keys = ApiKeys(secrets.api_keys, is_production=settings.is_production)
+        self._keys = ApiKeys(secrets.api_keys, is_production=self.is_production)
 
     async def check_push(self, authorization: str | None) -> None:
         """See `PushVerifier.verify`; where pushes are not verified, everybody may push."""
@@ -211,3 +225,11 @@ class Access:
     def check_client(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
         """See `ApiKeys.check`."""
         self._keys.check(authorization, api_key, scope=scope)
+
+    def is_client(self, authorization: str | None, api_key: str | None) -> bool:
+        """Whether the key is good for anything."""
+        for scope in _SCOPES:
+            with suppress(AuthError):
+                self.check_client(authorization, api_key, scope=scope)
+                return True
+        return False

@@ -7,6 +7,8 @@
     │   ├── InvalidImage           not a picture, damaged, or of a kind we do not read
     │   ├── ImageTooLarge          over the limit on bytes, pixels or side
     │   ├── BodyTooLarge           an HTTP body over its limit
+    │   ├── BodyTimeout            an HTTP body that did not come whole in time
+    │   ├── UnsupportedMediaType   an HTTP body that is not JSON
     │   ├── MaskMismatch           the mask's shape does not fit the photo's
     │   ├── MaskUnclear            the mask does not say what to edit: no bright pixels, or a photo
     │   ├── CallbackRefused        a callbackUrl that this app may not call
@@ -28,7 +30,9 @@
     ├── MessageRefused             the broker will not take what is published, however often
     ├── AuthError                  the caller of an HTTP route may not
     │   ├── Unauthorized           no token, or none that holds
-    │   └── Forbidden              a good token of somebody else
+    │   ├── Forbidden              a good token of somebody else
+    │   ├── ForeignHost            a request to a name that is not this app's
+    │   └── ForeignOrigin          a request of another site's web page
     ├── Interrupted                the job was stopped on purpose
     │   ├── Canceled               a user asked
     │   └── DeadlineExceeded       its deadline passed
@@ -129,6 +133,16 @@ class BodyTooLarge(InputError):
     http_status = 413
 
 
+class BodyTimeout(InputError):
+    code = "body_timeout"
+    http_status = 408
+
+
+class UnsupportedMediaType(InputError):
+    code = "unsupported_media_type"
+    http_status = 415
+
+
 class MaskMismatch(InputError):
     code = "mask_mismatch"
 
@@ -224,6 +238,15 @@ class Unauthorized(AuthError):
 
 class Forbidden(AuthError):
     code = "forbidden"
+
+
+class ForeignHost(AuthError):
+    code = "foreign_host"
+    http_status = 421
+
+
+class ForeignOrigin(AuthError):
+    code = "foreign_origin"
 
 
 class Interrupted(FluxFillError):

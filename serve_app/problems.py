@@ -1,14 +1,16 @@
-"""What all HTTP routes share: a body is read up to its limit, and whatever is wrong is a problem with a code."""
+"""What all HTTP routes share: a body is read up to its limits, and whatever is wrong is a problem with a code."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import BodyTooLarge, FluxFillError, Unauthorized
+from .errors import BodyTimeout, BodyTooLarge, FluxFillError, Unauthorized, Unavailable
 
 
 def answer_problems(app: FastAPI) -> None:
@@ -19,8 +21,46 @@ def answer_problems(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _internal_error)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Reads no more than `max_bytes`, whatever the Content-Length says. Raises BodyTooLarge."""
+class Gate:
+    """ASGI middleware: a request for which `check` raises is answered with that problem, and nothing more of it is
+    read."""
+
+    def __init__(self, app: ASGIApp, check: Callable[[Request], None]) -> None:
+        self._app, self._check = app, check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] == "http":
+                self._check(Request(scope))
+        except FluxFillError as e:
+            await _answer(e)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class Bodies:
+    """Bodies that come in: each up to its limit and in time, and so few at once that slow ones leave places for all
+    other requests."""
+
+    def __init__(self, *, at_once: int = 32, timeout_s: float = 15.0) -> None:
+        self._places, self._timeout_s = at_once, timeout_s
+
+    async def read(self, request: Request, max_bytes: int) -> bytes:
+        """Reads no more than `max_bytes`, whatever the Content-Length says. Raises BodyTooLarge; BodyTimeout;
+        Unavailable while others take all places."""
+        if not self._places:
+            raise Unavailable("too many bodies are being sent; try again")
+        self._places -= 1
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await _read(request, max_bytes)
+        except TimeoutError:
+            raise BodyTimeout(f"the body was not whole after {self._timeout_s:g} s") from None
+        finally:
+            self._places += 1
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -39,10 +79,20 @@ def problem(
     )
 
 
+#: What an answer says besides. Whoever does not send a body whole gets no second request on its connection.
+_HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
+    Unauthorized: {"WWW-Authenticate": "Bearer"},
+    BodyTimeout: {"Connection": "close"},
+}
+
+
+def _answer(e: FluxFillError) -> Response:
+    return problem(e.http_status, e.code, e.message, headers=_HEADERS.get(type(e)))
+
+
 async def _problem(_request: Request, e: Exception) -> Response:
     assert isinstance(e, FluxFillError)
-    headers = {"WWW-Authenticate": "Bearer"} if isinstance(e, Unauthorized) else None
-    return problem(e.http_status, e.code, e.message, headers=headers)
+    return _answer(e)
 
 
 async def _http_problem(_request: Request, e: Exception) -> Response:

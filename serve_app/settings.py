@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
 from .audits import MAX_LINK_HOURS, AuditRequest, Matrix, QualityBudget
 from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
+from .urls import has_password, host_of, is_loopback, overlap
 from .variants import BUILT_IN, Variant
 
 
@@ -193,11 +193,23 @@ class PushSettings(_Frozen):
     def is_verified(self) -> bool:
         return bool(self.audience and self.service_account)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody who reaches the app may push."""
+        return self.enabled and not self.is_verified
+
     @model_validator(mode="after")
     def _whole(self) -> "PushSettings":
         if bool(self.audience) != bool(self.service_account):
             raise ValueError("audience and service_account go together: a token is checked for both")
         return self
+
+
+#: Why an app that strangers may reach does not start.
+OPEN_PUSHES = (
+    "in production, POST /inpaint needs push.audience and push.service_account to verify tokens by; "
+    "or set push.enabled to false"
+)
 
 
 class WebhookSettings(_Frozen):
@@ -402,29 +414,44 @@ class Settings(_Frozen):
 
     @model_validator(mode="after")
     def _no_passwords(self) -> "Settings":
-        for name, url in (("blobs", self.blobs), ("jobs", self.jobs), ("sessions", self.sessions or "")):
+        urls = {
+            "blobs": self.blobs,
+            "jobs": self.jobs,
+            "sessions": self.sessions,
+            "public_url": self.public_url,
+            "messages.url": self.messages.url,
+            "weights.mirror": self.weights.mirror,
+            "push.jwks_url": self.push.jwks_url,
+        }
+        for name, url in urls.items():
             try:
-                password = urlsplit(url).password
+                is_secret = has_password(url or "")
             except ValueError as e:
                 raise ValueError(f"{name}: not a URL: {e}") from None
-            if password:
+            if is_secret:
                 # Without the URL, which would be logged.
                 raise ValueError(f"{name}: a password does not belong in a config; see docs/configuration.md")
         return self
 
     @model_validator(mode="after")
+    def _weights_apart(self) -> "Settings":
+        """Whoever writes to weights runs code in the replicas, and users write to `blobs`."""
+        for name, url in (("mirror", self.weights.mirror), ("cache", f"files:{self.weights.cache}")):
+            if url and overlap(url, self.blobs):
+                raise ValueError(f"weights.{name}: it shares a folder with blobs, where users' photos are written")
+        return self
+
+    @model_validator(mode="after")
     def _pushes_are_verified(self) -> "Settings":
-        if self.is_production and self.push.enabled and not self.push.is_verified:
-            raise ValueError(
-                "push: in production, POST /inpaint needs push.audience and push.service_account to verify tokens by; "
-                "or set push.enabled to false"
-            )
+        if self.is_production and self.push.is_open:
+            raise ValueError(f"push: {OPEN_PUSHES}")
         return self
 
     @property
     def is_production(self) -> bool:
-        """Whether strangers may reach the app: anything but one machine with its own broker."""
-        return self.nodes > 1 or self.messages.is_google
+        """Whether strangers may reach the app by what its settings say: anything but one machine with its own broker
+        and an address of its own. `Access` asks for the address that Serve listens on, too."""
+        return self.nodes > 1 or self.messages.is_google or not is_loopback(host_of(self.public_url))
 
     @property
     def sessions_url(self) -> str:

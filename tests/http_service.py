@@ -1,5 +1,6 @@
 """The service that routes see, over a real worker: what the tests of the HTTP routes hold in their hands."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ LINKS |= {"page.token": "audit/run-1/report.html", "user.token": "users/u1/sessi
 LINKS |= {"deep.token": "audit/run-1/cells/report.html", "above.token": "x/audit/run-1/report.html"}
 
 
+def long(key: str) -> str:
+    """A key, or a list of keys with a space before each name, of the length that production asks for."""
+    return re.sub(r"(?<![^ ])(\w)", r"key-of-the-tests-own-\1", key)
+
+
 def settings(*, is_production: bool = False, **push: Any) -> Settings:
     verified = {"audience": "https://app.example.org/inpaint", "service_account": "pusher@p.iam.gserviceaccount.com"}
     return Settings(
@@ -43,6 +49,7 @@ class Process:
         self.rig = rig
         self.state: VariantState = "ready"
         self.default = "telea"
+        self.messages: dict[str, dict[str, Any]] = {}
         self.metrics: Metrics = rig.metrics
         self.access = Access(settings(), Secrets())
         self.limits = rig.settings.limits
@@ -73,7 +80,8 @@ class Process:
     def readiness(self) -> Readiness:
         telea = VariantReadiness(state=self.state, error="no such file" if self.state == "failed" else "")
         variants = {"telea": telea, "Q8_0": VariantReadiness(state="starting")}
-        return Readiness(ready=variants[self.default].can_serve, default_variant=self.default, variants=variants)
+        is_ready = variants[self.default].can_serve
+        return Readiness(ready=is_ready, default_variant=self.default, variants=variants, messages=self.messages)
 
     async def cancel_job(self, job_id: str) -> Job:
         return await self._canceler.job(job_id)

@@ -16,7 +16,7 @@ from serve_app.errors import ReplicaLost
 from serve_app.jobs import State
 
 from . import jwks_server
-from .http_service import LINKS, Process
+from .http_service import LINKS, Process, long
 from .jwks_server import SigningKey
 from .rig import SESSION, USER, Rig
 
@@ -30,8 +30,12 @@ async def process() -> Process:
 
 @pytest.fixture
 def client(process: Process) -> Iterator[TestClient]:
-    with TestClient(create_app(lambda: process), raise_server_exceptions=False) as client:
+    app = create_app(lambda: process)
+    with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         yield client
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 def envelope(data: bytes | None = None, **message: Any) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def test_what_pubsub_sends_and_cannot_be_read_is_dead_lettered_as_it_came(
 def test_what_nobody_verified_and_cannot_be_read_is_refused(
     client: TestClient, process: Process, body: bytes, told: str
 ) -> None:
-    response = client.post("/inpaint", content=body)
+    response = client.post("/inpaint", content=body, headers=JSON)
     assert (response.status_code, response.json()["code"]) == (400, "malformed_message")
     assert response.json()["detail"].startswith(told)
     assert process.rig.topics.dead == []
@@ -182,7 +186,7 @@ def test_a_push_over_our_limit_is_dead_lettered_like_a_pulled_one(client: TestCl
 
 
 def test_a_body_over_pubsubs_limit_is_refused_while_it_is_read(client: TestClient) -> None:
-    response = client.post("/inpaint", content=b"x" * (MAX_ENVELOPE_BYTES + 1))
+    response = client.post("/inpaint", content=b"x" * (MAX_ENVELOPE_BYTES + 1), headers=JSON)
     assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
@@ -215,6 +219,7 @@ def problem_code(response: Any) -> str:
     [
         ("GET", "/nope", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
+        ("GET", "/openapi.json", 404, "not_found"),
         ("GET", "/inpaint", 405, "method_not_allowed"),
         ("GET", "/v1/jobs/j/cancel", 405, "method_not_allowed"),
         ("POST", "/v1/jobs/a.b/cancel", 422, "invalid_request"),
@@ -302,7 +307,13 @@ async def raw(app: FastAPI, method: str, path: str) -> tuple[int, dict[str, Any]
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": unquote(path), "raw_path": path.encode(), "headers": []}
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": unquote(path),
+        "raw_path": path.encode(),
+        "headers": [(b"host", b"localhost")],
+    }
     await app({**scope, "query_string": b"", "root_path": "", "scheme": "http"}, receive, send)
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
 
@@ -313,10 +324,15 @@ async def raw(app: FastAPI, method: str, path: str) -> tuple[int, dict[str, Any]
 @pytest.mark.parametrize("path", ["/v1/jobs/edit-0123/cancel", "/v1/sessions/u/s/cancel", "/v1/jobs/a.b/cancel"])
 class TestApiKeys:
     @pytest.mark.parametrize(
-        "headers", [{"Authorization": "Bearer two"}, {"authorization": "bearer one"}, {"X-API-Key": "two"}]
+        "headers",
+        [
+            {"Authorization": f"Bearer {long('two')}"},
+            {"authorization": f"bearer {long('one')}"},
+            {"X-API-Key": long("two")},
+        ],
     )
     def test_each_key_opens(self, client: TestClient, process: Process, path: str, headers: dict[str, str]) -> None:
-        process.guard(api_keys="one, two,", is_production=True)
+        process.guard(api_keys=long("one, two,"), is_production=True)
         assert client.post(path, headers=headers).status_code in (200, 404, 422)
 
     @pytest.mark.parametrize(

@@ -29,11 +29,14 @@ from serve_app.audits import (
     record_path,
 )
 
-from .http_service import Process
+from .http_service import Process, long
 from .rig import SESSION, USER, Rig
 
 BODY = {"user_id": USER, "session_id": SESSION, "variants": ["telea"], "guidance_scales": [2, 4]}
 ASYNC = {"Prefer": "respond-async"}
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 class Site:
@@ -109,7 +112,7 @@ async def site() -> AsyncIterator[Site]:
     await rig.put_session()
     process = Process(rig)
     transport = httpx.ASGITransport(create_app(lambda: process), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=JSON) as client:
         yield Site(process, client)
     await process.audits.close()
     await process.jobs.close()
@@ -224,9 +227,12 @@ async def test_a_client_that_hangs_up_at_once_leaves_no_run_without_its_job(site
     async def hold() -> None:
         await held.wait()
 
-    blobs.after["put"] = hold  # The record is stored; the lock is not.
+    async def indexed() -> None:
+        blobs.after["put"] = hold  # The record is stored; the lock is not.
+
+    blobs.after["put"] = indexed
     waiting = asyncio.create_task(site.post(run_id="run-1"))
-    while blobs.calls["put"] == stored:
+    while blobs.calls["put"] < stored + 2:
         await asyncio.sleep(0.01)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
@@ -760,9 +766,9 @@ ROUTES = [
 async def test_audits_want_a_key_of_their_own(
     site: Site, method: str, path: str, key: str | None, status: int | None, code: str | None
 ) -> None:
-    site.process.guard(api_keys="worker, auditor:audit, both:jobs+audit", is_production=True)
+    site.process.guard(api_keys=long("worker, auditor:audit, both:jobs+audit"), is_production=True)
     # Before anything else is looked at: a body that is none says nothing to a stranger.
-    response = await site.client.request(method, path, content=b"{", headers={"X-API-Key": key} if key else {})
+    response = await site.client.request(method, path, content=b"{", headers={"X-API-Key": long(key)} if key else {})
     if status is None:
         assert response.status_code in (200, 404, 422)
     else:
@@ -770,7 +776,7 @@ async def test_audits_want_a_key_of_their_own(
 
 
 async def test_a_key_for_audits_is_not_good_for_jobs(site: Site) -> None:
-    site.process.guard(api_keys="worker, auditor:audit", is_production=True)
-    response = await site.client.post("/v1/jobs/x/cancel", headers={"X-API-Key": "auditor"})
+    site.process.guard(api_keys=long("worker, auditor:audit"), is_production=True)
+    response = await site.client.post("/v1/jobs/x/cancel", headers={"X-API-Key": long("auditor")})
     assert (response.status_code, problem_code(response)) == (403, "forbidden")
-    assert (await site.client.post("/v1/jobs/x/cancel", headers={"X-API-Key": "worker"})).status_code == 404
+    assert (await site.client.post("/v1/jobs/x/cancel", headers={"X-API-Key": long("worker")})).status_code == 404

@@ -20,7 +20,7 @@ from serve_app.errors import Forbidden, SettingsError, Unauthorized, Unavailable
 from serve_app.settings import PushSettings, Secrets
 
 from . import jwks_server
-from .http_service import Process, settings
+from .http_service import Process, long, settings
 from .jwks_server import ACCOUNT, AUDIENCE, KeyServer, SigningKey, google_claims, segment
 from .rig import Rig
 
@@ -52,7 +52,8 @@ async def push(process: Process, headers: dict[str, str]) -> tuple[httpx.Respons
         yield json.dumps({"message": message}).encode()
 
     transport = httpx.ASGITransport(create_app(lambda: process), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        headers = {"Content-Type": "application/json", **headers}
         return await client.post("/inpaint", content=body(), headers=headers), read
 
 
@@ -339,7 +340,7 @@ async def test_a_port_where_nobody_listens(process: Process) -> None:
 
 # Scopes of clients' keys
 
-KEYS = "plain, auditor:audit, both:jobs+audit, jobber:jobs, with:colon:audit, twice, twice:audit"
+KEYS = long("plain, auditor:audit, both:jobs+audit, jobber:jobs, with:colon:audit, twice, twice:audit")
 
 
 @pytest.mark.parametrize(
@@ -357,11 +358,11 @@ def test_a_key_is_good_for_its_scopes_and_no_other(key: str, scopes: set[str]) -
     keys = ApiKeys(SecretStr(KEYS), is_production=True)
     for scope in get_args(Scope):
         if scope in scopes:
-            keys.check(f"Bearer {key}", None, scope=scope)
-            keys.check(None, key, scope=scope)
+            keys.check(f"Bearer {long(key)}", None, scope=scope)
+            keys.check(None, long(key), scope=scope)
         else:
             with pytest.raises(Forbidden, match=f"the API key has not the scope {scope}"):
-                keys.check(f"Bearer {key}", None, scope=scope)
+                keys.check(f"Bearer {long(key)}", None, scope=scope)
 
 
 @pytest.mark.parametrize("key", ["auditor:audit", "both:jobs+audit", "with", "jobs", "audit", ""])
@@ -369,7 +370,7 @@ def test_a_scope_is_no_part_of_a_key(key: str) -> None:
     keys = ApiKeys(SecretStr(KEYS), is_production=True)
     for scope in get_args(Scope):
         with pytest.raises(Unauthorized):
-            keys.check(None, key, scope=scope)
+            keys.check(None, long(key), scope=scope)
 
 
 @pytest.mark.parametrize(
@@ -381,8 +382,40 @@ def test_what_is_no_scope_is_refused_at_the_start_and_not_repeated(entry: str) -
     assert not any(part in refused.value.message.split(": ", 1)[1] for part in ("secret", "ret", "Audit", "sec"))
 
 
+@pytest.mark.parametrize("entry", ["a", "x" * 19, f"{'x' * 19}:audit", "a:jobs+audit"])
+def test_production_takes_no_key_that_may_be_guessed(entry: str) -> None:
+    with pytest.raises(SettingsError, match="API_KEYS, key 2: in production a key has at least 20 characters"):
+        ApiKeys(SecretStr(f"{'y' * 20},{entry}"), is_production=True)
+    ApiKeys(SecretStr(f"{'y' * 20},{entry}"), is_production=False)
+
+
 def test_without_keys_everybody_has_every_scope_where_nobody_else_can_call() -> None:
     for scope in get_args(Scope):
         ApiKeys(None, is_production=False).check(None, None, scope=scope)
         with pytest.raises(Forbidden, match="names no key"):
             ApiKeys(None, is_production=True).check(None, None, scope=scope)
+
+
+# The address that the HTTP server listens on
+
+EVERYWHERE = ["0.0.0.0", "::", "", "192.168.1.5", "203.0.113.7", "::ffff:0.0.0.0", "0", "127.1", "app.example.org"]
+EVERYWHERE += ["localhost.example.org", "127.0.0.1.example.org", "fe80::1", "host.docker.internal", " 127.0.0.1"]
+
+
+@pytest.mark.parametrize("host", EVERYWHERE)
+def test_where_strangers_may_reach_it_the_app_is_in_production(host: str) -> None:
+    with pytest.raises(SettingsError, match=r"push\.audience and push\.service_account"):
+        Access(settings(), Secrets(), host=host)
+    access = Access(settings(enabled=False), Secrets(), host=host)
+    for scope in get_args(Scope):
+        with pytest.raises(Forbidden, match="names no key"):
+            access.check_client(None, None, scope=scope)
+    with pytest.raises(SettingsError, match="at least 20 characters"):
+        Access(settings(enabled=False), Secrets(api_keys=SecretStr("short")), host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"])
+def test_on_loopback_nobody_is_asked(host: str) -> None:
+    access = Access(settings(), Secrets(), host=host)
+    for scope in get_args(Scope):
+        access.check_client(None, None, scope=scope)

@@ -74,6 +74,8 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
         ("url: embedded://127.0.0.1:8085", "url: 'pubsub:'", "push.audience"),
         ("topic: session-completed", "topic: session-processing", "must be different ones"),
         ("port: 8000", "port: 8085", "port 8085 is the HTTP port already"),
+        ("  host: 127.0.0.1\n", "", "where it is not, Serve listens on every address"),
+        ("public_url: http://127.0.0.1:8000", "public_url: https://app.example.org", "push.audience"),
         ("tiny-Q8_0:", "'tiny Q8_0!':", "should match pattern"),
     ],
 )
@@ -112,3 +114,44 @@ def test_loading_a_wrong_config_tells_every_problem(tmp_path: Path) -> None:
         load(write(tmp_path, yaml.safe_dump(raw)))
     assert "typo: unknown key" in e.value.message
     assert "nodes" in e.value.message
+
+
+#: What one machine with its own broker has written, so that strangers reach it.
+EXPOSED: dict[str, dict[str, Any]] = {
+    "every address": {},
+    "a public URL": {"args": {"public_url": "https://app.example.org"}},
+    "a proxy on every node": {"proxy_location": "EveryNode"},
+    "S3 and PostgreSQL": {"args": {"blobs": "s3://bucket", "jobs": "postgresql://u@db/jobs"}},
+    "Firebase and Firestore": {"args": {"blobs": "firebase:bucket", "jobs": "firestore:project"}},
+    "a broker elsewhere": {"args": {"messages": {"url": "pubsub://broker:8085"}}},
+    "no http_options": {"http_options": None},
+    "a port alone": {"http_options": {"port": 8000}},
+    "IPv6": {"http_options": {"host": "::"}},
+    "an address": {"http_options": {"host": "10.0.0.7"}},
+    "a name": {"http_options": {"host": "app.example.org"}},
+    "nothing": {"http_options": {"host": ""}},
+}
+
+
+def exposed(kind: str) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load(SOUND)
+    changes = {"http_options": {"host": "0.0.0.0", "port": 8000}, **EXPOSED[kind]}
+    raw["applications"][0]["args"] |= changes.pop("args", {})
+    return {name: value for name, value in {**raw, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize("kind", EXPOSED)
+def test_an_app_that_strangers_reach_is_in_production(tmp_path: Path, kind: str) -> None:
+    raw = exposed(kind)
+    problems = [str(problem) for problem in check(write(tmp_path, yaml.safe_dump(raw)))]
+    assert any("http_options.host" in problem or "push.audience" in problem for problem in problems), problems
+    raw["applications"][0]["args"]["push"] = {"enabled": False}
+    if raw.get("http_options", {}).get("host"):
+        assert check(write(tmp_path, yaml.safe_dump(raw))) == []
+    else:
+        assert "must be written" in str(check(write(tmp_path, yaml.safe_dump(raw)))[0])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_on_loopback_pushes_may_be_open(tmp_path: Path, host: str) -> None:
+    assert check(write(tmp_path, SOUND.replace("host: 127.0.0.1", f"host: '{host}'"))) == []

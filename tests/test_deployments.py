@@ -2,6 +2,9 @@
 
 import asyncio
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -20,7 +23,7 @@ from deployments import demo, loading, own_ray, readiness
 from deployments.app import absolute, build, deployment_names, text_encoder_name
 from deployments.broker import BrokerWatch, PubSub
 from deployments.config import load
-from deployments.ingress import Pushes
+from deployments.ingress import Pushes, check_ray_token
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
 from deployments.remote import RemotePainter, RemotePrompts, RemoteTrials, typed_errors
@@ -736,3 +739,11 @@ async def test_a_push_that_takes_long_is_answered_in_time_and_worked_on() -> Non
     go_on.set()
     await pushes.end(grace_s=10)
     assert done == ["stored"]
+
+
+def test_production_wants_rays_ports_to_ask_for_a_token() -> None:
+    check_ray_token()
+    # Ray reads its environment once in a process.
+    command = [sys.executable, "-c", "from deployments.ingress import check_ray_token; check_ray_token()"]
+    ran = subprocess.run(command, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True)
+    assert "SettingsError: in production Ray must run with RAY_AUTH_MODE=token" in ran.stderr

@@ -27,6 +27,7 @@ DISPOSITIONS = {
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
+        "BodyTimeout", "UnsupportedMediaType", "ForeignHost", "ForeignOrigin",
         "MaskMismatch", "MaskUnclear", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound",
         "BlobTooLarge", "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError",
         "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible",

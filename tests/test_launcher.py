@@ -14,6 +14,7 @@ from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deployments import launcher
+from deployments.ingress import _http_host
 from deployments.launcher import RayJobs
 from serve_app import adapters
 from serve_app.audits import Audit, AuditRequest
@@ -248,6 +249,11 @@ async def test_a_canceled_audit_ends_its_job(app: App, client: httpx.AsyncClient
     await seen(client, f"/audits/{run_id}", lambda view: view["status"] == "canceled")
     state = await until_state(RayJobs(), queued(run_id), "stopped", "failed", "succeeded")
     assert state in ("stopped", "failed")
+
+
+@pytest.mark.serve
+async def test_the_app_knows_where_serve_listens_whatever_its_config_says(app: App) -> None:
+    assert _http_host() == app.raw["http_options"]["host"]
 
 
 @pytest.mark.serve

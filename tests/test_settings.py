@@ -204,6 +204,65 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(key: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"jobs": "postgresql://user@host/db?password=hunter2"},
+        {"jobs": "postgresql://host/db?sslmode=require&sslpassword=hunter2"},
+        {"blobs": "s3://bucket?endpoint=https://k:hunter2@minio:9000"},
+        {"blobs": "s3://bucket?endpoint=https%3A%2F%2Fk%3Ahunter2%40minio"},
+        {"messages": {"url": "pubsub://u:hunter2@broker:8085"}},
+        {"weights": {"mirror": "s3://key:hunter2@bucket"}},
+        {"push": {"jwks_url": "https://u:hunter2@keys.example.org"}},
+        {"public_url": "http://u:hunter2@127.0.0.1:8000"},
+    ],
+    ids=str,
+)
+def test_a_password_anywhere_in_a_url_is_refused_and_not_repeated(changes: dict[str, Any]) -> None:
+    said = refused(changes)
+    assert "a password does not belong in a config" in said
+    assert "hunter2" not in said
+
+
+def test_what_names_a_file_or_a_user_is_no_password() -> None:
+    url = "postgresql://user@host/db?sslmode=verify-full&sslkey=/k.pem&passfile=/p"
+    assert Settings(variants={"telea": {}}, jobs=url).jobs == url
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blobs": "s3://bucket/app", "weights": {"mirror": "s3://bucket/app"}},
+        {"blobs": "s3://bucket/app?region=eu", "weights": {"mirror": "s3://bucket/app/models/?endpoint=http://m"}},
+        {"blobs": "s3://bucket/app", "weights": {"mirror": "s3://bucket"}},
+        {"blobs": "firebase:bucket", "weights": {"mirror": "firebase:bucket"}},
+        {"blobs": "files:var/blobs", "weights": {"mirror": "files:var/blobs/models"}},
+        {"blobs": "files:var/blobs", "weights": {"mirror": "files:var"}},
+        {"blobs": "files:var/blobs", "weights": {"mirror": "files:var/x/../blobs"}},
+        {"blobs": "files:var/blobs", "weights": {"cache": "var/blobs/weights"}},
+        {"blobs": "files:var/blobs", "weights": {"cache": Path("var/blobs").absolute()}},
+        {"blobs": "files:var/blobs", "weights": {"cache": "var"}},
+    ],
+    ids=str,
+)
+def test_weights_lie_where_no_user_writes(changes: dict[str, Any]) -> None:
+    assert "it shares a folder with blobs" in refused(changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blobs": "s3://bucket/app", "weights": {"mirror": "s3://bucket/app-models"}},
+        {"blobs": "s3://bucket", "weights": {"mirror": "s3://another"}},
+        {"blobs": "s3://bucket", "weights": {"mirror": "files:bucket"}},
+        {"blobs": "files:var/blobs", "weights": {"mirror": "files:var/blobs-models", "cache": "var/weights"}},
+    ],
+    ids=str,
+)
+def test_weights_beside_the_photos_are_fine(changes: dict[str, Any]) -> None:
+    assert Settings.model_validate({**TELEA, **changes}).weights.mirror
+
+
+@pytest.mark.parametrize(
     ("messages", "named"),
     [
         ({"dead_letter_subscription": "session-processing"}, "dead_letter_subscription"),
@@ -214,3 +273,14 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(key: str) -> None:
 def test_messages_never_go_in_a_circle(messages: dict[str, str], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         Settings(variants={"telea": {}}, messages=messages)
+
+
+@pytest.mark.parametrize("url", ["https://app.example.org", "http://10.0.0.7:8000", "http://[fe80::1]:8000"])
+def test_a_public_address_is_production(url: str) -> None:
+    assert "push.audience" in refused({"public_url": url})
+    assert Settings.model_validate({**TELEA, "public_url": url, "push": {"enabled": False}}).is_production
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000", "http://[::1]:8000/prefix", "http://127.0.0.1"])
+def test_a_loopback_address_is_not(url: str) -> None:
+    assert not Settings.model_validate({**TELEA, "public_url": url}).is_production

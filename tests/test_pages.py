@@ -1,0 +1,221 @@
+"""What a web page of another site may ask of the app on its reader's machine, and bodies that never come whole."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from serve_app.api import WITHHELD, create_app
+from serve_app.pages import check_page
+from serve_app.problems import Bodies
+
+from .http_service import Process, long
+from .rig import Rig
+
+OWN = "http://127.0.0.1:8000"
+#: What changes something, or tells a stranger something; no key is asked for.
+CHANGES = ["/inpaint", "/audit", "/audits/run-1/cancel", "/v1/jobs/edit-1/cancel", "/v1/sessions/u/s/cancel"]
+READS = ["/ready", "/health", "/audits", "/audits/run-1", "/blobs/good.token"]
+
+
+@pytest.fixture
+async def process() -> Process:
+    rig = Rig()
+    await rig.put_session()
+    return Process(rig)
+
+
+@pytest.fixture
+def client(process: Process) -> Iterator[TestClient]:
+    with TestClient(create_app(lambda: process), base_url=OWN, raise_server_exceptions=False) as client:
+        yield client
+
+
+def ask(client: TestClient, method: str, path: str, **headers: str) -> tuple[int, str]:
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    response = client.request(method, path, content=b"{}" if method == "POST" else b"", headers=given)
+    return response.status_code, response.json().get("code", "") if response.status_code >= 400 else ""
+
+
+JSON = {"content_type": "application/json"}
+
+
+# A name that points here
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [*(("POST", path) for path in CHANGES), *(("GET", path) for path in READS)]
+)
+def test_a_rebound_name_reaches_nothing(client: TestClient, process: Process, method: str, path: str) -> None:
+    assert ask(client, method, path, host="rebind.evil.example", **JSON) == (421, "foreign_host")
+    assert ask(client, method, path, host="rebind.evil.example:8000", **JSON) == (421, "foreign_host")
+    assert process.worked == 0
+
+
+FOREIGN_HOSTS = [
+    "evil.example",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example",
+    "evil.example:127.0.0.1",
+    "0.0.0.0",
+]
+FOREIGN_HOSTS += ["10.0.0.7:8000", "[::]", "[::1", "::1", "evil@127.0.0.1", "127.0.0.1/evil", "127.1", "2130706433", ""]
+FOREIGN_HOSTS += ["localhost.", "127.0.0.1, evil.example", "[::ffff:10.0.0.1]:8000", "localhost:port"]
+
+
+@pytest.mark.parametrize("host", FOREIGN_HOSTS)
+def test_a_host_that_is_not_loopback_is_foreign(client: TestClient, host: str) -> None:
+    assert ask(client, "GET", "/health", host=host) == (421, "foreign_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1", "127.9.9.9:8000", "[::1]", "[::1]:8000"])
+def test_a_host_that_is_loopback_is_ours(client: TestClient, host: str) -> None:
+    assert ask(client, "GET", "/health", host=host) == (200, "")
+
+
+def test_without_a_host_nothing_is_answered() -> None:
+    with pytest.raises(Exception, match="loopback addresses only"):
+        check_page("GET", {})
+
+
+@pytest.mark.parametrize("host", ["10.0.0.7:8000", "fluxfill.default.svc:8000", "app.example.org"])
+def test_in_production_probes_and_proxies_call_it_by_any_name(client: TestClient, process: Process, host: str) -> None:
+    process.guard(is_production=True, api_keys=long("one"))
+    assert ask(client, "GET", "/health", host=host) == (200, "")
+    assert ask(client, "GET", "/ready", host=host) == (200, "")
+    for path in ("/v1/jobs/edit-1/cancel", "/audit", "/inpaint"):
+        assert ask(client, "POST", path, host=host, origin="https://app.example.org") == (401, "unauthorized")
+
+
+# A page of another site
+
+
+FOREIGN_ORIGINS = [
+    "https://evil.example",
+    "null",
+    "",
+    "http://127.0.0.1:3000",
+    "http://localhost:8000",
+    "https://127.0.0.1",
+]
+FOREIGN_ORIGINS += ["http://127.0.0.1:8000.evil.example", "http://evil.example/127.0.0.1:8000", "http://[", "file://"]
+
+
+@pytest.mark.parametrize("path", CHANGES)
+@pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+def test_a_page_of_another_origin_changes_nothing(client: TestClient, process: Process, path: str, origin: str) -> None:
+    assert ask(client, "POST", path, origin=origin, **JSON) == (403, "foreign_origin")
+    assert process.worked == 0
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "something-new", ""])
+def test_a_page_that_its_browser_says_is_foreign_changes_nothing(client: TestClient, site: str) -> None:
+    for path in CHANGES:
+        assert ask(client, "POST", path, sec_fetch_site=site, **JSON) == (403, "foreign_origin")
+
+
+@pytest.mark.parametrize("given", ["text/plain", "multipart/form-data; boundary=x", "application/jsonx", "", ";"])
+@pytest.mark.parametrize("path", CHANGES)
+def test_what_a_page_may_send_without_asking_is_not_read(
+    client: TestClient, process: Process, path: str, given: str
+) -> None:
+    assert ask(client, "POST", path, content_type=given) == (415, "unsupported_media_type")
+    assert ask(client, "POST", path) == (415, "unsupported_media_type"), "no type at all"
+    assert process.worked == 0
+
+
+def test_the_audits_that_a_page_would_start_are_not(client: TestClient, process: Process) -> None:
+    foreign = {"host": "rebind.evil.example", "origin": "https://evil.example", "sec_fetch_site": "cross-site"}
+    assert ask(client, "POST", "/audit", content_type="text/plain", **foreign)[0] == 421
+    assert not process.jobs.tasks
+
+
+@pytest.mark.parametrize("given", ["application/json", "Application/JSON", "application/json; charset=utf-8"])
+def test_a_page_of_the_app_s_own_and_what_is_no_page_are_let_in(client: TestClient, given: str) -> None:
+    for headers in ({}, {"origin": OWN}, {"origin": OWN, "sec_fetch_site": "same-origin"}, {"sec_fetch_site": "none"}):
+        assert ask(client, "POST", "/inpaint", content_type=given, **headers) == (400, "malformed_message")
+        assert client.post("/v1/sessions/u/s/cancel", headers=headers).status_code in (200, 403)
+
+
+def test_a_link_is_followed_from_any_page(client: TestClient) -> None:
+    for headers in ({"sec_fetch_site": "cross-site"}, {"origin": "null"}, {"origin": "https://mail.example"}):
+        assert ask(client, "GET", "/blobs/good.token", **headers) == (200, "")
+
+
+# Bodies that never come whole
+
+
+class Slow:
+    """An app with few places for bodies, and clients that send the half of one."""
+
+    def __init__(self, process: Process, bodies: Bodies) -> None:
+        transport = httpx.ASGITransport(create_app(lambda: process, bodies), raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url=OWN, timeout=None)
+        self.rest = asyncio.Event()
+        self.begun = asyncio.Semaphore(0)
+
+    async def _half(self) -> AsyncIterator[bytes]:
+        yield b"{"
+        self.begun.release()
+        await self.rest.wait()
+        yield b"}"
+
+    async def post(self, path: str) -> httpx.Response:
+        headers = {"Content-Type": "application/json"}
+        return await self.client.post(path, content=self._half(), headers=headers)
+
+
+@pytest.mark.parametrize("path", ["/inpaint", "/audit"])
+async def test_a_body_that_does_not_come_whole_is_answered(process: Process, path: str) -> None:
+    slow = Slow(process, Bodies(at_once=1, timeout_s=0.05))
+    for _ in range(3):
+        response = await slow.post(path)
+        assert (response.status_code, response.json()["code"]) == (408, "body_timeout"), "its place is free again"
+        assert response.headers["Connection"] == "close"
+    slow.rest.set()
+    assert (await slow.post(path)).status_code in (400, 422)
+
+
+async def test_bodies_that_are_slow_leave_places_for_all_else(process: Process) -> None:
+    slow = Slow(process, Bodies(at_once=2, timeout_s=60))
+    held = [asyncio.create_task(slow.post(path)) for path in ("/inpaint", "/audit")]
+    for _ in held:
+        await slow.begun.acquire()
+    for path in ("/inpaint", "/audit"):
+        response = await slow.post(path)
+        assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+    assert (await slow.client.get("/health")).status_code == 200
+    slow.rest.set()
+    assert [(await task).status_code for task in held] == [400, 422]
+    assert (await slow.post("/inpaint")).status_code == 400
+
+
+# What /ready says
+
+
+REASONS: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    ({}, {}, "no such file"),
+    ({"api_keys": "one"}, {}, WITHHELD),
+    ({"api_keys": "one"}, {"X-API-Key": "another"}, WITHHELD),
+    ({"api_keys": "one"}, {"X-API-Key": "one"}, "no such file"),
+    ({"api_keys": "one:audit"}, {"Authorization": "Bearer one"}, "no such file"),
+    ({"is_production": True}, {}, WITHHELD),
+    ({"is_production": True, "api_keys": long("one")}, {"X-API-Key": long("one")}, "no such file"),
+]
+
+
+@pytest.mark.parametrize(("guard", "headers", "error"), REASONS)
+def test_why_a_variant_failed_is_for_clients(
+    client: TestClient, process: Process, guard: dict[str, Any], headers: dict[str, str], error: str
+) -> None:
+    process.guard(**guard)
+    process.state = "failed"
+    process.messages = {"s": {"connected": False, "error": "no such file", "held": 0}}
+    answer = client.get("/ready", headers=headers)
+    assert answer.status_code == 503
+    assert answer.json()["variants"]["telea"] == {"state": "failed", "error": error}
+    assert answer.json()["messages"] == {"s": {"connected": False, "error": error, "held": 0}}
+    assert answer.json()["variants"]["Q8_0"] == {"state": "starting", "error": ""}
