@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -252,7 +253,7 @@ async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made
     assert sum(attempts) == len(held.called)
     held.go_on.set()
     await rig.courier.settled()
-    while any("webhook" in job.owed for job in await rig.jobs.list(limit=50)):
+    for _ in range(20 // AT_ONCE):
         await rig.courier.look()
         await rig.courier.settled()
     assert len(held.called) == 21, "what found no place is told when there is one, and once"
@@ -367,3 +368,93 @@ async def test_a_job_that_is_deleted_meanwhile_is_told_to_nobody(rig: Rig) -> No
     await rig.courier.look()
     await rig.courier.settled()
     assert list(await rig.jobs.list()) == []
+
+
+async def test_a_place_is_left_of_a_job_that_is_gone(rig: Rig) -> None:
+    held = Held()
+    rig.courier._ways = {**rig.courier._ways, "webhook": held.call}
+    for number in range(AT_ONCE):
+        await over(rig, number, URL, owes=["webhook"])
+        rig.clock.advance(HEAD_START_S + 1)
+        rig.jobs.before["update"] = partial(rig.jobs.delete, f"edit-{number}")
+        await rig.courier.look()
+    await over(rig, AT_ONCE, URL, owes=["webhook"])
+    rig.clock.advance(HEAD_START_S + 1)
+    await rig.courier.look()
+    async with asyncio.timeout(10):
+        while not held.called:
+            await asyncio.sleep(0.01)
+    await rig.courier.close(grace_s=0)
+
+
+async def hang_in(rig: Rig, *debts: jobs.Debt) -> list[Job]:
+    """Those that are told and hang; they are taken out again when the telling is cancelled."""
+    telling: list[Job] = []
+
+    async def hang(job: Job) -> None:
+        telling.append(job)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            telling.remove(job)
+
+    rig.courier._ways = {**rig.courier._ways, **dict.fromkeys(debts, hang)}
+    return telling
+
+
+@pytest.mark.parametrize("debt", get_args(jobs.Debt))
+async def test_no_more_are_told_at_a_time_than_there_are_places_and_closing_ends_them(
+    rig: Rig, debt: jobs.Debt
+) -> None:
+    telling = await hang_in(rig, debt)
+    most = outbox.AT_ONCE[debt]
+    for number in range(most + 5):
+        await over(rig, number, URL, owes=[debt])
+    rig.clock.advance(HEAD_START_S + 1)
+    for _ in range(3):
+        await rig.courier.look()
+    async with asyncio.timeout(10):
+        while len(telling) < most:
+            await asyncio.sleep(0.01)
+    # All that began has come so far by now.
+    await asyncio.sleep(0)
+    assert len(telling) == most
+    await rig.courier.close(grace_s=0)
+    assert telling == []
+
+
+@pytest.mark.parametrize("debt", get_args(jobs.Debt))
+async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: jobs.Debt) -> None:
+    telling = await hang_in(rig, debt)
+    await over(rig, 1, URL, owes=[debt])
+    rig.clock.advance(HEAD_START_S + 1)
+    await rig.courier.look()
+    other = rig.beside()
+    others = await hang_in(other, debt)
+    rig.clock.advance(outbox.TELL_S[debt] - 0.1)
+    await other.courier.look()
+    assert (await rig.jobs.get("edit-1")).owed[debt].attempts == 1, "nobody else has taken it on"
+    rig.clock.advance(10_000)
+    await other.courier.look()
+    async with asyncio.timeout(10):
+        while not others:
+            await asyncio.sleep(0.01)
+    assert len(telling) == 1
+    for each in (rig, other):
+        await each.courier.close(grace_s=0)
+
+
+@pytest.mark.parametrize("debt", get_args(jobs.Debt))
+async def test_telling_that_takes_too_long_is_given_up_for_now(
+    rig: Rig, debt: jobs.Debt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "TELL_S", dict.fromkeys(outbox.TELL_S, 0.01))
+    telling = await hang_in(rig, debt)
+    await over(rig, 1, URL, owes=[debt])
+    rig.clock.advance(HEAD_START_S + 1)
+    await rig.courier.look()
+    async with asyncio.timeout(10):
+        await rig.courier.settled()
+    assert telling == []
+    assert (await rig.jobs.get("edit-1")).owed.keys() == {debt}
+    assert rig.metrics.total("fluxfill_told_total", debt, "failed") == 1

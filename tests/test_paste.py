@@ -168,6 +168,23 @@ def test_a_single_pixel_survives_the_coarsest_scale() -> None:
     assert 2 <= np.count_nonzero(canvas_mask) <= 4
 
 
+def wave(side: int, px: int) -> Pixels:
+    """Vertical stripes, smooth, of 16 px: each of these pixels is `px` wide."""
+    row = 128 + 100 * np.sin(2 * np.pi * (np.arange(side) + 0.5) * px / 16)
+    return np.repeat(np.rint(np.broadcast_to(row, (side, side)))[..., None], 3, axis=2).astype(np.uint8)
+
+
+def test_what_was_painted_at_a_coarser_scale_comes_back_as_fine_as_it_was_painted() -> None:
+    """Within 3 grey levels of 200: as blocks, it would be 18 off, as straight lines between pixels, 6."""
+    region, canvas = Box(x0=0, y0=0, x1=128, y1=128), Box(x0=0, y0=0, x1=64, y1=64)
+    planned = Plan(
+        strategy=CropStrategy.RESIZE, region=region, canvas_size=(64, 64), content_size=(64, 64), windows=(canvas,)
+    )
+    pasted = paste(np.zeros((128, 128, 3), np.uint8), wave(64, 2), np.full((128, 128), 255, np.uint8), planned, 0)
+    off = np.abs(pasted.astype(int) - wave(128, 1))[8:-8, 8:-8]
+    assert off.max() <= 4
+
+
 def test_a_flat_photo_painted_in_its_own_colour_stays_flat_at_any_scale() -> None:
     mask = spot(500, 400, 10, 10, size=380)
     photo = np.full((400, 500, 3), (200, 17, 101), np.uint8)

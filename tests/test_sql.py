@@ -25,7 +25,7 @@ from serve_app.ports import JobStore
 
 from .backends import at, free_port, make_job
 from .job_servers import Gate, Opened, gate, plain
-from .test_job_stores import KEY, Slow, claimed, overlapping, put
+from .test_job_stores import KEY, Slow, add_one, claimed, overlapping, put
 
 COUNT_UP = """
     import asyncio, sys
@@ -66,6 +66,29 @@ async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, open
     first, second = overlapping(both("a", "b"), both("b", "a"))
     await asyncio.gather(store.update("a", "", first), store.update("b", "", second))
     assert {job.seed for job in await store.list()} == {2}
+
+
+async def test_a_rival_that_another_update_writes_meanwhile_loses_nothing(sql_url: str, opened: Opened) -> None:
+    """Updates that name no session do not wait for the session's."""
+    store = opened(adapters.job_store(sql_url))
+    await store.update("a", KEY, put(make_job("a"), make_job("b", seed=0)))
+
+    def beside(_job: Job | None, rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
+        return [rival.evolve(seed=rival.seed + 1) for rival in rivals]
+
+    first, second = overlapping(beside, add_one)
+    await asyncio.gather(store.update("a", KEY, first), store.update("b", "", second))
+    job = await store.get("b")
+    assert job and job.seed == 2
+
+
+async def test_updates_that_both_make_one_job_both_succeed(sql_url: str, opened: Opened) -> None:
+    """The second to insert the row is run again."""
+    store = opened(adapters.job_store(sql_url))
+    await store.update("a", KEY, put(make_job("a"), make_job("b")))
+    first, second = overlapping(put(make_job("new", seed=1)), put(make_job("new", seed=2)))
+    await asyncio.gather(store.update("a", "", first), store.update("b", "", second))
+    assert len(await store.list()) == 3
 
 
 async def test_many_may_create_the_tables_at_once(sql_url: str, opened: Opened) -> None:
@@ -336,6 +359,21 @@ async def test_a_lock_that_is_never_freed_is_unavailable(
         job = await store.get("edit-1")
         assert job and job.attempt == 1, "reading needs no lock"
     assert (await claimed(store, make_job(), 100)).attempt == 2
+
+
+@pytest.mark.emulator
+async def test_a_statement_ends_before_its_caller_stops_waiting(postgresql_url: str, opened: Opened) -> None:
+    """And a client that hangs frees what it has locked."""
+
+    def limits_ms(connection: sa.Connection) -> dict[str, int]:
+        rows = connection.exec_driver_sql("SELECT name, setting FROM pg_settings WHERE name LIKE %s", ("%timeout",))
+        return {name: int(setting) for name, setting in rows}
+
+    database = opened(sql_database.Database(postgresql_url))
+    for work in (database.read, database.write):
+        limits = await work(limits_ms)
+        assert 0 < limits["statement_timeout"] < 1000 * sql_database.CALL_TIMEOUT_S
+        assert 0 < limits["idle_in_transaction_session_timeout"] <= 60_000
 
 
 @pytest.mark.emulator

@@ -45,6 +45,13 @@ def line(width: int, height: int, start: tuple[int, int], end: tuple[int, int], 
     return mask
 
 
+def specks(width: int, height: int, *points: tuple[int, int]) -> Pixels:
+    mask = blank(width, height)
+    for x, y in points:
+        mask[y : y + 3, x : x + 3] = 255
+    return mask
+
+
 def scale_of(planned: Plan) -> float:
     return planned.content_size[0] / planned.region.width
 
@@ -343,6 +350,19 @@ def test_a_canvas_too_large_is_made_coarser(strategy: CropStrategy) -> None:
 def test_two_specks_in_a_photo_of_12_megapixels_keep_its_scale(strategy: CropStrategy) -> None:
     planned = made(two_specks(4000, 3000), strategy)
     assert planned.canvas_size == planned.content_size == (4000, 3000) and len(planned.windows) == 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
+@example(mask=specks(64, 256, (18, 16), (18, 88), (8, 160)), strategy=AUTO, window=SMALL)
+@example(mask=specks(256, 64, (16, 18), (88, 18), (160, 8)), strategy=AUTO, window=SMALL)
+def test_windows_are_in_painting_order(mask: Pixels, strategy: CropStrategy, window: WindowSettings) -> None:
+    planned = plan(mask, strategy, window)
+    if planned is None:
+        return
+    middles = [(box.x0 + box.x1, box.y0 + box.y1) for box in planned.windows]
+    is_wide = planned.canvas_size[0] >= planned.canvas_size[1]
+    assert middles == sorted(middles, key=lambda middle: middle if is_wide else middle[::-1])
 
 
 def test_windows_are_painted_along_the_longer_side() -> None:

@@ -65,7 +65,7 @@ class SqlJobStore:
     async def cancel_until(self, session_key: str, moment: datetime) -> None:
         def later(connection: sa.Connection) -> None:
             lock(connection, f"cancellations/{session_key}")
-            stored = connection.scalar(_until(session_key).with_for_update())
+            stored = connection.scalar(_until(session_key))
             if stored is None or stored < moment.timestamp():
                 _put(connection, CANCELLATIONS, {"session_key": session_key}, {"until": seconds(moment)})
 
@@ -155,7 +155,7 @@ def _rivals(connection: sa.Connection, job_id: str, session_key: str) -> Sequenc
 
 def _report(connection: sa.Connection, claim: Claim, progress: Progress) -> None:
     lock(connection, f"progress/{claim.job_id}")
-    reported = sa.select(PROGRESS.c.fence).where(PROGRESS.c.job_id == claim.job_id).with_for_update()
+    reported = sa.select(PROGRESS.c.fence).where(PROGRESS.c.job_id == claim.job_id)
     # The job itself is not locked: a claim is never kept from being renewed.
     known = connection.scalar(sa.select(JOBS.c.id).where(JOBS.c.id == claim.job_id))
     if known is not None and claim.fence >= (connection.scalar(reported) or 0):
@@ -177,7 +177,7 @@ def _mirrored(connection: sa.Connection, query: sa.Select[str]) -> SessionDocume
 
 def _mirror(connection: sa.Connection, job: Job, document: Mapping[str, Any]) -> None:
     lock(connection, f"sessions/{job.session_key}")
-    stored = _mirrored(connection, _document(job.user_id, job.session_id).with_for_update())
+    stored = _mirrored(connection, _document(job.user_id, job.session_id))
     after = written(stored, job, document)
     if after is not None:
         key = {"user_id": job.user_id, "session_id": job.session_id}
