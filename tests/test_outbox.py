@@ -402,7 +402,7 @@ async def hang_in(rig: Rig, *debts: jobs.Debt) -> list[Job]:
     return telling
 
 
-@pytest.mark.parametrize("debt", get_args(jobs.Debt))
+@pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
 async def test_no_more_are_told_at_a_time_than_there_are_places_and_closing_ends_them(
     rig: Rig, debt: jobs.Debt
 ) -> None:
@@ -423,7 +423,7 @@ async def test_no_more_are_told_at_a_time_than_there_are_places_and_closing_ends
     assert telling == []
 
 
-@pytest.mark.parametrize("debt", get_args(jobs.Debt))
+@pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
 async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: jobs.Debt) -> None:
     telling = await hang_in(rig, debt)
     await over(rig, 1, URL, owes=[debt])
@@ -444,7 +444,7 @@ async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: jobs.Deb
         await each.courier.close(grace_s=0)
 
 
-@pytest.mark.parametrize("debt", get_args(jobs.Debt))
+@pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
 async def test_telling_that_takes_too_long_is_given_up_for_now(
     rig: Rig, debt: jobs.Debt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
