@@ -332,6 +332,14 @@ async def test_files_of_other_programs_with_names_that_no_blob_can_have_are_not_
     assert await listed(folder_store, "users") == ["users/u/a"]
 
 
+async def test_a_folder_that_the_store_makes_is_its_owners_alone(folder_store: BlobStore, tmp_path: Path) -> None:
+    await folder_store.put("a/b", b"x", content_type=JPEG)
+    assert (tmp_path / "blobs").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "blobs").chmod(0o750)
+    await folder_store.put("a/b", b"y", content_type=JPEG)
+    assert (tmp_path / "blobs").stat().st_mode & 0o777 == 0o750, "what its owner allowed stays"
+
+
 @pytest.mark.parametrize("left", [b"", b"half", b"much more than what comes next"])
 async def test_what_a_dead_writer_left_is_no_part_of_the_next_blob(
     folder_store: BlobStore, tmp_path: Path, left: bytes

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -50,7 +50,7 @@ _MAX_NAME = 255
 
 class FileBlobStore:
     def __init__(self, url: str) -> None:
-        """`files:FOLDER`; the folder is made by the first write."""
+        """`files:FOLDER`; the folder is made by the first write, for its owner alone."""
         self._root = Path(url.removeprefix("files:")).absolute()
 
     async def head(self, path: str) -> BlobInfo:
@@ -60,9 +60,10 @@ class FileBlobStore:
         return await self._run(path, lambda: _get(path, self._locate(path), max_bytes))
 
     async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
-        return await self._run(
-            path, lambda: _write(path, self._locate(path), if_version, lambda file: _write_all(file, data))
-        )
+        def write() -> BlobInfo:
+            return _write(path, self._placed(path), if_version, lambda file: _write_all(file, data))
+
+        return await self._run(path, write)
 
     async def delete(self, path: str) -> None:
         await self._run(path, lambda: _delete(self._locate(path)))
@@ -75,7 +76,7 @@ class FileBlobStore:
         return await self._run(path, lambda: _download(path, self._locate(path), to))
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
-        return await self._run(path, lambda: _upload(path, self._locate(path), source))
+        return await self._run(path, lambda: _upload(path, self._placed(path), source))
 
     async def _run(self, path: str, work: Callable[[], T]) -> T:
         check_path(path)
@@ -93,6 +94,13 @@ class FileBlobStore:
         if not target.is_relative_to(os.path.realpath(self._root)):
             raise UnsafePath(f"blob path {path!r} leads out of the store through a link", path=path)
         return target
+
+    def _placed(self, path: str) -> Path:
+        """As `_locate`, to be written. A root that is made is its owner's alone, whatever the process's umask."""
+        # What is in the way is told by what follows.
+        with suppress(OSError):
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self._locate(path)
 
     def _scan(self, prefix: str) -> Sequence[BlobInfo]:
         names = [
