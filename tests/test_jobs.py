@@ -269,6 +269,7 @@ def test_a_waiting_job_whose_message_is_lost_ends_unless_it_has_moved_on() -> No
         )
         assert jobs.lose(found, "gone")(found.evolve(fence=4), (), at(9)) == ()
         assert jobs.lose(found, "gone")(failed, (), at(9)) == ()
+        assert jobs.lose(found, "gone")(found.evolve(status=State.SUCCEEDED), (), at(9)) == ()
         assert jobs.lose(found, "gone")(None, (), at(9)) == ()
 
 
@@ -359,6 +360,7 @@ def test_a_job_past_its_deadline_expires_instead(running: bool) -> None:
     assert expired.error and expired.error.code == "deadline_exceeded"
     assert expired.fence > stored.fence
     assert one(claim(job, 29.9)(None, ())).status == State.RUNNING
+    assert one(claim(job, 30)(None, ())).status == State.EXPIRED, "its deadline is over from its very moment on"
 
 
 def test_renewing_extends_the_lease() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from serve_app import jobs, lease
 from serve_app.adapters.memory import MemoryJobStore, MemorySessionMirror
-from serve_app.errors import DeadlineExceeded, StoreUnavailable
-from serve_app.jobs import Job
+from serve_app.errors import Busy, Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
+from serve_app.jobs import Job, Progress
 from serve_app.lease import Lease
 from serve_app.settings import Work
 
@@ -100,6 +100,119 @@ async def test_a_lease_counts_from_before_the_claim_was_sent(host: Host) -> None
     with pytest.raises(StoreUnavailable):
         async with asyncio.timeout(10):
             await host.keeper(job, asked_at).hold(forever())
+
+
+async def test_a_renewal_makes_the_lease_last_from_then_on(host: Host) -> None:
+    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    await host.looks("get")
+    host.pass_s(20)
+    await host.looks("update", 1)
+    await host.looks("get")
+    host.jobs.is_down = True
+    host.pass_s(45)
+    await host.looks("update")
+    assert not holding.done(), "65 s after the claim, 45 s after the renewal"
+    holding.cancel()
+    await asyncio.wait({holding})
+
+
+async def test_a_missed_renewal_is_made_up_for_before_the_lease_ends(host: Host) -> None:
+    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    await host.looks("get")
+    host.jobs.is_down, host.jobs.only = True, {"update"}
+    host.pass_s(20)
+    await host.looks("update", 1)
+    host.jobs.is_down = False
+    await host.looks("update", 1)
+    host.pass_s(19)
+    with pytest.raises(Busy):
+        await host.claim()
+    job = await host.jobs.get("edit-1")
+    assert job.lease_until == host.clock() + timedelta(seconds=41), "renewed at once, and not when the next was due"
+    host.pass_s(0.9)
+    await host.looks("get", 3)
+    assert not holding.done()
+    holding.cancel()
+    await asyncio.wait({holding})
+
+
+async def test_a_renewal_that_succeeded_is_not_made_again_before_its_time(host: Host) -> None:
+    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    await host.looks("get")
+    host.pass_s(20)
+    await host.looks("update", 1)
+    before = host.jobs.calls["update"]
+    host.pass_s(15)
+    await host.looks("get", 3)
+    assert host.jobs.calls["update"] == before
+    holding.cancel()
+    await asyncio.wait({holding})
+
+
+# How a claim is lost
+
+
+class Painting:
+    """An attempt that takes its time to stop."""
+
+    def __init__(self) -> None:
+        self.has_stopped = False
+
+    async def __call__(self) -> None:
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(0.05)
+            self.has_stopped = True
+
+
+async def test_a_cancellation_is_seen_between_renewals(host: Host) -> None:
+    job, painting = await host.claim(), Painting()
+    holding = asyncio.create_task(host.keeper(job).hold(painting()))
+    await host.looks("get", 1)
+    await host.jobs.update(job.id, job.session_key, jobs.cancel)
+    with pytest.raises(Canceled):
+        async with asyncio.timeout(10):
+            await holding
+    assert painting.has_stopped
+    assert host.jobs.calls["update"] == 2, "the claim and the cancellation: no renewal was due"
+
+
+async def test_a_painting_is_stopped_before_its_lost_claim_is_told_of(host: Host) -> None:
+    painting = Painting()
+    holding = asyncio.create_task(host.keeper(await host.claim()).hold(painting()))
+    await host.looks("get", 1)
+    host.clock.advance(61)
+    assert (await host.claim()).fence == 2
+    with pytest.raises(StaleClaim):
+        async with asyncio.timeout(10):
+            await holding
+    assert painting.has_stopped
+
+
+# Progress
+
+
+async def test_the_session_is_shown_one_progress_at_a_time_and_then_the_latest(host: Host) -> None:
+    keeper, go_on = host.keeper(await host.claim()), asyncio.Event()
+
+    async def hang() -> None:
+        await go_on.wait()
+
+    host.mirror.before["write"] = hang
+    holding = asyncio.create_task(keeper.hold(forever()))
+    for step in (1, 2, 3):
+        await keeper.note(Progress(step=step, steps=4))
+        await host.looks("report", 1)
+        await host.looks("get")
+    assert host.mirror.calls["write"] == 1, "the first has not been shown yet"
+    go_on.set()
+    async with asyncio.timeout(10):
+        while (await host.mirror.read("u", "s") or {}).get("processingProgress") != 0.75:
+            await asyncio.sleep(0.01)
+    assert host.mirror.calls["write"] == 2
+    holding.cancel()
+    await asyncio.wait({holding})
 
 
 # The deadline

@@ -182,6 +182,7 @@ async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
     assert failed_again.owed.keys() == {"session", "completion"}
     pay, now = jobs.pay(over, ["session"]), over.created_at
     assert pay(failed_again, (), now) == (), "that it failed before was told, not this"
+    assert pay(over.evolve(status=State.CANCELED), (), now) == (), "nor another end"
     [paid] = pay(over, (), now)
     assert paid.owed.keys() == {"completion"}
     assert pay(paid, (), now) == ()

@@ -548,26 +548,6 @@ async def test_a_store_that_is_down_for_less_than_a_lease_costs_nothing(rig: Rig
     assert rig.engine.painted == 1
 
 
-async def test_a_missed_renewal_is_made_up_for_before_the_lease_ends(rig: Rig, held: Held) -> None:
-    working = asyncio.create_task(rig.work())
-    await eventually(held.entered.is_set)
-    rig.clock.advance(0.5)
-    rig.jobs.is_down, rig.jobs.only = True, {"update"}
-    await asyncio.sleep(0.3)  # the renewal that was due at 0.2 s has failed
-    rig.jobs.is_down = False
-
-    async def renewed() -> bool:
-        return (await rig.job()).lease_until == rig.clock() + timedelta(seconds=1)
-
-    async with asyncio.timeout(20):
-        while not await renewed():
-            await asyncio.sleep(0.01)
-    rig.clock.advance(0.6)
-    assert (await rig.beside().work()).reason == "busy"
-    held.let_go.set()
-    assert (await working).reason == "succeeded"
-
-
 async def test_a_hiccup_before_the_last_writes_throws_no_painting_away(rig: Rig) -> None:
     def hiccup(step: int) -> None:
         if step == 4:
