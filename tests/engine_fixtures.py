@@ -1,6 +1,10 @@
-"""What the engine's tests share: tiny checkpoints written once a session, and small requests."""
+"""What the engine's tests share: tiny checkpoints written once a run, and small requests."""
 
+import json
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +29,37 @@ SIDE = 128
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
-    return ensure(tmp_path_factory.mktemp("weights") / "tiny")
+    return ensure(of_the_run(tmp_path_factory) / "tiny")
+
+
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the run's processes share, where there are several."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def shallow(tiny: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
+    """The Q4_0's first block of each kind and nothing else: less to compile."""
+    import gguf
+
+    shallow, kept = (
+        TinyWeights(tmp_path_factory.mktemp("shallow")),
+        ("transformer_blocks.0.", "single_transformer_blocks.0."),
+    )
+    shutil.copytree(tiny.base, shallow.base)
+    config = shallow.base / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 1, "num_single_layers": 1}))
+    file = "flux1-fill-dev-Q4_0.gguf"
+    writer = gguf.GGUFWriter(shallow.transformer(file), "flux")
+    for tensor in gguf.GGUFReader(tiny.transformer(file)).tensors:
+        if "transformer_blocks." not in tensor.name or tensor.name.startswith(kept):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return shallow
 
 
 @pytest.fixture(scope="session")

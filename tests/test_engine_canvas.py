@@ -162,6 +162,7 @@ def test_a_window_that_runs_out_of_memory_twice_is_given_up() -> None:
     assert (engine.times_freed, len(engine.seen), counted) == (1, 2, ["once"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", [1, 2])
 def test_the_real_pipeline_out_of_memory(
     tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch, failures: int
@@ -247,6 +248,7 @@ async def test_the_real_pipeline_through_the_painter(tiny: TinyWeights, embeddin
     await painter.close()
 
 
+@pytest.mark.slow
 async def test_jobs_at_once_on_one_pipeline_do_not_mix(tiny: TinyWeights, embeddings: bytes) -> None:
     painter = LocalPainter({"tiny-Q4_0": flux_fill(tiny), "pause": pause()})
     requests = [request(embeddings=embeddings, seed=seed) for seed in (1, 2, 3)]
@@ -281,6 +283,7 @@ async def test_canceling_stops_within_a_step_and_waits_for_the_thread() -> None:
     assert isinstance(await painter.paint("v", request(), nothing), Painted)
 
 
+@pytest.mark.slow
 async def test_canceling_the_real_pipeline_leaves_it_usable(tiny: TinyWeights, embeddings: bytes) -> None:
     painter = LocalPainter({"v": flux_fill(tiny)})
     first = await painter.paint("v", request(embeddings=embeddings), nothing)

@@ -1,20 +1,24 @@
 """Compiled blocks: what is compiled and when, how near it is to eager, and what the next replica takes over."""
 
+import json
 import os
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch._inductor.utils import clear_caches
 
 from deployments.inpainter import close_engine, open_engine
-from serve_app.engine import compiled
+from deployments.loading import sources
+from serve_app.engine import compile_cache, compiled
 from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.tiny import TinyWeights
 from serve_app.errors import OutOfMemory, VariantLoadFailed
@@ -22,6 +26,9 @@ from serve_app.settings import FirstBlockCache, Settings, TaylorSeerCache
 from serve_app.variants import BUILT_IN
 
 from .engine_fixtures import flux_fill, window
+
+#: One process after the other: the C++ compiler uses all cores.
+pytestmark = pytest.mark.xdist_group("compiling")
 
 BUCKETS = ((64, 64), (96, 64))
 #: A bucket's: the double blocks, the first single block, the other single blocks.
@@ -42,13 +49,16 @@ def prompts() -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def warm(tiny: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FluxFill]:
-    """Compiled and warmed up for BUCKETS."""
+def warm(tiny: TinyWeights, prompts: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[FluxFill]:
+    """Compiled, at one size by painting and at all by warming up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         engine = flux_fill(tiny, compile=True)
         engine.load()
-        before = compiled.graphs()
+        before, (width, height) = compiled.graphs(), BUCKETS[0]
+        for seed in (1, 2):
+            engine.paint(window(height, width, embeddings=prompts[0], seed=seed))
+            assert compiled.graphs() - before == GRAPHS, "a size that was not warmed up is compiled once"
         engine.warm_up(BUCKETS)
         assert compiled.graphs() - before == GRAPHS * len(BUCKETS)
         yield engine
@@ -93,14 +103,6 @@ def test_step_caching_goes_with_it_and_takes_the_same_graphs(
     assert compiled.graphs() == before
     assert difference.mean() < 0.05
     assert np.abs(warm.paint(given).astype(int) - eager.paint(given)).mean() > 0.2, "no step was skipped"
-
-
-@pytest.mark.slow
-def test_a_size_that_was_not_warmed_up_is_compiled_once(warm: FluxFill, prompts: list[bytes]) -> None:
-    before = compiled.graphs()
-    for seed in (1, 2):
-        warm.paint(window(64, 128, embeddings=prompts[0], seed=seed))
-        assert compiled.graphs() - before == GRAPHS
 
 
 @pytest.mark.slow
@@ -158,73 +160,73 @@ def warm_up_with(tiny: TinyWeights, error: Exception) -> None:
     engine.warm_up(BUCKETS)
 
 
-@pytest.mark.slow
-def test_a_replica_keeps_what_it_compiled_at_its_start(tiny: TinyWeights, tmp_path: Path) -> None:
-    file, base = str(tiny.transformer("flux1-fill-dev-Q4_0.gguf")), str(tiny.base)
-    definition = {"family": "flux-fill", "file": file, "base": base, "max_prompt_tokens": 64, "num_gpus": 0}
-    settings = Settings.model_validate(
-        {
-            "variants": {"v": {"definition": definition, "levers": {"compile": True}}},
-            "windows": {"buckets": [(64, 192)]},
-            "weights": {"cache": tmp_path},
-        }
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
-        close_engine(open_engine("v", settings))
-    assert len(list(tmp_path.glob("compiled/*/inductor.zip"))) == 1
-
-
 #: A replica's start, in a process of its own: prints graphs, hits and misses of the compiler's cache.
 REPLICA = """
 import logging, sys
-from pathlib import Path
 from torch._dynamo.utils import counters
-from serve_app.adapters import blob_files, blob_store
+from deployments.inpainter import close_engine, open_engine
+from deployments.loading import sources
 from serve_app.engine import compile_cache, compiled
-from serve_app.engine.cache import Sources
-from serve_app.engine.origins import Mirror
-from serve_app.engine.tiny import ensure
-from tests.engine_fixtures import flux_fill
-from serve_app.settings import Levers, VariantSettings
-from serve_app.variants import BUILT_IN
+from serve_app.settings import Settings
 
 logging.basicConfig(level=logging.WARNING)
-tiny, cache, url = ensure(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
-sources = Sources(cache=cache, mirror=Mirror(blob_store(url), blob_files(url)))
-engine = flux_fill(tiny, compile=True)
-engine.load()
-served = VariantSettings(levers=Levers(compile=True))
-kept = compile_cache.of(BUILT_IN["tiny-Q4_0"], served, [(64, 64)], sources, engine.describe())
-kept.warm_up(lambda: engine.warm_up([(64, 64)]))
+engine = open_engine("v", Settings.model_validate_json(sys.argv[1]))
 found = counters["inductor"]
 print(compiled.graphs(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
+close_engine(engine)
 """
 
 
+def machine(folder: Path, shallow: TinyWeights) -> dict[str, Any]:
+    """Settings of one that shares a mirror with the others."""
+    file, base = str(shallow.transformer("flux1-fill-dev-Q4_0.gguf")), str(shallow.base)
+    definition = {"family": "flux-fill", "file": file, "base": base, "max_prompt_tokens": 64, "num_gpus": 0}
+    return {
+        "variants": {"v": {"definition": definition, "levers": {"compile": True}}},
+        "windows": {"buckets": [(64, 192)]},
+        "weights": {"cache": str(folder), "mirror": f"files:{folder.parent / 'mirror'}"},
+    }
+
+
+def start(machine: dict[str, Any]) -> tuple[str, str]:
+    """What it prints, and what it logs."""
+    command = [sys.executable, "-c", REPLICA, json.dumps(machine)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    return done.stdout.strip().splitlines()[-1], done.stderr
+
+
 @pytest.mark.slow
-def test_the_next_replica_takes_what_the_first_compiled(tiny: TinyWeights, tmp_path: Path) -> None:
+def test_the_next_replica_takes_what_the_first_compiled(
+    shallow: TinyWeights,
+    engine: FluxFill,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Also one on another machine, by way of the mirror; what is damaged or does not work is compiled anew, and that is
     of use to the next replica again."""
-    url = f"files:{tmp_path / 'mirror'}"
+    one, two, three = (machine(tmp_path / name, shallow) for name in ("one", "two", "three"))
+    settings, graphs = Settings.model_validate(one), 2
+    kept = compile_cache.of(
+        settings.variant("v"), settings.variants["v"], settings.windows.buckets, sources(settings), engine.describe()
+    )
+    archive = Path("compiled") / kept.fingerprint / "inductor.zip"
+    (tmp_path / "one" / archive).parent.mkdir(parents=True)
+    (tmp_path / "one" / archive).write_bytes(b"PK, cut short")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "another"))
+    # As in a new process.
+    torch._dynamo.reset()
+    clear_caches()
+    close_engine(open_engine("v", settings))
+    assert "compiled before is of no use" in caplog.text
 
-    def start(machine: str) -> tuple[str, str]:
-        command = [sys.executable, "-c", REPLICA, str(tiny.base.parent), str(tmp_path / machine), url]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
-        return done.stdout.strip().splitlines()[-1], done.stderr
-
-    assert start("one")[0] == f"{GRAPHS} 0 {GRAPHS}"
-    assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
-    (archive,) = (tmp_path / "two").rglob("*.zip")
-    archive.write_bytes(archive.read_bytes()[:-1000])
-    printed, logged = start("two")
-    assert printed == f"{GRAPHS} 0 {GRAPHS}"
-    assert "compiled before is of no use" in logged
-    assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
-    break_code(archive)
-    assert "do not compile" in start("two")[1]
-    assert start("two")[0] == f"{GRAPHS} {GRAPHS} 0"
+    break_code(tmp_path / "mirror" / "models" / archive)
+    printed, logged = start(two)
+    # The first graph's code works, the second's does not, and both are compiled anew.
+    assert printed == f"{1 + graphs} 1 {graphs}"
+    assert "do not compile" in logged
+    assert start(three)[0] == f"{graphs} {graphs} 0"
 
 
 def break_code(archive: Path) -> None:

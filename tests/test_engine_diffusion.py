@@ -20,19 +20,21 @@ from serve_app.images import Pixels
 from serve_app.settings import VariantSettings
 from serve_app.variants import BUILT_IN
 
-from .engine_fixtures import SIDE, flux_fill, window
+from .engine_fixtures import flux_fill, window
+
+SIDE = 64
 
 
 def paint(engine: FluxFill, embeddings: bytes | None, **changes: Any) -> Pixels:
-    return engine.paint(window(embeddings=embeddings, **changes))
+    return engine.paint(window(SIDE, SIDE, embeddings=embeddings, **changes))
 
 
 @pytest.mark.parametrize("quant", ["Q4_0", "Q5_K_S", "Q8_0"])
 def test_each_quantisation_loads_and_paints(tiny: TinyWeights, embeddings: bytes, quant: str) -> None:
     engine = flux_fill(tiny, quant)
     engine.load()
-    painted = engine.paint(window(256, 256, embeddings=embeddings))
-    assert painted.shape == (256, 256, 3)
+    painted = paint(engine, embeddings)
+    assert painted.shape == (SIDE, SIDE, 3)
     assert painted.dtype == np.uint8
     assert painted.std() > 0
     engine.close()
@@ -64,8 +66,8 @@ def test_the_prompt_and_the_guidance_scale_decide(engine: FluxFill, embeddings: 
 
 
 def test_windows_need_not_be_square(engine: FluxFill, embeddings: bytes) -> None:
-    painted = engine.paint(window(128, 256, steps=1, embeddings=embeddings))
-    assert painted.shape == (128, 256, 3)
+    painted = engine.paint(window(64, 128, steps=1, embeddings=embeddings))
+    assert painted.shape == (64, 128, 3)
 
 
 def test_every_step_is_reported(engine: FluxFill, embeddings: bytes) -> None:
@@ -194,8 +196,8 @@ def test_warming_up_runs_the_smallest_size_on_a_cpu(tiny: TinyWeights) -> None:
         lambda module, _, output: sizes.append(output[0].shape) if type(module).__name__ == "Decoder" else None
     )
     with hook:
-        engine.warm_up([(256, 128), (128, 128), (1024, 1024)])
-    assert sizes == [(3, 128, 128)]
+        engine.warm_up([(128, 64), (64, 64), (1024, 1024)])
+    assert sizes == [(3, 64, 64)]
 
 
 def test_close_lets_go_of_the_model(tiny: TinyWeights, embeddings: bytes) -> None:

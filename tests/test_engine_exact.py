@@ -90,9 +90,9 @@ class WholeFrame:
 
 @pytest.fixture(scope="module")
 def whole_frame() -> WholeFrame:
-    frame, mask = photo(256, 256), np.zeros((256, 256), np.uint8)
-    mask[20:230, 100:110] = 255
-    settings = WindowSettings()
+    frame, mask = photo(64, 64), np.zeros((64, 64), np.uint8)
+    mask[5:58, 25:30] = 255
+    settings = WindowSettings(buckets=((64, 64),), feather_px=2)
     planned = plan(mask, CropStrategy.RESIZE, settings)
     assert planned is not None
     return WholeFrame(planned, frame, *cut(frame, mask, planned, settings.feather_px))
@@ -109,7 +109,7 @@ def cases(embeddings: bytes, another: bytes, whole_frame: WholeFrame) -> dict[st
         "another number of steps": window(**small | {"steps": 1}),
         "another guidance scale": window(**small | {"guidance_scale": 0.0}),
         "whole frame": window(
-            256, 256, pixels=whole_frame.frame, mask=whole_frame.mask, embeddings=embeddings, steps=1, seed=3
+            64, 64, pixels=whole_frame.frame, mask=whole_frame.mask, embeddings=embeddings, steps=1, seed=3
         ),
     }
 

@@ -50,7 +50,7 @@ def counting(forward: Callable[..., Any], ran: list[str]) -> Callable[..., Any]:
 
 
 def loaded(tiny: TinyWeights, cache: StepCache | None, **levers: Any) -> FluxFill:
-    engine = flux_fill(tiny, step_cache=cache, **levers)
+    engine = flux_fill(tiny, step_cache=cache, unpack=True, **levers)
     engine.load()
     return engine
 

@@ -508,6 +508,7 @@ def test_paintings_at_once_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the real pipeline
 
 
+@pytest.mark.slow
 def test_the_real_pipeline_paints_each_of_a_batch_as_alone(
     tiny: TinyWeights, embeddings: bytes, threads: ThreadPoolExecutor
 ) -> None:
