@@ -36,39 +36,32 @@ from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .firebase_app import firebase_app
 from .links import check_expiry
-from .transfers import Limited, check_size, whole_file
+from .transfers import BOUNDS, Bounds, Limited, check_size, whole_file
 from .unforeseen import unforeseen
 
 T = TypeVar("T")
 
 #: Requests at a time, over all stores of this process.
 CONCURRENCY = 32
-#: Seconds to connect.
-CONNECT_S = 3.0
-#: The longest silence of the server, in seconds: until it takes another block of a body, or sends some of its answer.
-SILENCE_S = 10.0
-#: No new try after this, in seconds.
-RETRY_S = 5.0
-#: Nor of a download that has begun.
+#: No new try of a download that has begun after this, in seconds.
 RETRY_FILE_S = 600.0
 #: What each request may take that a signature costs, in seconds.
 SIGN_S = 5.0
 
 _POOL = ThreadPoolExecutor(CONCURRENCY, "firebase-storage")
-_RETRY = DEFAULT_RETRY.with_delay(initial=0.1, maximum=2.0).with_timeout(RETRY_S)
-_BOUNDS: dict[str, Any] = {"timeout": (CONNECT_S, SILENCE_S), "retry": _RETRY}
-#: While it sends, urllib3 minds the first time-out only.
-SENDING: dict[str, Any] = _BOUNDS | {"timeout": (SILENCE_S, SILENCE_S)}
+_RETRY = DEFAULT_RETRY.with_delay(initial=0.1, maximum=2.0)
 #: Bytes of a chunk of an upload that resumes, held in memory and sent again as a whole; a multiple of 256 KiB. Google's
 #: client sends up to 8 MiB in one request, and would otherwise make chunks of 100 MiB.
 _CHUNK = 8 * 1024 * 1024
+#: Of a request of Google's client: its time-outs and tries.
+_Options = dict[str, Any]
 _BINARY = "application/octet-stream"
 #: In Google's words, where no blob is missing but the bucket.
 _NO_BUCKET = "bucket does not exist"
 
 
 class FirebaseBlobStore:
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, bounds: Bounds = BOUNDS) -> None:
         """`firebase:BUCKET`. Nothing is connected, nor credentials looked for, before the first use.
 
         Raises SettingsError where no bucket is named. Every method may raise InvalidCredentials.
@@ -76,33 +69,40 @@ class FirebaseBlobStore:
         self._name = url.removeprefix("firebase:")
         if not self._name or "/" in self._name:
             raise SettingsError(f"blob store {url!r} should be firebase:BUCKET", url=url)
+        retry = _RETRY.with_timeout(bounds.retry_s)
+        self._asking: _Options = {"timeout": (bounds.connect_s, bounds.silence_s), "retry": retry}
+        # While it sends, urllib3 minds the first time-out only.
+        self._sending: _Options = {"timeout": (bounds.silence_s, bounds.silence_s), "retry": retry}
         self._lock = threading.Lock()
         self._bucket: Bucket | None = None
 
     async def head(self, path: str) -> BlobInfo:
-        return await self._run(path, lambda bucket: _head(bucket, path))
+        return await self._run(path, lambda bucket: _head(bucket, path, self._asking))
 
     async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
-        return await self._run(path, lambda bucket: _get(bucket, path, max_bytes))
+        return await self._run(path, lambda bucket: _get(bucket, path, max_bytes, self._asking))
 
     async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
-        return await self._run(path, lambda bucket: _put(bucket, path, data, content_type, if_version))
+        def work(bucket: Bucket) -> BlobInfo:
+            return _put(bucket, path, data, content_type, if_version, self._sending)
+
+        return await self._run(path, work)
 
     async def delete(self, path: str) -> None:
         with suppress(BlobNotFound):
-            await self._run(path, lambda bucket: bucket.blob(path).delete(**_BOUNDS))
+            await self._run(path, lambda bucket: bucket.blob(path).delete(**self._asking))
 
     async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
-        pages = await self._run(prefix, lambda bucket: bucket.list_blobs(prefix=f"{prefix}/", **_BOUNDS).pages)
+        pages = await self._run(prefix, lambda bucket: bucket.list_blobs(prefix=f"{prefix}/", **self._asking).pages)
         while (page := await self._run(prefix, lambda _: _next_page(pages))) is not None:
             for info in page:
                 yield info
 
     async def download(self, path: str, to: Path) -> BlobInfo:
-        return await self._run(path, lambda bucket: _download(bucket, path, to))
+        return await self._run(path, lambda bucket: _download(bucket, path, to, self._asking))
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
-        return await self._run(path, lambda bucket: _upload(bucket, path, source))
+        return await self._run(path, lambda bucket: _upload(bucket, path, source, self._sending))
 
     async def link(self, path: str, *, expires_s: int) -> str:
         check_expiry(expires_s)
@@ -175,42 +175,42 @@ def _next_page(pages: Iterator[Any]) -> list[BlobInfo] | None:
     return None if page is None else [_info(blob) for blob in page if not blob.name.endswith("/")]
 
 
-def _head(bucket: Bucket, path: str) -> BlobInfo:
+def _head(bucket: Bucket, path: str, asking: _Options) -> BlobInfo:
     blob = bucket.blob(path)
-    blob.reload(**_BOUNDS)
+    blob.reload(**asking)
     return _info(blob)
 
 
-def _get(bucket: Bucket, path: str, max_bytes: int) -> tuple[bytes, BlobInfo]:
-    check_size(path, _head(bucket, path).size, max_bytes)
+def _get(bucket: Bucket, path: str, max_bytes: int, asking: _Options) -> tuple[bytes, BlobInfo]:
+    check_size(path, _head(bucket, path, asking).size, max_bytes)
     held = Limited(path, max_bytes)
     # The answer itself says which generation it is, should somebody have written since.
     blob = bucket.blob(path)
-    blob.download_to_file(held, **_BOUNDS)
+    blob.download_to_file(held, **asking)
     return held.getvalue(), _info(blob, size=held.tell())
 
 
-def _put(bucket: Bucket, path: str, data: bytes, content_type: str, if_version: str) -> BlobInfo:
+def _put(bucket: Bucket, path: str, data: bytes, content_type: str, if_version: str, sending: _Options) -> BlobInfo:
     blob = bucket.blob(path, chunk_size=_CHUNK)
     generation = None if if_version == ANY_VERSION else int(if_version or 0)
     with _sending(path):
-        blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **SENDING)
+        blob.upload_from_string(data, content_type=content_type, if_generation_match=generation, **sending)
     return _info(blob)
 
 
-def _download(bucket: Bucket, path: str, to: Path) -> BlobInfo:
+def _download(bucket: Bucket, path: str, to: Path, asking: _Options) -> BlobInfo:
     # First, because a store that is down is told sooner than a download that broke is given up.
-    _head(bucket, path)
+    _head(bucket, path, asking)
     blob = bucket.blob(path)
     with whole_file(to) as file:
-        blob.download_to_file(file, **_BOUNDS | {"retry": _RETRY.with_timeout(RETRY_FILE_S)})
+        blob.download_to_file(file, **asking | {"retry": _RETRY.with_timeout(RETRY_FILE_S)})
         return _info(blob, size=file.tell())
 
 
-def _upload(bucket: Bucket, path: str, source: Path) -> BlobInfo:
+def _upload(bucket: Bucket, path: str, source: Path, sending: _Options) -> BlobInfo:
     blob = bucket.blob(path, chunk_size=_CHUNK)
     with _sending(path):
-        blob.upload_from_filename(source, content_type=_BINARY, **SENDING)
+        blob.upload_from_filename(source, content_type=_BINARY, **sending)
     return _info(blob)
 
 

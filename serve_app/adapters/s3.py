@@ -14,6 +14,7 @@ A conditional write that is tried again after a lost answer may find its own fir
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -33,20 +34,15 @@ from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, S
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
 from .links import check_expiry
-from .transfers import Limited, check_size, whole_file
+from .transfers import BOUNDS, Bounds, Limited, check_size, whole_file
 from .unforeseen import unforeseen
 
 if TYPE_CHECKING:
     from obstore import GetResult, ObjectMeta, PutMode
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
-CONNECT_S = 3.0
-#: The longest silence of the server, while a small body is sent included.
-READ_S = 10.0
 #: Larger bodies have the time they take at this speed: object_store has no limit of its own for sending.
 SLOWEST_BYTES_PER_S = 250_000
-#: No new try after this.
-RETRY_S = 5.0
 #: Bytes taken from a response at a time.
 _CHUNK = 256 * 1024
 #: Bytes of a part of a large upload. S3 takes 10,000 parts.
@@ -58,14 +54,14 @@ _NO_BUCKET = "NoSuchBucket"
 
 
 class S3BlobStore:
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, bounds: Bounds = BOUNDS, *, slowest_bytes_per_s: int = SLOWEST_BYTES_PER_S) -> None:
         """`s3://BUCKET/PREFIX?endpoint=URL&region=NAME`; all but the bucket may be left out.
 
         TLS is used unless the endpoint says `http://`. Raises SettingsError for another URL.
         """
-        self._url = url
-        self._store = _store(url, READ_S)
-        #: For larger bodies, by how often READ_S is doubled.
+        self._url, self._bounds, self._slowest_bytes_per_s = url, bounds, slowest_bytes_per_s
+        self._store = _store(url, bounds)
+        #: For larger bodies, by how often the silence that is borne is doubled.
         self._patient: dict[int, S3Store] = {}
 
     async def head(self, path: str) -> BlobInfo:
@@ -142,20 +138,22 @@ class S3BlobStore:
     async def _sending(self, path: str, size: int) -> S3Store:
         """The store that gives `size` bytes on the line at a time the time they need.
 
-        Raises StoreUnavailable within READ_S where the server is silent: a request with a large body would notice late.
+        Raises StoreUnavailable soon where the server is silent: a request with a large body would notice late.
         """
-        doublings = int(size / (READ_S * SLOWEST_BYTES_PER_S)).bit_length()
+        silence_s = self._bounds.silence_s
+        doublings = int(size / (silence_s * self._slowest_bytes_per_s)).bit_length()
         if not doublings:
             return self._store
         with suppress(BlobNotFound):
             await self.head(path)
         # Kept, because each has connections and credentials of its own.
         if doublings not in self._patient:
-            self._patient[doublings] = _store(self._url, READ_S * 2**doublings)
+            patient = replace(self._bounds, silence_s=silence_s * 2**doublings)
+            self._patient[doublings] = _store(self._url, patient)
         return self._patient[doublings]
 
 
-def _store(url: str, read_s: float) -> S3Store:
+def _store(url: str, bounds: Bounds) -> S3Store:
     parts = urlsplit(url)
     config = dict(parse_qsl(parts.query, keep_blank_values=True))
     endpoint = config.get("endpoint", "https:")
@@ -164,14 +162,14 @@ def _store(url: str, read_s: float) -> S3Store:
         raise SettingsError(f"blob store {url!r} should be s3://BUCKET/PREFIX?endpoint=URL&region=NAME", url=url)
     client: ClientConfig = {
         "allow_http": endpoint.startswith("http:"),
-        "connect_timeout": timedelta(seconds=CONNECT_S),
-        "read_timeout": timedelta(seconds=read_s),
+        "connect_timeout": timedelta(seconds=bounds.connect_s),
+        "read_timeout": timedelta(seconds=bounds.silence_s),
         # Weights take minutes; silence is what ends a request.
         "timeout": timedelta(hours=1),
     }
     first, longest = timedelta(seconds=0.1), timedelta(seconds=2)
     retry: RetryConfig = {
-        "retry_timeout": timedelta(seconds=RETRY_S),
+        "retry_timeout": timedelta(seconds=bounds.retry_s),
         "backoff": {"init_backoff": first, "max_backoff": longest, "base": 2},
     }
     prefix = parts.path.strip("/") or None

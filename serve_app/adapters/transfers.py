@@ -4,11 +4,26 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 from ..errors import BlobTooLarge, StoreUnavailable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How long a store beyond this machine is waited for."""
+
+    connect_s: float = 3.0
+    #: The longest silence of the server: until it takes another block of a body, or sends some of its answer.
+    silence_s: float = 10.0
+    #: No new try after this.
+    retry_s: float = 5.0
+
+
+BOUNDS = Bounds()
 
 
 def check_size(path: str, size: int, max_bytes: int) -> None:
