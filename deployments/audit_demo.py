@@ -1,10 +1,8 @@
 """`make audit`: the whole matrix on the tiny variants, by a real Ray job against the app as `serve run` starts it."""
 
 import asyncio
-import socket
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -14,7 +12,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fi
 from serve_app import adapters, images, masks, windows
 from serve_app.audits import Audit, AuditStatus
 from serve_app.edit import INPUTS, session_path
-from serve_app.errors import FluxFillError, SettingsError, Unavailable
+from serve_app.errors import FluxFillError, Unavailable
 from serve_app.messages import CropStrategy
 from serve_app.settings import Settings
 
@@ -24,8 +22,6 @@ from .demo import draw_leash
 
 VARIANTS = ("tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0")
 USER = "demo"
-#: Ray's default for `--dashboard-agent-listen-port`.
-AGENT_PORT = 52365
 #: Of the demo's photo: the cat's chin, the leash, and what is round them. Left, top, right, bottom in pixels: one
 #: window of the smallest size shows all of it.
 PART = (195, 44, 451, 300)
@@ -45,14 +41,6 @@ def window_sizes(files: tuple[Path, Path], settings: Settings) -> list[tuple[int
     size = images.decode_photo(original, settings.limits).size
     plan = windows.plan(masks.decode_mask(mask, settings.limits, size), CropStrategy.AUTO, settings.windows)
     return [(box.width, box.height) for box in plan.windows] if plan else []
-
-
-def check_job_port() -> None:
-    """Raises SettingsError where another Ray's agent would be asked for our job: `serve run` gives its agent no other
-    port, and without one Ray takes no jobs."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", AGENT_PORT), timeout=1):
-        what = f"somebody listens on port {AGENT_PORT}, where Ray's job agent is to listen"
-        raise SettingsError(f"{what}: stop the other Ray on this machine first, for instance `make run`")
 
 
 async def audited(settings: Settings, url: str, files: tuple[Path, Path], follower: Follower) -> Audit:

@@ -221,14 +221,13 @@ def demo(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Start the app, audit three tiny variants at five guidance scales, bring the report here, stop everything."""
-    from .audit_demo import audited, brought, check_job_port, sample, window_sizes
+    from .audit_demo import audited, brought, sample, window_sizes
     from .config import load
     from .demo import config_beside
     from .own_ray import serving
 
     started = time.monotonic()
     load(config)
-    check_job_port()
     files, own = sample(folder), config_beside(config, folder)
     loaded = load(own)
     sizes = ", ".join(f"{width} x {height}" for width, height in window_sizes(files, loaded.settings))

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from deployments import own_ray
 from serve_app.adapters import firebase_app
 
 from .backends import free_port
@@ -86,7 +87,13 @@ def s3_port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def firebase_port() -> Iterator[int]:
+def firebase_number() -> int:
+    """The port of fake-gcs-server, whether it runs or not."""
+    return own_ray.free_port()
+
+
+@pytest.fixture(scope="session")
+def firebase_port(firebase_number: int) -> Iterator[int]:
     """fake-gcs-server in a process of its own."""
     binary = _fake_gcs_server()
     if binary is None:
@@ -94,10 +101,9 @@ def firebase_port() -> Iterator[int]:
         if os.environ.get("CI") == "true":
             pytest.fail(missing)
         pytest.skip(missing)
-    port = free_port()
-    command = [str(binary), "-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}", "-log-level=error"]
-    with _running(command, port):
-        yield port
+    listen = ["-host=127.0.0.1", f"-port={firebase_number}"]
+    with _running([str(binary), "-scheme=http", "-backend=memory", *listen, "-log-level=error"], firebase_number):
+        yield firebase_number
 
 
 def _fake_gcs_server() -> Path | None:

@@ -1,6 +1,8 @@
-"""Fixtures of the whole suite. The environment is scrubbed, so that nobody's own credentials or servers are met."""
+"""Fixtures of the whole suite. The environment is scrubbed of the developer's credentials, servers and proxies."""
 
 import os
+
+import pytest
 
 from deployments.own_ray import ray_environment
 
@@ -14,3 +16,11 @@ for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLO
 os.environ.update(ray_environment(), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures", "tests.browser"]
+pytest_plugins += ["tests.serving"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All that needs Ray goes to one worker, so that one Ray is started."""
+    for item in items:
+        if item.get_closest_marker("serve"):
+            item.add_marker(pytest.mark.xdist_group("ray"))

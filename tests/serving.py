@@ -1,25 +1,28 @@
-"""The real app on a Ray of the test session's own, deployed as an operator deploys it: `serve deploy CONFIG`."""
+"""The one Ray of a test run, and the real app on it, deployed as an operator deploys it: `serve deploy CONFIG`.
+
+Whatever needs Ray shares it: Ray and Serve are started once, and an app is deployed once for all tests that use it.
+"""
 
 import base64
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 import yaml
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from deployments.client import Client, Submitted
-from deployments.own_ray import free_port
+from deployments.own_ray import OwnRay, free_port, own_ray
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
 from serve_app.settings import BUCKETS, Settings
@@ -29,6 +32,9 @@ from .rig import jpeg, line_mask, photo, png
 
 APP = "fluxfill"
 
+#: Of inference, as the shared app is deployed.
+DEFAULTS = {"variant": "telea", "steps": 12}
+
 
 #: Of the test session's app.
 WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a key of the tests' own, 32 byte").decode()
@@ -37,27 +43,41 @@ WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"a key of the tests' own, 32 byte"
 STOP_WAIT_S = 30
 
 
+QUICK = {"upscale_delay_s": 0.1, "num_cpus": 0.1}
+
+
+def sleeper(pause_s: float, *, num_gpus: int = 0, **scaling: Any) -> dict[str, Any]:
+    """A variant that sleeps in place of painting."""
+    return {"definition": {"family": "pause", "pause_s": pause_s, "num_gpus": num_gpus}, **QUICK, **scaling}
+
+
+#: A slow one, one whose weights are not there, and two of which each wants the GPU that Ray believes in.
+VARIANTS: Mapping[str, Any] = {
+    "telea": {"min_replicas": 2, "max_replicas": 2, **QUICK},
+    "slow": sleeper(3, min_replicas=1),
+    "endless": sleeper(60),
+    "broken": {"definition": {"family": "flux-fill", "file": "nowhere.gguf", "base": "tiny:base"}, **QUICK},
+    "tiny-Q4_0": {**QUICK},
+    "tiny-Q8_0": {**QUICK},
+    "batched": {"definition": BUILT_IN["tiny-Q4_0"].model_dump(), "levers": {"max_batch": 4}, **QUICK},
+    "nap": sleeper(0.5, min_replicas=2, max_replicas=2),
+    "gpu-a": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
+    "gpu-b": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
+}
+
+
 def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
-    """Settings with short leases and waits, a slow variant, and one whose weights are not there."""
-    quick = {"upscale_delay_s": 0.1, "num_cpus": 0.1}
+    """Settings with short leases and waits."""
     return {
         "blobs": f"files:{folder}/blobs",
         "jobs": f"sqlite:{folder}/jobs.db",
         "messages": {"url": f"embedded://127.0.0.1:{port}", "completion_topic": "session-completed"},
         "webhooks": {"hosts": [f"127.0.0.1:{receiver}"], "allow_http": True},
         "public_url": f"http://127.0.0.1:{http}",
-        "variants": {
-            "telea": {"min_replicas": 2, "max_replicas": 2, **quick},
-            "slow": {"definition": {"family": "pause", "pause_s": 3}, "min_replicas": 1, **quick},
-            "endless": {"definition": {"family": "pause", "pause_s": 60}, **quick},
-            "broken": {"definition": {"family": "flux-fill", "file": "nowhere.gguf", "base": "tiny:base"}, **quick},
-            "tiny-Q4_0": {**quick},
-            "tiny-Q8_0": {**quick},
-            "batched": {"definition": BUILT_IN["tiny-Q4_0"].model_dump(), "levers": {"max_batch": 4}, **quick},
-        },
+        "variants": dict(VARIANTS),
         # What tests paint is small.
         "windows": {"buckets": [(128, 128), *BUCKETS]},
-        "text_encoder": {**quick},
+        "text_encoder": {**QUICK},
         "weights": {"cache": f"{folder}/weights"},
         "work": {
             "lease_s": 4,
@@ -80,6 +100,9 @@ class App:
     raw: dict[str, Any]
     #: Where the app may call a receiver of webhooks.
     receiver_port: int
+    #: Every process of Ray's descends from this one.
+    ray_pid: int
+    is_deployed: bool = False
 
     @property
     def settings(self) -> Settings:
@@ -91,11 +114,25 @@ class App:
 
     def deploy(self, **inference: Any) -> None:
         """`serve deploy`, with these inference defaults."""
+        self.is_deployed = True
         self.raw["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": inference}]
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(self.raw))
         serve = str(Path(sys.executable).with_name("serve"))
         subprocess.run([serve, "deploy", "-a", self.dashboard, str(path)], check=True, capture_output=True)
+
+    def ensure(self) -> None:
+        """Deployed and ready."""
+        if not self.is_deployed:
+            self.deploy(**DEFAULTS)
+            self.wait_ready()
+
+    def stop(self) -> None:
+        """As `serve run` ends when it is interrupted: every replica gives back what it works on."""
+        from ray import serve
+
+        self.is_deployed = False
+        serve.shutdown()
 
     @retry(stop=stop_after_delay(120), wait=wait_fixed(0.3), retry=retry_if_result(lambda ready: not ready))
     def wait_ready(self) -> bool:
@@ -108,11 +145,17 @@ class App:
         answer: dict[str, Any] = httpx.get(f"{self.http}/ready").json()
         return answer
 
+    def processes(self) -> Iterator[tuple[psutil.Process, list[str]]]:
+        """Those of this Ray alone, with their command lines."""
+        for process in psutil.Process(self.ray_pid).children(recursive=True):
+            with suppress(psutil.Error):
+                yield process, process.cmdline()
+
     def pids(self, deployment: str) -> set[int]:
         """Processes of the deployment's replicas."""
         title = f"ray::ServeReplica:{APP}:{deployment}"
         # The title is the whole command line; a name that goes on would be another deployment's.
-        return {p.pid for p in psutil.process_iter() if _title(p).split(".")[0].rstrip() == title}
+        return {p.pid for p, command in self.processes() if " ".join(command).split(".")[0].rstrip() == title}
 
     def kill(self, deployment: str) -> None:
         """SIGKILL every replica of the deployment."""
@@ -137,60 +180,86 @@ class App:
         return await self.client.follow(Submitted(job_id), lambda job: None, timeout_s=timeout_s)
 
 
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+@dataclass(frozen=True)
+class TestRay:
+    """The Ray of this test run: eight CPUs, and one GPU that it only believes in."""
+
+    __test__ = False
+
+    ray: OwnRay
+    #: Where Serve listens.
+    port: int
+
+    def start_serve(self) -> None:
+        """Nothing where it runs already. This process must be connected."""
+        from ray import serve
+
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.port})
 
 
-def running(
-    folder: Path, variants: Mapping[str, Any] | None = None, *, variant: str = "telea", num_gpus: int = 0
-) -> Iterator[App]:
-    """Start Ray, deploy, wait until the default `variant` can serve; stop everything at the end. `variants` are served
-    in place of the usual ones; GPUs are a number that Ray believes."""
+@pytest.fixture(scope="session")
+def test_ray(tmp_path_factory: pytest.TempPathFactory, firebase_number: int) -> Iterator[TestRay]:
+    environment = {
+        **os.environ,
+        "WEBHOOK_SECRET": WEBHOOK_SECRET,
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+        # For an app whose blobs are Firebase's, and its jobs.
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{firebase_number}",
+    }
+    log = tmp_path_factory.mktemp("ray") / "ray.log"
+    with own_ray(log, environment, "--num-cpus=8", "--num-gpus=1") as ray:
+        yield TestRay(ray, free_port())
+
+
+@pytest.fixture(scope="module")
+def connection(test_ray: TestRay) -> Iterator[TestRay]:
+    """This process connected to Ray, only for a module: other tests run in it, too."""
     import ray
+
+    ray.init(address=test_ray.ray.address, log_to_driver=False)
+    yield test_ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def own_apps(connection: TestRay) -> Iterator[None]:
+    """Apps that a test starts are deleted after it."""
     from ray import serve
 
-    dashboard, http, receiver = free_port(), free_port(), free_port()
-    # Ray's processes inherit it.
-    os.environ |= {"WEBHOOK_SECRET": WEBHOOK_SECRET, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    own = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    ray.init(
-        num_cpus=8,
-        num_gpus=num_gpus,
-        include_dashboard=True,
-        dashboard_port=dashboard,
-        log_to_driver=False,
-        _temp_dir=own,
-    )
-    # A job is connected to the cluster that this file names, and without it to any Ray of this machine.
-    Path(own, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
+    connection.start_serve()
+    before = set(serve.status().applications)
+    yield
+    for name in set(serve.status().applications) - before:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def deployable_app(test_ray: TestRay, tmp_path_factory: pytest.TempPathFactory) -> App:
+    folder, receiver = tmp_path_factory.mktemp("app"), free_port()
+    application = {
+        "name": APP,
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": args(folder, free_port(), test_ray.port, receiver),
+    }
     raw = {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": http},
-        "applications": [
-            {
-                "name": APP,
-                "route_prefix": "/",
-                "import_path": "deployments.app:build",
-                "args": args(folder, free_port(), http, receiver) | ({"variants": variants} if variants else {}),
-            }
-        ],
+        "http_options": {"host": "127.0.0.1", "port": test_ray.port},
+        "applications": [application],
     }
-    app = App(
+    return App(
         folder=folder,
-        dashboard=f"http://127.0.0.1:{dashboard}",
-        http=f"http://127.0.0.1:{http}",
+        dashboard=test_ray.ray.dashboard,
+        http=f"http://127.0.0.1:{test_ray.port}",
         raw=raw,
         receiver_port=receiver,
+        ray_pid=test_ray.ray.pid,
     )
-    try:
-        app.deploy(variant=variant, steps=12)
-        app.wait_ready()
-        yield app
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(own, ignore_errors=True)
-        del os.environ["WEBHOOK_SECRET"], os.environ["RAY_JOB_STOP_WAIT_TIME_S"]
+
+
+@pytest.fixture
+def app(connection: TestRay, deployable_app: App) -> App:
+    """The app that all tests share, with the same defaults for each of them."""
+    connection.start_serve()
+    deployable_app.ensure()
+    return deployable_app

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.audit import results
-from deployments import audit_client, audit_demo, audit_screen, audits, cli
+from deployments import audit_client, audit_screen, audits, cli
 from deployments.audit_demo import PART, sample, window_sizes
 from deployments.config import load
 from deployments.own_ray import free_port
@@ -583,19 +583,6 @@ def test_what_an_earlier_attempt_found_is_stale(bench: Bench, command: str, stat
 
 def test_the_sample_is_one_window_of_the_smallest_size(tmp_path: Path) -> None:
     assert window_sizes(sample(tmp_path), load(SOUND).settings) == [(256, 256)] == [(PART[2] - PART[0],) * 2]
-
-
-def test_the_demo_says_what_to_stop_where_another_ray_takes_its_jobs(
-    fluxfill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = free_port()
-    monkeypatch.setattr(audit_demo, "AGENT_PORT", port)
-    audit_demo.check_job_port()
-    with answering(port, b""):
-        ended = fluxfill("audit", "demo", "--out", tmp_path / "out")
-    assert (ended.status, ended.out) == (1, "")
-    assert f"somebody listens on port {port}" in ended.err
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_laptops_default_audit_is_one_that_its_config_can_run() -> None:

@@ -1,7 +1,7 @@
 """Audit cells and paintings on one replica on Ray Serve, with the app's own options: no painting is starved."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from itertools import count
@@ -28,7 +28,7 @@ from serve_app.settings import Settings
 from .backends import until
 from .engine_fixtures import request
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("own_apps"), pytest.mark.timeout(120)]
 
 ONE_REPLICA = {"min_replicas": 1, "max_replicas": 1, "num_cpus": 0.1}
 SETTINGS = Settings(
@@ -82,15 +82,6 @@ class NotingInpainter(Inpainter):
         async with aclosing(super().paint(request)) as events:
             async for event in events:
                 yield event
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    serve.start(proxy_location="Disabled")
-    yield
-    serve.shutdown()
-    ray.shutdown()
 
 
 class Replica:

@@ -36,32 +36,9 @@ from serve_app.ports import PaintRequest, utc_now
 from serve_app.settings import Settings
 
 from .blob_servers import forget_firebase_app, new_bucket
-from .serving import APP, App, running
+from .serving import APP, VARIANTS, App, sleeper
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
-
-_QUICK = {"upscale_delay_s": 0.1, "num_cpus": 0.1}
-
-
-def sleeper(pause_s: float, *, num_gpus: int = 0, **scaling: Any) -> dict[str, Any]:
-    return {"definition": {"family": "pause", "pause_s": pause_s, "num_gpus": num_gpus}, **_QUICK, **scaling}
-
-
-VARIANTS = {
-    "telea": {"min_replicas": 1, **_QUICK},
-    "nap": sleeper(0.5, min_replicas=2, max_replicas=2),
-    "gpu-a": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
-    "gpu-b": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
-}
-
-
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory, firebase_port: int) -> Iterator[App]:
-    with pytest.MonkeyPatch.context() as environment:
-        # Ray's processes inherit it, for the app whose blobs are Firebase's.
-        environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{firebase_port}")
-        yield from running(tmp_path_factory.mktemp("audited"), VARIANTS, num_gpus=1)
-    forget_firebase_app()
 
 
 class Audited:
@@ -110,20 +87,10 @@ class Audited:
         return painted
 
     def driver(self, run_id: str) -> psutil.Process:
-        found = [p for p in psutil.process_iter() if "benchmarks.audit" in _command(p) and _run(p) == run_id]
+        processes = self.app.processes()
+        found = [p for p, command in processes if "benchmarks.audit" in command and p.environ().get(RUN) == run_id]
         # The job's shell, where there is one, has the same words.
         return max(found, key=lambda process: process.create_time())
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def _run(process: psutil.Process) -> str | None:
-    return process.environ().get(RUN)
 
 
 @pytest.fixture
@@ -211,6 +178,7 @@ async def test_variants_that_share_a_gpu_wait_for_each_other(audited: Audited) -
     assert all(cell.started_at > last_a for name, cell in cells.items() if name.startswith("gpu-b") and cell.started_at)
 
 
+@pytest.mark.usefixtures("own_apps")
 async def test_a_gpu_that_never_becomes_free_is_said_at_once(app: App, tmp_path: Path) -> None:
     """A second app in the same Ray, one of whose variants keeps the GPU."""
     settings = Settings(
@@ -224,13 +192,13 @@ async def test_a_gpu_that_never_becomes_free_is_said_at_once(app: App, tmp_path:
     await keeping.upload()
     await keeping.launch("never", variants=("gpu-a",), guidance_scales=(1, 2))
     audit = await keeping.over("never")
-    serve.delete("keeping")
     assert (audit.status, audit.error and audit.error.code) == (AuditStatus.FAILED, "audit_impossible")
     assert "keeper keeps 1" in str(audit.error)
     assert [info.path async for info in keeping.blobs.list("audit")] == ["audit/never/run.json"]
 
 
-async def test_gpus_that_can_still_be_had_are_waited_for_to_compile(app: App) -> None:
+@pytest.mark.usefixtures("connection")
+async def test_gpus_that_can_still_be_had_are_waited_for_to_compile() -> None:
     """What the run says of them counts for more than what the settings say."""
     keeper = {"gpu-a": VARIANTS["gpu-a"], "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)}
     settings = Settings(variants=keeper, audit={"settle_s": 60.0, "gpus": 1})
@@ -247,7 +215,7 @@ async def test_gpus_that_can_still_be_had_are_waited_for_to_compile(app: App) ->
 
 
 @pytest.fixture
-async def deaf(app: App) -> AsyncIterator[str]:
+async def deaf(own_apps: None) -> str:
     """The name of an app whose ingress takes calls and answers none."""
 
     @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1})
@@ -256,8 +224,7 @@ async def deaf(app: App) -> AsyncIterator[str]:
             await asyncio.Event().wait()
 
     await asyncio.to_thread(serve.run, Deaf.bind(), name="deaf", route_prefix="/deaf")
-    yield "deaf"
-    serve.delete("deaf")
+    return "deaf"
 
 
 def launched(run_id: str, app: str) -> argparse.Namespace:
@@ -299,10 +266,19 @@ async def test_a_run_whose_job_cannot_begin_has_failed(audited: Audited, monkeyp
 # -- other stores
 
 
-async def test_a_job_works_on_firebase_storage(app: App, tmp_path: Path, firebase_port: int) -> None:
+@pytest.fixture
+def firebase_bucket(firebase_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of the emulator that Ray's processes know, too."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{firebase_port}")
+    yield new_bucket("firebase", firebase_port)
+    forget_firebase_app()
+
+
+@pytest.mark.usefixtures("own_apps")
+async def test_a_job_works_on_firebase_storage(app: App, tmp_path: Path, firebase_bucket: str) -> None:
     """A second app in the same Ray, whose blobs are in Google's emulated storage, as its job's are."""
     settings = Settings(
-        blobs=f"firebase:{new_bucket('firebase', firebase_port)}",
+        blobs=f"firebase:{firebase_bucket}",
         jobs=f"sqlite:{tmp_path}/jobs.db",
         messages={"url": f"embedded://127.0.0.1:{free_port()}"},
         variants={"telea": VARIANTS["telea"]},
@@ -312,7 +288,6 @@ async def test_a_job_works_on_firebase_storage(app: App, tmp_path: Path, firebas
     await audited.upload()
     await audited.launch("clouded", variants=("telea",), guidance_scales=(2, 30))
     audit = await audited.over("clouded")
-    serve.delete("in-firebase")
     assert (audit.status, audit.result_count) == (AuditStatus.SUCCEEDED, 2), audit.error
     results = json.loads((await audited.blobs.get("audit/clouded/results.json", max_bytes=10**6))[0])
     for cell in results["cells"]:

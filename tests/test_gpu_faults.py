@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -26,7 +25,7 @@ from serve_app.settings import Settings
 from .backends import until
 from .engine_fixtures import request
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.serve, pytest.mark.usefixtures("own_apps"), pytest.mark.timeout(180)]
 
 SETTINGS = Settings(
     variants={
@@ -52,15 +51,6 @@ class FaultyInpainter(Inpainter):
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings)
         self._loading._value = Faulty(settings.variant(name), None, settings.variants[name])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    serve.start(proxy_location="Disabled")
-    yield
-    serve.shutdown()
-    ray.shutdown()
 
 
 def deployed(variant: str, kind: type[Inpainter]) -> DeploymentHandle:

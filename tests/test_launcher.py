@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from .audit_jobs import LocalJobs
 from .backends import free_port
 from .blob_servers import Answer, answering
 from .rig import jpeg, line_mask, photo, png
-from .serving import App, running
+from .serving import DEFAULTS, App
 
 SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
 
@@ -50,11 +50,6 @@ async def until_state(jobs: AuditLauncher, audit: Audit, *states: LaunchState) -
 # -- what every launcher guarantees
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    yield from running(tmp_path_factory.mktemp("app"))
-
-
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.serve)])
 async def jobs(request: pytest.FixtureRequest) -> AsyncIterator[AuditLauncher]:
     if request.param == "local":
@@ -62,7 +57,7 @@ async def jobs(request: pytest.FixtureRequest) -> AsyncIterator[AuditLauncher]:
         yield local
         await local.close()
         return
-    request.getfixturevalue("app")
+    request.getfixturevalue("connection")
     # The Ray that this process is connected to.
     yield RayJobs(entrypoint=SLEEP)
 
@@ -274,7 +269,7 @@ async def test_who_waits_while_the_app_is_deployed_again_is_told_where_to_look(
             await asyncio.sleep(0.1)
     # The app's args: every replica is replaced.
     app.raw["applications"][0]["args"]["audit"] = {"link_hours": 71}
-    await asyncio.to_thread(app.deploy, variant="telea", steps=12)
+    await asyncio.to_thread(app.deploy, **DEFAULTS)
     response = await waiting
     assert (response.status_code, response.headers["Location"]) == (202, f"/audits/{runs[0]['run_id']}"), response.text
     app.wait_ready()

@@ -5,7 +5,7 @@ import base64
 import json
 import sqlite3
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,14 +27,9 @@ from serve_app.messages import EditMessage
 
 from . import webhook_receiver
 from .rig import jpeg, line_mask, photo, png
-from .serving import APP, WEBHOOK_SECRET, App, running
+from .serving import APP, DEFAULTS, WEBHOOK_SECRET, App
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    yield from running(tmp_path_factory.mktemp("app"))
 
 
 async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 60) -> Any:
@@ -315,7 +310,7 @@ async def test_wrong_defaults_are_refused_and_shown_while_the_old_ones_serve(app
 
     await until(shown)
     assert (await app.finished(await app.submit())).status == State.SUCCEEDED
-    app.deploy(variant="telea", steps=12)
+    app.deploy(**DEFAULTS)
 
     async def mended() -> bool:
         return app.ready()["defaults_error"] == ""
@@ -415,13 +410,10 @@ async def test_a_killed_ingress_loses_nothing(app: App) -> None:
     app.wait_ready()
 
 
-# -- the end of the app. Must stay the last test of this module
-
-
 async def test_stopping_the_app_gives_the_running_job_back(app: App) -> None:
     job_id = await app.submit(variant="endless")
     await state_of(app, job_id, State.RUNNING)
-    await asyncio.to_thread(serve.shutdown)
+    await asyncio.to_thread(app.stop)
     with sqlite3.connect(app.settings.jobs.removeprefix("sqlite:")) as database:
         ((status,),) = database.execute("select status from jobs where id = ?", (job_id,)).fetchall()
     assert status == "queued"

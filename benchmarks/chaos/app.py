@@ -1,8 +1,6 @@
 """The app under test: its settings, its start, and the processes of its replicas."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,15 +50,8 @@ def running(config: Settings, logs: Path) -> Iterator[None]:
     shutil.rmtree(logs / "ray", ignore_errors=True)
     path = logs / "serve_config.yaml"
     path.write_text(yaml.safe_dump(_serve_config(config, port)))
-    # A short path: Ray keeps its sockets there.
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
-        os.environ["RAY_TMPDIR"] = folder
-        try:
-            with serving(path, f"http://127.0.0.1:{port}", logs / "serve.log"):
-                yield
-        finally:
-            for session_logs in Path(folder).glob("ray/session_2*/logs"):
-                shutil.copytree(session_logs, logs / "ray", dirs_exist_ok=True)
+    with serving(path, f"http://127.0.0.1:{port}", logs / "serve.log", logs / "ray"):
+        yield
 
 
 def _serve_config(config: Settings, port: int) -> dict[str, Any]:
