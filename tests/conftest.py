@@ -10,13 +10,15 @@ for name in ("HF_TOKEN", "FIREBASE_CREDENTIALS", "API_KEYS", "WEBHOOK_SECRET", "
     os.environ.pop(name, None)
 for name in ("PUBSUB_EMULATOR_HOST", "FIRESTORE_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"):
     os.environ.pop(name, None)
-for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLOUD_", "PG"))]:
+for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLOUD_", "PG", "FLUXFILL_"))]:
+    del os.environ[name]
+for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]
 # Ray reads these when it is first imported.
 os.environ.update(ray_environment(), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures", "tests.browser"]
-pytest_plugins += ["tests.serving"]
+pytest_plugins += ["tests.serving", "tests.file_times"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

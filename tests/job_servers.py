@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import firebase_admin
 import grpc
@@ -26,6 +26,7 @@ from serve_app.adapters import firebase_app
 from serve_app.adapters.firestore_database import Firestore
 from serve_app.adapters.sql_tables import JOBS
 
+from .absent import FIRESTORE, POSTGRESQL, absent
 from .backends import free_port
 
 T = TypeVar("T")
@@ -149,7 +150,7 @@ def postgresql_address() -> Iterator[str]:
     # It refuses to run as root.
     user = "postgres" if os.getuid() == 0 else None
     if None in programs:
-        _is_missing("PostgreSQL's initdb and postgres")
+        absent(POSTGRESQL)
     initdb, postgres = map(str, programs)
     with tempfile.TemporaryDirectory() as folder:
         if user:
@@ -170,7 +171,7 @@ def firestore_address() -> Iterator[str]:
         gcloud and Path(gcloud).resolve().parents[1] / "platform/cloud-firestore-emulator/cloud-firestore-emulator.jar"
     )
     if not jar or not jar.exists() or shutil.which("java") is None:
-        _is_missing("java and the Cloud SDK's cloud-firestore-emulator component")
+        absent(FIRESTORE)
     port = free_port()
     emulator = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
     command = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", str(jar), emulator, f"--host={HOST}", f"--port={port}"]
@@ -219,12 +220,6 @@ def _find(program: str) -> str | None:
     # Debian keeps them off the PATH.
     folders = [os.environ["PATH"], *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))]
     return shutil.which(program, path=os.pathsep.join(folders))
-
-
-def _is_missing(what: str) -> NoReturn:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} are needed")
-    pytest.skip(f"{what} are needed")
 
 
 class Gate:
