@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber import SubscriberClient
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.adapters.pubsub_names import subscription_path, topic_path
@@ -261,13 +261,6 @@ def administer(settings: MessagesSettings, topics: Mapping[str, str] | None = No
             filter = settings.subscriptions[name].filter if name in settings.subscriptions else ""
             names = {"name": subscription_path(settings, name), "topic": topic_path(settings, topic)}
             subscriber.create_subscription(request={**names, "filter": filter})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _emulator_jar() -> Path | None:

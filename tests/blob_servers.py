@@ -17,11 +17,10 @@ import httpx
 import pytest
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from deployments import own_ray
+from deployments.own_ray import free_port
 from serve_app.adapters import firebase_app
 
 from .absent import STORAGE, absent
-from .backends import free_port
 
 BUCKETS = [
     # moto checks no signature and no expiry, and has none of S3's own delays and throttling.
@@ -89,7 +88,7 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture(scope="session")
 def firebase_number() -> int:
     """The port of fake-gcs-server, whether it runs or not."""
-    return own_ray.free_port()
+    return free_port()
 
 
 @pytest.fixture(scope="session")

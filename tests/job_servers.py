@@ -22,12 +22,12 @@ from google.cloud import firestore
 from psycopg import sql
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from deployments.own_ray import free_port
 from serve_app.adapters import firebase_app
 from serve_app.adapters.firestore_database import Firestore
 from serve_app.adapters.sql_tables import JOBS
 
 from .absent import FIRESTORE, POSTGRESQL, absent
-from .backends import free_port
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from google.pubsub_v1 import types
 
 from deployments import cli, deadletters
 from deployments.deadletters import Replay, Replayed, each, first
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters import memory_messages, pubsub_connection, pubsub_dead_letters
 from serve_app.adapters.pubsub_broker import Bounds
@@ -26,7 +27,7 @@ from serve_app.jobs import Change, Job, JobError, State
 from serve_app.ports import DeadLetter, DeadLetters
 from serve_app.settings import MessagesSettings
 
-from .backends import Broker, Recorder, at, embedded_broker, free_port, make_job, until
+from .backends import Broker, Recorder, at, embedded_broker, make_job, until
 
 MAX_BYTES = 64_000
 SESSION = json.dumps({"userId": "u", "sessionId": "s"}).encode()

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from deployments.own_ray import free_port
 from serve_app import adapters, jobs
 from serve_app.adapters import firestore_database
 from serve_app.adapters.firestore import CLAIM
@@ -18,7 +19,7 @@ from serve_app.errors import SettingsError, StoreUnavailable
 from serve_app.jobs import Job, Progress, State
 from serve_app.ports import JobStore
 
-from .backends import at, free_port, make_job
+from .backends import at, make_job
 from .job_servers import HOST, Gate, Opened, forget_firebase_app, gate
 from .test_job_stores import KEY, Slow, claimed, ended, put, running
 

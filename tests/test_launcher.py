@@ -16,6 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from deployments import launcher
 from deployments.ingress import _http_host
 from deployments.launcher import RayJobs
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.audits import Audit, AuditRequest
 from serve_app.edit import session_path
@@ -23,7 +24,6 @@ from serve_app.errors import JobsUnavailable
 from serve_app.ports import AuditLauncher, LaunchState
 
 from .audit_jobs import LocalJobs
-from .backends import free_port
 from .blob_servers import Answer, answering
 from .rig import jpeg, line_mask, photo, png
 from .serving import DEFAULTS, App

@@ -13,6 +13,7 @@ import pytest
 
 from deployments import own_ray
 from deployments.launcher import RayJobs
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters.loopback import NAMES, bypass_proxies
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
@@ -20,7 +21,7 @@ from serve_app.errors import BlobNotFound
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
-from .backends import free_port, until
+from .backends import until
 from .blob_servers import answering, bucket_url
 from .job_servers import Opened
 

@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 from google.pubsub_v1 import types
 
+from deployments.own_ray import free_port
 from serve_app.adapters import pubsub, pubsub_connection
 from serve_app.adapters.pubsub_broker import Bounds
 from serve_app.adapters.pubsub_broker import Broker as Queues
@@ -18,7 +19,7 @@ from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
-from .backends import PRIORITIES, Broker, Recorder, administer, free_port, status_of, until
+from .backends import PRIORITIES, Broker, Recorder, administer, status_of, until
 
 
 async def test_the_stream_is_opened_again_after_the_server_was_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from google.api_core.exceptions import ServiceUnavailable
 
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters import pubsub, pubsub_stream
 from serve_app.adapters.places import Places
@@ -21,7 +22,7 @@ from serve_app.adapters.pubsub_stream import Stream
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
-from .backends import Broker, Recorder, free_port, status_of, until
+from .backends import Broker, Recorder, status_of, until
 
 NAME = "session-processing"
 

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters import sql_database, sql_tables
 from serve_app.adapters.sql_database import lock
@@ -23,7 +24,7 @@ from serve_app.errors import SettingsError, StoreUnavailable
 from serve_app.jobs import Change, Job, Owed, Progress, State, claim_of
 from serve_app.ports import JobStore
 
-from .backends import at, free_port, make_job
+from .backends import at, make_job
 from .job_servers import Gate, Opened, gate, plain
 from .test_job_stores import KEY, Slow, add_one, claimed, overlapping, put
 
