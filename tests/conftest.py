@@ -14,8 +14,8 @@ for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLO
     del os.environ[name]
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]
-# Ray reads these when it is first imported.
-os.environ.update(ray_environment(), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+# Ray reads these when it is first imported. It starts by no accident: tests say when.
+os.environ.update(ray_environment(), RAY_ENABLE_AUTO_CONNECT="0", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures", "tests.browser"]
 pytest_plugins += ["tests.serving", "tests.file_times"]

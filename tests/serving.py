@@ -215,9 +215,13 @@ def test_ray(tmp_path_factory: pytest.TempPathFactory, firebase_number: int) -> 
 def connection(test_ray: TestRay) -> Iterator[TestRay]:
     """This process connected to Ray, only for a module: other tests run in it, too."""
     import ray
+    from ray.serve import context
 
     ray.init(address=test_ray.ray.address, log_to_driver=False)
     yield test_ray
+    # Handles report their load for ever, by a new Ray where this one is left.
+    if client := context._get_global_client(raise_if_no_controller_running=False):
+        client.shutdown_cached_handles()
     ray.shutdown()
 
 
