@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.audits import AuditRequest
+from serve_app.problems import BODIES_AT_ONCE
 from serve_app.settings import Inference, Scaling, Settings
 from serve_app.variants import Variant
 
@@ -23,6 +24,8 @@ READY_PER_REPLICA = 1
 AUDITS_PER_REPLICA = 1
 #: Times a cell is painted, unless more is asked for.
 PAINTINGS_PER_AUDIT: int = AuditRequest.model_fields["runs"].default
+#: Requests to an ingress that hold neither a job nor a body.
+OTHER_REQUESTS = 100
 #: What an ingress takes to stop, beside its grace, when the broker and the stores are down; seconds.
 STOP_S = 30
 
@@ -36,8 +39,8 @@ def build(args: Settings) -> serve.Application:
     ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
-        # Work in the background counts as no load, so only pushes would be limited by this.
-        max_ongoing_requests=max(100, settings.in_flight()),
+        # Pushes in hand and bodies on their way leave places for whoever asks how it is, a probe above all.
+        max_ongoing_requests=settings.in_flight() + BODIES_AT_ONCE + OTHER_REQUESTS,
         ray_actor_options={"num_cpus": 0.2},
         # Serve first waits for the pushes it has sent here, and kills what is not stopped by then.
         graceful_shutdown_timeout_s=settings.push.answer_s + settings.work.grace_s + STOP_S,

@@ -120,6 +120,9 @@ def _serve_problems(raw: dict[str, Any]) -> Found:
     """Ray's own schema takes unknown keys without a word, so each level's names are compared here."""
     yield from _unknown(ServeDeploySchema, raw, ())
     yield from _unknown(HTTPOptionsSchema, raw.get("http_options"), ("http_options",))
+    grpc = raw.get("grpc_options")
+    if isinstance(grpc, dict) and grpc.get("grpc_servicer_functions"):
+        yield ("grpc_options",), "Serve's gRPC port is open to everybody, on every address; this app has no use for it"
     for i, app in enumerate(_dicts(raw.get("applications"))):
         at: Keys = ("applications", i)
         yield from _unknown(ServeApplicationSchema, app, at)
@@ -183,7 +186,9 @@ def _url_problems(at: Keys, settings: Settings) -> Found:
     ):
         scheme, colon, rest = (url or "").partition(":")
         if url is not None and not (colon and scheme in table):
-            yield (*at, *keys), f"the scheme of {url!r} is none of {', '.join(f'{name}:' for name in table)}"
+            # What is no scheme is not repeated: without its colon a URL's password would be.
+            what = f"the scheme {scheme!r}" if colon and scheme.isidentifier() else "its scheme"
+            yield (*at, *keys), f"{what} is none of {', '.join(f'{name}:' for name in table)}"
         elif scheme == "memory":
             yield (*at, *keys), "memory: is within one process, and every replica is a process of its own"
         elif scheme in ("files", "sqlite") and not rest:

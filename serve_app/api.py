@@ -125,7 +125,7 @@ def create_app(service: Services, bodies: Bodies | None = None) -> FastAPI:
         if not service().access.is_production:
             check_page(request.method, request.headers)
 
-    app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     answer_problems(app)
     app.add_middleware(Gate, check=check)
     bodies = bodies or Bodies()

@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import BodyTimeout, BodyTooLarge, FluxFillError, Unauthorized, Unavailable
 
+#: Bodies that come in at a time.
+BODIES_AT_ONCE = 32
+
 
 def answer_problems(app: FastAPI) -> None:
     """Have `app` answer every error as `problem` does."""
@@ -42,7 +45,7 @@ class Bodies:
     """Bodies that come in: each up to its limit and in time, and so few at once that slow ones leave places for all
     other requests."""
 
-    def __init__(self, *, at_once: int = 32, timeout_s: float = 15.0) -> None:
+    def __init__(self, *, at_once: int = BODIES_AT_ONCE, timeout_s: float = 15.0) -> None:
         self._places, self._timeout_s = at_once, timeout_s
 
     async def read(self, request: Request, max_bytes: int) -> bytes:

@@ -426,8 +426,9 @@ class Settings(_Frozen):
         for name, url in urls.items():
             try:
                 is_secret = has_password(url or "")
-            except ValueError as e:
-                raise ValueError(f"{name}: not a URL: {e}") from None
+            except ValueError:
+                # Its words quote the URL, and a secret in it.
+                raise ValueError(f"{name}: not a URL") from None
             if is_secret:
                 # Without the URL, which would be logged.
                 raise ValueError(f"{name}: a password does not belong in a config; see docs/configuration.md")
@@ -436,9 +437,18 @@ class Settings(_Frozen):
     @model_validator(mode="after")
     def _weights_apart(self) -> "Settings":
         """Whoever writes to weights runs code in the replicas, and users write to `blobs`."""
-        for name, url in (("mirror", self.weights.mirror), ("cache", f"files:{self.weights.cache}")):
+        places = {
+            "weights.mirror": self.weights.mirror,
+            "weights.cache": f"files:{self.weights.cache}",
+            "weights.lock": f"files:{self.weights.lock}",
+        }
+        for name in self.variants:
+            row = self.variant(name)
+            # A hub's names are no folders here, and lie in none of them.
+            places |= {f"variants.{name}: {what}": f"files:{what}" for what in (row.file, row.base) if what}
+        for name, url in places.items():
             if url and overlap(url, self.blobs):
-                raise ValueError(f"weights.{name}: it shares a folder with blobs, where users' photos are written")
+                raise ValueError(f"{name}: it shares a folder with blobs, where users' photos are written")
         return self
 
     @model_validator(mode="after")

@@ -26,8 +26,11 @@ def has_password(url: str) -> bool:
     """Whether one stands before the host, in a parameter, or in a URL that is a parameter's value. Raises ValueError
     for what is no URL."""
     parts = urlsplit(url)
-    parameters = parse_qsl(parts.query)
-    return bool(parts.password) or any(_SECRET.search(name) or has_password(value) for name, value in parameters)
+    parameters = parse_qsl(f"{parts.query}&{parts.fragment}".replace(";", "&"))
+    # A database's user is no secret; where others have one, a key or a token is written there.
+    is_key = bool(parts.username) and not parts.scheme.startswith("postgresql")
+    secrets = (_SECRET.search(name) or has_password(value) for name, value in parameters)
+    return bool(parts.password) or is_key or any(secrets)
 
 
 def overlap(one: str, other: str) -> bool:

@@ -550,8 +550,8 @@ def test_check_tells_every_problem_with_its_line(fluxfill: Command, tmp_path: Pa
 @pytest.mark.parametrize(
     ("old", "new", "where", "what"),
     [
-        ("blobs: files:", "blobs: fles:", "blobs", "the scheme of 'fles:var/blobs' is none of files:, "),
-        ("blobs: files:", "blobs: ", "blobs", "the scheme of 'var/blobs' is none of"),
+        ("blobs: files:", "blobs: fles:", "blobs", "the scheme 'fles' is none of files:, "),
+        ("blobs: files:", "blobs: ", "blobs", "its scheme is none of"),
         ("jobs: sqlite:", "jobs: mysql:", "jobs", "none of sqlite:, "),
         ("embedded://", "rabbit://", "messages.url", "none of embedded:, pubsub:, "),
         ("embedded://127.0.0.1", "embedded://0.0.0.0", "messages.url", "on loopback only, not on 0.0.0.0"),

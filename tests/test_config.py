@@ -34,6 +34,7 @@ def test_the_config_in_the_repository_is_sound() -> None:
         ("tiny-Q8_0:", "huge-Q8_0:", "applications.0.args", "huge-Q8_0: not built in"),
         ("route_prefix: /", "route_prefx: /", "applications.0.route_prefx", "unknown key"),
         ("port: 8000", "prot: 8000", "http_options.prot", "unknown key"),
+        ("http_options:", "grpc_options: {grpc_servicer_functions: [a.b]}\nhttp_options:", "grpc_options", "open to"),
         ("steps: 28", "steps: 0", "applications.0.deployments.0.user_config.steps", "greater than"),
         ("variant: telea", "variant: Q4_0", "applications.0.deployments.0.user_config.variant", "not served"),
         ("- name: Ingress", "- name: Ingres", "applications.0.deployments.0.name", "not one of this app's"),
@@ -69,7 +70,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
         (
             "jobs: sqlite:var/jobs.db",
             "jobs: sqlite:x\n      sessions: firebase:b",
-            "the scheme of 'firebase:b' is none",
+            "the scheme 'firebase' is none",
         ),
         ("url: embedded://127.0.0.1:8085", "url: 'pubsub:'", "push.audience"),
         ("topic: session-completed", "topic: session-processing", "must be different ones"),

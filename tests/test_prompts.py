@@ -230,6 +230,11 @@ POOLED, EMBEDS = tensor([1, 2], 0, 8), tensor([1, 3, 2], 8, 32)
         (header(pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS) + bytes(28) + b"\0\0\xc0\x7f", False),
         (header(pooled_prompt_embeds=POOLED, prompt_embeds=tensor([1, 3, 0], 8, 8)) + bytes(8), False),
         ((10_000).to_bytes(8, "little") + b"[" * 10_000, False),
+        (header(__metadata__={"a": "b"}, pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS) + bytes(32), True),
+        (header(__metadata__={"a": 1}, pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS) + bytes(32), False),
+        (header(__metadata__=[], pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS) + bytes(32), False),
+        (header(more="x", pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS) + bytes(32), False),
+        (header(pooled_prompt_embeds=tensor([1, 2], False, 8), prompt_embeds=EMBEDS) + bytes(32), False),
         (header(pooled_prompt_embeds=POOLED, prompt_embeds=EMBEDS, more=" " * 20_000) + bytes(32), False),
     ],
 )

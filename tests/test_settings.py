@@ -214,6 +214,10 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(key: str) -> None:
         {"weights": {"mirror": "s3://key:hunter2@bucket"}},
         {"push": {"jwks_url": "https://u:hunter2@keys.example.org"}},
         {"public_url": "http://u:hunter2@127.0.0.1:8000"},
+        {"blobs": "s3://hunter2@bucket"},
+        {"messages": {"url": "pubsub://hunter2@broker:8085"}},
+        {"jobs": "postgresql://host/db#password=hunter2"},
+        {"jobs": "postgresql://host/db?sslmode=require;password=hunter2"},
     ],
     ids=str,
 )
@@ -221,6 +225,11 @@ def test_a_password_anywhere_in_a_url_is_refused_and_not_repeated(changes: dict[
     said = refused(changes)
     assert "a password does not belong in a config" in said
     assert "hunter2" not in said
+
+
+def test_what_is_no_url_is_not_repeated() -> None:
+    said = refused({"jobs": "postgresql://u:hunter2\u2100@h/db"})
+    assert "jobs: not a URL" in said and "hunter2" not in said
 
 
 def test_what_names_a_file_or_a_user_is_no_password() -> None:
@@ -241,6 +250,11 @@ def test_what_names_a_file_or_a_user_is_no_password() -> None:
         {"blobs": "files:var/blobs", "weights": {"cache": "var/blobs/weights"}},
         {"blobs": "files:var/blobs", "weights": {"cache": Path("var/blobs").absolute()}},
         {"blobs": "files:var/blobs", "weights": {"cache": "var"}},
+        {"blobs": "files:var/blobs", "weights": {"lock": "var/blobs/weights.lock.json"}},
+        {
+            "blobs": "files:var/blobs",
+            "variants": {"v": {"definition": {"family": "flux-fill", "file": "var/blobs/x.gguf", "base": "a/b"}}},
+        },
     ],
     ids=str,
 )

@@ -50,6 +50,8 @@ def is_sound(data: bytes, *, tokens: int) -> bool:
     body = memoryview(data)[8 + header_bytes :]
     try:
         header = json.loads(data[8 : 8 + header_bytes])
+        if not isinstance(header, dict) or not _is_known(header):
+            return False
         first, last = sorted(_checked_range(header[name], body, dimensions) for name, dimensions in _TENSORS.items())
         is_whole = first[0] == 0 and first[1] == last[0] and last[1] == len(body)
         return is_whole and header["prompt_embeds"]["shape"][1] == tokens
@@ -57,12 +59,20 @@ def is_sound(data: bytes, *, tokens: int) -> bool:
         return False
 
 
+def _is_known(header: dict[str, object]) -> bool:
+    """Whether safetensors reads it, too: nothing beside the tensors but words about them."""
+    words = header.get("__metadata__", {})
+    are_words = isinstance(words, dict) and all(isinstance(word, str) for word in words.values())
+    return are_words and header.keys() <= {"__metadata__", *_TENSORS}
+
+
 def _checked_range(entry: dict[str, list[int]], body: memoryview, dimensions: int) -> tuple[int, int]:
     """Where the tensor begins and ends. Raises ValueError, KeyError or TypeError where the entry makes no sense."""
     start, end = entry["data_offsets"]
     shape = entry["shape"]
     dtype, infinite = _DTYPES[str(entry["dtype"])]
-    if len(shape) != dimensions or shape[0] != 1 or not all(type(n) is int and n > 0 for n in (*shape, end)):
+    are_numbers = all(type(n) is int for n in (*shape, start, end))
+    if len(shape) != dimensions or shape[0] != 1 or not are_numbers or min(*shape, end) <= 0:
         raise ValueError(f"a tensor of {shape}")
     bits = np.frombuffer(body[start:end], dtype)
     if start < 0 or bits.size != prod(shape) or bits.nbytes != end - start:
