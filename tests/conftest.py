@@ -21,6 +21,8 @@ pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "
 pytest_plugins += ["tests.serving", "tests.file_times"]
 
 
+# First: xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All that needs Ray goes to one worker, so that one Ray is started."""
     for item in items:
