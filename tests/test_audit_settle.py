@@ -103,7 +103,7 @@ READINGS = [
 
 @pytest.mark.parametrize(("later", "is_free", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
 async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_free: bool, used: int) -> None:
-    rig = shared(settle_s=0.3)
+    rig = shared(settle_s=1.0)
     readings = iter([{"n/0": 10 * MIB, "n/1": 9 * GIB}] * 2)
 
     async def memory() -> Mapping[str, int]:
