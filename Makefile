@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo audit run test test-fast check fix bench bench-gpu chaos clean
+.PHONY: install demo audit run test test-fast check fix bench bench-gpu chaos mutants clean
 
 install: $(INSTALLED)
 
@@ -57,5 +57,13 @@ chaos: install  ## 500 sessions while replicas are killed and the stores are cut
 	mkdir -p out/chaos
 	$(BIN)/python -m benchmarks.chaos --logs out/chaos --out out/chaos/chaos.json
 
+# What is mutated: FILES, or all. A mutant is called `serve_app.lease.xǁLeaseǁ_renew__mutmut_3`; `mutmut show` prints it.
+MUTATED := $(if $(FILES),$(subst /,.,$(FILES:.py=.)),serve_app.)
+
+mutants: install  ## faults in the code that no test notices; hours, or with FILES=serve_app/lease.py one file
+	$(BIN)/mutmut run $(MUTATED:%='%*')
+	@$(BIN)/mutmut results | grep -F $(MUTATED:%=-e %) | \
+	  awk '/: (survived|no tests|suspicious)$$/ { print; n++ } END { print n + 0, "mutants survived" }'
+
 clean:  ## everything that is not in git
-	rm -rf $(VENV) out var build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out var build mutants *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -196,6 +196,7 @@ async def test_a_hold_back_for_a_share_is_short_however_often_it_happened(rig: R
 def test_waits_are_counted_by_message_forgotten_and_bounded() -> None:
     waits = Waits(at_most=2)
     assert [waits.count("a"), waits.count("a"), waits.count("b")] == [1, 2, 1]
+    assert waits.count("a") == 3, "two are kept"
     waits.forget("a")
     assert waits.count("a") == 1
     waits.count("c")

@@ -588,8 +588,9 @@ async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig:
     assert [verdict.reason for verdict in await asyncio.gather(*working, last)] == ["succeeded"] * len(sessions)
 
 
-async def test_a_variant_that_paints_leaves_the_others_a_place(rig: Rig) -> None:
-    settings = rig.settings.model_copy(update={"variants": dict.fromkeys(("telea", "b", "c"), VariantSettings())})
+@pytest.mark.parametrize("others", [("b",), ("b", "c")])
+async def test_a_variant_that_paints_leaves_the_others_a_place(rig: Rig, others: tuple[str, ...]) -> None:
+    settings = rig.settings.model_copy(update={"variants": dict.fromkeys(("telea", *others), VariantSettings())})
     shares = Shares(rig.painter, settings)
     with ExitStack() as taken:
         while True:
@@ -598,8 +599,8 @@ async def test_a_variant_that_paints_leaves_the_others_a_place(rig: Rig) -> None
             except VariantNotReady:
                 break
             assert len(taken._exit_callbacks) < settings.in_flight()
-        assert len(taken._exit_callbacks) == settings.in_flight() - 2
-        for other in ("b", "c"):
+        assert len(taken._exit_callbacks) == settings.in_flight() - len(others)
+        for other in others:
             with shares.taken(other):
                 pass
     with shares.taken("telea"):
@@ -616,6 +617,20 @@ def test_a_variant_that_cannot_paint_has_no_more_than_its_part_of_few_places(rig
     rig.painter.starting = frozenset({"telea"})
     shares = Shares(rig.painter, settings)
     with shares.taken("telea"), shares.taken("telea"), pytest.raises(VariantNotReady), shares.taken("telea"):
+        pass
+
+
+@pytest.mark.parametrize("starting", [frozenset[str](), frozenset({"telea"})])
+def test_a_variant_has_one_place_where_places_are_fewer_than_variants(rig: Rig, starting: frozenset[str]) -> None:
+    settings = rig.settings.model_copy(
+        update={
+            "variants": dict.fromkeys(("telea", "b", "c"), VariantSettings()),
+            "messages": MessagesSettings(max_in_flight=2),
+        }
+    )
+    rig.painter.starting = starting
+    shares = Shares(rig.painter, settings)
+    with shares.taken("telea"), shares.taken("b"), pytest.raises(VariantNotReady), shares.taken("telea"):
         pass
 
 
