@@ -40,6 +40,7 @@ class Client:
         self._blobs = adapters.blob_store(settings.blobs)
         self._jobs = adapters.job_store(settings.jobs)
         self._publisher = adapters.publisher(settings.messages)
+        self._looking, self._has_spoken = asyncio.Lock(), False
         self._canceler = Canceler(job_store=self._jobs, cancellations=adapters.cancellations(settings.jobs))
 
     async def submit(
@@ -51,7 +52,11 @@ class Client:
         uploaded where nobody listens at the embedded server's address.
         """
         if self._settings.messages.is_embedded:
-            await _check_listens(self._settings.messages)
+            # One look at a time: many submitters at once would open a channel each, and take each other's time.
+            async with self._looking:
+                if not self._has_spoken:
+                    await _check_listens(self._settings.messages)
+                    self._has_spoken = True
         versions = []
         for role, source in (("original", original), ("mask", mask)):
             path = session_path(message.user_id, message.session_id, INPUTS[role])

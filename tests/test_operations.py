@@ -17,6 +17,7 @@ SOURCES = [path for package in ("serve_app", "deployments", "benchmarks") for pa
 OTHER_CODES = {"attempts_exhausted", "superseded", "held_back", "not_found", "method_not_allowed", "http_error"} | {
     "invalid_request",
     "job_died",
+    "message_lost",
 }
 
 
