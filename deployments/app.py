@@ -39,7 +39,7 @@ def build(args: Settings) -> serve.Application:
     ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
-        # Pushes in hand and bodies on their way leave places for whoever asks how it is, a probe above all.
+        # Probes find a place however many pushes and slow bodies there are.
         max_ongoing_requests=settings.in_flight() + BODIES_AT_ONCE + OTHER_REQUESTS,
         ray_actor_options={"num_cpus": 0.2},
         # Serve first waits for the pushes it has sent here, and kills what is not stopped by then.
