@@ -102,12 +102,7 @@ def _inpainter(name: str, settings: Settings) -> serve.Application:
         serve.deployment(Inpainter)
         .options(
             name=inpainter_name(name),
-            **_scaled(
-                served,
-                num_gpus=settings.variant(name).num_gpus,
-                at_once=served.levers.max_batch,
-                audits=AUDITS_PER_REPLICA,
-            ),
+            **_scaled(served, num_gpus=settings.variant(name).num_gpus, audits=AUDITS_PER_REPLICA),
         )
         .bind(name, settings)
     )
@@ -118,16 +113,16 @@ def _text_encoder(base: str, variant: Variant, settings: Settings) -> serve.Appl
         serve.deployment(TextEncoder)
         .options(
             name=text_encoder_name(base),
-            **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, at_once=1, audits=0),
+            **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, audits=0),
         )
         .bind(variant, settings)
     )
 
 
-def _scaled(scaling: Scaling, *, num_gpus: int, at_once: int, audits: int) -> dict[str, Any]:
-    """Deployment options for autoscaling by `scaling`; a replica works on `at_once` requests, and has slots for so many
-    `audits` (their cells) beside them."""
-    ongoing = at_once + READY_PER_REPLICA
+def _scaled(scaling: Scaling, *, num_gpus: int, audits: int) -> dict[str, Any]:
+    """Deployment options for autoscaling by `scaling`; a replica works on one request, and has slots for so many
+    `audits` (their cells) beside it."""
+    ongoing = 1 + READY_PER_REPLICA
     ahead = PAINTINGS_PER_AUDIT if audits else 0
     return {
         "max_ongoing_requests": ongoing + audits,

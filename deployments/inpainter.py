@@ -1,7 +1,4 @@
-"""One replica of one variant: a loaded engine, and as many jobs at once on it as are painted together.
-
-Audit cells are measured on it behind those jobs.
-"""
+"""One replica of one variant: a loaded engine, and one job at once on it. Audit cells are measured behind jobs."""
 
 import asyncio
 import logging
@@ -19,7 +16,6 @@ from serve_app.engine import Engine, compile_folder, families, weights
 from serve_app.engine.canvas import painting
 from serve_app.engine.cold_start import timed
 from serve_app.engine.seat import Seat
-from serve_app.engine.together import Together
 from serve_app.engine.trials import measuring
 from serve_app.errors import FluxFillError, GpuLost, ReplicaTaken
 from serve_app.jobs import Progress
@@ -39,8 +35,6 @@ def open_engine(name: str, settings: Settings) -> Engine:
     files = asyncio.run(weights.fetch(variant, sources(settings))) if variant.file else None
     with timed("import"):
         engine = families.create(name, variant, files, settings.variants[name])
-    if (levers := settings.variants[name].levers).max_batch > 1:
-        engine = Together(engine, variant, levers)
     try:
         engine.load()
         with timed("warm_up"):
@@ -93,8 +87,7 @@ class Inpainter:
         self._loading: Loading[Engine] = Loading(
             f"variant {name}", lambda: open_engine(name, settings), close_engine, self._metrics
         )
-        # A pipeline keeps state between steps: two jobs must never be on it at once, but in one batch.
-        self._seat = Seat(settings.variants[name].levers.max_batch)
+        self._seat = Seat()
 
     async def paint(self, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
         """Progress as it comes, then the one Painted. Closing the stream stops the engine within one step.
@@ -164,8 +157,7 @@ class Inpainter:
         RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
         self._loading.check_health()
         self._check(self._seat.stopping_since, self._work.stuck_s, "was told to stop")
-        # A worker that died tells nobody to stop. An audit's cell has each painting's own beginning, and each window's
-        # where jobs came between.
+        # A worker that died tells no replica to stop. An audit's cell has each painting's own beginning.
         self._check(self._seat.taken_since, self._work.inference_timeout_s + self._work.stuck_s, "began to paint")
 
     def _check(self, since: float | None, limit_s: float, what: str) -> None:

@@ -265,6 +265,12 @@ class Painted:
     busy_s: float
     #: Device milliseconds; None where there is no GPU.
     gpu_ms: float | None = None
+    #: Seconds: `prepare_s` (up to the first step: the photo is encoded), `denoise_s` (the steps), `decode_s` (what
+    #: follows the last step). Summed over the windows; of one that was begun again, the second time's.
+    stages: Mapping[str, float] = field(default_factory=dict)
+    #: Bytes of device memory, allocated at most and reserved at most meanwhile; None where there is no GPU.
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
     #: Where it ran: device, compute capability, replica, node.
     where: Mapping[str, Any] = field(default_factory=dict)
     #: Those of the request that were painted: of the others nothing would have been kept.

@@ -93,18 +93,6 @@ class Levers(_Frozen):
     #: torch.compile for each kind of block and each bucket, before the replica is ready.
     compile: bool = False
     step_cache: StepCache | None = None
-    #: Windows of several jobs that are painted together where that pays. 1: each by itself. Eight would not end within
-    #: `inference_timeout_s`: jobs of four windows of 512x384 take an eager L4 311 to 363 s, computed by `batch_cost`.
-    max_batch: int = Field(1, ge=1, le=4)
-
-    @model_validator(mode="after")
-    def _jobs_apart(self) -> "Levers":
-        if self.max_batch > 1 and isinstance(self.step_cache, FirstBlockCache):
-            raise ValueError(
-                "step_cache first_block decides for a batch as a whole, so that one user's picture would change "
-                "another's: set max_batch to 1, or take taylor_seer"
-            )
-        return self
 
 
 class VariantSettings(Scaling):
@@ -477,10 +465,9 @@ class Settings(_Frozen):
 
     def share(self, name: str) -> int:
         """Messages of a served variant in one ingress replica: with the other ingress replicas' enough to keep the
-        variant busy, a batch painted and one ready to be on each of its replicas, and two on their way. Whatever more
+        variant busy, one painted and one ready to be on each of its replicas, and two on their way. Whatever more
         were claimed would wait where priorities do not reach."""
-        served = self.variants[name]
-        return math.ceil(((served.levers.max_batch + 1) * served.max_replicas + 2) / self.ingress_replicas)
+        return math.ceil((2 * self.variants[name].max_replicas + 2) / self.ingress_replicas)
 
     def in_flight(self) -> int:
         """Messages in one ingress replica."""

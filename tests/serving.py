@@ -26,7 +26,6 @@ from deployments.own_ray import OwnRay, free_port, own_ray
 from serve_app.jobs import Job
 from serve_app.messages import EditMessage
 from serve_app.settings import BUCKETS, Settings
-from serve_app.variants import BUILT_IN
 
 from .rig import jpeg, line_mask, photo, png
 
@@ -59,7 +58,6 @@ VARIANTS: Mapping[str, Any] = {
     "broken": {"definition": {"family": "flux-fill", "file": "nowhere.gguf", "base": "tiny:base"}, **QUICK},
     "tiny-Q4_0": {**QUICK},
     "tiny-Q8_0": {**QUICK},
-    "batched": {"definition": BUILT_IN["tiny-Q4_0"].model_dump(), "levers": {"max_batch": 4}, **QUICK},
     "nap": sleeper(0.5, min_replicas=2, max_replicas=2),
     "gpu-a": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),
     "gpu-b": sleeper(0.1, num_gpus=1, downscale_delay_s=0.1),

@@ -120,7 +120,7 @@ def test_the_engine_paints_as_before_when_its_inputs_were_caught(engine: FluxFil
 def test_compiled_against_eager(shallow: TinyWeights, tmp_path: Path, given: PaintRequest) -> None:
     """Levers that would be in the way are off: what is served is compiled already, and skips steps."""
     before = compiled.graphs()
-    settings = served(shallow, tmp_path, compile=True, step_cache={"kind": "taylor_seer"}, max_batch=2)
+    settings = served(shallow, tmp_path, compile=True, step_cache={"kind": "taylor_seer"})
     found = verdict("v", settings, given)
     assert found.variant == "v"
     assert (found.graphs, found.breaks, found.break_reasons) == (1, 0, ())

@@ -329,14 +329,6 @@ def test_a_variant_scales_as_its_settings_say() -> None:
     assert q8_0._deployment_config.graceful_shutdown_timeout_s == 60 * (2 + 2)
 
 
-def test_a_replica_that_batches_has_a_batch_in_hand_and_one_request_more() -> None:
-    settings = Settings(variants={"Q8_0": {"levers": {"max_batch": 4}, "max_replicas": 3}})
-    parts = built(settings)
-    assert parts["Inpainter-Q8_0"].max_ongoing_requests == 5 + 1
-    assert parts["TextEncoder-FLUX.1-Fill-dev"].max_ongoing_requests == 2
-    assert settings.in_flight() == 5 * 3 + 2
-
-
 def test_what_needs_no_gpu_takes_none_and_sleeps_by_default() -> None:
     parts = built(Settings(variants={"telea": {}, "tiny-Q4_0": {}}))
     for name in ("Inpainter-telea", "Inpainter-tiny-Q4_0", "TextEncoder-tiny-base"):

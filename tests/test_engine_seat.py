@@ -1,4 +1,4 @@
-"""Who is given the next place at an engine: jobs in their order, audit cells behind them, and nobody who has left."""
+"""Who is given the place at an engine next: jobs in their order, audit cells behind them, and nobody who has left."""
 
 import asyncio
 import random
@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from serve_app.engine.seat import Seat
 from serve_app.errors import ReplicaTaken
 
-# A place that is lost is waited for in vain.
+# If the place is lost, it is waited for in vain.
 pytestmark = pytest.mark.timeout(30)
 
 
 class Crowd:
-    """Tasks that take places at one seat and note the order in which they are given them."""
+    """Tasks that take the place at one seat and note the order in which they are given it."""
 
-    def __init__(self, places: int = 1) -> None:
-        self.seat = Seat(places)
+    def __init__(self) -> None:
+        self.seat = Seat()
         self.given: list[str] = []
         self.leave = asyncio.Event()
         self.painting = self.audits_painting = 0
@@ -41,11 +41,11 @@ class Crowd:
         async with AsyncExitStack() as stack:
             if audits is not None:
                 await stack.enter_async_context(self.seat.audited(audits))
-            sitting = await (self.seat.take() if audits is None else self.seat.take_behind())
-            stack.callback(self.seat.leave, sitting)
+            await (self.seat.take() if audits is None else self.seat.take_behind())
+            stack.callback(self.seat.leave)
             yield
 
-    async def all_places_are_free(self) -> bool:
+    async def place_is_free(self) -> bool:
         async with asyncio.timeout(10), self.seat.emptied():
             return self.seat.audits == 0
 
@@ -57,7 +57,7 @@ async def test_jobs_go_before_audit_cells_and_each_in_their_order() -> None:
     crowd.leave.set()
     await asyncio.gather(*tasks)
     assert crowd.given == ["first", "second", "third", "cell"]
-    assert await crowd.all_places_are_free()
+    assert await crowd.place_is_free()
 
 
 async def test_a_job_that_comes_while_a_cell_is_painted_is_next_whatever_cells_wait() -> None:
@@ -67,16 +67,6 @@ async def test_a_job_that_comes_while_a_cell_is_painted_is_next_whatever_cells_w
     crowd.leave.set()
     await asyncio.gather(*tasks)
     assert crowd.given == ["cell 1", "job", "cell 2"]
-
-
-async def test_one_cell_is_painted_at_a_time_however_many_places_are_free() -> None:
-    crowd = Crowd(places=3)
-    tasks = [await crowd.start(name, audits=2) for name in ("cell 1", "cell 2")]
-    tasks += [await crowd.start(name) for name in ("a", "b")]
-    assert crowd.given == ["cell 1", "a", "b"]
-    crowd.leave.set()
-    await asyncio.gather(*tasks)
-    assert crowd.given[-1] == "cell 2" and await crowd.all_places_are_free()
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -91,24 +81,21 @@ async def test_no_more_audit_cells_are_in_hand_than_may_be(most: int) -> None:
     tasks.append(await crowd.start("instead", audits=most))
     crowd.leave.set()
     await asyncio.gather(*tasks)
-    assert "instead" in crowd.given and await crowd.all_places_are_free()
+    assert "instead" in crowd.given and await crowd.place_is_free()
 
 
-@pytest.mark.parametrize(
-    ("places", "jobs", "cells"),
-    [(1, 0, 2), (1, 1, 1), (1, 2, 1), (4, 0, 3), (4, 2, 3), (4, 3, 2), (4, 4, 1), (4, 5, 1)],
-)
-async def test_the_slot_that_the_next_job_comes_into_is_given_to_no_cell(places: int, jobs: int, cells: int) -> None:
-    crowd = Crowd(places)
+@pytest.mark.parametrize(("jobs", "cells"), [(0, 2), (1, 1), (2, 1)])
+async def test_the_slot_that_the_next_job_comes_into_is_given_to_no_cell(jobs: int, cells: int) -> None:
+    crowd = Crowd()
     tasks = [await crowd.start(f"job {number}") for number in range(jobs)]
     tasks += [await crowd.start(f"cell {number}", audits=3) for number in range(cells)]
     with pytest.raises(ReplicaTaken, match=f"^audit cells in hand here: {cells}$"):
         await crowd.use("too many", 3)
-    # A replica has a slot for each place, one for the next job, and one for a cell.
-    assert jobs + cells <= places + 1 or jobs > places
+    # A replica has a slot for the job that is painted, one for the next job, and one for a cell.
+    assert jobs + cells <= 2 or jobs > 1
     crowd.leave.set()
     await asyncio.gather(*tasks)
-    assert crowd.seat.jobs == 0 and await crowd.all_places_are_free()
+    assert crowd.seat.jobs == 0 and await crowd.place_is_free()
 
 
 async def test_a_place_is_not_lost_with_whom_it_was_just_given_to() -> None:
@@ -120,41 +107,41 @@ async def test_a_place_is_not_lost_with_whom_it_was_just_given_to() -> None:
     gone.cancel()
     crowd.leave.set()
     await last
-    assert crowd.given == ["first", "last"] and await crowd.all_places_are_free()
+    assert crowd.given == ["first", "last"] and await crowd.place_is_free()
 
 
 async def test_nobody_is_given_a_place_while_the_seat_is_emptied() -> None:
-    crowd = Crowd(places=2)
-    tasks = [await crowd.start("a"), await crowd.start("cell", audits=1)]
-    emptied = asyncio.create_task(crowd.all_places_are_free())
+    crowd = Crowd()
+    tasks = [await crowd.start("a")]
+    emptied = asyncio.create_task(crowd.place_is_free())
     await asyncio.sleep(0)
     tasks.append(await crowd.start("b"))
-    assert not emptied.done() and crowd.given == ["a", "cell"]
+    assert not emptied.done() and crowd.given == ["a"]
     crowd.leave.set()
     assert await emptied
     await asyncio.gather(*tasks)
-    assert crowd.given == ["a", "cell", "b"]
+    assert crowd.given == ["a", "b"]
 
 
-async def test_who_gives_up_emptying_leaves_all_places() -> None:
-    crowd = Crowd(places=2)
+async def test_who_gives_up_emptying_leaves_the_place() -> None:
+    crowd = Crowd()
     job = await crowd.start("job")
-    emptied = asyncio.create_task(crowd.all_places_are_free())
+    emptied = asyncio.create_task(crowd.place_is_free())
     await asyncio.sleep(0)
     emptied.cancel()
     crowd.leave.set()
     await job
-    assert await crowd.all_places_are_free()
+    assert await crowd.place_is_free()
 
 
 class Restless(Crowd):
-    """Jobs and cells that stay for some turns of the event loop. Those that hold places are watched."""
+    """Jobs and cells that stay for some turns of the event loop. The one that holds the place is watched."""
 
     async def visit(self, audits: int | None, turns: int) -> None:
         is_audit = audits is not None
         async with self._seated(audits):
             self.painting, self.audits_painting = self.painting + 1, self.audits_painting + is_audit
-            assert self.painting <= self.seat._at_once and self.audits_painting <= 1 and self.seat.audits <= 2
+            assert self.painting <= 1 and self.audits_painting <= 1 and self.seat.audits <= 2
             try:
                 for _ in range(turns):
                     await asyncio.sleep(0)
@@ -163,10 +150,10 @@ class Restless(Crowd):
 
 
 @settings(max_examples=150, deadline=None)
-@given(places=st.integers(1, 3), seed=st.integers(0, 2**32))
-def test_no_place_is_lost_whoever_is_canceled_whenever(places: int, seed: int) -> None:
+@given(st.integers(0, 2**32))
+def test_the_place_is_not_lost_whoever_is_canceled_whenever(seed: int) -> None:
     async def run() -> None:
-        chance, crowd, tasks = random.Random(seed), Restless(places), list[asyncio.Task[None]]()
+        chance, crowd, tasks = random.Random(seed), Restless(), list[asyncio.Task[None]]()
         for _ in range(60):
             cell = chance.choice([None, 1, 2])
             tasks.append(asyncio.create_task(crowd.visit(cell, chance.randrange(4))))
@@ -177,6 +164,6 @@ def test_no_place_is_lost_whoever_is_canceled_whenever(places: int, seed: int) -
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert result is None or isinstance(result, (asyncio.CancelledError, ReplicaTaken))
         assert (crowd.painting, crowd.audits_painting) == (0, 0)
-        assert await crowd.all_places_are_free()
+        assert await crowd.place_is_free()
 
     asyncio.run(run())

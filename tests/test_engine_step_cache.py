@@ -123,15 +123,6 @@ def kept(engine: FluxFill) -> int:
     return sum(len(hook.state_manager._state_cache) for hook in hooks)
 
 
-def test_batches_of_other_sizes_do_not_mix(tiny: TinyWeights, embeddings: bytes) -> None:
-    cache = CACHES["taylor_seer"]
-    engine = loaded(tiny, cache)
-    alone = engine.paint(given(embeddings, seed=2))
-    engine.paint_together([given(embeddings, seed=1), given(embeddings, seed=3)])
-    engine.paint(window(96, 64, embeddings=embeddings, steps=STEPS))
-    assert np.array_equal(engine.paint(given(embeddings, seed=2)), alone)
-
-
 def test_it_is_off_by_default() -> None:
     assert Levers().step_cache is None
 
@@ -150,9 +141,3 @@ def test_it_is_off_by_default() -> None:
 def test_what_a_kind_does_not_know_is_refused(step_cache: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         Levers.model_validate({"step_cache": step_cache})
-
-
-def test_a_decision_is_never_made_for_two_users() -> None:
-    with pytest.raises(ValidationError, match="one user's picture would change another's"):
-        Levers(step_cache=FirstBlockCache(), max_batch=2)
-    assert Levers(step_cache=TaylorSeerCache(), max_batch=2).max_batch == 2

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -18,14 +18,14 @@ from serve_app.engine.canvas import nobody_counts, paint_canvas, painting
 from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
 from serve_app.engine.seat import Seat
+from serve_app.engine.stages import STAGES, split
 from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.together import Together
-from serve_app.engine.trials import STAGES, measuring, split
+from serve_app.engine.trials import measuring
 from serve_app.errors import OutOfMemory, ReplicaTaken
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
 from serve_app.ports import Measured, PaintRequest
-from serve_app.settings import Levers, VariantSettings
+from serve_app.settings import VariantSettings
 from serve_app.variants import Variant
 from serve_app.windows import Box
 
@@ -238,7 +238,7 @@ async def test_paintings_go_between_the_cells_and_only_they_are_usage() -> None:
     cells = [task_of(measuring(engine, request(seed=seed), seat, 2, 2)) for seed in (1, 2)]
     await until(engine.entered.is_set)
     jobs = [task_of(painting(engine, request(seed=seed), seat)) for seed in (8, 9)]
-    await until(lambda: len(seat._places._ahead) == 2)
+    await until(lambda: len(seat._place._ahead) == 2)
     engine.let_go.set()
     told = await asyncio.gather(*cells, *jobs)
     # One painting more of the first cell, whose second one is the first after the jobs.
@@ -264,7 +264,7 @@ class Crowded(Stopped):
 
     async def _come(self) -> None:
         self.jobs.append(task_of(painting(self, request(seed=8), self.seat)))
-        await until(lambda: bool(self.seat._places._ahead))
+        await until(lambda: bool(self.seat._place._ahead))
 
     def peak_memory(self) -> tuple[int, int]:  # type: ignore[override]  # Pause has none.
         return self.begun.count(1), 0
@@ -301,9 +301,9 @@ async def test_a_cell_that_waits_for_its_next_painting_is_in_hand_until_it_is_ca
     cell = task_of(measuring(engine, request(seed=1), seat, 3, 2))
     await until(engine.entered.is_set)
     job = task_of(painting(engine, request(seed=8), seat))
-    await until(lambda: bool(seat._places._ahead))
+    await until(lambda: bool(seat._place._ahead))
     engine.let_go.set()
-    await until(lambda: engine.begun == [1, 8] and bool(seat._places._behind))
+    await until(lambda: engine.begun == [1, 8] and bool(seat._place._behind))
     assert seat.audits == 1 and not cell.done()
     with pytest.raises(ReplicaTaken):
         await all_of(measuring(engine, request(seed=2), seat, 1, 2))
@@ -318,14 +318,14 @@ async def test_a_cell_that_waits_for_its_next_painting_is_in_hand_until_it_is_ca
 
 async def is_empty(seat: Seat) -> bool:
     async with asyncio.timeout(10), seat.emptied():
-        return not (seat.audits or seat.jobs or seat._sittings or seat._audit_turn.locked())
+        return not (seat.audits or seat.jobs or seat._sitting or seat._audit_turn.locked())
 
 
 @settings(max_examples=40, deadline=None)
-@given(places=st.integers(1, 2), seed=st.integers(0, 2**32))
-def test_nothing_leaks_whoever_is_canceled_whenever(places: int, seed: int) -> None:
+@given(st.integers(0, 2**32))
+def test_nothing_leaks_whoever_is_canceled_whenever(seed: int) -> None:
     async def run() -> None:
-        chance, seat, engine = random.Random(seed), Seat(places), Pause(QUICK, None, VariantSettings())
+        chance, seat, engine = random.Random(seed), Seat(), Pause(QUICK, None, VariantSettings())
         tasks = list[asyncio.Task[list[Any]]]()
         for _ in range(12):
             is_cell = chance.random() < 0.5
@@ -366,103 +366,3 @@ async def test_a_cell_that_nobody_wants_any_more_ends_within_a_step() -> None:
     with pytest.raises(asyncio.CancelledError):
         await cell
     assert (engine.steps, seat.audits) == (1, 0)
-
-
-class Weaving(Stopped):
-    """Can batch. Each step takes a second, by a clock of the test's own."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.now_s, self.batches = 1000.0, list[list[int]]()
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now_s)
-
-    def paint_together(self, windows: Sequence[Window]) -> list[Pixels]:
-        self.batches.append([one.seed for one in windows])
-        self.entered.set()
-        assert self.let_go.wait(30)
-        self.now_s += 1
-        for one in windows:
-            one.on_step(1)
-        return [one.pixels for one in windows]
-
-    def warm_up_batch(self, width: int, height: int, windows: int) -> None: ...
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "device": "CPU of a test"}
-
-
-class Woven:
-    """Jobs and cells of one step a window, on an engine that batches up to four and is stopped until it is let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.engine, self.seat = Weaving(monkeypatch), Seat(4)
-        self.together = Together(self.engine, Variant(family="flux-fill", file="Q4_0"), Levers(max_batch=4))
-        self.together.load()
-
-    def job(self, seed: int, *windows: Box) -> AsyncGenerator[Any, None]:
-        return painting(self.together, self._request(seed, windows), self.seat)
-
-    def cell(self, seed: int, *windows: Box) -> AsyncGenerator[Any, None]:
-        return measuring(self.together, self._request(seed, windows), self.seat, 2, 1)
-
-    async def waiting(self, events: AsyncGenerator[Any, None], count: int) -> "asyncio.Task[list[Any]]":
-        """Once so many wait for their turn."""
-        task = task_of(events)
-        await until(lambda: sum(place.waiting is not None for place in self.together._places) == count)
-        return task
-
-    def _request(self, seed: int, windows: Sequence[Box]) -> PaintRequest:
-        return request(seed=seed, steps=1, **({"windows": windows} if windows else {}))
-
-
-async def test_a_cell_is_painted_in_no_batch_and_does_not_count_the_wait_for_its_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    woven = Woven(monkeypatch)
-    engine = woven.engine
-    first = task_of(woven.job(7))
-    await until(engine.entered.is_set)
-    second = await woven.waiting(woven.job(8), 1)
-    cell = await woven.waiting(woven.cell(1), 2)
-    third = await woven.waiting(woven.job(9), 3)
-    engine.now_s += 1000
-    engine.let_go.set()
-    measured = (await cell)[-1]
-    await asyncio.gather(first, second, third)
-    assert isinstance(measured, Measured)
-    assert engine.batches == [[7], [8, 9], [1], [1]]
-    assert [(one.wall_s, one.stages) for one in measured.trials] == [(1.0, stages(0, 1, 0))] * 2
-    woven.together.close()
-
-
-async def test_a_job_that_has_begun_goes_on_before_an_older_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    woven = Woven(monkeypatch)
-    first = task_of(woven.job(10, LEFT, RIGHT))
-    await until(woven.engine.entered.is_set)
-    cell = await woven.waiting(woven.cell(1, LEFT), 1)
-    # It joins the first one's second batch, and is not done when that one is.
-    second = await woven.waiting(woven.job(20, LEFT, RIGHT), 2)
-    woven.engine.let_go.set()
-    await asyncio.gather(first, cell, second)
-    assert woven.engine.batches == [[10], [11, 20], [21], [1], [1]]
-    woven.together.close()
-
-
-async def test_a_cell_whose_next_window_waits_behind_jobs_is_not_taken_for_hung(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    woven, painted = Woven(monkeypatch), list[list[bool]]()
-
-    def note(windows: Sequence[Window]) -> list[Pixels]:
-        painted.append([one.is_audit for one in list(woven.seat._sittings) if one.begun_at is not None])
-        return Weaving.paint_together(woven.engine, windows)
-
-    monkeypatch.setattr(woven.engine, "paint_together", note)
-    cell = task_of(woven.cell(1, LEFT, RIGHT))
-    await until(woven.engine.entered.is_set)
-    job = await woven.waiting(woven.job(20, LEFT), 1)
-    woven.engine.let_go.set()
-    await asyncio.gather(cell, job)
-    assert woven.engine.batches[:3] == [[1], [20], [2]]
-    assert painted[:2] == [[True], [False]]
-    woven.together.close()

@@ -14,7 +14,6 @@ import pytest
 from deployments.inpainter import Inpainter, open_engine
 from serve_app.engine import Engine, Window, compile_folder, families
 from serve_app.engine.pause import Pause
-from serve_app.engine.together import Together
 from serve_app.errors import (
     GpuLost,
     OutOfMemory,
@@ -25,7 +24,7 @@ from serve_app.errors import (
 )
 from serve_app.jobs import Progress
 from serve_app.ports import Measured, Painted, PaintRequest
-from serve_app.settings import Levers, Settings
+from serve_app.settings import Settings
 from serve_app.windows import Box
 
 from .backends import until
@@ -164,38 +163,6 @@ async def test_a_replica_that_ends_removes_what_was_compiled(tmp_path: Path, mon
     assert not folder.exists()
 
 
-async def test_as_many_jobs_as_a_batch_takes_are_in_hand_at_once_and_the_next_waits() -> None:
-    engine = Stubborn()
-    together = Together(engine, settings().variant("v"), Levers(max_batch=2))
-    together.load()
-    replica = Replica(settings(levers={"max_batch": 2}), together)
-    three = [asyncio.create_task(replica.events(request(name))) for name in "abc"]
-    await until(lambda: engine.entered.is_set() and len(together._places) == 2)
-    engine.let_go.set()
-    assert [isinstance((await one)[-1], Painted) for one in three] == [True] * 3
-    usage = replica._seat.usage.as_dict()
-    assert usage["jobs"] == 3 and usage["busy_s"] <= usage["wall_s"]
-
-
-async def test_a_batch_that_hangs_makes_the_replica_unhealthy_when_any_of_it_is_to_stop() -> None:
-    engine = Stubborn()
-    together = Together(engine, settings().variant("v"), Levers(max_batch=2))
-    together.load()
-    replica = Replica(settings({"stuck_s": 1e-6}, levers={"max_batch": 2}), together)
-    both = [asyncio.create_task(replica.events(request(name))) for name in "ab"]
-    await until(lambda: engine.entered.is_set() and len(together._places) == 2)
-    replica.check_health()
-    both[1].cancel()
-    await until(lambda: replica._seat.stopping_since is not None)
-    with pytest.raises(RuntimeError, match="was told to stop"):
-        replica.check_health()
-    engine.let_go.set()
-    with pytest.raises(asyncio.CancelledError):
-        await both[1]
-    assert isinstance((await both[0])[-1], Painted)
-    replica.check_health()
-
-
 # -- engines that do not stop
 
 
@@ -302,7 +269,7 @@ async def test_a_cell_that_is_closed_stops_within_a_step() -> None:
     async with aclosing(_measure(replica, trials=20)) as events, asyncio.timeout(60):
         await anext(events)
     assert replica._seat.audits == 0 and replica._seat.taken_since is None
-    assert not replica._seat.threads._work_queue.qsize()
+    assert not replica._seat.thread._work_queue.qsize()
 
 
 def _measure(replica: Replica, trials: int) -> AsyncGenerator[Progress | Measured | ReplicaTaken, None]:

@@ -161,14 +161,6 @@ def test_unpacked_weights_are_repacked_too(bits: int) -> None:
     assert relative(found(activations(256)), layer(activations(256))) < {8: 0.02, 7: 0.04}[bits]
 
 
-def test_rows_of_a_batch_do_not_touch_each_other() -> None:
-    """Windows of several users are painted in one batch: no scale is shared between them."""
-    layer = repacked(gguf_linear(64, 256), "w8a8")
-    inputs = activations(256)
-    loud = torch.cat([inputs, 1000 * inputs])
-    assert torch.equal(layer(loud)[:1], layer(inputs))
-
-
 def single_block(dtype: torch.dtype) -> nn.Module:
     """One of FLUX.1's full width with weights of variance 1 / width, in a module with its name in the transformer.
 

@@ -15,7 +15,6 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-from ray import serve
 from standardwebhooks import Webhook
 
 from serve_app import adapters
@@ -27,7 +26,7 @@ from serve_app.messages import EditMessage
 
 from . import webhook_receiver
 from .rig import jpeg, line_mask, photo, png
-from .serving import APP, DEFAULTS, WEBHOOK_SECRET, App
+from .serving import DEFAULTS, WEBHOOK_SECRET, App
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 
@@ -353,32 +352,6 @@ async def test_200_concurrent_sessions_each_get_their_own_picture(app: App, tmp_
         return marks(data)
 
     assert await asyncio.gather(*(edit(number) for number in range(200))) == [(number, number) for number in range(200)]
-
-
-async def test_200_concurrent_sessions_painted_together_each_get_their_own_picture(app: App, tmp_path: Path) -> None:
-    """What random weights paint shows whose it is only beside its like: each session has one twin, of the same photo
-    and seed, and of all pictures the twin's must be the nearest."""
-    stroke = cv2.line(np.zeros((96, 96), np.uint8), (10, 40), (80, 80), 255, 9)
-    mask, client, store = tmp_path / "mask.png", app.client, adapters.blob_store(app.settings.blobs)
-    mask.write_bytes(png(stroke))
-
-    async def edit(number: int) -> Pixels:
-        twin = number % 100
-        original = tmp_path / f"{number}.jpg"
-        original.write_bytes(jpeg(marked(twin)))
-        message = EditMessage(userId="twins", sessionId=f"t{number}", variant="batched", steps=1, seed=twin)
-        job = await client.follow(await client.submit(message, original, mask), lambda job: None, timeout_s=180)
-        assert job.status == State.SUCCEEDED, job.error
-        data, _ = await store.get(session_path("twins", f"t{number}", "edited.jpg"), max_bytes=10**7)
-        assert marks(data)[1] == twin
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[stroke > 0].astype(int)
-
-    pictures = np.stack(await asyncio.gather(*(edit(number) for number in range(200))))
-    apart = np.array([np.abs(pictures - one).mean(axis=(1, 2)) for one in pictures])
-    np.fill_diagonal(apart, np.inf)
-    assert apart.argmin(axis=1).tolist() == [(number + 100) % 200 for number in range(200)]
-    replica = await serve.get_deployment_handle("Inpainter-batched", APP).describe.remote()
-    assert replica["together"]["windows"] >= 2 * replica["together"]["batches"] > 0
 
 
 # -- what dies in the middle

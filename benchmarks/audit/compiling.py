@@ -116,7 +116,7 @@ def _obstacle(gain: float, difference: float, largest: float) -> str | None:
 def _eager(name: str, settings: Settings, request: PaintRequest) -> Settings:
     """The variant as served, but for one job, each step computed, nothing compiled; warmed up for the first window."""
     served, box = settings.variants[name], request.windows[0]
-    levers = served.levers.model_copy(update={"compile": False, "step_cache": None, "max_batch": 1})
+    levers = served.levers.model_copy(update={"compile": False, "step_cache": None})
     variants = {**settings.variants, name: served.model_copy(update={"levers": levers})}
     windows = settings.windows.model_copy(update={"buckets": ((box.width, box.height),)})
     return settings.model_copy(update={"variants": variants, "windows": windows})

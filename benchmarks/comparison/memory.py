@@ -192,7 +192,7 @@ def _packed(weight: Tensor, packing: str) -> Any:
 
 def _edit(shape: Shape, transformer: Any, vae: Any, modulation: Modulation, side_px: int, dtype: torch.dtype) -> None:
     given = models.inputs(shape, side_px, side_px, "cpu", dtype)
-    modulation.begin([_NoKey(torch.ones(_STEPS), 30.0, given["pooled_projections"])])
+    modulation.begin(_NoKey(torch.ones(_STEPS), 30.0, given["pooled_projections"]))
     photo = torch.empty((1, 3, side_px, side_px), dtype=dtype)
     latents = vae.encode(photo).latent_dist.mode()
     transformer(**given)

@@ -5,7 +5,7 @@ Importing this package, `canvas`, `families`, `prompts` or `weights` imports no 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from ..images import Pixels
 
@@ -28,8 +28,14 @@ class Window:
     on_step: Callable[[int], None]
 
 
-class JobEngine(Protocol):
-    """What one job paints with: an Engine, or the job's place at one that several share."""
+class Engine(Protocol):
+    """One loaded variant. Not for two callers at once: pipelines keep state between steps, so its holder locks it."""
+
+    def load(self) -> None:
+        """Take memory and get ready; slow. Raises WeightsError, VariantLoadFailed, OutOfMemory, GpuLost."""
+
+    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
+        """Run once, briefly, at the sizes `(width, height)`, so that the first job pays for no compilation."""
 
     def paint(self, window: Window) -> Pixels:
         """The window `[h, w, 3]` painted where its mask says so; pixels elsewhere may drift.
@@ -44,30 +50,12 @@ class JobEngine(Protocol):
         """Device milliseconds painted since `load`, a count that only grows; None where there is no GPU."""
 
     def peak_memory(self) -> tuple[int, int] | None:
-        """Bytes of device memory, allocated at most and reserved at most since this was last called, by whichever job;
-        None where there is no GPU."""
+        """Bytes of device memory, allocated at most and reserved at most since this was last called; None where there
+        is no GPU."""
 
     def describe(self) -> Mapping[str, Any]:
         """Where it runs: `device`, `compute_capability` ("8.9", or "N/A" on a CPU), `memory_used_bytes` and
         `memory_total_bytes` of the device (None on a CPU), `versions` of what computes. Raises GpuLost."""
-
-
-@runtime_checkable
-class Clocked(Protocol):
-    """A JobEngine whose job may have to wait for others."""
-
-    def clock_s(self) -> float:
-        """A clock, in seconds, that stands still while the job waits for its turn."""
-
-
-class Engine(JobEngine, Protocol):
-    """One loaded variant. Not for two callers at once: pipelines keep state between steps, so its holder locks it."""
-
-    def load(self) -> None:
-        """Take memory and get ready; slow. Raises WeightsError, VariantLoadFailed, OutOfMemory, GpuLost."""
-
-    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
-        """Run once, briefly, at the sizes `(width, height)`, so that the first job pays for no compilation."""
 
     def close(self) -> None:
         """Free what `load` took."""

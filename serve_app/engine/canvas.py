@@ -1,12 +1,13 @@
 """Painting one request: its windows in order on its own canvas, in a thread, stopped within a step.
 
 `paint_canvas` is the work, `painting` runs it from an event loop (`at_seat` does so with any work), `LocalPainter` is
-the Painter port over both without Ray. An engine is held by one request at a time, unless it is a `Together`.
+the Painter port over both without Ray. An engine is held by one request at a time.
 """
 
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import copy_context
@@ -19,9 +20,9 @@ from ..jobs import Progress
 from ..paste import paste_window, share_out
 from ..ports import OnProgress, Painted, PaintRequest
 from ..telemetry import logged_with, trace_id
-from . import Clocked, Engine, JobEngine, Window
+from . import Engine, Window
 from .seat import Seat, Sitting
-from .together import Together
+from .stages import STAGES, split
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def nobody_counts() -> None:
 
 
 def paint_canvas(
-    engine: JobEngine,
+    engine: Engine,
     request: PaintRequest,
     on_step: Callable[[Progress], None],
     on_out_of_memory: Callable[[], None] = nobody_counts,
@@ -50,8 +51,10 @@ def paint_canvas(
     """
     canvas, shares = request.canvas.copy(), share_out(request.mask, request.windows)
     windows = [(box, share) for box, share in zip(request.windows, shares, strict=True) if not share.is_empty]
-    started_s, started_ms = clock_s(engine), engine.device_ms()
-    total = request.steps * len(windows)
+    # Earlier peaks are not this painting's.
+    engine.peak_memory()
+    started_s, started_ms = time.perf_counter(), engine.device_ms()
+    total, stages = request.steps * len(windows), Counter(dict.fromkeys(STAGES, 0.0))
     on_step(Progress(step=0, steps=total))
     for number, (box, share) in enumerate(windows):
         done = 0
@@ -62,37 +65,45 @@ def paint_canvas(
             on_step(Progress(step=before + step, steps=total))
 
         paint = partial(_paint_window, engine, request, number, canvas[box.slices], share.unpainted, advance)
-        painted = _twice_at_most(paint, engine, on_out_of_memory)
+        painted, seconds = _twice_at_most(paint, engine, on_out_of_memory)
         if done < request.steps:
             # A family that knows fewer steps than were asked for has done all of them.
             advance(request.steps)
+        stages.update(seconds)
         paste_window(canvas, painted, box, share)
-    ended_ms, busy_s = engine.device_ms(), clock_s(engine) - started_s
+    ended_ms, busy_s = engine.device_ms(), time.perf_counter() - started_s
     extra = {"action": "painted", "windows": len(windows), "busy_s": round(busy_s, 3)}
+    peak_bytes, reserved_bytes = engine.peak_memory() or (None, None)
     log.info("Painted %d windows in %.2f s", len(windows), busy_s, extra=extra)
     return Painted(
         canvas=canvas,
         busy_s=busy_s,
         gpu_ms=None if started_ms is None or ended_ms is None else ended_ms - started_ms,
+        stages=dict(stages),
+        peak_bytes=peak_bytes,
+        reserved_bytes=reserved_bytes,
         where=engine.describe(),
         windows=[box for box, _ in windows],
     )
 
 
-def clock_s(engine: JobEngine) -> float:
-    """Seconds, from some moment on, in which the job did not wait for its turn."""
-    return engine.clock_s() if isinstance(engine, Clocked) else time.perf_counter()
-
-
 def _paint_window(
-    engine: JobEngine,
+    engine: Engine,
     request: PaintRequest,
     number: int,
     pixels: Pixels,
     mask: Pixels,
     on_step: Callable[[int], None],
-) -> Pixels:
-    return engine.paint(
+) -> tuple[Pixels, Mapping[str, float]]:
+    """What was painted, and the seconds of its stages."""
+    steps_s: list[float] = []
+
+    def timed(step: int) -> None:
+        steps_s.append(time.perf_counter())
+        on_step(step)
+
+    began_s = time.perf_counter()
+    painted = engine.paint(
         Window(
             pixels=pixels,
             mask=mask,
@@ -101,12 +112,13 @@ def _paint_window(
             # The same noise in every window would show as a pattern.
             seed=(request.seed + number) % _SEEDS,
             embeddings=request.embeddings,
-            on_step=on_step,
+            on_step=timed,
         )
     )
+    return painted, split(began_s, steps_s, time.perf_counter())
 
 
-def _twice_at_most(paint: Callable[[], Pixels], engine: JobEngine, on_out_of_memory: Callable[[], None]) -> Pixels:
+def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Callable[[], None]) -> T:
     try:
         return paint()
     except OutOfMemory as e:
@@ -122,19 +134,18 @@ def painting(
 ) -> AsyncGenerator[Progress | Painted, None]:
     """`paint_canvas` as `at_seat` runs it. It counts in the seat's usage."""
 
-    def paint(one: JobEngine, sitting: Sitting) -> Painted:
+    def paint(sitting: Sitting) -> Painted:
         with seat.usage.painting():
-            return paint_canvas(one, request, sitting.report, on_out_of_memory)
+            return paint_canvas(engine, request, sitting.report, on_out_of_memory)
 
-    return at_seat(engine, request, seat, seat.take, paint)
+    return at_seat(request, seat, seat.take, paint)
 
 
 async def at_seat(
-    engine: Engine,
     request: PaintRequest,
     seat: Seat,
     take: Callable[[], Awaitable[Sitting]],
-    work: Callable[[JobEngine, Sitting], T],
+    work: Callable[[Sitting], T],
 ) -> AsyncGenerator[Progress | T, None]:
     """Run `work` in a thread at the engine's seat, where `take` gives it a place: yields the latest progress that it
     reports, and at last what it returns. Nothing is yielded before the engine begins with it.
@@ -146,9 +157,9 @@ async def at_seat(
     """
     sitting = await take()
     with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
-        thread = partial(copy_context().run, _in_thread, engine, sitting, work)
-    future = asyncio.get_running_loop().run_in_executor(seat.threads, thread)
-    future.add_done_callback(lambda _: seat.leave(sitting))
+        thread = partial(copy_context().run, work, sitting)
+    future = asyncio.get_running_loop().run_in_executor(seat.thread, thread)
+    future.add_done_callback(lambda _: seat.leave())
     future.add_done_callback(lambda _: sitting.end())
     try:
         is_over = False
@@ -160,15 +171,6 @@ async def at_seat(
         yield future.result()
     finally:
         await _ended(future, sitting)
-
-
-def _in_thread(engine: Engine, sitting: Sitting, work: Callable[[JobEngine, Sitting], T]) -> T:
-    if isinstance(engine, Together):
-        # In a batch with others a cell's times would be theirs as well, and its bytes other ones.
-        with engine.place(sitting.check, sitting.begin, sitting.rest, alone=sitting.is_audit) as place:
-            return work(place, sitting)
-    sitting.begin()
-    return work(engine, sitting)
 
 
 async def _ended(work: asyncio.Future[T], sitting: Sitting) -> None:
@@ -204,7 +206,7 @@ class LocalPainter:
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
-        self._seats = {name: Seat(_places(engine)) for name, engine in engines.items()}
+        self._seats = {name: Seat() for name in engines}
         self._loading = {name: asyncio.Lock() for name in engines}
         self._loaded: set[str] = set()
 
@@ -235,7 +237,3 @@ class LocalPainter:
             async with self._loading[name], self._seats[name].emptied():
                 engine.close()
                 self._loaded.discard(name)
-
-
-def _places(engine: Engine) -> int:
-    return engine.places if isinstance(engine, Together) else 1

@@ -83,32 +83,18 @@ class FluxFill:
         """
         by_area = sorted(buckets, key=lambda size: size[0] * size[1])
         for width, height in by_area if self._device.is_gpu or self._levers.compile else by_area[:1]:
-            self.warm_up_batch(width, height, 1)
-
-    def warm_up_batch(self, width: int, height: int, windows: int) -> None:
-        prompt = {name: tensor.repeat_interleave(windows, 0) for name, tensor in self._no_prompt().items()}
-        with compiled.translated():
-            self._run([_nothing(width, height)] * windows, prompt)
+            with compiled.translated():
+                self._run(_nothing(width, height), self._no_prompt())
         self._device.ms = 0.0
 
     def paint(self, window: Window) -> Pixels:
-        """As `paint_together` of one."""
-        (painted,) = self.paint_together([window])
-        return painted
-
-    def paint_together(self, windows: Sequence[Window]) -> list[Pixels]:
-        """Windows of one size, steps and guidance scale, painted in one batch; prompts and seeds may differ.
-
-        What any window's `on_step` raises ends the painting of all. Also raises InputError for a window whose sides are
-        no multiples of 16: the pipeline would resize it.
-        """
-        height, width = windows[0].mask.shape
+        """Also raises InputError for a window whose sides are no multiples of 16: the pipeline would resize it."""
+        height, width = window.mask.shape
         if height % _MULTIPLE_PX or width % _MULTIPLE_PX:
             raise InputError(f"a window of {width}x{height} px: both must be multiples of {_MULTIPLE_PX}")
         with self._device.translated():
-            prompts = [self._prompt(window.embeddings) for window in windows]
-            prompt = {name: torch.cat([one[name] for one in prompts]) for name in prompts[0]}
-        return self._run(windows, prompt)
+            prompt = self._prompt(window.embeddings)
+        return self._run(window, prompt)
 
     def device_ms(self) -> float | None:
         return self._device.ms if self._device.is_gpu else None
@@ -126,57 +112,47 @@ class FluxFill:
         self._pipeline = self._modulation = None
         self.free_memory()
 
-    def _run(self, windows: Sequence[Window], prompt: Prompt) -> list[Pixels]:
+    def _run(self, window: Window, prompt: Prompt) -> Pixels:
         if self._pipeline is None:
             raise PaintError("the engine is not loaded")
-        (height, width), steps = windows[0].mask.shape, windows[0].steps
+        height, width = window.mask.shape
         # Drawn on the CPU, noise is the same whatever the device.
-        generators = [torch.Generator("cpu").manual_seed(window.seed) for window in windows]
+        generator = torch.Generator("cpu").manual_seed(window.seed)
         one_run = step_cache.one_run(self._pipeline.transformer)
         with self._device.translated(), self._device.timed(), torch.inference_mode(), one_run:
             if self._modulation is not None:
-                self._modulation.begin(self._conditions(windows, prompt))
-            painted = self._pipeline(
-                image=np.stack([window.pixels for window in windows]).astype(np.float32) / 255,
-                mask_image=np.stack([window.mask >= 128 for window in windows]).astype(np.float32),
+                timesteps = pipeline.timesteps(self._pipeline, width, height, window.steps)
+                self._modulation.begin(Conditions(timesteps, window.guidance_scale, prompt["pooled_prompt_embeds"]))
+            (painted,) = self._pipeline(
+                image=window.pixels[np.newaxis].astype(np.float32) / 255,
+                mask_image=(window.mask[np.newaxis] >= 128).astype(np.float32),
                 height=height,
                 width=width,
-                num_inference_steps=steps,
-                guidance_scale=windows[0].guidance_scale,
-                generator=generators,
-                latents=self._noise(generators, height, width) if self._levers.one_encode else None,
-                callback_on_step_end=self._step_hook([window.on_step for window in windows]),
+                num_inference_steps=window.steps,
+                guidance_scale=window.guidance_scale,
+                generator=generator,
+                latents=self._noise(generator, height, width) if self._levers.one_encode else None,
+                callback_on_step_end=self._step_hook(window.on_step),
                 output_type="np",
                 **prompt,
             ).images
-        return list(np.asarray(np.rint(painted * 255), np.uint8))
+        return np.asarray(np.rint(painted * 255), np.uint8)
 
-    def _conditions(self, windows: Sequence[Window], prompt: Prompt) -> list[Conditions]:
-        height, width = windows[0].mask.shape
-        timesteps = pipeline.timesteps(self._pipeline, width, height, windows[0].steps)
-        pooled = torch.split(prompt["pooled_prompt_embeds"], 1)
-        return [Conditions(timesteps, w.guidance_scale, one) for w, one in zip(windows, pooled, strict=True)]
-
-    def _noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
+    def _noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
         """What the pipeline would start from, without encoding the photo: at full strength it starts from noise alone,
         and of the photo nothing remains but that its encoding drew from the generator, too."""
         shape = (1, self._pipeline.vae.config.latent_channels, height // 8, width // 8)
-
-        def drawn(generator: torch.Generator) -> torch.Tensor:
-            torch.randn(shape, generator=generator, dtype=self._device.dtype)
-            return torch.randn(shape, generator=generator, dtype=self._device.dtype)
-
-        noise = torch.cat([drawn(generator) for generator in generators])
+        torch.randn(shape, generator=generator, dtype=self._device.dtype)
+        noise = torch.randn(shape, generator=generator, dtype=self._device.dtype)
         return pipeline.packed(self._pipeline, noise).to(self._device.torch)
 
-    def _step_hook(self, hooks: Sequence[Callable[[int], None]]) -> Callable[..., dict[str, Any]]:
+    def _step_hook(self, on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
         """The pipeline's callback. Raising in it ends the run at once; the pipeline's own flag would still decode."""
 
         def hook(_pipeline: Any, index: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
             # Kernels run behind the code that launches them: wait, so that a step reported is a step done.
             self._device.synchronize()
-            for on_step in hooks:
-                on_step(index + 1)
+            on_step(index + 1)
             return {}
 
         return hook

@@ -22,7 +22,7 @@ _NORMS = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
 #: Of rows kept in host memory: 34 runs of 28 steps. Each area of a window has a schedule of its own; there are nine.
 _MAX_BYTES = 2_000_000_000
 
-#: Rows of one job: for each norm, `[steps, n]`.
+#: Rows of one run: for each norm, `[steps, n]`.
 _Table = Sequence[Tensor]
 
 
@@ -31,7 +31,7 @@ class _Row(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        #: `[batch, n]`.
+        #: `[1, n]`.
         self.value = torch.empty(0)
 
     def forward(self, _: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
-    """What the rows of one job depend on."""
+    """What the rows of one run depend on."""
 
     #: Of each step, `[steps]`, as the scheduler gives them: 0 to 1000.
     timesteps: Tensor
@@ -85,7 +85,7 @@ class Modulation(nn.Module):
         transformer.time_text_embed = self
         #: Least recently used first.
         self._kept: OrderedDict[tuple[object, ...], _Table] = OrderedDict()
-        self._run: list[_Table] = []
+        self._run: _Table = ()
         self._step = 0
 
     @property
@@ -93,34 +93,33 @@ class Modulation(nn.Module):
         """Of the weights that left the device."""
         return sum(linear.weight.nbytes + linear.bias.nbytes for linear in self._linears)
 
-    def begin(self, jobs: Sequence[Conditions]) -> None:
-        """The next run is that of these jobs, in the batch's order; all have as many steps."""
-        self._run = [[rows.to(job.pooled.device) for rows in self._table(job)] for job in jobs]
+    def begin(self, run: Conditions) -> None:
+        """The next run is under these conditions."""
+        self._run = [rows.to(run.pooled.device) for rows in self._table(run)]
         self._step = 0
 
     def forward(self, _timestep: Tensor, _guidance: Tensor, pooled: Tensor) -> Tensor:
         """Sets every norm's row to the next step's. What it returns goes to `_Row`s only, which look at nothing."""
-        for number, row in enumerate(self._rows):
-            tables = [table[number][self._step : self._step + 1] for table in self._run]
-            row.value = tables[0] if len(tables) == 1 else torch.cat(tables)
+        for row, steps in zip(self._rows, self._run, strict=True):
+            row.value = steps[self._step : self._step + 1]
         self._step += 1
         return pooled[:, :1]
 
-    def _table(self, job: Conditions) -> _Table:
-        if job.key not in self._kept:
-            self._kept[job.key] = self._computed(job)
+    def _table(self, run: Conditions) -> _Table:
+        if run.key not in self._kept:
+            self._kept[run.key] = self._computed(run)
             self._forget()
-        self._kept.move_to_end(job.key)
-        return self._kept[job.key]
+        self._kept.move_to_end(run.key)
+        return self._kept[run.key]
 
-    def _computed(self, job: Conditions) -> _Table:
-        device = job.pooled.device
-        guidance = torch.full([1], job.guidance_scale, device=device, dtype=torch.float32).to(self._dtype) * 1000
+    def _computed(self, run: Conditions) -> _Table:
+        device = run.pooled.device
+        guidance = torch.full([1], run.guidance_scale, device=device, dtype=torch.float32).to(self._dtype) * 1000
         inputs = []
-        for timestep in job.timesteps:
+        for timestep in run.timesteps:
             # To the number type, down and up again, as the pipeline and the transformer do.
             time = timestep.expand(1).to(device, self._dtype) / 1000 * 1000
-            inputs.append(functional.silu(self._embed(time, guidance, job.pooled)))
+            inputs.append(functional.silu(self._embed(time, guidance, run.pooled)))
         return [linear.rows(inputs, device) for linear in self._linears]
 
     def _forget(self) -> None:

@@ -1,10 +1,9 @@
-"""The places at an engine: which jobs are in its hands, since when, and how busy they have kept it.
+"""The place at an engine: which job is in its hands, since when, and how busy jobs have kept it.
 
 A job is a painting for somebody, or a cell of an audit, which goes behind all of those.
 """
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -16,83 +15,52 @@ from ..jobs import Progress
 
 
 class Usage:
-    """How busy an engine has been since its first painting began. Paintings at once count once. For any thread."""
+    """How busy an engine has been since its first painting began. For any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._jobs, self._in_hand, self._busy_s = 0, 0, 0.0
-        self._busy_since = self._last_end = 0.0
+        self._jobs, self._busy_s = 0, 0.0
         self._first_start: float | None = None
+        self._last_end = 0.0
 
     @contextmanager
     def painting(self) -> Iterator[None]:
         """A job is painted inside; it counts among `jobs` where that raises nothing."""
-        self._begin()
+        began = time.monotonic()
+        if self._first_start is None:
+            self._first_start = began
         done = 0
         try:
             yield
             done = 1
         finally:
-            self._end(done)
+            self._last_end = time.monotonic()
+            self._busy_s += self._last_end - began
+            self._jobs += done
 
     def as_dict(self) -> dict[str, float]:
-        """`jobs` painted; `busy_s`, in which at least one was; `wall_s`, from the first's beginning to the last end."""
-        with self._lock:
-            began = self._last_end if self._first_start is None else self._first_start
-            return {"jobs": self._jobs, "busy_s": self._busy_s, "wall_s": max(0.0, self._last_end - began)}
-
-    def _begin(self) -> None:
-        with self._lock:
-            if not self._in_hand:
-                self._busy_since = time.monotonic()
-            if self._first_start is None:
-                self._first_start = self._busy_since
-            self._in_hand += 1
-
-    def _end(self, done: int) -> None:
-        with self._lock:
-            self._last_end = time.monotonic()
-            # What is busy still counts from here on, so that `busy_s` and `wall_s` end at the same moment.
-            self._busy_s += self._last_end - self._busy_since
-            self._busy_since = self._last_end
-            self._in_hand, self._jobs = self._in_hand - 1, self._jobs + done
+        """`jobs` painted; `busy_s`, spent on them; `wall_s`, from the first's beginning to the last end."""
+        began = self._last_end if self._first_start is None else self._first_start
+        return {"jobs": self._jobs, "busy_s": self._busy_s, "wall_s": max(0.0, self._last_end - began)}
 
 
 class Sitting:
-    """One job at an engine: its latest progress on the way from the painting thread to the event loop (a slow reader
-    sees the newest only), and whether anybody still wants it. Times are on the monotonic clock."""
+    """One painting at an engine: its latest progress on the way from the painting thread to the event loop (a slow
+    reader sees the newest only), and whether it is still wanted. Times are on the monotonic clock."""
 
-    def __init__(self, *, is_audit: bool = False) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self.is_audit = is_audit
         self._progress: Progress | None = None
-        #: Since when it has been painted; None while it waits for its turn. Nothing is told before that.
-        self.begun_at: float | None = None
+        self.begun_at = time.monotonic()
         #: Since when it is to stop; None where it is not.
         self.stopping_since: float | None = None
-        #: Whether the thread has ended and the place is somebody else's.
+        #: Whether the thread has ended and the place is free.
         self.is_over = False
 
-    def begin(self) -> None:
-        """For the thread: its turn has come, if it had not before."""
-        if self.begun_at is None:
-            self.begun_at = time.monotonic()
-            self._loop.call_soon_threadsafe(self.wake)
-
-    def rest(self) -> None:
-        """For the thread: it waits for its turn. A cell's wait has no end while jobs come, and is no painting."""
-        if self.is_audit:
-            self.begun_at = None
-
-    def check(self) -> None:
-        """For the thread. Raises Canceled once nobody wants the painting any more."""
+    def report(self, progress: Progress) -> None:
+        """For the thread. Raises Canceled once the painting is to stop."""
         if self.stopping_since is not None:
             raise Canceled("the painting was stopped")
-
-    def report(self, progress: Progress) -> None:
-        """For the thread. Raises as `check` does."""
-        self.check()
         self._progress = progress
         self._loop.call_soon_threadsafe(self.wake)
 
@@ -112,30 +80,28 @@ class Sitting:
         self._news.clear()
 
     def take(self) -> Progress | None:
-        if self.begun_at is None:
-            return None
         progress, self._progress = self._progress, None
         return progress
 
 
-class Places:
+class Place:
     """Given to those ahead before those behind, and among equals in the order in which they ask. For one event loop."""
 
-    def __init__(self, count: int) -> None:
-        self._free = count
+    def __init__(self) -> None:
+        self._is_free = True
         self._ahead: deque[asyncio.Future[None]] = deque()
         self._behind: deque[asyncio.Future[None]] = deque()
 
     async def take(self, *, behind: bool = False) -> None:
-        if self._free:
-            self._free -= 1
+        if self._is_free:
+            self._is_free = False
             return
         turn = asyncio.get_running_loop().create_future()
         (self._behind if behind else self._ahead).append(turn)
         try:
             await turn
         except BaseException:
-            # What cannot be canceled, and was not, has been given a place in this very moment.
+            # What cannot be canceled, and was not, has been given the place in this very moment.
             if not turn.cancel() and not turn.cancelled():
                 self.give_back()
             raise
@@ -147,51 +113,52 @@ class Places:
                 if not turn.done():
                     turn.set_result(None)
                     return
-        self._free += 1
+        self._is_free = True
 
 
 class Seat:
-    """As many places as jobs may be in the engine's hands at once. Audit cells get one that nobody else waits for, for
-    one painting, and one cell at a time is painted: each would slow the other's timed steps."""
+    """One place: a pipeline keeps state between steps. Audit cells take it behind all jobs, one cell after the other,
+    and each for one painting at a time."""
 
-    def __init__(self, places: int = 1) -> None:
-        self._at_once, self._places = places, Places(places)
+    def __init__(self) -> None:
+        self._place = Place()
         self._audit_turn = asyncio.Lock()
-        #: With what is to be undone when it leaves.
-        self._sittings: dict[Sitting, ExitStack] = {}
+        self._sitting: Sitting | None = None
+        #: What is undone when it leaves.
+        self._undo = ExitStack()
         #: In hand: painted, or waiting to be.
         self.jobs = self.audits = 0
-        #: Jobs that have been given a place, ever.
+        #: Jobs that have been given the place, ever.
         self.jobs_seated = 0
-        #: One for each place: asyncio's own threads may be fewer.
-        self.threads = ThreadPoolExecutor(places, thread_name_prefix="painting")
+        #: Its own: asyncio's threads may all be taken.
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="painting")
         self.usage = Usage()
 
     @property
     def taken_since(self) -> float | None:
-        """Since when the oldest of the paintings goes on; None while there is none. On the monotonic clock."""
-        return min((one.begun_at for one in self._sittings if one.begun_at is not None), default=None)
+        """Since when the painting goes on; None while there is none. On the monotonic clock."""
+        return self._sitting.begun_at if self._sitting else None
 
     @property
     def stopping_since(self) -> float | None:
         """Since when a painting that was told to stop goes on; None while none does. On the monotonic clock."""
-        return min((one.stopping_since for one in self._sittings if one.stopping_since is not None), default=None)
+        return self._sitting.stopping_since if self._sitting else None
 
     async def take(self) -> Sitting:
         with ExitStack() as undo:
             self._count(jobs=1)
             undo.callback(self._count, jobs=-1)
-            await self._places.take()
-            undo.callback(self._places.give_back)
+            await self._place.take()
+            undo.callback(self._place.give_back)
             self.jobs_seated += 1
-            return self._sit(Sitting(), undo)
+            return self._sit(undo)
 
     @asynccontextmanager
     async def audited(self, most: int) -> AsyncIterator[None]:
         """An audit cell is in hand inside, from when no other is painted. Raises ReplicaTaken, at once, where as many
-        are in hand as may be: up to `most` of what jobs leave of the places and one beside them, and one whatever jobs
+        are in hand as may be: up to `most` of what jobs leave of the place and one beside it, and one whatever jobs
         there are."""
-        if self.audits >= min(most, max(1, self._at_once + 1 - self.jobs)):
+        if self.audits >= min(most, max(1, 2 - self.jobs)):
             raise ReplicaTaken(f"audit cells in hand here: {self.audits}")
         with ExitStack() as undo:
             self._count(audits=1)
@@ -202,25 +169,26 @@ class Seat:
     async def take_behind(self) -> Sitting:
         """For one painting of the cell that is `audited`: behind all jobs that wait."""
         with ExitStack() as undo:
-            await self._places.take(behind=True)
-            undo.callback(self._places.give_back)
-            return self._sit(Sitting(is_audit=True), undo)
+            await self._place.take(behind=True)
+            undo.callback(self._place.give_back)
+            return self._sit(undo)
 
-    def leave(self, sitting: Sitting) -> None:
-        self._sittings.pop(sitting).close()
+    def leave(self) -> None:
+        self._sitting = None
+        self._undo.close()
 
     @asynccontextmanager
     async def emptied(self) -> AsyncIterator[None]:
-        """When all jobs in hand have ended, and until this is left none begins. For one caller at a time."""
-        with ExitStack() as undo:
-            for _ in range(self._at_once):
-                await self._places.take()
-                undo.callback(self._places.give_back)
+        """When the painting has ended, and until this is left none begins."""
+        await self._place.take()
+        try:
             yield
+        finally:
+            self._place.give_back()
 
-    def _sit(self, sitting: Sitting, undo: ExitStack) -> Sitting:
-        self._sittings[sitting] = undo.pop_all()
-        return sitting
+    def _sit(self, undo: ExitStack) -> Sitting:
+        self._sitting, self._undo = Sitting(), undo.pop_all()
+        return self._sitting
 
     def _count(self, *, jobs: int = 0, audits: int = 0) -> None:
         self.jobs, self.audits = self.jobs + jobs, self.audits + audits

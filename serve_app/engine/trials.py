@@ -1,36 +1,16 @@
-"""An audit's cell in a replica: one request painted several times, each painting timed stage by stage."""
+"""An audit's cell in a replica: one request painted several times."""
 
-import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
-from itertools import pairwise
-from statistics import median
-from typing import Any
 
 import numpy as np
 
 from ..audits import Trial
-from ..images import Pixels
 from ..jobs import Progress
 from ..ports import Measured, Painted, PaintRequest
-from . import Engine, JobEngine, Window
-from .canvas import at_seat, clock_s, nobody_counts, paint_canvas
+from . import Engine
+from .canvas import at_seat, nobody_counts, paint_canvas
 from .seat import Seat, Sitting
-
-STAGES = ("prepare_s", "denoise_s", "decode_s")
-
-
-def split(began_s: float, steps_s: Sequence[float], ended_s: float) -> dict[str, float]:
-    """Seconds of a window's STAGES, from the moments at which it began, each of its steps ended, and it was painted.
-
-    The first step is taken to be as long as the median of the others; what comes before it is preparing. Where there is
-    one step, that cannot be told from preparing, and both are denoising; where there is none, everything is.
-    """
-    steps_s = steps_s or [ended_s]
-    step_s = median(after - before for before, after in pairwise(steps_s)) if len(steps_s) > 1 else np.inf
-    prepared_s = max(began_s, steps_s[0] - step_s)
-    return dict(zip(STAGES, (prepared_s - began_s, steps_s[-1] - prepared_s, ended_s - steps_s[-1]), strict=True))
 
 
 async def measuring(
@@ -60,12 +40,12 @@ async def measuring(
         cell.begin(seat.jobs_seated)
         return sitting
 
-    def work(one: JobEngine, sitting: Sitting) -> tuple[Painted, Trial, int]:
-        return *_trial(one, request, sitting.report, on_out_of_memory), seat.jobs_seated
+    def work(sitting: Sitting) -> tuple[Painted, int]:
+        return paint_canvas(engine, request, sitting.report, on_out_of_memory), seat.jobs_seated
 
     async with seat.audited(places):
         while not cell.is_over:
-            async with aclosing(at_seat(engine, request, seat, take, work)) as events:
+            async with aclosing(at_seat(request, seat, take, work)) as events:
                 async for event in events:
                     if isinstance(event, Progress):
                         yield cell.progress(event)
@@ -113,73 +93,18 @@ class _Cell:
         step = len(self._done) * one.steps + (one.step if self._counts else 0)
         return Progress(step=step, steps=self._wanted * one.steps)
 
-    def add(self, painted: Painted, timed: Trial, jobs_seated: int) -> None:
+    def add(self, painted: Painted, jobs_seated: int) -> None:
         """What was painted, and how many jobs had been given a place by then."""
         self._jobs_seated = jobs_seated
         self._repeats = self._repeats and (self._last is None or np.array_equal(painted.canvas, self._last.canvas))
         self._last = painted
         if self._counts:
-            self._done.append(timed)
-
-
-def _trial(
-    engine: JobEngine,
-    request: PaintRequest,
-    on_step: Callable[[Progress], None],
-    on_out_of_memory: Callable[[], None],
-) -> tuple[Painted, Trial]:
-    timed = _Timed(engine)
-    # Earlier peaks are not this trial's.
-    engine.peak_memory()
-    painted = paint_canvas(timed, request, on_step, on_out_of_memory)
-    peak_bytes, reserved_bytes = engine.peak_memory() or (None, None)
-    return painted, Trial(
-        wall_s=painted.busy_s,
-        gpu_ms=painted.gpu_ms,
-        stages=timed.stages,
-        peak_bytes=peak_bytes,
-        reserved_bytes=reserved_bytes,
-    )
-
-
-class _Timed:
-    """An engine that takes the time of what it paints."""
-
-    def __init__(self, engine: JobEngine) -> None:
-        self._engine = engine
-        self._windows: list[Mapping[str, float]] = []
-
-    @property
-    def stages(self) -> dict[str, float]:
-        """Of all windows that were painted."""
-        return {stage: sum(window[stage] for window in self._windows) for stage in STAGES}
-
-    def paint(self, window: Window) -> Pixels:
-        steps_s: list[float] = []
-
-        def on_step(step: int) -> None:
-            steps_s.append(time.perf_counter())
-            window.on_step(step)
-
-        began_s, began_clock_s = time.perf_counter(), clock_s(self._engine)
-        painted = self._engine.paint(replace(window, on_step=on_step))
-        ended_s = time.perf_counter()
-        # The turn comes before the first step: what was waited for it is no stage.
-        waited_s = max(0.0, ended_s - began_s - (clock_s(self._engine) - began_clock_s))
-        self._windows.append(split(began_s + waited_s, steps_s, ended_s))
-        return painted
-
-    def free_memory(self) -> None:
-        self._engine.free_memory()
-
-    def device_ms(self) -> float | None:
-        return self._engine.device_ms()
-
-    def peak_memory(self) -> tuple[int, int] | None:
-        return self._engine.peak_memory()
-
-    def clock_s(self) -> float:
-        return clock_s(self._engine)
-
-    def describe(self) -> Mapping[str, Any]:
-        return self._engine.describe()
+            self._done.append(
+                Trial(
+                    wall_s=painted.busy_s,
+                    gpu_ms=painted.gpu_ms,
+                    stages=painted.stages,
+                    peak_bytes=painted.peak_bytes,
+                    reserved_bytes=painted.reserved_bytes,
+                )
+            )
