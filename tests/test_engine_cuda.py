@@ -37,8 +37,8 @@ pytestmark = [
 
 #: Window sides that compiled engines are warmed up for, in pixels.
 SIZES = ((64, 64), (96, 64))
-#: Random weights: how far bfloat16 on a GPU may be from float32 on a CPU, of 255, on average.
-NEAR = 5
+#: How far two pictures of the same noise may be apart, of 255, on average. Those of two seeds differ by 40.
+NEAR = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,10 @@ def difference(first: Pixels, second: Pixels) -> float:
 def test_it_paints_nearly_what_a_cpu_does(
     tiny: TinyWeights, prompt: bytes, loaded: Callable[..., FluxFill], quant: str
 ) -> None:
-    cpu, given = flux_fill(tiny, quant), window(embeddings=prompt)
+    # Noise drawn in bfloat16 need not be that of float32, rounded.
+    cpu, given = flux_fill(tiny, quant, dtype=torch.bfloat16), window(embeddings=prompt)
     cpu.load()
-    assert 0 < difference(loaded(quant).paint(given), cpu.paint(given)) < NEAR
+    assert difference(loaded(quant).paint(given), cpu.paint(given)) < NEAR
 
 
 def test_the_same_seed_paints_the_same_bits(prompt: bytes, loaded: Callable[..., FluxFill]) -> None:
@@ -250,7 +251,7 @@ def test_compiled_blocks_are_nearly_eager(prompt: bytes, loaded: Callable[..., F
     engine = loaded(compile=True)
     engine.warm_up(SIZES)
     before = compiled.graphs()
-    assert difference(engine.paint(given), loaded().paint(given)) < 1
+    assert difference(engine.paint(given), loaded().paint(given)) < NEAR
     assert compiled.graphs() == before, "a size that was warmed up is compiled once more"
 
 
@@ -264,20 +265,20 @@ def test_repacked_weights_paint_nearly_the_same(
         pytest.skip("this GPU multiplies no fp8")
     given = window(64, 64, embeddings=prompt)
     plain, repacked = loaded("Q8_0").paint(given), loaded("Q8_0", kind, compile=compile)
-    assert 0 < difference(repacked.paint(given), plain) < {"w8a8": 0.5, "fp8": 1.5}[kind]
+    assert 0 < difference(repacked.paint(given), plain) < {"w8a8": NEAR, "fp8": 2 * NEAR}[kind]
 
 
 def test_int8_takes_prompts_of_few_tokens(embeddings: bytes, loaded: Callable[..., FluxFill]) -> None:
     """CUDA's int8 product takes no fewer than 17 rows, and this prompt has 16 tokens."""
     given = window(64, 64, embeddings=embeddings)
-    assert difference(loaded("Q8_0", "w8a8").paint(given), loaded("Q8_0").paint(given)) < 0.5
+    assert difference(loaded("Q8_0", "w8a8").paint(given), loaded("Q8_0").paint(given)) < NEAR
 
 
 def test_windows_of_a_batch_are_those_painted_alone(prompt: bytes, loaded: Callable[..., FluxFill]) -> None:
     """To rounding: a batch's products sum in another order."""
     engine, windows = loaded(), [window(64, 64, embeddings=prompt, seed=seed) for seed in (1, 2)]
     for together, one in zip(engine.paint_together(windows), windows, strict=True):
-        assert difference(together, engine.paint(one)) < 1
+        assert difference(together, engine.paint(one)) < NEAR
 
 
 def test_it_is_known_what_this_gpu_costs() -> None:
