@@ -50,7 +50,7 @@ bench: install  ## measure; figures into benchmarks/results
 bench-gpu: install  ## the engine at full size on a GPU of 24 GB or more, nothing downloaded; 40 GB of host memory, 25 of disk
 	mkdir -p benchmarks/results
 	set -e; for packing in Q8_0 Q4_0 Q5_K_S; do \
-	  $(BIN)/python -m benchmarks.engine --double 19 --single 38 --device cuda --steps 28 --runs 3 --packing $$packing \
+	  $(BIN)/python -m benchmarks.engine --double 19 --single 38 --device cuda --threads $$(nproc) --steps 28 --runs 3 --packing $$packing \
 	    --out benchmarks/results/engine-gpu-$$packing.json --chart benchmarks/results/engine-gpu-$$packing.png; done
 
 chaos: install  ## 500 sessions while replicas are killed and the stores are cut off; figures and logs into out/chaos

@@ -17,7 +17,8 @@ engine takes its turn, with at most 12.65 GB of weights and about 2 to paint wit
     python -m benchmarks.engine --weights real --device cuda --steps 28 --packing Q8_0
     python -m benchmarks.engine --memory                               # of a full-size replica, without the memory
 
-Prints a table, the context as a line of JSON and, last, a JSON object keyed by scenario. `--out` gets both in one.
+Prints a table, the context as a line of JSON and, last, a JSON object keyed by scenario. `--out` gets both in one,
+anew after each engine: a run that is broken off leaves what it had measured.
 """
 
 import argparse
@@ -70,11 +71,11 @@ def main() -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     before = os.getloadavg()
-    found, context = _memory(args) if args.memory else _measured(args)
-    # Of 1, 5 and 15 minutes: what else ran.
-    context["load_average"] = {"before": before, "after": os.getloadavg()}
-    if args.out:
-        args.out.write_text(json.dumps({**found, "context": context}, indent=2) + "\n")
+    for found, context in [_memory(args)] if args.memory else _measured(args):
+        # Of 1, 5 and 15 minutes: what else ran.
+        context["load_average"] = {"before": before, "after": os.getloadavg()}
+        if args.out:
+            args.out.write_text(json.dumps({**found, "context": context}, indent=2) + "\n")
     if args.chart:
         from .comparison.chart import draw
 
@@ -108,7 +109,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _measured(args: argparse.Namespace) -> Found:
+def _measured(args: argparse.Namespace) -> Iterator[Found]:
+    """After each engine, all that is known by then: what fails later, or takes too long, loses none of it."""
     device, shape = torch.device(args.device), _shape(args)
     dtype = number_type.of(device)
     flops = Flops(shape)
@@ -116,6 +118,7 @@ def _measured(args: argparse.Namespace) -> Found:
     out.print(", ".join(f"{name} {weights / 1e6:,.1f} M" for name, weights in sizes.items()), "weights")
     scenarios = [_on(SCENARIOS[name], device) for name in args.scenarios]
     asked = _EDIT.model_copy(update={"steps": args.steps})
+    matmul = matmul_tflop_per_s(device, dtype)
     found: dict[str, Any] = {}
     with _weights(args, shape) as weights:
         recipe = Recipe(weights, device, dtype)
@@ -127,13 +130,13 @@ def _measured(args: argparse.Namespace) -> Found:
             services = {one.name: service.contender(one, asked) for one in group}
             rivals = {} if alone else _recipes(recipe, group, asked)
             by_turns([*rivals.values(), *services.values()], args.runs)
-            found |= _figures(group, alone or rivals, services, flops, asked)
+            figures = _figures(group, alone or rivals, services, flops, asked)
+            for one in figures.values():
+                one["service"]["share_of_matmul"] = round(one["service"]["tflop_per_s"] / matmul, 3)
+            found |= figures
             service.close()
-    matmul = matmul_tflop_per_s(device, dtype)
-    for one in found.values():
-        one["service"]["share_of_matmul"] = round(one["service"]["tflop_per_s"] / matmul, 3)
+            yield found, _context(args, sizes, dtype, matmul)
     _show(found)
-    return found, _context(args, sizes, dtype, matmul)
 
 
 def _shape(args: argparse.Namespace) -> Shape:

@@ -20,6 +20,7 @@ SLOW = {
     "tests/test_launcher.py": "real jobs of Ray, and the app deployed again",
     "tests/test_engine_compiled.py": "torch.compile",
     "tests/test_audit_compiling.py": "torch.compile",
+    "tests/test_engine_cuda.py": "torch.compile, on a GPU",
     "tests/test_audit_page.py": "a real browser",
     "tests/test_message_sources.py": "a broker's real leases and delays",
     "tests/test_engine_exact.py": "the real pipeline at each packing and number type",

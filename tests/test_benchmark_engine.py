@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from benchmarks.comparison.meter import Meter
 from benchmarks.comparison.models import FULL, Shape
 from benchmarks.comparison.recipe import frame_size
 from benchmarks.comparison.runs import Contender, Run, by_turns, compared
-from benchmarks.comparison.scenarios import SCENARIOS
+from benchmarks.comparison.scenarios import EXACT, SCENARIOS
 from benchmarks.comparison.service import planned
 from serve_app.cost import forward_flops
 from serve_app.engine.tiny import TinyWeights
+from serve_app.errors import OutOfMemory
 
 from .cpu import own_number_type
 from .engine_fixtures import flux_fill
@@ -237,6 +239,34 @@ benchmarks.engine.main()
     assert context["context"]["weights"] == "synthetic" and context["context"]["versions"]["torch"]
     assert [len(loads) for loads in context["context"]["load_average"].values()] == [3, 3]
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_engine_that_fails_loses_nothing_that_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Side:
+        """The recipe, or a service whose second engine does not fit."""
+
+        def __init__(self, weights: object, levers: object, *_: object, **__: object) -> None:
+            if levers == EXACT:
+                raise OutOfMemory("no room")
+
+        def contender(self, *_: object) -> Contender:
+            return _contender(1, (1,))
+
+        def warm_up(self, _: object) -> None: ...
+
+        def close(self) -> None: ...
+
+    for name in ("Recipe", "Service"):
+        monkeypatch.setattr(engine, name, Side)
+    monkeypatch.setattr(engine, "_weights", lambda *_: nullcontext())
+    monkeypatch.setattr(engine, "by_turns", lambda *_: None)
+    given = ["--width", "256", "--scenarios", "eager_512,exact_512", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["benchmarks.engine", *given])
+    with pytest.raises(OutOfMemory):
+        engine.main()
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert kept.keys() == {"eager_512", "context"}
+    assert kept["eager_512"]["service"]["share_of_matmul"] > 0
 
 
 def test_an_unknown_scenario_is_refused_by_name(
