@@ -40,7 +40,7 @@ def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shallow(tiny: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
-    """The Q4_0's first block of each kind and nothing else: less to compile."""
+    """The Q8_0's first block of each kind and nothing else: less to compile."""
     import gguf
 
     shallow, kept = (
@@ -50,7 +50,7 @@ def shallow(tiny: TinyWeights, tmp_path_factory: pytest.TempPathFactory) -> Tiny
     shutil.copytree(tiny.base, shallow.base)
     config = shallow.base / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 1, "num_single_layers": 1}))
-    file = "flux1-fill-dev-Q4_0.gguf"
+    file = "flux1-fill-dev-Q8_0.gguf"
     writer = gguf.GGUFWriter(shallow.transformer(file), "flux")
     for tensor in gguf.GGUFReader(tiny.transformer(file)).tensors:
         if "transformer_blocks." not in tensor.name or tensor.name.startswith(kept):

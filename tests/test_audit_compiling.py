@@ -56,14 +56,14 @@ def given() -> PaintRequest:
 @pytest.fixture
 def engine(shallow: TinyWeights) -> Iterator[FluxFill]:
     """Its rows of modulation are computed once, for as many forwards as the run has steps."""
-    engine = flux_fill(shallow)
+    engine = flux_fill(shallow, "Q8_0")
     engine.load()
     yield engine
     engine.close()
 
 
 def served(shallow: TinyWeights, cache: Path, **levers: Any) -> Settings:
-    file = str(shallow.transformer("flux1-fill-dev-Q4_0.gguf"))
+    file = str(shallow.transformer("flux1-fill-dev-Q8_0.gguf"))
     definition = {"family": "flux-fill", "file": file, "base": str(shallow.base), "max_prompt_tokens": 64}
     return Settings.model_validate(
         {"variants": {"v": {"definition": definition, "levers": levers}, "telea": {}}, "weights": {"cache": cache}}
