@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from serve_app import adapters, jobs
-from serve_app.adapters.pubsub_connection import check_speaks
-from serve_app.adapters.pubsub_names import address_of
+from serve_app.adapters.pubsub_client import address_of, check_speaks
 from serve_app.cancel import Canceler
 from serve_app.containers import content_type
 from serve_app.edit import INPUTS, session_path

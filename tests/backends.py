@@ -24,8 +24,8 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 
 from deployments.own_ray import free_port
 from serve_app import adapters
+from serve_app.adapters.pubsub_client import subscription_path, topic_path
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.adapters.pubsub_names import subscription_path, topic_path
 from serve_app.jobs import Job, Parameters
 from serve_app.messages import CropStrategy
 from serve_app.ports import Delivery, Handler, MessageSource, Publisher, SourceStatus, Verdict

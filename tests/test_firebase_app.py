@@ -21,7 +21,7 @@ from serve_app import adapters
 from serve_app.adapters import firebase_app as module
 from serve_app.adapters.firebase import FirebaseBlobStore
 from serve_app.adapters.firebase_app import firebase_app
-from serve_app.adapters.pubsub_connection import publisher_client
+from serve_app.adapters.pubsub_client import Connection
 from serve_app.errors import InvalidCredentials, SettingsError, StoreUnavailable
 from serve_app.settings import MessagesSettings, Settings, VariantSettings
 
@@ -250,11 +250,10 @@ async def test_a_store_without_credentials_says_so() -> None:
 
 @pytest.mark.usefixtures("key")
 def test_pubsub_is_used_with_the_same_credentials() -> None:
-    publisher = publisher_client(MessagesSettings(url="pubsub:", project="local-project"))
-    assert publisher.transport._credentials.service_account_email == service_account()["client_email"]
-    publisher.transport.close()
+    connection = Connection(MessagesSettings(url="pubsub:", project="local-project"))
+    assert connection._credentials.service_account_email == service_account()["client_email"]
 
 
 def test_pubsub_without_any_credentials_says_so() -> None:
     with pytest.raises(SettingsError, match="credentials"):
-        publisher_client(MessagesSettings(url="pubsub:", project="local-project"))
+        Connection(MessagesSettings(url="pubsub:", project="local-project"))

@@ -11,8 +11,8 @@ import pytest
 
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters import memory_messages, pubsub
-from serve_app.adapters.pubsub_publisher import PubSubPublisher
+from serve_app.adapters import pubsub, pubsub_client
+from serve_app.adapters.pubsub_client import PubSubPublisher
 from serve_app.errors import BrokerUnavailable, SettingsError
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings, SubscriptionSettings
@@ -134,7 +134,6 @@ async def test_no_more_than_in_flight_are_handled_at_a_time(broker: Broker) -> N
 
 async def test_a_handler_that_fails_gets_the_message_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pubsub, "ERROR_HOLD_S", 1.0)
-    monkeypatch.setattr(memory_messages, "ERROR_HOLD_S", 1.0)
 
     async def fail_once(_delivery: Delivery) -> Verdict:
         if len(handle.deliveries) == 1:
@@ -281,8 +280,7 @@ async def test_a_higher_priority_is_drained_first(priorities: Broker) -> None:
         await until(lambda: handle.bodies)
         await priorities.publish(*(b"low" for _ in range(12)), priority="low")
         await priorities.publish(*(b"high" for _ in range(12)), priority="high")
-        if priorities.kind != "memory":
-            await until(lambda: status_of(source, "high").held and status_of(source, "low").held)
+        await until(lambda: status_of(source, "high").held and status_of(source, "low").held)
         blocked.set()
         await until(lambda: len(handle.bodies) == 25)
     assert handle.bodies[1:13].count(b"low") <= 4
@@ -358,7 +356,7 @@ async def test_leases_are_kept_while_a_message_is_handled_and_another_waits(
 async def test_the_lease_is_kept_through_the_grace_of_closing(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub, "ORPHAN_LEASE_S", 1)
+    monkeypatch.setattr(pubsub_client, "LEASE_S", 1)
     handle, other = Held(), Recorder()
     source = adapters.message_source(embedded.settings, 1)
     running = asyncio.create_task(source.run(handle))
@@ -408,8 +406,8 @@ async def test_messages_of_a_process_that_was_killed_come_again(
     holder.kill()
     handle = Recorder()
     async with embedded.source(handle):
-        # Well before their ack deadline: the server saw the connection end.
-        await until(lambda: sorted(handle.bodies) == [b"1", b"2"], patience_s=8)
+        # When their leases end.
+        await until(lambda: sorted(handle.bodies) == [b"1", b"2"], patience_s=15)
 
 
 async def test_publishing_fails_clearly(embedded: Broker) -> None:

@@ -9,11 +9,11 @@ import pytest
 from google.api_core import exceptions
 from google.pubsub_v1 import types
 from google.pubsub_v1.services.publisher import PublisherClient
+from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
 from google.pubsub_v1.services.subscriber import SubscriberClient
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
 from serve_app.adapters.pubsub_broker import Bounds, Broker, BrokerFull, Lease, Stream, SubscriptionConfig
-from serve_app.adapters.pubsub_connection import publisher_client
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.errors import BrokerUnavailable, SettingsError
 from serve_app.settings import MessagesSettings, SubscriptionSettings
@@ -196,8 +196,8 @@ def server() -> Iterator[EmbeddedPubSub]:
 
 @pytest.fixture
 def publisher(server: EmbeddedPubSub) -> Iterator[PublisherClient]:
-    with publisher_client(MessagesSettings(url=f"embedded://{server.address}")) as client:
-        yield client
+    with grpc.insecure_channel(server.address, options=[("grpc.max_send_message_length", -1)]) as channel:
+        yield PublisherClient(transport=PublisherGrpcTransport(channel=channel))
 
 
 @pytest.fixture
@@ -342,9 +342,9 @@ def test_it_has_every_topic_and_subscription_that_the_settings_name() -> None:
     )
     with (
         EmbeddedPubSub.of(settings) as server,
-        publisher_client(settings.model_copy(update={"url": f"embedded://{server.address}"})) as publisher,
         grpc.insecure_channel(server.address) as channel,
     ):
+        publisher = PublisherClient(transport=PublisherGrpcTransport(channel=channel))
         subscriber = SubscriberClient(transport=SubscriberGrpcTransport(channel=channel))
         for topic, attributes in (("jobs", {"priority": "high"}), ("jobs", {}), ("jobs-dead", {}), ("jobs-done", {})):
             publish(publisher, str(attributes).encode(), topic=f"projects/local/topics/{topic}", **attributes)

@@ -11,19 +11,18 @@ import pytest
 from google.pubsub_v1 import types
 
 from deployments.own_ray import free_port
-from serve_app.adapters import pubsub, pubsub_connection
+from serve_app.adapters import pubsub, pubsub_client
 from serve_app.adapters.pubsub_broker import Bounds
 from serve_app.adapters.pubsub_broker import Broker as Queues
 from serve_app.adapters.pubsub_calls import Calls
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
 from .backends import PRIORITIES, Broker, Recorder, administer, status_of, until
 
 
-async def test_the_stream_is_opened_again_after_the_server_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub_connection, "CONNECT_S", 0.2)
+async def test_pulling_goes_on_after_the_server_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pubsub_client, "CALL_TIMEOUT_S", 0.4)
     settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
     broker, handle = Broker("embedded", settings), Recorder()
     async with broker.source(handle) as source:
@@ -57,7 +56,7 @@ async def test_a_missing_subscription_holds_up_no_other() -> None:
         administer(present)
         handle = Recorder()
         async with Broker("embedded", settings).source(handle) as source:
-            await until(lambda: "subscriptions/low does not exist" in status_of(source, "low").error)
+            await until(lambda: "subscriptions/low failed: it does not exist" in status_of(source, "low").error)
             await publish_all_priorities(settings)
             await until(lambda: handle.bodies == [b"high"])
             assert status_of(source, "high").connected and not status_of(source, "high").error
@@ -70,22 +69,10 @@ class Guarded(Calls):
     refused = ""
     code = grpc.StatusCode.PERMISSION_DENIED
 
-    async def streaming_pull(
-        self, requests: AsyncIterator[types.StreamingPullRequest], context: Any
-    ) -> AsyncIterator[types.StreamingPullResponse]:
-        first = await anext(requests, None)
-        if first is None:
-            return
-        if self.refused and first.subscription.endswith(self.refused):
+    async def pull(self, request: types.PullRequest, context: Any) -> types.PullResponse:
+        if self.refused and request.subscription.endswith(self.refused):
             await context.abort(self.code, "User not authorized to perform this action.")
-
-        async def all_requests() -> AsyncIterator[types.StreamingPullRequest]:
-            yield first
-            async for request in requests:
-                yield request
-
-        async for response in super().streaming_pull(all_requests(), context):
-            yield response
+        return await super().pull(request, context)
 
 
 @pytest.fixture
@@ -103,16 +90,15 @@ async def guarded() -> AsyncIterator[tuple[Guarded, MessagesSettings]]:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (grpc.StatusCode.PERMISSION_DENIED, "may not pull from projects/local/subscriptions/low"),
+        (grpc.StatusCode.PERMISSION_DENIED, "subscriptions/low failed: this service needs the role Pub/Sub Subscriber"),
         (grpc.StatusCode.UNAUTHENTICATED, "does not take this service's credentials"),
-        # The library would open the stream again in silence.
-        (grpc.StatusCode.UNAVAILABLE, "subscriptions/low broke"),
+        (grpc.StatusCode.UNAVAILABLE, "subscriptions/low failed: no connection to Pub/Sub"),
     ],
 )
 async def test_a_refused_subscription_says_so_and_recovers(
     guarded: tuple[Guarded, MessagesSettings], code: grpc.StatusCode, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub, "REOPEN_MAX_S", 1.0)
+    monkeypatch.setattr(pubsub, "RETRY_MAX_S", 1.0)
     calls, settings = guarded
     calls.refused, calls.code = "low", code
     handle = Recorder()
@@ -125,24 +111,6 @@ async def test_a_refused_subscription_says_so_and_recovers(
         calls.refused = ""
         await until(lambda: b"low" in handle.bodies and status_of(source, "low").connected)
         assert not status_of(source, "low").error
-
-
-async def test_a_stream_that_is_replaced_later_does_not_name_what_once_broke_it() -> None:
-    async def hold(_delivery: Delivery) -> Verdict:
-        return Verdict(action="hold", delay_s=60)
-
-    settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
-    broker, handle = Broker("embedded", settings), Recorder(hold)
-    async with broker.source(handle, in_flight=2) as source:
-        with EmbeddedPubSub.of(settings):
-            await until(lambda: status_of(source).connected)
-        await until(lambda: "broke" in status_of(source).error)
-        with EmbeddedPubSub.of(settings):
-            await until(lambda: status_of(source).connected)
-            # Half of its stream's places are held, so that another replaces it.
-            await broker.publish(b"x")
-            await until(lambda: handle.deliveries and not status_of(source).connected)
-            assert status_of(source).error == "not connected yet"
 
 
 async def publish_all_priorities(settings: MessagesSettings) -> None:

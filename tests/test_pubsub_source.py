@@ -1,30 +1,32 @@
-"""One subscription's source: messages that arrive at a bad moment, leases that are its own to keep, and its end."""
+"""A source: messages that arrive at a bad moment, leases, subscriptions that deliver exactly once, and its end."""
 
 import asyncio
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from functools import partial
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import grpc.aio
 import pytest
-from google.api_core.exceptions import ServiceUnavailable
+from google.pubsub_v1 import types
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters import pubsub, pubsub_stream
-from serve_app.adapters.places import Places
+from serve_app.adapters import pubsub, pubsub_client
 from serve_app.adapters.pubsub import PubSubSource
-from serve_app.adapters.pubsub_connection import Caller, subscriber_client
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.adapters.pubsub_stream import Stream
+from serve_app.adapters.pubsub_broker import Bounds
+from serve_app.adapters.pubsub_broker import Broker as Queues
+from serve_app.adapters.pubsub_calls import Calls
+from serve_app.adapters.pubsub_client import GrpcSubscriber, Received
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
-from .backends import Broker, Recorder, status_of, until
+from .backends import Broker, Recorder, administer, status_of, until
 
-NAME = "session-processing"
+NAME = "projects/local/subscriptions/session-processing"
 
 
 class Held:
@@ -40,94 +42,106 @@ class Held:
         return Verdict(action="ack")
 
 
-@dataclass
-class Parts:
-    """What a source is made of."""
+async def test_a_message_is_given_back_that_comes_while_the_source_closes(embedded: Broker) -> None:
+    """Its pull was under way."""
 
-    settings: MessagesSettings
-    caller: Caller = field(default_factory=Caller)
+    class Late(GrpcSubscriber):
+        async def pull(self, subscription: str, most: int, wait_s: float) -> Sequence[Received]:
+            try:
+                return await super().pull(subscription, most, wait_s)
+            except asyncio.CancelledError:
+                await embedded.publish(b"x")
+                return await super().pull(subscription, most, 0)
 
-    def __post_init__(self) -> None:
-        self.client = subscriber_client(self.settings)
-
-    def source(self, **options: Any) -> PubSubSource:
-        return PubSubSource(self.settings, NAME, Places(5), self.client, self.caller, **options)
-
-
-@pytest.fixture
-async def parts(embedded: Broker) -> AsyncIterator[Parts]:
-    made = Parts(embedded.settings)
-    yield made
-    made.caller.close()
-    made.client.close()
-
-
-@pytest.mark.parametrize("is_late", [True, False])
-async def test_a_message_is_given_back_that_comes_while_those_that_wait_are(
-    parts: Parts, embedded: Broker, is_late: bool
-) -> None:
-    """In one turn of the loop: its task has not begun when it would be cancelled."""
-    source, taken = parts.source(), list[bytes]()
-
-    def take(stream: Stream, message: Any) -> None:
-        taken.append(message.data)
-        source._take(Held(), stream, message)
-        source._give_back_waiting()
-
-    stream = await Stream.opened(parts.settings, NAME, 1)
-    source._stream = None if is_late else stream
-    stream.receive(take, 3600.0)
-    await embedded.publish(b"x")
-    await until(lambda: len(taken) >= 2, patience_s=8)
-    stream.close()
+    handle, after = Held(), Recorder()
+    source = PubSubSource(embedded.settings, 5, subscriber=Late(embedded.settings))
+    running = asyncio.create_task(source.run(handle))
+    await until(lambda: status_of(source).connected)
     await source.close(grace_s=0)
-    assert source.status().held == 0
+    await running
+    async with embedded.source(after):
+        # Before its lease ends.
+        await until(lambda: after.bodies == [b"x"], patience_s=5)
+    assert handle.at_work == 0
 
 
-async def test_leases_are_not_kept_for_ever(parts: Parts, embedded: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub, "ORPHAN_LEASE_S", 1)
+async def test_leases_are_not_kept_for_ever(embedded: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pubsub_client, "LEASE_S", 1)
     stuck, other = Held(), Recorder()
-    source = parts.source(max_lease_s=2.0)
+    source = PubSubSource(embedded.settings, 1, max_lease_s=2.0)
     running = asyncio.create_task(source.run(stuck))
     await embedded.publish(b"x")
     await until(lambda: stuck.at_work == 1)
-    closing = asyncio.create_task(source.close(grace_s=60))
     async with embedded.source(other):
         await until(lambda: other.bodies == [b"x"], patience_s=15)
     stuck.go_on.set()
-    await asyncio.gather(closing, running)
+    await source.close(grace_s=60)
+    await running
 
 
-async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly() -> None:
-    settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
+async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly(embedded: Broker) -> None:
+    class Broken(GrpcSubscriber):
+        async def set_deadline(self, subscription: str, ack_ids: Sequence[str], seconds: int) -> None:
+            raise RuntimeError("a bug")
+
+        def lease_s(self, subscription: str) -> int:
+            return 1
+
     handle = Held()
-    with EmbeddedPubSub.of(settings):
-        parts = Parts(settings)
-        source = parts.source()
-        running = asyncio.create_task(source.run(handle))
-        await Broker("embedded", settings).publish(b"x")
-        await until(lambda: handle.at_work == 1)
-        parts.caller.close()
-    # The stream is over now, and its message's lease is the source's to keep.
+    source = PubSubSource(embedded.settings, 5, subscriber=Broken(embedded.settings))
+    running = asyncio.create_task(source.run(handle))
+    await embedded.publish(b"x")
+    await until(lambda: handle.at_work == 1)
     with pytest.raises(ExceptionGroup) as failed:
         await asyncio.wait_for(running, 30)
-    assert failed.group_contains(RuntimeError, match="shutdown")
-    assert not source.status().connected
-    parts.client.close()
+    assert failed.group_contains(RuntimeError, match="a bug")
+    assert not status_of(source).connected
 
 
-async def test_the_library_is_told_soon_that_an_extension_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends its thread where its own retries do, after a minute."""
-    monkeypatch.setattr(pubsub_stream, "CLOSE_S", 0.3)
-    settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
-    with EmbeddedPubSub.of(settings):
-        stream = await Stream.opened(settings, NAME, 1)
-        stream.receive(lambda *_: None, 3600.0)
-    extend = partial(stream._client.modify_ack_deadline, ack_ids=["x"], ack_deadline_seconds=10)
-    with pytest.raises(ServiceUnavailable):
-        await asyncio.to_thread(extend, subscription="projects/local/subscriptions/s")
-    stream.close()
-    await stream.wait_closed()
+class ExactlyOnce(Calls):
+    """A subscription that delivers exactly once. Each answer fails first, as Pub/Sub says that it may."""
+
+    def __init__(self) -> None:
+        super().__init__(Queues(Bounds(), time.monotonic, time.time))
+        self.deadlines, self.refusals = list[int](), 0
+
+    async def get_subscription(self, request: types.GetSubscriptionRequest, context: Any) -> types.Subscription:
+        found = await super().get_subscription(request, context)
+        found.enable_exactly_once_delivery = True
+        return found
+
+    async def acknowledge(self, request: types.AcknowledgeRequest, context: Any) -> bytes:
+        if not self.refusals:
+            self.refusals += 1
+            info = ErrorInfo(metadata={one: "TRANSIENT_FAILURE_UNORDERED_ACK_ID" for one in request.ack_ids})
+            status = Status(code=grpc.StatusCode.FAILED_PRECONDITION.value[0], message="later")
+            status.details.add().Pack(info)
+            metadata = (("grpc-status-details-bin", status.SerializeToString()),)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "later", trailing_metadata=metadata)
+        return await super().acknowledge(request, context)
+
+    async def modify_ack_deadline(self, request: types.ModifyAckDeadlineRequest, context: Any) -> bytes:
+        self.deadlines.append(request.ack_deadline_seconds)
+        return await super().modify_ack_deadline(request, context)
+
+
+async def test_a_subscription_that_delivers_exactly_once_has_long_leases_and_answers_that_are_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pubsub, "EXTENSIONS_PER_LEASE", 100)
+    calls, server, handle = ExactlyOnce(), grpc.aio.server(), Held()
+    server.add_generic_rpc_handlers(calls.handlers())
+    settings = MessagesSettings(url=f"pubsub://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    await asyncio.to_thread(administer, settings)
+    async with Broker("exactly once", settings).source(handle) as source:
+        await Broker("exactly once", settings).publish(b"x")
+        await until(lambda: handle.at_work and calls.deadlines)
+        handle.go_on.set()
+        await until(lambda: status_of(source).held == 0)
+    assert set(calls.deadlines) == {pubsub_client.EXACTLY_ONCE_LEASE_S}
+    assert calls.refusals == 1 and not calls._broker.subscriptions[NAME].take(1, None), "it was acknowledged"
+    await server.stop(grace=None)
 
 
 SERVER = """

@@ -55,18 +55,18 @@ SESSION_MIRRORS = {
     "memory": Row(".memory:MemorySessionMirror"),
 }
 MESSAGE_SOURCES = {
-    "embedded": Row(".pubsub_priorities:PrioritySource"),
-    "pubsub": Row(".pubsub_priorities:PrioritySource"),
+    "embedded": Row(".pubsub:PubSubSource"),
+    "pubsub": Row(".pubsub:PubSubSource"),
     "memory": Row(".memory_messages:MemorySource"),
 }
 PUBLISHERS = {
-    "embedded": Row(".pubsub_publisher:PubSubPublisher"),
-    "pubsub": Row(".pubsub_publisher:PubSubPublisher"),
+    "embedded": Row(".pubsub_client:PubSubPublisher"),
+    "pubsub": Row(".pubsub_client:PubSubPublisher"),
     "memory": Row(".memory_messages:MemoryPublisher"),
 }
 DEAD_LETTERS = {
-    "embedded": Row(".pubsub_dead_letters:PubSubDeadLetters"),
-    "pubsub": Row(".pubsub_dead_letters:PubSubDeadLetters"),
+    "embedded": Row(".pubsub_client:PubSubDeadLetters"),
+    "pubsub": Row(".pubsub_client:PubSubDeadLetters"),
     "memory": Row(".memory_messages:MemoryDeadLetters"),
 }
 

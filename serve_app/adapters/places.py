@@ -5,8 +5,7 @@ place goes to the longest-waiting of the others instead, so that none starves.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -14,8 +13,6 @@ from ..settings import Priority
 
 #: One in so many places goes to a lower priority while a higher one waits.
 TURN = 8
-#: How long after its last wait a higher priority still counts as wanting places, in seconds.
-CALM_S = 2.0
 #: The lower, the sooner served.
 RANKS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -48,27 +45,12 @@ class Places:
         self.free = count
         self._waiting: list[_Waiter] = []
         self._turns = Turns()
-        #: When somebody of a rank last waited, on the monotonic clock.
-        self._waited_at: dict[int, float] = {}
 
     @property
     def share(self) -> int:
-        """What a lower priority may have in hand while a higher one wants places: its turns, and one more to wait."""
+        """What each of several subscriptions may have waiting here while all places are taken, so that a place that is
+        free again finds the next message of each priority: a lower one's turns, and one more."""
         return min(self.count, -(-self.count // TURN) + 1)
-
-    def width(self, rank: int, ranks: Iterable[int]) -> int:
-        """What a subscription of `rank`, among others of `ranks`, may have in hand while no higher one wants places.
-
-        Where there are lower ones, a share more than all places, so that a place that is free again finds the next.
-        """
-        return self.count + (self.share if any(other > rank for other in ranks) else 0)
-
-    def is_contended(self, rank: int) -> bool:
-        """Whether a higher priority than `rank` waits for places, or did just now."""
-        now = time.monotonic()
-        return any(waiter.rank < rank for waiter in self._waiting) or any(
-            other < rank and now - at < CALM_S for other, at in self._waited_at.items()
-        )
 
     @asynccontextmanager
     async def taken(self, rank: int) -> AsyncIterator[None]:
@@ -94,7 +76,6 @@ class Places:
         finally:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
-            self._waited_at[waiter.rank] = time.monotonic()
 
     def _pass_on(self) -> None:
         waiting = [waiter for waiter in self._waiting if not waiter.turn.done()]

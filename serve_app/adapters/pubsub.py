@@ -1,25 +1,20 @@
-"""Messages from one subscription of Google Cloud Pub/Sub, or of the embedded server, which speaks the same protocol.
+"""Messages from the subscriptions of Google Cloud Pub/Sub, or of a server that speaks its protocol, by unary pulls.
 
-The library's streaming client receives, keeps leases alive and limits what is in hand. What becomes of a message is
-told in calls of our own: the library sends such answers through its stream's threads, where they are lost without a
-word once the stream is closed.
+A pull asks for no more messages than can be handled now, so that the others stay with Pub/Sub, for any replica that is
+free. Where there are several subscriptions, each may have a few messages more (`Places.share`) that wait here: when a
+place is free again it goes to the highest priority, and every so often to a lower one (`places`).
 
-Three things the library does not do. It stops keeping leases when a stream ends, though the messages are still in hand:
-here they are kept until they are settled. A message that is held back still counts, at the server, towards what its
-stream may have outstanding: when half of a stream's places are taken so, another stream replaces it. And a stream
-cannot be made narrower: while higher priorities want the places, one that has more in hand than its share is replaced
-by one of that width, and what waits beyond it goes back to Pub/Sub; when places are free again, by a wide one.
+One task extends the leases of all messages in flight, well before they end.
 """
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
@@ -27,40 +22,34 @@ from ..errors import BrokerUnavailable
 from ..ports import Handler, SourceStatus, Verdict
 from ..settings import MessagesSettings
 from .places import RANKS, Places
-from .pubsub_connection import FAILURES, Caller
-from .pubsub_names import subscription_path
-from .pubsub_stream import LEASE_S, Stream, delivery_of
+from .pubsub_client import GrpcSubscriber, Received, Subscriber
 
 log = logging.getLogger(__name__)
 
-#: What the lease of a message is extended to whose stream has ended.
-ORPHAN_LEASE_S = 20
-#: How often orphans and held-back messages are looked after, in seconds.
-TEND_S = 0.25
+#: How often the leases of messages in flight are extended, as a share of a lease.
+EXTENSIONS_PER_LEASE = 4
 #: Pub/Sub holds a message back for no longer, in seconds.
 MAX_HOLD_S = 600
 #: How long a message is held back whose handler raised, in seconds.
 ERROR_HOLD_S = 5.0
-#: Before a message is held back, so that a lease extension under way does not arrive after that.
-HOLD_PAUSE_S = 0.1
-#: The longest pause between two attempts to open a stream; one that lived as long starts anew with the shortest.
-REOPEN_MAX_S = 30.0
-#: What closing may take beyond its grace, in seconds; half of it for the end of the stream.
+#: How long a pull waits for messages, in seconds.
+PULL_S = 20.0
+#: The longest pause after a pull that failed, in seconds.
+RETRY_MAX_S = 30.0
+#: What closing may take beyond its grace, in seconds.
 CLOSING_S = 10.0
 
 _INTERRUPTED = Verdict(action="nack", reason="interrupted")
 
 
 @dataclass(eq=False, slots=True)
-class _InHand:
-    message: Any
-    stream: Stream
+class _InFlight:
+    subscription: str
+    received: Received
     task: "asyncio.Task[None]" = field(init=False)
     #: On the monotonic clock.
-    taken_at: float = field(default_factory=time.monotonic)
-    #: When we last extended its lease, on the monotonic clock; its stream does as long as it lives.
-    extended_at: float = -math.inf
-    #: Its task has begun: cancelled, it settles the message itself.
+    pulled_at: float = field(default_factory=time.monotonic)
+    #: Its task has begun: canceled, it settles the message itself.
     is_begun: bool = False
     #: It has a place: its handler has it.
     is_placed: bool = False
@@ -69,250 +58,217 @@ class _InHand:
     #: What is being told is that it is done.
     is_done: bool = False
 
-    def is_due(self, now: float, max_lease_s: float) -> bool:
-        """Whether its lease is to be extended, if that is left to us."""
-        # Where a lease ends before the acknowledgment arrives, the message comes again.
-        is_kept = self.is_done or not self.is_settling
-        return is_kept and now - self.taken_at < max_lease_s and now - self.extended_at >= ORPHAN_LEASE_S / 4
-
 
 class PubSubSource:
     def __init__(
         self,
         settings: MessagesSettings,
-        subscription: str,
-        places: Places,
-        client: Any,
-        caller: Caller,
+        in_flight: int,
         *,
+        subscriber: Subscriber | None = None,
         max_lease_s: float = 3600.0,
     ) -> None:
-        """`places` are shared with the other subscriptions, and so are `client` and `caller`, which carry the answers.
-        A message handled for longer than `max_lease_s` may come again meanwhile."""
-        self._settings = settings
-        self._subscription = subscription
-        self._path = subscription_path(settings, subscription)
-        ranks = {name: RANKS[other.priority] for name, other in settings.subscriptions.items()}
-        self._rank = ranks[subscription]
-        self._places = places
-        self._widest = places.width(self._rank, ranks.values())
-        self._client = client
-        self._caller = caller
+        """At most `in_flight` messages are handled at a time, over all subscriptions. One that is handled for longer
+        than `max_lease_s` may come again meanwhile. `subscriber` is the server's at `settings.url` unless given.
+
+        Raises SettingsError where there are no credentials.
+        """
+        self._subscriber = subscriber or GrpcSubscriber(settings)
+        self._places = Places(in_flight)
+        self._ranks = {name: RANKS[subscription.priority] for name, subscription in settings.subscriptions.items()}
+        self._ahead = self._places.share if len(self._ranks) > 1 else 0
         self._max_lease_s = max_lease_s
-        #: Of the next stream.
-        self._width = self._widest
-        self._in_hand: dict[str, _InHand] = {}
-        self._stream: Stream | None = None
-        self._error = ""
+        self._in_flight: dict[str, _InFlight] = {}
+        self._errors = dict.fromkeys(self._ranks, "not connected yet")
+        #: Set, and replaced, when there may be room for more messages.
+        self._room_changed = asyncio.Event()
+        #: Held while leases are extended: what is decided meanwhile is told after it.
+        self._extending = asyncio.Lock()
         self._closing = asyncio.Event()
         self._closed = asyncio.Event()
 
     async def run(self, handle: Handler) -> None:
         try:
-            # Together: where leases are no longer kept, nothing more is to be pulled.
+            # Together: where leases are no longer extended, nothing more is to be pulled.
             async with asyncio.TaskGroup() as group:
-                tending = group.create_task(self._tend())
-                await self._keep_pulling(handle)
-                tending.cancel()
+                extending = group.create_task(self._extend_leases())
+                for name in self._ranks:
+                    group.create_task(self._keep_pulling(name, handle))
+                await self._closed.wait()
+                extending.cancel()
         finally:
             await self._give_back_all(CLOSING_S)
-
-    async def _keep_pulling(self, handle: Handler) -> None:
-        retrying = AsyncRetrying(
-            # The library documents no list of errors.
-            retry=retry_if_exception_type(Exception),
-            wait=wait_random_exponential(multiplier=0.2, max=REOPEN_MAX_S),
-            stop=lambda _: self._closing.is_set(),
-            sleep=self._sleep,
-            before_sleep=self._note_break,
-            retry_error_callback=lambda _: None,
-        )
-        while not self._closing.is_set():
-            await retrying(self._pull, handle)
-        await self._closed.wait()
+            self._errors = dict.fromkeys(self._ranks, "not running")
+            await self._subscriber.close()
 
     async def close(self, *, grace_s: float) -> None:
         """Ends within `grace_s` and `CLOSING_S`, whatever the broker does: what it was not told of comes again."""
         ends_at = time.monotonic() + grace_s + CLOSING_S
         self._closing.set()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSING_S / 2):
-                await self._retire()
-        self._give_back_waiting()
-        if self._in_hand:
-            await asyncio.wait([held.task for held in self._in_hand.values()], timeout=grace_s)
+        self._announce_room()
+        self._errors = dict.fromkeys(self._ranks, "closing")
+        self._give_back([held for held in self._in_flight.values() if not held.is_placed])
+        if self._in_flight:
+            await asyncio.wait([held.task for held in self._in_flight.values()], timeout=grace_s)
         await self._give_back_all(ends_at - time.monotonic())
         self._closed.set()
 
-    def status(self) -> SourceStatus:
-        connected = self._stream is not None and self._stream.is_proven
-        error = "" if connected else self._error or "not connected yet"
-        return SourceStatus(connected=connected, error=error, held=len(self._in_hand))
+    def status(self) -> Mapping[str, SourceStatus]:
+        held = [held.subscription for held in self._in_flight.values()]
+        return {
+            name: SourceStatus(connected=not error, error=error, held=held.count(name))
+            for name, error in self._errors.items()
+        }
 
-    async def _pull(self, handle: Handler) -> None:
-        """Receive on one stream until it is retired. Raises BrokerUnavailable where it breaks young."""
-        stream = await Stream.opened(self._settings, self._subscription, self._width)
-        try:
-            if self._closing.is_set():
-                return
-            stream.receive(partial(self._take, handle), self._max_lease_s)
-            self._stream = stream
-            await asyncio.wait({stream.broken})
-            self._raise_break(stream)
-        finally:
-            stream.close()
-            if self._stream is stream:
-                self._stream = None
+    async def _keep_pulling(self, name: str, handle: Handler) -> None:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(BrokerUnavailable),
+            wait=wait_random_exponential(multiplier=0.2, max=RETRY_MAX_S),
+            stop=lambda _: self._closing.is_set(),
+            sleep=self._sleep,
+            before_sleep=partial(self._note, name),
+            retry_error_callback=lambda _: None,
+        )
+        while not self._closing.is_set():
+            await retrying(self._pull, name, handle)
 
-    def _raise_break(self, stream: Stream) -> None:
-        if self._stream is not stream:
+    async def _pull(self, name: str, handle: Handler) -> None:
+        """Take what there is room for. Raises BrokerUnavailable."""
+        while not (room := self._room(name)) and not self._closing.is_set():
+            await self._room_changed.wait()
+        if self._closing.is_set():
             return
-        error = BrokerUnavailable(stream.broken.result(), subscription=self._subscription)
-        if time.monotonic() - stream.opened_at < REOPEN_MAX_S:
-            raise error
-        self._note(error)
+        # The first answer, at once, says whether the subscription can be pulled from.
+        wait_s = 0.0 if self._errors[name] else PULL_S
+        for received in await self._unless_closing(name, room, wait_s):
+            self._take(name, received, handle)
+        if self._closing.is_set():
+            return
+        self._errors[name] = ""
+        # Those that find a place have it after this; of the others, which other pulls were quicker than, few may wait.
+        await asyncio.sleep(0)
+        self._give_back(self._waiting(name)[self._ahead :])
 
-    def _note_break(self, state: RetryCallState) -> None:
-        if state.outcome is not None:
-            self._note(state.outcome.exception())
+    async def _unless_closing(self, name: str, most: int, wait_s: float) -> Sequence[Received]:
+        pull = asyncio.create_task(self._subscriber.pull(name, most, wait_s))
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({pull, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+            pull.cancel()
+        with suppress(asyncio.CancelledError):
+            return await pull
+        return ()
 
-    def _note(self, error: BaseException | None) -> None:
-        self._error = str(error)
-        extra = {"action": "stream_broken", "subscription": self._subscription}
-        log.warning("Opening the stream again: %s", error, extra=extra)
+    def _room(self, name: str) -> int:
+        """Messages that may be pulled now."""
+        waiting = len(self._waiting(name))
+        return max(self._places.free, self._ahead) - waiting
+
+    def _waiting(self, name: str) -> list[_InFlight]:
+        """What has no place yet, the longest-waiting first."""
+        unplaced = (held for held in self._in_flight.values() if not held.is_placed and not held.is_settling)
+        return [held for held in unplaced if held.subscription == name]
+
+    def _note(self, name: str, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self._errors[name] = str(error)
+        extra = {"action": "pull_failed", "subscription": name}
+        log.warning("Pulling again: %s", error, extra=extra)
 
     async def _sleep(self, delay_s: float) -> None:
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(delay_s):
                 await self._closing.wait()
-        except TimeoutError:
-            pass
 
-    async def _retire(self) -> None:
-        """End the present stream. What it delivered stays in hand, what it did not is given back."""
-        stream, self._stream = self._stream, None
-        if stream is None:
-            return
-        try:
-            # Before the end: the embedded server gives back at once what an ended stream had.
-            await self._extend_orphans()
-        finally:
-            stream.close()
-        await stream.wait_closed()
+    def _take(self, name: str, received: Received, handle: Handler) -> None:
+        held = _InFlight(name, received)
+        self._in_flight[received.ack_id] = held
+        if self._closing.is_set():
+            held.is_settling = True
+            held.task = asyncio.create_task(self._settle(held, _INTERRUPTED))
+        else:
+            held.task = asyncio.create_task(self._deliver(held, handle))
 
-    def _take(self, handle: Handler, stream: Stream, message: Any) -> None:
-        # The embedded server sends again what comes after a stream was retired: nobody extended its lease before.
-        is_late = stream is not self._stream
-        held = _InHand(message, stream, is_settling=is_late)
-        self._in_hand[message.ack_id] = held
-        held.task = asyncio.create_task(self._settle(held, _INTERRUPTED) if is_late else self._deliver(held, handle))
-
-    async def _deliver(self, held: _InHand, handle: Handler) -> None:
+    async def _deliver(self, held: _InFlight, handle: Handler) -> None:
         held.is_begun = True
-        message = held.message
+        delivery = held.received.delivery
         try:
-            async with self._places.taken(self._rank):
+            async with self._places.taken(self._ranks[held.subscription]):
                 held.is_placed = True
-                verdict = _INTERRUPTED if self._closing.is_set() else await handle(delivery_of(message))
+                self._announce_room()
+                verdict = _INTERRUPTED if self._closing.is_set() else await handle(delivery)
         except asyncio.CancelledError:
             verdict = _INTERRUPTED
         except Exception:
-            log.exception("The handler of message %s failed", message.message_id, extra={"action": "handler_failed"})
+            log.exception("The handler of message %s failed", delivery.message_id, extra={"action": "handler_failed"})
             verdict = Verdict(action="hold", delay_s=ERROR_HOLD_S, reason="handler_failed")
+        self._announce_room()
         await self._settle(held, verdict)
 
-    async def _settle(self, held: _InHand, verdict: Verdict) -> None:
-        ack_id = held.message.ack_id
+    def _announce_room(self) -> None:
+        self._room_changed.set()
+        self._room_changed = asyncio.Event()
+
+    async def _settle(self, held: _InFlight, verdict: Verdict) -> None:
         held.is_settling, held.is_done = True, verdict.action == "ack"
-        # Ends the library's lease keeping and frees its place; sends nothing.
-        held.message.drop()
         try:
-            if verdict.action == "ack":
-                await self._answer(self._client.acknowledge, ack_ids=[ack_id])
-            elif verdict.action == "nack":
-                await self._set_deadline([ack_id], 0)
-            else:
-                await self._hold(held, verdict.delay_s)
-        finally:
-            self._in_hand.pop(ack_id, None)
-
-    async def _hold(self, held: _InHand, delay_s: float) -> None:
-        seconds = min(MAX_HOLD_S, max(1, math.ceil(delay_s)))
-        # The embedded server takes exactly this for a lease that is kept, which ends with its stream.
-        seconds += seconds == LEASE_S
-        held.stream.hold_place(seconds)
-        await asyncio.sleep(HOLD_PAUSE_S)
-        await self._set_deadline([held.message.ack_id], seconds)
-
-    async def _set_deadline(self, ack_ids: Sequence[str], seconds: int) -> None:
-        await self._answer(self._client.modify_ack_deadline, ack_ids=ack_ids, ack_deadline_seconds=seconds)
-
-    async def _answer(self, method: Any, **arguments: Any) -> None:
-        try:
-            await self._caller.call(method, subscription=self._path, **arguments)
-        except FAILURES as e:
-            # Nothing is lost: unsettled messages come again when their lease runs out.
+            if held.is_done:
+                await self._subscriber.acknowledge(held.subscription, [held.received.ack_id])
+                return
+            async with self._extending:
+                pass
+            seconds = 0
+            if verdict.action == "hold":
+                seconds = min(MAX_HOLD_S, max(1, math.ceil(verdict.delay_s)))
+            await self._subscriber.set_deadline(held.subscription, [held.received.ack_id], seconds)
+        except BrokerUnavailable as e:
+            # Nothing is lost: a message that is not settled comes again when its lease ends.
             log.warning("Pub/Sub did not take an answer: %s", e, extra={"action": "answer_lost"})
+        finally:
+            self._in_flight.pop(held.received.ack_id, None)
 
-    async def _tend(self) -> None:
+    async def _extend_leases(self) -> None:
         while True:
-            await asyncio.sleep(TEND_S)
-            await self._extend_orphans()
-            stream = self._stream
-            if stream is None:
-                continue
-            if stream.is_proven:
-                self._error = ""
-            if stream.places_held() * 2 >= stream.width:
-                await self._retire()
-            else:
-                await self._fit(stream)
+            shortest_s = min(self._subscriber.lease_s(name) for name in self._ranks)
+            await asyncio.sleep(shortest_s / EXTENSIONS_PER_LEASE)
+            async with self._extending:
+                await asyncio.gather(*(self._extend(name) for name in self._ranks))
 
-    async def _fit(self, stream: Stream) -> None:
-        """Replace a stream that is too wide while higher priorities want the places, or too narrow afterwards."""
-        share = self._places.share
-        if self._places.is_contended(self._rank):
-            if stream.width > share and len(self._waiting()) > share:
-                self._width = share
-                await self._retire()
-                self._give_back_waiting()
-        elif stream.width < self._widest and self._places.free:
-            self._width = self._widest
-            await self._retire()
+    async def _extend(self, name: str) -> None:
+        oldest = time.monotonic() - self._max_lease_s
+        in_flight = [held for held in self._in_flight.values() if held.subscription == name]
+        # Where a lease ends before the acknowledgment arrives, the message comes again.
+        kept = [held for held in in_flight if held.pulled_at > oldest and (held.is_done or not held.is_settling)]
+        if not kept:
+            return
+        try:
+            ack_ids = [held.received.ack_id for held in kept]
+            await self._subscriber.set_deadline(name, ack_ids, self._subscriber.lease_s(name))
+        except BrokerUnavailable as e:
+            self._errors[name] = self._errors[name] or str(e)
+            log.warning("Leases were not extended: %s", e, extra={"action": "leases_not_extended"})
 
-    def _waiting(self) -> list[_InHand]:
-        """What is in hand and has no place yet."""
-        return [held for held in self._in_hand.values() if not held.is_placed and not held.is_settling]
+    def _give_back(self, unplaced: Sequence[_InFlight]) -> None:
+        for held in unplaced:
+            if not held.is_settling:
+                self._interrupt(held)
 
-    def _give_back_waiting(self) -> None:
-        for held in self._waiting():
-            self._interrupt(held)
-
-    def _interrupt(self, held: _InHand) -> None:
+    def _interrupt(self, held: _InFlight) -> None:
         """Have it given back, unless its handler answers the cancellation with another verdict."""
         held.task.cancel()
         if not held.is_begun:
-            # A task that is cancelled before its first step settles nothing.
+            # A task that is canceled before its first step settles nothing.
             held.is_settling = True
             held.task = asyncio.create_task(self._settle(held, _INTERRUPTED))
 
-    async def _extend_orphans(self) -> None:
-        now = time.monotonic()
-        orphans = [held for held in self._in_hand.values() if held.stream is not self._stream]
-        due = [held for held in orphans if held.is_due(now, self._max_lease_s)]
-        for held in due:
-            held.extended_at = now
-        if due:
-            await self._set_deadline([held.message.ack_id for held in due], ORPHAN_LEASE_S)
-
     async def _give_back_all(self, timeout_s: float) -> None:
-        for held in tuple(self._in_hand.values()):
-            if not held.is_settling:
-                self._interrupt(held)
-        if self._in_hand:
-            _, late = await asyncio.wait([held.task for held in self._in_hand.values()], timeout=timeout_s)
+        self._give_back(tuple(self._in_flight.values()))
+        if self._in_flight:
+            _, late = await asyncio.wait([held.task for held in self._in_flight.values()], timeout=timeout_s)
             for task in late:
                 task.cancel()
             if late:
                 log.warning("Ended with %d messages that were not answered", len(late), extra={"action": "answer_lost"})
-        self._in_hand.clear()
+        self._in_flight.clear()

@@ -159,6 +159,8 @@ class Calls:
             async with asyncio.timeout(patience_s):
                 while not (leases := subscription.take(request.max_messages, None)):
                     await self._due.wait()
+        if context.cancelled():
+            subscription.modify_deadline([lease.ack_id for lease in leases], 0)
         return types.PullResponse(received_messages=_received(subscription, leases))
 
     async def acknowledge(self, request: types.AcknowledgeRequest, _context: Any) -> bytes:

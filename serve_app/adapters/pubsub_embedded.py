@@ -9,7 +9,8 @@ import ipaddress
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -18,7 +19,7 @@ from ..errors import BrokerUnavailable, SettingsError
 from ..settings import MessagesSettings
 from .pubsub_broker import Bounds, Broker, SubscriptionConfig
 from .pubsub_calls import Calls
-from .pubsub_names import address_of, subscription_path, topic_path
+from .pubsub_client import address_of, subscription_path, topic_path
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +66,15 @@ class EmbeddedPubSub:
 
     @classmethod
     def of(cls, settings: MessagesSettings) -> "EmbeddedPubSub":
-        """With the settings' topics and subscriptions, and one that keeps the completion messages, named as their
-        topic.
-
-        Raises SettingsError for a filter that is not understood, or a name that two subscriptions have.
-        """
+        """With `wanted`. Raises as it does, and SettingsError for a name that two subscriptions have."""
         host, port = address_of(settings.url)
-        subscriptions = _subscriptions(settings)
-        topics = {subscription.topic for subscription in subscriptions}
-        return cls(host, port, topics=tuple(topics), subscriptions=subscriptions)
+        subscriptions = {config.name: config for config in wanted(settings)}
+        for name, times in Counter(config.name for config in wanted(settings)).items():
+            if times > 1:
+                short = name.rpartition("/")[2]
+                raise SettingsError(f"messages: two subscriptions are named {short}", subscription=short)
+        topics = {config.topic for config in subscriptions.values()}
+        return cls(host, port, topics=tuple(topics), subscriptions=tuple(subscriptions.values()))
 
     @property
     def address(self) -> str:
@@ -120,22 +121,22 @@ class EmbeddedPubSub:
             self._thread.end()
 
 
-def _subscriptions(settings: MessagesSettings) -> list[SubscriptionConfig]:
-    wanted = [(name, settings.topic, sub.filter) for name, sub in settings.subscriptions.items()]
-    wanted.append((settings.dead_letter_subscription, settings.dead_letter_topic, ""))
+def wanted(settings: MessagesSettings) -> Iterator[SubscriptionConfig]:
+    """The settings' subscriptions, and one that keeps the completion messages, named as their topic.
+
+    Raises SettingsError for a filter that is not understood.
+    """
+    rows = [(name, settings.topic, sub.filter) for name, sub in settings.subscriptions.items()]
+    rows.append((settings.dead_letter_subscription, settings.dead_letter_topic, ""))
     if settings.completion_topic:
-        wanted.append((settings.completion_topic, settings.completion_topic, ""))
-    configs: dict[str, SubscriptionConfig] = {}
-    for name, topic, filter in wanted:
-        if name in configs:
-            raise SettingsError(f"messages: two subscriptions are named {name}", subscription=name)
+        rows.append((settings.completion_topic, settings.completion_topic, ""))
+    for name, topic, filter in rows:
         try:
-            configs[name] = SubscriptionConfig(
+            yield SubscriptionConfig(
                 name=subscription_path(settings, name), topic=topic_path(settings, topic), filter=filter
             )
         except ValueError as e:
             raise SettingsError(f"messages.subscriptions.{name}: {e}", subscription=name) from e
-    return list(configs.values())
 
 
 class _LoopThread:
