@@ -29,7 +29,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app.engine.weights import Sources, Weights, fetch, fetch_text_encoders
-from serve_app.settings import Inference, Levers, Secrets, WeightsSettings
-from serve_app.variants import BUILT_IN, Repacking
+from serve_app.settings import Inference, Secrets, WeightsSettings
+from serve_app.variants import BUILT_IN
 
 from .comparison import memory, number_type, synthetic
 from .comparison.counts import Flops
@@ -124,8 +124,8 @@ def _measured(args: argparse.Namespace) -> Iterator[Found]:
         recipe = Recipe(weights, device, dtype)
         alone = _recipes(recipe, scenarios, asked) if device.type == "cuda" else {}
         by_turns(alone.values(), args.runs)
-        for (levers, repack), group in _by_engine(scenarios).items():
-            service = Service(weights, levers, repack, device=device, dtype=dtype, threads=args.threads)
+        for group in _by_engine(scenarios):
+            service = Service(weights, group[0], device=device, dtype=dtype, threads=args.threads)
             service.warm_up(group)
             services = {one.name: service.contender(one, asked) for one in group}
             rivals = {} if alone else _recipes(recipe, group, asked)
@@ -164,12 +164,12 @@ def _on(scenario: Scenario, device: torch.device) -> Scenario:
     return replace(scenario, levers=scenario.levers.model_copy(update={"unpack": False}))
 
 
-def _by_engine(scenarios: Sequence[Scenario]) -> Mapping[tuple[Levers, Repacking | None], list[Scenario]]:
-    """Two engines need not fit on a device together."""
+def _by_engine(scenarios: Sequence[Scenario]) -> Collection[list[Scenario]]:
+    """Those that one engine paints. Two engines need not fit on a device together."""
     groups = defaultdict(list)
-    for scenario in scenarios:
-        groups[scenario.levers, scenario.repack].append(scenario)
-    return groups
+    for one in scenarios:
+        groups[one.levers, one.adaln_once, one.one_encode, one.repack].append(one)
+    return groups.values()
 
 
 def _recipes(recipe: Recipe, scenarios: Iterable[Scenario], asked: Inference) -> Recipes:
@@ -196,7 +196,11 @@ def _row(scenario: Scenario, **sides: dict[str, Any]) -> dict[str, Any]:
         **compared(**sides),
         "photo": f"{scenario.width}x{scenario.height}",
         "strategy": scenario.strategy,
-        "levers": scenario.levers.model_dump(),
+        "levers": {
+            **scenario.levers.model_dump(),
+            "adaln_once": scenario.adaln_once,
+            "one_encode": scenario.one_encode,
+        },
         "repack": scenario.repack,
         **sides,
     }

@@ -39,7 +39,6 @@ TOLERANCES: Mapping[str, float] = {
     # Of |log2 ratio|.
     "seam_gradient_ratio": 0.01,
     "seam_colour_shift": 0.05,
-    "lpips": 0.001,
 }
 _STYLES: Mapping[Verdict, str] = {"faster": "green", "better": "green", "slower": "red", "worse": "red", "lost": "red"}
 
@@ -58,7 +57,6 @@ class Thresholds:
     max_colour_shift_rise: float | None = 2.3
     #: Of the gradient ratio's distance from 1, |log2 ratio|.
     max_seam_gradient_rise: float | None = 0.5
-    max_lpips_rise: float | None = None
 
     def limit(self, figure: str, before: float) -> float | None:
         """In the figure's own unit."""
@@ -69,7 +67,6 @@ class Thresholds:
             "psnr_db": self.max_psnr_drop_db,
             "seam_colour_shift": self.max_colour_shift_rise,
             "seam_gradient_ratio": self.max_seam_gradient_rise,
-            "lpips": self.max_lpips_rise,
         }.get(figure)
 
 

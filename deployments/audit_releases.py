@@ -21,7 +21,6 @@ def compare(
     max_psnr_drop_db: Annotated[float | None, typer.Option(min=0)] = None,
     max_colour_shift_rise: Annotated[float, typer.Option(help="Along the seam, CIE76.", min=0)] = 2.3,
     max_seam_gradient_rise: Annotated[float, typer.Option(help="Of |log2 gradient ratio|.", min=0)] = 0.5,
-    max_lpips_rise: Annotated[float | None, typer.Option(min=0)] = None,
     allow_different: Annotated[bool, typer.Option(help="GPUs, sessions or references may differ.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Also what is within noise.")] = False,
     config: ConfigOption = CONFIG,
@@ -35,7 +34,6 @@ def compare(
         max_psnr_drop_db=max_psnr_drop_db,
         max_colour_shift_rise=max_colour_shift_rise,
         max_seam_gradient_rise=max_seam_gradient_rise,
-        max_lpips_rise=max_lpips_rise,
     )
     earlier, later = _results(before, config), _results(after, config)
     found = audit_compare.compare(earlier, later, thresholds, allow_different=allow_different)

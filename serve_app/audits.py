@@ -191,6 +191,9 @@ class Trial(_Frozen):
 class Compared(_Frozen):
     """A picture's figures; see `benchmarks.audit.metrics` for what each is. None where it cannot be had."""
 
+    # Cells that an earlier version stored may have a figure that is not measured any more.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
     #: Inside the mask, against the reference variant at the same other axes; for the reference itself: None.
     psnr_db: float | None
     ssim: float | None
@@ -203,7 +206,6 @@ class Compared(_Frozen):
     #: CIE76 distance in CIELAB.
     seam_colour_shift: float | None
     #: Inside the mask's box; None where its weights are absent.
-    lpips: float | None
 
 
 #: Which way a figure is better; `one`: the nearer to 1.
@@ -216,7 +218,6 @@ BETTER: Mapping[str, Better] = {
     "outside_max": "lower",
     "seam_gradient_ratio": "one",
     "seam_colour_shift": "lower",
-    "lpips": "lower",
 }
 
 

@@ -82,13 +82,10 @@ StepCache = Annotated[FirstBlockCache | TaylorSeerCache, Field(discriminator="ki
 
 
 class Levers(_Frozen):
-    """What makes a flux-fill variant cheaper; see docs/performance.md. The first three change no bit of the output."""
+    """What makes a flux-fill variant cheaper; see docs/performance.md."""
 
-    #: The blocks' modulation is computed once per schedule, guidance and prompt; its weights leave the device.
-    adaln_once: bool = True
-    #: The photo is encoded once, not twice.
-    one_encode: bool = True
-    #: Every weight is unpacked once, at load: needs 17 GB for FLUX.1 in bfloat16 beside what else is resident.
+    #: Every weight is unpacked once, at load: needs 17 GB for FLUX.1 in bfloat16 beside what else is resident. It
+    #: changes no bit of the output.
     unpack: bool = False
     #: torch.compile for each kind of block and each bucket, before the replica is ready.
     compile: bool = False

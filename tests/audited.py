@@ -123,7 +123,6 @@ def result(request: AuditRequest, cell: Cell, run_id: str = "audit-1a2b3c4d") ->
             outside_max=0,
             seam_gradient_ratio=1.04321 + drift,
             seam_colour_shift=1.23456 + drift,
-            lpips=None,
         ),
     )
 

@@ -81,7 +81,8 @@ def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", *, dtype: Any = None, **le
     from serve_app.engine.diffusion import FluxFill
 
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant.partition('-')[0]}.gguf"), tiny.base)
-    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)), dtype=dtype)
+    exact = {name: levers.pop(name) for name in ("adaln_once", "one_encode") if name in levers}
+    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)), dtype=dtype, **exact)
 
 
 @pytest.fixture(scope="session")

@@ -58,9 +58,7 @@ Job = Callable[[AuditStore, Audit], Awaitable[None]]
 
 def cell_result(name: str, cell: Cell, *, wall_s: float = 1.0, ssim: float = 0.9) -> CellResult:
     trial = Trial(wall_s=wall_s, gpu_ms=None, stages={"denoise_s": wall_s}, peak_bytes=None, reserved_bytes=None)
-    compared = Compared(
-        psnr_db=30.0, ssim=ssim, mae=2.0, outside_max=0, seam_gradient_ratio=1.0, seam_colour_shift=1.0, lpips=None
-    )
+    compared = Compared(psnr_db=30.0, ssim=ssim, mae=2.0, outside_max=0, seam_gradient_ratio=1.0, seam_colour_shift=1.0)
     return CellResult(
         name=name,
         cell=cell,

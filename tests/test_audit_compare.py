@@ -39,7 +39,6 @@ FIGURES: dict[str, Any] = {
     "outside_max": 0,
     "seam_gradient_ratio": 1.2,
     "seam_colour_shift": 3.0,
-    "lpips": 0.08,
 }
 
 
@@ -95,8 +94,7 @@ def test_a_run_against_itself_is_the_same_and_passes() -> None:
         ("seam_gradient_ratio", 0.5, "worse"),
         ("seam_gradient_ratio", 1.5, "worse"),
         ("seam_colour_shift", 2.0, "better"),
-        ("lpips", 0.2, "worse"),
-        ("lpips", None, "lost"),
+        ("mae", None, "lost"),
     ],
 )
 def test_each_figure_has_its_own_better_and_worse(figure: str, after: Any, verdict: str) -> None:
@@ -177,9 +175,8 @@ def test_an_identical_build_rarely_fails_by_noise() -> None:
         ({"ssim": 0.965}, Thresholds(max_ssim_drop=0), "Q4_0_gs2: ssim went from 0.97 to 0.965 (-0.005)."),
         ({"ssim": 0.9695}, Thresholds(max_ssim_drop=0), None),
         ({"ssim": None}, Thresholds(), "Q4_0_gs2: ssim is no longer measured."),
-        ({"psnr_db": 20.0, "lpips": None}, Thresholds(), None),
+        ({"psnr_db": 20.0, "mae": None}, Thresholds(), None),
         ({"psnr_db": 32.0}, Thresholds(max_psnr_drop_db=1), "Q4_0_gs2: psnr_db went from 34 to 32 (-2)."),
-        ({"lpips": 0.2}, Thresholds(max_lpips_rise=0.1), "Q4_0_gs2: lpips went from 0.08 to 0.2 (+0.12)."),
         ({"seam_colour_shift": 9.0}, Thresholds(), "Q4_0_gs2: seam_colour_shift went from 3 to 9 (+6)."),
         ({"seam_colour_shift": 5.2}, Thresholds(), None),
         ({"seam_colour_shift": 9.0}, Thresholds(max_colour_shift_rise=7), None),
@@ -233,7 +230,7 @@ def test_nothing_compared_is_no_pass(before: list[Results], after: list[Results]
 
 def test_pictures_that_broke_alike_are_seen_at_the_seam_where_their_edge_shows() -> None:
     """Against a reference that broke the same way they are as good as ever."""
-    alike = {"psnr_db": 100.0, "ssim": 1.0, "mae": 0.0, "lpips": 0.0}
+    alike = {"psnr_db": 100.0, "ssim": 1.0, "mae": 0.0}
     noise = changed(**alike, seam_gradient_ratio=3.24, seam_colour_shift=20.6)
     assert {each.figure for each in noise.rows if each.is_failure} == {"seam_gradient_ratio", "seam_colour_shift"}
     assert changed(**alike).passed
@@ -293,8 +290,8 @@ def test_what_is_no_results_file_is_refused_with_the_place(broken: Results, plac
 
 def test_a_metric_that_an_older_run_did_not_have_is_no_row() -> None:
     older = cell()
-    del older["lpips"]
-    assert "lpips" not in {each.figure for each in compare(results(older), results(cell())).rows}
+    del older["mae"]
+    assert "mae" not in {each.figure for each in compare(results(older), results(cell())).rows}
 
 
 def test_a_time_of_nothing_divides_nothing() -> None:
@@ -310,7 +307,7 @@ def printed(comparison: Comparison, everything: bool = False) -> str:
 
 
 def test_the_table_shows_what_changed_and_counts_the_rest() -> None:
-    text = printed(changed(wall_s=2.5, ssim=0.975, lpips=None))
+    text = printed(changed(wall_s=2.5, ssim=0.975, mae=None))
     assert "audit-1 → audit-2" in text
     assert "+25.0%" in text and "slower ✗" in text
     assert "better" in text and "+0.005" in text

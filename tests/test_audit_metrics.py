@@ -40,7 +40,7 @@ def edited(photo: Pixels, mask: Pixels, paint: Pixels, feather_px: int = FEATHER
 def measured(
     picture: Pixels, photo: Pixels, mask: Pixels, reference: Pixels | None = None, feather_px: int = FEATHER_PX
 ) -> Compared:
-    return compare(picture, photo, mask, reference=reference, feather_px=feather_px, lpips=None)
+    return compare(picture, photo, mask, reference=reference, feather_px=feather_px)
 
 
 def pictures(picture: Pixels, mask: Pixels, reference: Pixels) -> Pictures:
@@ -54,7 +54,7 @@ def test_the_table_names_every_field_and_its_direction() -> None:
 
 
 def test_every_metric_says_where_it_comes_from() -> None:
-    assert [metric.name for metric in METRICS if "Source:" not in (metric.measure.__doc__ or "")] == ["lpips"]
+    assert [metric.name for metric in METRICS if "Source:" not in (metric.measure.__doc__ or "")] == []
 
 
 def test_a_mask_of_everything_gives_what_scikit_image_gives_for_the_whole_picture() -> None:
@@ -119,7 +119,7 @@ def test_nothing_finite_is_above_equal() -> None:
 
 def test_the_reference_itself_is_compared_with_nothing() -> None:
     got = measured(scene(), scene(), disc())
-    assert (got.psnr_db, got.ssim, got.mae, got.lpips) == (None, None, None, None)
+    assert (got.psnr_db, got.ssim, got.mae) == (None, None, None)
     assert got.seam_gradient_ratio is not None
 
 
@@ -214,18 +214,6 @@ def test_other_sizes_are_refused_by_name() -> None:
         measured(scene(), scene(), disc(), scene(160, 119))
 
 
-def test_lpips_sees_the_masks_box_only() -> None:
-    seen: list[tuple[int, ...]] = []
-
-    def distance(picture: Pixels, reference: Pixels) -> float:
-        seen.extend([picture.shape, reference.shape])
-        return float(np.abs(picture.astype(int) - reference).max())
-
-    photo, mask = scene(), spot(160, 120, 10, 20, 30)
-    got = compare(photo, photo, mask, reference=photo + 1, feather_px=3, lpips=distance)
-    assert (got.lpips, seen) == (1.0, [(30, 30, 3)] * 2)
-
-
 @settings(max_examples=150, deadline=None)
 @given(masks(60), st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 8]))
 def test_every_mask_has_figures_that_json_can_say(mask: Pixels, seed: int, feather_px: int) -> None:
@@ -240,3 +228,9 @@ def test_every_mask_has_figures_that_json_can_say(mask: Pixels, seed: int, feath
     assert got.ssim is None or -1 <= got.ssim <= 1
     assert got.seam_gradient_ratio is None or got.seam_gradient_ratio > 0
     assert (got.seam_gradient_ratio is None) == (got.seam_colour_shift is None)
+
+
+def test_a_stored_figure_that_is_not_measured_any_more_is_left_out() -> None:
+    photo = scene()
+    figures = measured(photo, photo, disc())
+    assert Compared.model_validate(figures.model_dump() | {"lpips": 0.1}) == figures

@@ -215,16 +215,6 @@ async def test_why_nothing_is_recommended_is_said_as_it_is() -> None:
         assert f"<p>{why.capitalize()}</p>" in page
 
 
-async def test_lpips_is_missed_only_where_it_was_to_be_measured() -> None:
-    run, bare = canceled_early()
-    report, (photo, mask) = audited.Published(), audited.photo_and_mask()
-    why = "LPIPS was not measured: alex.pth is not here"
-    for results, is_said in ((bare, False), (audited.results(), True), (audited.results()[-1:], False)):
-        await publish(run, results, photo, mask, blobs=report.blobs, links=report.links, without_lpips=why)
-        for name in ("REPORT.md", "report.html"):
-            assert (why in await report.read(run, name)) == is_said
-
-
 async def test_the_report_says_what_compiling_and_memory_came_to() -> None:
     reasons = ("call to print()", "data dependent jump")
     verdict = audited.audit().compile[0].model_copy(update={"viable": False, "break_reasons": reasons})

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,15 +98,6 @@ async def test_pictures_are_compared_with_the_reference_variants() -> None:
     assert all(one is not None and one.outside_max == 0 for one in compared.values())
     assert compared["a_gs2"] and compared["a_gs2"].mae
     assert compared["b_gs2"] and compared["b_gs2"].mae is None
-
-
-async def test_why_there_is_no_lpips_is_told_in_the_report_without_the_machines_folders(tmp_path: Path) -> None:
-    rig = AuditRig(more={"weights": {"cache": tmp_path}})
-    await rig.run()
-    data, _ = await rig.plain.get(f"{folder('run')}/REPORT.md", max_bytes=10**8)
-    assert "LPIPS was not measured: alexnet-owt-7be5be79.pth and alex.pth are not in the weights cache/lpips" in (
-        data.decode()
-    )
 
 
 async def test_a_finished_cell_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from benchmarks.comparison.meter import Meter
 from benchmarks.comparison.models import FULL, Shape
 from benchmarks.comparison.recipe import frame_size
 from benchmarks.comparison.runs import Contender, Run, by_turns, compared
-from benchmarks.comparison.scenarios import EXACT, SCENARIOS
+from benchmarks.comparison.scenarios import SCENARIOS, Scenario
 from benchmarks.comparison.service import planned
 from serve_app.cost import forward_flops
 from serve_app.engine.tiny import TinyWeights
@@ -245,8 +245,8 @@ def test_an_engine_that_fails_loses_nothing_that_was_measured(monkeypatch: pytes
     class Side:
         """The recipe, or a service whose second engine does not fit."""
 
-        def __init__(self, weights: object, levers: object, *_: object, **__: object) -> None:
-            if levers == EXACT:
+        def __init__(self, weights: object, asked: object, *_: object, **__: object) -> None:
+            if isinstance(asked, Scenario) and asked.name == "exact_512":
                 raise OutOfMemory("no room")
 
         def contender(self, *_: object) -> Contender:

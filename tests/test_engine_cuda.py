@@ -55,7 +55,8 @@ def on_gpu(tiny: TinyWeights, quant: str = "Q4_0", repack: Repacking | None = No
     """The variant `tiny-{quant}` on the GPU, not loaded yet."""
     variant = BUILT_IN[f"tiny-{quant}"].model_copy(update={"num_gpus": 1, "repack": repack})
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
-    return FluxFill(variant, weights, VariantSettings(levers=Levers(**levers)))
+    exact = {name: levers.pop(name) for name in ("adaln_once", "one_encode") if name in levers}
+    return FluxFill(variant, weights, VariantSettings(levers=Levers(**levers)), **exact)
 
 
 @pytest.fixture

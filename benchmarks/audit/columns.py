@@ -39,7 +39,7 @@ class Column:
 
 
 def _metric(metric: Metric) -> Column:
-    # What is measured against the reference is not there for it, and LPIPS not without its weights.
+    # What is measured against the reference is not there for it.
     def value(result: CellResult) -> float | None:
         return getattr(result.compared, metric.name, None)
 

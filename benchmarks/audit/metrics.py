@@ -21,8 +21,6 @@ from serve_app.images import Pixels
 from serve_app.paste import grow
 from serve_app.windows import Box, bounding_box
 
-from .lpips import Lpips
-
 #: PSNR of equal pictures is infinite, which JSON cannot say, and would swallow every mean. One step of one channel in
 #: 150,000 pixels is 105 dB.
 MAX_PSNR_DB = 100.0
@@ -48,7 +46,6 @@ class Pictures:
     reference: Pixels | None
     #: As it was pasted with.
     feather_px: int
-    lpips: Lpips | None = None
 
     @cached_property
     def inside(self) -> npt.NDArray[np.bool_]:
@@ -171,14 +168,6 @@ def seam_colour_shift(pictures: Pictures) -> float | None:
     return float(deltaE_cie76(inner, outer))
 
 
-def lpips(pictures: Pictures) -> float | None:
-    """Learned perceptual distance over the mask's box; see `benchmarks.audit.lpips`. 0 is equal."""
-    box = pictures.around(0)
-    if pictures.lpips is None or pictures.reference is None or box is None:
-        return None
-    return pictures.lpips(pictures.picture[box], pictures.reference[box])
-
-
 @dataclass(frozen=True, slots=True)
 class Metric:
     #: The field of `Compared`.
@@ -211,10 +200,6 @@ METRICS = (
         "seam_colour_shift", "Seam colour", "ΔE*ab", 1, seam_colour_shift,
         "Colour inside the mask's edge against that outside; about 2.3 is just noticeable.",
     ),
-    Metric(
-        "lpips", "LPIPS", "", 4, lpips,
-        "Learned perceptual distance to the reference; 0 is equal. Not measured where its weights are absent.",
-    ),
 )  # fmt: skip
 
 
@@ -225,7 +210,6 @@ def compare(
     *,
     reference: Pixels | None,
     feather_px: int,
-    lpips: Lpips | None,
 ) -> Compared:
     """All of `METRICS`. Pictures are uint8 `[height, width, 3]`, the mask `[height, width]`, all the photo's size.
 
@@ -234,9 +218,7 @@ def compare(
     for name, other in {"picture": picture, "mask": mask, "reference": reference}.items():
         if other is not None and other.shape[:2] != photo.shape[:2]:
             raise ValueError(f"the {name} is {other.shape[:2]} pixels and the photo {photo.shape[:2]}")
-    pictures = Pictures(
-        picture=picture, photo=photo, mask=mask, reference=reference, feather_px=feather_px, lpips=lpips
-    )
+    pictures = Pictures(picture=picture, photo=photo, mask=mask, reference=reference, feather_px=feather_px)
     return Compared.model_validate({metric.name: metric.measure(pictures) for metric in METRICS})
 
 

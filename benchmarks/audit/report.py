@@ -43,14 +43,13 @@ async def publish(
     *,
     blobs: BlobStore,
     links: BlobLinks,
-    without_lpips: str = "",
     clock: Clock = utc_now,
 ) -> None:
     """Write the four files into the run's folder, over those of an earlier attempt.
 
     `audit` is the record as it will be once the report is there: over. `photo` is `[height, width, 3]`, `mask`
-    `[height, width]`, not 0 where it was edited; `without_lpips` a sentence that says why LPIPS was not measured. A
-    picture that cannot be read back is named in the page. Raises StoreUnavailable.
+    `[height, width]`, not 0 where it was edited. A picture that cannot be read back is named in the page. Raises
+    StoreUnavailable.
     """
     results = _stored(audit, results)
     expires_s = max(1, round(audit.request.link_hours * 3600))
@@ -63,7 +62,6 @@ async def publish(
     content = document(audit, results, signed)
     pictures = await show_all(blobs, photo, mask, results)
     said = _said(audit, results, pictures, signed, expires_at)
-    said["without_lpips"] = (without_lpips or "LPIPS was not measured.") if _lacks_lpips(results) else ""
     written = {RESULTS: as_json(content), TABLE: as_csv(content), REPORT: markdown(said), PAGE: page(said)}
     for name, content_type in _CONTENT_TYPES.items():
         await blobs.put(files[name], written[name], content_type=content_type)
@@ -137,12 +135,6 @@ def _unchosen(audit: Audit, results: Sequence[CellResult]) -> str:
     if audit.status == AuditStatus.CANCELED and not all(result.compared for result in painted):
         return "the run was canceled, and its pictures were not all compared"
     return "nothing could be recommended, for a reason that the job's log gives"
-
-
-def _lacks_lpips(results: Sequence[CellResult]) -> bool:
-    """Whether a picture was compared with the reference's without it."""
-    compared = [result.compared for result in results if result.compared]
-    return any(one.ssim is not None and one.lpips is None for one in compared)
 
 
 def _peaks(audit: Audit, results: Sequence[CellResult]) -> list[Peak]:

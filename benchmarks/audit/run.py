@@ -226,8 +226,8 @@ class Auditor:
         if run.session is None or run.verdicts is None:
             return
         photo, mask = run.session.photo.pixels, run.session.mask
-        pages = partial(publish, audit, list(run.results.values()), photo, mask, blobs=self._blobs, links=self._links)
-        await self._patiently(partial(pages, without_lpips=run.verdicts.without_lpips))
+        results = list(run.results.values())
+        await self._patiently(partial(publish, audit, results, photo, mask, blobs=self._blobs, links=self._links))
 
     async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
         audit = run.record.audit

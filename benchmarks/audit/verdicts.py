@@ -18,13 +18,12 @@ from serve_app.audit_store import AuditStore
 from serve_app.audits import AuditRequest, CellResult, Compared, CompileVerdict, Recommendation, image_path
 from serve_app.engine import tiny
 from serve_app.engine.lock import Lock
-from serve_app.errors import WeightsError
 from serve_app.images import Pixels
 from serve_app.ports import BlobStore, PaintRequest
 from serve_app.settings import Settings
 from serve_app.variants import TINY
 
-from . import lpips, metrics, recommend
+from . import metrics, recommend
 from .outage import waited_out
 from .record import Record, fault
 from .session import Session
@@ -54,18 +53,15 @@ class Verdicts:
         self._record, self._session, self._results = record, session, results
         self._store, self._blobs, self._settings, self._locked = store, blobs, settings, locked
         self._run_id, self._request = record.audit.id, record.audit.request
-        #: Why LPIPS was not measured, in a sentence; empty where it was, or nothing was compared yet.
-        self.without_lpips = ""
 
     async def compare(self) -> None:
         """Each picture with the reference variant's at the same other axes, where that one was painted."""
         self._record.stage("comparing the pictures")
-        distance = await self._lpips(self._settings.weights.cache)
         for name, group in self._by_reference().items():
             reference = await self._picture(name) if self._is_painted(name) else None
             for result in group:
                 against = None if result.name == name else reference
-                compared = await self._compared(result, against, distance)
+                compared = await self._compared(result, against)
                 if compared != result.compared:
                     self._results[result.name] = result.model_copy(update={"compared": compared})
                     attempt, cell = self._record.audit.attempt, self._results[result.name]
@@ -91,15 +87,6 @@ class Verdicts:
                 verdict = await self._verdict(compiler, name)
                 self._record.change(compile=(*self._record.audit.compile, verdict))
 
-    async def _lpips(self, cache: Path) -> lpips.Lpips | None:
-        try:
-            return await asyncio.to_thread(lpips.load, cache)
-        except WeightsError as e:
-            log.info("%s", e.message, extra={"action": "audit_without_lpips"})
-            # Reports are handed on: none of the machine's folders.
-            self.without_lpips = e.message.replace(str(cache), "the weights cache")
-            return None
-
     def _by_reference(self) -> dict[str, list[CellResult]]:
         """By the name of the cell that they are compared with: each of those is read once."""
         groups = defaultdict(list)
@@ -116,14 +103,12 @@ class Verdicts:
     def _is_painted(self, name: str) -> bool:
         return name in self._results and self._results[name].status == "succeeded"
 
-    async def _compared(
-        self, result: CellResult, reference: Pixels | None, distance: lpips.Lpips | None
-    ) -> Compared | None:
+    async def _compared(self, result: CellResult, reference: Pixels | None) -> Compared | None:
         picture = await self._picture(result.name)
         if picture is None:
             return None
         photo, mask, feather_px = self._session.photo.pixels, self._session.mask, self._session.feather_px
-        compare = partial(metrics.compare, reference=reference, feather_px=feather_px, lpips=distance)
+        compare = partial(metrics.compare, reference=reference, feather_px=feather_px)
         try:
             return await asyncio.to_thread(compare, picture, photo, mask)
         except Exception as e:

@@ -14,8 +14,8 @@ from serve_app.engine.weights import Weights
 from serve_app.images import Pixels
 from serve_app.paste import cut, paste
 from serve_app.ports import PaintRequest
-from serve_app.settings import Inference, Levers, VariantSettings, WindowSettings
-from serve_app.variants import Repacking, Variant
+from serve_app.settings import Inference, VariantSettings, WindowSettings
+from serve_app.variants import Variant
 from serve_app.windows import Plan, plan
 
 from .meter import Meter
@@ -33,13 +33,12 @@ def planned(scenario: Scenario) -> Plan:
 
 
 class Service:
-    """One variant's engine, and a prompt cache that nobody has filled yet."""
+    """The engine that a scenario asks for, and an empty prompt cache."""
 
     def __init__(
         self,
         weights: Weights,
-        levers: Levers,
-        repack: Repacking | None,
+        scenario: Scenario,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -50,14 +49,22 @@ class Service:
             family="flux-fill",
             file=str(weights.transformer),
             base=str(weights.base),
-            repack=repack,
+            repack=scenario.repack,
             num_gpus=1 if device.type == "cuda" else 0,
         )
-        self._engine = FluxFill(self._variant, weights, VariantSettings(levers=levers, threads=threads), dtype=dtype)
+        served = VariantSettings(levers=scenario.levers, threads=threads)
+        self._engine = FluxFill(
+            self._variant,
+            weights,
+            served,
+            dtype=dtype,
+            adaln_once=scenario.adaln_once,
+            one_encode=scenario.one_encode,
+        )
         self._engine.load()
         self._prompts = PromptCache(MemoryBlobStore())
         self._device, self._dtype, self._meter = device, dtype, Meter(device)
-        self._is_compiled = levers.compile
+        self._is_compiled = scenario.levers.compile
         # An engine shows nobody its parts; only a benchmark has to look inside.
         self._pipeline, modulation = self._engine._pipeline, self._engine._modulation
         self._host_bytes = modulation.host_bytes if modulation is not None else 0
