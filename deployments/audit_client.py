@@ -31,12 +31,11 @@ class AuditClient:
 
     def __init__(self, settings: Settings, launcher: AuditLauncher | None = None) -> None:
         """Without a `launcher` none can be started, and a job that died is known by its silence only."""
-        self._blobs = adapters.blob_store(settings.blobs)
+        self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._max_bytes = settings.limits.stored_bytes
         self.store = AuditStore(self._blobs, utc_now)
         self.runs = Audits(
             blobs=self._blobs,
-            links=adapters.blob_links(settings),
             launcher=launcher or _NoJobs(),
             settings=settings,
             clock=utc_now,

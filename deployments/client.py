@@ -36,11 +36,11 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._blobs = adapters.blob_store(settings.blobs)
+        self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._jobs = adapters.job_store(settings.jobs)
         self._publisher = adapters.publisher(settings.messages)
         self._looking, self._has_spoken = asyncio.Lock(), False
-        self._canceler = Canceler(job_store=self._jobs, cancellations=adapters.cancellations(settings.jobs))
+        self._canceler = Canceler(self._jobs)
 
     async def submit(
         self, message: EditMessage, original: Path, mask: Path, *, attributes: Mapping[str, str] | None = None
@@ -127,17 +127,16 @@ class Client:
 
     async def _show(self, canceled: Sequence[Job]) -> None:
         """Have the sessions say so at once: the app's couriers do, too, but it may be stopped."""
-        mirror = adapters.session_mirror(self._settings.sessions_url)
+        mirror = adapters.session_mirror(self._settings, self._jobs)
         for job in canceled:
             with suppress(StoreUnavailable):
-                await mirror.write(job, jobs.session_document(job))
+                await mirror.write_session(job, jobs.session_document(job))
 
     async def links(self, job: Job, *, expires_s: int) -> dict[str, str]:
         """Signed links to the job's artifacts, by role. Raises ResultReplaced; a later edit replaces what they show."""
-        signed = adapters.blob_links(self._settings)
         for role, path in job.artifacts.items():
             _check_own(job, role, await self._blobs.head(path))
-        return {role: await signed.link(path, expires_s=expires_s) for role, path in job.artifacts.items()}
+        return {role: await self._blobs.link(path, expires_s=expires_s) for role, path in job.artifacts.items()}
 
 
 def _check_own(job: Job, role: str, stored: BlobInfo) -> None:

@@ -180,7 +180,7 @@ def _url_problems(at: Keys, settings: Settings) -> Found:
     for keys, url, table in (
         (("blobs",), settings.blobs, adapters.BLOB_STORES),
         (("jobs",), settings.jobs, adapters.JOB_STORES),
-        (("sessions",), settings.sessions, adapters.SESSION_MIRRORS),
+        (("sessions",), settings.sessions, adapters.JOB_STORES),
         (("messages", "url"), settings.messages.url, adapters.MESSAGE_SOURCES),
         (("weights", "mirror"), settings.weights.mirror, adapters.BLOB_STORES),
     ):

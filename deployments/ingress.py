@@ -105,19 +105,18 @@ class Ingress:
         self._inference: Inference | None = None
         self._defaults_error = ""
         self._watch = VariantWatch(painters, deployments, self.metrics)
-        self._blobs = adapters.blob_store(settings.blobs)
+        self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
         self.audits = Audits(
             blobs=self._blobs,
-            links=adapters.blob_links(settings),
             launcher=RayJobs(app=serve.get_replica_context().app_name),
             settings=settings,
             clock=utc_now,
             is_stopping=_an_ingress_stops,
         )
-        job_store, cancellations = adapters.job_store(settings.jobs), adapters.cancellations(settings.jobs)
-        self._canceler = Canceler(job_store=job_store, cancellations=cancellations)
-        mirror = adapters.session_mirror(settings.sessions_url)
+        job_store = adapters.job_store(settings.jobs)
+        self._canceler = Canceler(job_store)
+        mirror = adapters.session_mirror(settings, job_store)
         publisher = adapters.publisher(settings.messages)
         self._webhooks = Webhooks(settings.webhooks, secrets)
         self._courier = Courier(
@@ -133,7 +132,6 @@ class Ingress:
         self._worker = Worker(
             blobs=self._blobs,
             job_store=job_store,
-            cancellations=cancellations,
             mirror=mirror,
             publisher=publisher,
             courier=self._courier,

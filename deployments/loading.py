@@ -34,7 +34,7 @@ def sources(settings: Settings) -> Sources:
 
 def mirror_at(url: str) -> Mirror:
     """Raises SettingsError for a URL that names no blob store."""
-    return Mirror(adapters.blob_store(url), adapters.blob_files(url))
+    return Mirror(adapters.blob_store(url))
 
 
 class Loading(Generic[T]):

@@ -24,7 +24,7 @@ from .errors import (
     UnknownAudit,
     UnknownVariant,
 )
-from .ports import AuditLauncher, BlobLinks, BlobStore, Clock, LaunchState
+from .ports import AuditLauncher, BlobStore, Clock, LaunchState
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,6 @@ class Audits:
         self,
         *,
         blobs: BlobStore,
-        links: BlobLinks,
         launcher: AuditLauncher,
         settings: Settings,
         clock: Clock,
@@ -68,7 +67,7 @@ class Audits:
     ) -> None:
         """`is_stopping`: whether this process is about to end, so that nobody may wait here any longer."""
         self._store = AuditStore(blobs, clock)
-        self._blobs, self._links, self._launcher, self._clock = blobs, links, launcher, clock
+        self._blobs, self._launcher, self._clock = blobs, launcher, clock
         self.settings, self._is_stopping = settings, is_stopping
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -128,7 +127,7 @@ class Audits:
         path = f"{folder(audit.id)}/{PAGE}"
         if not audit.status.is_over or not await self._is_there(path):
             return None
-        return Report(path, await self._links.link(path, expires_s=_link_s(audit.request)))
+        return Report(path, await self._blobs.link(path, expires_s=_link_s(audit.request)))
 
     async def close(self) -> None:
         """Jobs that were asked to stop see that for themselves."""
@@ -147,7 +146,7 @@ class Audits:
         await asyncio.gather(*map(self._check_there, paths))
         try:
             # Rather now than after an hour of painting.
-            await self._links.link(paths[0], expires_s=_link_s(request))
+            await self._blobs.link(paths[0], expires_s=_link_s(request))
         except ValueError as e:
             raise InputError(f"link_hours: {e}") from e
 

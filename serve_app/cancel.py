@@ -6,12 +6,12 @@ from contextlib import suppress
 from . import jobs
 from .errors import IllegalTransition, UnknownJob
 from .jobs import Job
-from .ports import Cancellations, JobStore
+from .ports import JobStore
 
 
 class Canceler:
-    def __init__(self, *, job_store: JobStore, cancellations: Cancellations) -> None:
-        self._jobs, self._cancellations = job_store, cancellations
+    def __init__(self, job_store: JobStore) -> None:
+        self._jobs = job_store
 
     async def job(self, job_id: str) -> Job:
         """Stop one job. A waiting one never starts, a running one stops within a step.
@@ -28,7 +28,7 @@ class Canceler:
         they come. The jobs that were stopped; none may have begun yet. Raises StoreUnavailable."""
         key = f"{user_id}/{session_id}"
         # First: a worker claims first and looks here then, so one of the two sees the other.
-        await self._cancellations.cancel_until(key, await self._jobs.now())
+        await self._jobs.cancel_until(key, await self._jobs.now())
         canceled = []
         for job in await self._jobs.list(session_key=key):
             if not job.status.is_final:

@@ -127,7 +127,7 @@ class Lease:
         self._mirrored = self._latest
         document = jobs.session_document(self._job.evolve(progress=self._mirrored))
         try:
-            await self._mirror.write(self._job, document)
+            await self._mirror.write_session(self._job, document)
         except FluxFillError as e:
             log.info("The session does not show the progress: %s", e, extra={"action": "progress_not_shown"})
 

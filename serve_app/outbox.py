@@ -219,7 +219,7 @@ class Courier:
             raise late(f"no answer within {TELL_S[debt]:g} s") from e
 
     async def _write_session(self, job: Job) -> None:
-        await self._mirror.write(job, jobs.session_document(job))
+        await self._mirror.write_session(job, jobs.session_document(job))
 
     async def _publish_completion(self, job: Job) -> None:
         if not self._settings.messages.completion_topic:

@@ -66,31 +66,24 @@ class BlobStore(Protocol):
     def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
         """The blobs whose path starts with the folder `prefix`, in path order."""
 
-
-class BlobFiles(Protocol):
-    """Blobs too large for memory, such as weights."""
-
     async def download(self, path: str, to: Path) -> BlobInfo:
-        """Write the blob to `to`, whole or not at all. Raises BlobNotFound."""
+        """Write the blob, which may be too large for memory, to `to`, whole or not at all. Raises BlobNotFound."""
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
         """Store the file, whole or not at all."""
 
-
-class BlobLinks(Protocol):
-    """Links for people and programs that have no credentials of the store."""
-
     async def link(self, path: str, *, expires_s: int) -> str:
-        """A URL that reads the blob with GET for `expires_s` seconds, 1 to 604,800 (seven days, V4's limit).
+        """A URL for people and programs without credentials of the store: it reads the blob with GET for `expires_s`
+        seconds, 1 to 604,800 (seven days, V4's limit).
 
         It is not looked whether the blob is there. The URL is a secret: never log it.
-        Raises UnsafePath; ValueError for another `expires_s`; StoreUnavailable where nothing can be signed now.
+        Raises ValueError for another `expires_s`; StoreUnavailable where nothing can be signed now.
         """
 
 
 class JobStore(Protocol):
-    """Job records, and the clock that they are dated by: all who use the store see the same time, whatever their own
-    clocks say. Every method raises StoreUnavailable while the store cannot be reached."""
+    """Job records, cancellations, and the clock that they are dated by: all who use the store see the same time,
+    whatever their own clocks say. Every method raises StoreUnavailable while the store cannot be reached."""
 
     async def now(self) -> datetime:
         """The store's present time."""
@@ -127,13 +120,9 @@ class JobStore(Protocol):
     async def delete(self, job_id: str) -> None:
         """Deleting what is not there is no error."""
 
-
-class Cancellations(Protocol):
-    """Sessions whose waiting messages are not to be started. Kept beside the jobs, and unavailable as they are."""
-
     async def cancel_until(self, session_key: str, moment: datetime) -> None:
-        """The session's messages published up to `moment` are canceled. An earlier moment than the stored one changes
-        nothing."""
+        """The session's messages published up to `moment` are canceled: those that wait are not to be started. An
+        earlier moment than the stored one changes nothing."""
 
     async def canceled_until(self, session_key: str) -> datetime | None: ...
 
@@ -141,11 +130,11 @@ class Cancellations(Protocol):
 class SessionMirror(Protocol):
     """The session document the publisher watches. Raises StoreUnavailable while it cannot be reached."""
 
-    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
+    async def write_session(self, job: Job, document: Mapping[str, Any]) -> None:
         """Merge `document` into the session's, top-level field by field. Ignored where a newer claim of the same job,
         or a job that was claimed later, has written already, and where this claim has written how the job ended."""
 
-    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None: ...
+    async def read_session(self, user_id: str, session_id: str) -> Mapping[str, Any] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,6 @@ from .messages import Attributes, EditMessage, parse_attributes, parse_edit, wit
 from .outbox import Courier, Webhooks
 from .ports import (
     BlobStore,
-    Cancellations,
     Delivery,
     JobStore,
     Painter,
@@ -82,7 +81,6 @@ class Worker:
         *,
         blobs: BlobStore,
         job_store: JobStore,
-        cancellations: Cancellations,
         mirror: SessionMirror,
         publisher: Publisher,
         courier: Courier,
@@ -94,7 +92,7 @@ class Worker:
         metrics: Metrics | None = None,
     ) -> None:
         self._blobs, self._jobs, self._mirror, self._publisher = blobs, job_store, mirror, publisher
-        self._cancellations, self._courier, self._webhooks = cancellations, courier, webhooks
+        self._courier, self._webhooks = courier, webhooks
         self._metrics = metrics or NoMetrics()
         self._settings, self._defaults = settings, defaults
         self._pool = pixel_pool()
@@ -267,7 +265,7 @@ class Worker:
 
     async def _is_canceled(self, job: Job) -> bool:
         """Whether the session was canceled after the job was last asked for. Asked after the claim: see cancel.py."""
-        until = await self._cancellations.canceled_until(job.session_key)
+        until = await self._jobs.canceled_until(job.session_key)
         return until is not None and job.asked_at is not None and job.asked_at <= until
 
     def _queued_s(self, job: Job, delivery: Delivery) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.audit.replicas import ReplicaCounts
 from benchmarks.audit.run import Auditor, Pace
-from serve_app.adapters.links import LocalLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditRequest, CellResult, CompileVerdict, Matrix
@@ -141,6 +140,9 @@ class WatchedBlobs:
         self.before("delete", path)
         await self._inner.delete(path)
 
+    async def link(self, path: str, *, expires_s: int) -> str:
+        return await self._inner.link(path, expires_s=expires_s)
+
     async def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
         self.before("list", prefix)
         async for info in self._inner.list(prefix):
@@ -171,7 +173,7 @@ class AuditRig:
         url = f"memory:{self.name}"
         given = {"variants": self.variants, "audit": self.audit, "work": self.work, **self.more}
         self.settings = Settings(blobs=url, jobs=url, **given)
-        self.plain = MemoryBlobStore(url)
+        self.plain = MemoryBlobStore(url, "http://127.0.0.1:8000")
         self.blobs = WatchedBlobs(self.plain)
         self.store = AuditStore(self.plain, self.clock)
         self.scripted = {name: [Scripted()] for name in self.variants if name not in self.engines}
@@ -180,7 +182,6 @@ class AuditRig:
         self.auditor = Auditor(
             store=AuditStore(self.blobs, self.clock),
             blobs=self.blobs,
-            links=LocalLinks(url, "http://127.0.0.1:8000"),
             replicas=self.replicas,
             prompts=self.prompts,
             settings=self.settings,

@@ -11,7 +11,6 @@ from PIL import Image
 
 from benchmarks.audit.recommend import recommend
 from benchmarks.audit.report import publish
-from serve_app.adapters.links import LocalLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audits import (
     Audit,
@@ -158,7 +157,7 @@ class Published:
 
     def __init__(self) -> None:
         url = f"memory:audited-{next(_STORES)}"
-        self.blobs, self.links = MemoryBlobStore(url), LocalLinks(url, "http://127.0.0.1:8000")
+        self.blobs = MemoryBlobStore(url, "http://127.0.0.1:8000")
 
     async def keep(self, results: Sequence[CellResult], photo: Pixels, mask: Pixels) -> None:
         """A picture for each cell that has one: the mask filled, by a radius of its own."""
@@ -169,7 +168,7 @@ class Published:
                 await self.blobs.put(one.image_path, data, content_type="image/png")
 
     async def publish(self, run: Audit, results: Sequence[CellResult], photo: Pixels, mask: Pixels) -> None:
-        await publish(run, results, photo, mask, blobs=self.blobs, links=self.links, clock=lambda: NOW)
+        await publish(run, results, photo, mask, blobs=self.blobs, clock=lambda: NOW)
 
     async def read(self, run: Audit, name: str) -> str:
         data, _ = await self.blobs.get(f"audit/{run.id}/{name}", max_bytes=100_000_000)

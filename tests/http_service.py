@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from serve_app.adapters.links import LocalLinks
 from serve_app.api import Readiness, VariantReadiness, VariantState
 from serve_app.audit_runs import Audits
 from serve_app.auth import Access
@@ -58,13 +57,12 @@ class Process:
         self.is_stopping = False
         self.audits = Audits(
             blobs=rig.blobs,
-            links=LocalLinks(rig.settings.blobs, "http://app.example.org"),
             launcher=self.jobs,
             settings=rig.settings,
             clock=rig.clock,
             is_stopping=self._stops,
         )
-        self._canceler = Canceler(job_store=rig.jobs, cancellations=rig.jobs)
+        self._canceler = Canceler(rig.jobs)
 
     def guard(self, *, api_keys: str | None = None, **changes: Any) -> None:
         keys = None if api_keys is None else SecretStr(api_keys)

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore, MemorySessionMirror
+from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
 from serve_app.edit import session_path
 from serve_app.engine import Window
 from serve_app.engine.canvas import LocalPainter
@@ -263,9 +263,9 @@ class Rig:
             work={**FAST, **self.work_settings},
             messages={"completion_topic": "session-completed"},
         )
-        self.blobs = BlobOutage(MemoryBlobStore(self.settings.blobs), StoreUnavailable)
+        self.blobs = BlobOutage(MemoryBlobStore(self.settings.blobs, "http://app.example.org"), StoreUnavailable)
         self.jobs = Outage(MemoryJobStore(self.settings.jobs, self.clock), StoreUnavailable)
-        self.mirror = Outage(MemorySessionMirror(self.settings.jobs), StoreUnavailable)
+        self.mirror = Outage(MemoryJobStore(self.settings.jobs), StoreUnavailable)
         self.topics = Topics()
         self.broker = Outage(self.topics, BrokerUnavailable)
         self.receivers = Receivers()
@@ -282,7 +282,6 @@ class Rig:
         self.worker = Worker(
             blobs=self.blobs,
             job_store=self.jobs,
-            cancellations=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
             courier=self.courier,
@@ -326,7 +325,7 @@ class Rig:
         return found
 
     async def document(self, session: str = SESSION) -> Mapping[str, Any]:
-        document: Mapping[str, Any] = await self.mirror.read(USER, session)
+        document: Mapping[str, Any] = await self.mirror.read_session(USER, session)
         return document
 
 

@@ -59,13 +59,13 @@ async def test_a_run_is_stored_in_firebases_layout_with_v4_links(
 ) -> None:
     server, name = bucket
     blobs = await in_emulator(name)
+    monkeypatch.setattr(blobs, "link", signing(name, monkeypatch).link)
     rig = AuditRig()
     store = AuditStore(blobs, rig.clock)
     queued = await store.create(rig.request(), "audit-0123abcd")
     auditor = Auditor(
         store=store,
         blobs=blobs,
-        links=signing(name, monkeypatch),
         replicas=rig.replicas,
         prompts=rig.prompts,
         settings=rig.settings,

@@ -25,7 +25,6 @@ from benchmarks.audit.metrics import METRICS
 from benchmarks.audit.pictures import SIDE_PX, Frame, shown_box, tinted
 from benchmarks.audit.recommend import recommend
 from benchmarks.audit.report import _TEMPLATES, publish
-from serve_app.adapters.links import LocalLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder, record_path
@@ -333,20 +332,19 @@ async def test_links_last_as_long_as_asked_and_are_not_logged(caplog: pytest.Log
     assert "The report of" in caplog.text
 
 
-async def test_no_link_ends_before_the_report_says() -> None:
+async def test_no_link_ends_before_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long signing takes, and what follows it."""
     run, report = audited.audit(), audited.Published()
     now = audited.NOW
 
-    class Slow(LocalLinks):
-        async def link(self, path: str, *, expires_s: int) -> str:
-            nonlocal now
-            now += timedelta(hours=1)
-            return f"https://links.example/{path}?until={(now + timedelta(seconds=expires_s)).timestamp():.0f}"
+    async def slow(path: str, *, expires_s: int) -> str:
+        nonlocal now
+        now += timedelta(hours=1)
+        return f"https://links.example/{path}?until={(now + timedelta(seconds=expires_s)).timestamp():.0f}"
 
-    links = Slow("memory:", "http://127.0.0.1:8000")
+    monkeypatch.setattr(report.blobs, "link", slow)
     photo, mask = audited.photo_and_mask()
-    await publish(run, audited.results(), photo, mask, blobs=report.blobs, links=links, clock=lambda: now)
+    await publish(run, audited.results(), photo, mask, blobs=report.blobs, clock=lambda: now)
     said = re.search(r'<time datetime="([^"]+)"', await report.read(run, "report.html"))
     ends = re.findall(r"\?until=(\d+)", await report.read(run, "results.json"))
     assert said and len(ends) == 15

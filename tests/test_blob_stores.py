@@ -24,7 +24,7 @@ from serve_app.errors import (
     StoreUnavailable,
     UnsafePath,
 )
-from serve_app.ports import BlobFiles, BlobInfo, BlobStore
+from serve_app.ports import BlobInfo, BlobStore
 
 from .backends import until
 from .blob_servers import BUCKETS
@@ -44,8 +44,8 @@ def store(blobs_url: str) -> BlobStore:
 
 
 @pytest.fixture
-def files(blobs_url: str) -> BlobFiles:
-    return adapters.blob_files(blobs_url)
+def files(blobs_url: str) -> BlobStore:
+    return adapters.blob_store(blobs_url)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ async def test_list_is_by_folder_and_in_path_order(store: BlobStore) -> None:
 
 @pytest.mark.parametrize("path", UNSAFE, ids=lambda path: repr(path[:12]))
 async def test_unsafe_paths_are_refused_by_every_method(
-    store: BlobStore, files: BlobFiles, path: str, tmp_path: Path
+    store: BlobStore, files: BlobStore, path: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x")
@@ -232,7 +232,7 @@ async def test_odd_but_safe_paths_are_taken(store: BlobStore) -> None:
         assert (await store.get(path, max_bytes=1000))[0] == path.encode()
 
 
-async def test_files_go_in_and_out(store: BlobStore, files: BlobFiles, tmp_path: Path) -> None:
+async def test_files_go_in_and_out(store: BlobStore, files: BlobStore, tmp_path: Path) -> None:
     source, to = tmp_path / "source", tmp_path / "to"
     source.write_bytes(b"weights" * 100_000)
     uploaded = await files.upload("models/m/w.gguf", source)
@@ -243,7 +243,7 @@ async def test_files_go_in_and_out(store: BlobStore, files: BlobFiles, tmp_path:
     assert not (tmp_path / "nothing").exists()
 
 
-async def test_a_file_that_cannot_be_written_leaves_nothing(files: BlobFiles, tmp_path: Path) -> None:
+async def test_a_file_that_cannot_be_written_leaves_nothing(files: BlobStore, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"weights")
     (tmp_path / "taken" / "by" / "others").mkdir(parents=True)
     await files.upload("w", tmp_path / "source")

@@ -51,8 +51,8 @@ def settings_of(url: str) -> Settings:
 
 async def test_a_link_reads_the_blob(line: Line) -> None:
     path = "ä/ö ü+1?.jpg"
-    await adapters.blob_store(line.url).put(path, b"photo", content_type=JPEG)
-    links = adapters.blob_links(settings_of(line.url))
+    links = adapters.blob_store(line.url)
+    await links.put(path, b"photo", content_type=JPEG)
     async with httpx.AsyncClient() as client:
         answer = await client.get(await links.link(path, expires_s=60))
     assert (answer.content, answer.headers["content-type"]) == (b"photo", JPEG)

@@ -23,7 +23,7 @@ async def rig() -> Rig:
 
 @pytest.fixture
 def canceler(rig: Rig) -> Canceler:
-    return Canceler(job_store=rig.jobs, cancellations=rig.jobs)
+    return Canceler(rig.jobs)
 
 
 @pytest.fixture

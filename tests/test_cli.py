@@ -102,13 +102,13 @@ def settings_in(config: Path) -> Settings:
 def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     """A worker and its message source, in an event loop of their own."""
     source = adapters.message_source(settings.messages, settings.in_flight())
-    job_store, mirror = adapters.job_store(settings.jobs), adapters.session_mirror(settings.sessions_url)
+    job_store = adapters.job_store(settings.jobs)
+    mirror = adapters.session_mirror(settings, job_store)
     publisher, receivers = adapters.publisher(settings.messages), Receivers()
     courier = Courier(job_store=job_store, mirror=mirror, publisher=publisher, webhooks=receivers, settings=settings)
     worker = Worker(
         blobs=adapters.blob_store(settings.blobs),
         job_store=job_store,
-        cancellations=adapters.cancellations(settings.jobs),
         mirror=mirror,
         publisher=publisher,
         courier=courier,
@@ -461,7 +461,7 @@ def test_a_job_that_waits_is_canceled(fluxfill: Command, jobs: Path) -> None:
     ended = fluxfill("jobs", "cancel", "edit-queued", "-c", jobs)
     assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
     assert listed(fluxfill("jobs", "--status", "canceled", "-c", jobs)) == ["edit-queued"]
-    document = asyncio.run(adapters.session_mirror(settings_in(jobs).jobs).read("u", "q"))
+    document = asyncio.run(adapters.job_store(settings_in(jobs).jobs).read_session("u", "q"))
     assert document is not None and document["processingStatus"] == "canceled"
 
 
@@ -471,8 +471,8 @@ def test_a_session_is_canceled_with_what_waits(fluxfill: Command, jobs: Path) ->
     assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
     again = fluxfill("jobs", "cancel", "--session", queued.session_key, "-c", jobs)
     assert (again.status, again.out) == (0, "no job had begun; what waits will not start\n")
-    cancellations = adapters.cancellations(settings_in(jobs).jobs)
-    assert asyncio.run(cancellations.canceled_until(queued.session_key)) is not None
+    store = adapters.job_store(settings_in(jobs).jobs)
+    assert asyncio.run(store.canceled_until(queued.session_key)) is not None
 
 
 def _stored(config: Path) -> list[Job]:

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from serve_app.adapters import blob_files, blob_store
+from serve_app.adapters import blob_store
 from serve_app.engine import compile_cache, compile_folder
 from serve_app.engine.cache import Sources
 from serve_app.engine.compile_cache import CompileCache
@@ -51,7 +51,7 @@ def writes(*files: str) -> Callable[[], None]:
 
 
 def mirror(at: Path) -> Mirror:
-    return Mirror(blob_store(f"files:{at}"), blob_files(f"files:{at}"))
+    return Mirror(blob_store(f"files:{at}"))
 
 
 def test_what_one_replica_compiled_the_next_one_finds(tmp_path: Path) -> None:

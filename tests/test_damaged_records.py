@@ -103,7 +103,7 @@ async def test_damaged_progress_is_none(reported: Mapping[str, object], firestor
 
 
 async def test_a_damaged_cancellation_is_unavailable(kept_url: str, opened: Opened) -> None:
-    store = opened(adapters.cancellations(kept_url))
+    store = opened(adapters.job_store(kept_url))
     await store.cancel_until(KEY, at(1))
     # No clock goes so far.
     replace(kept_url, "cancellations/u%2Fs", "until", CANCELLATIONS, 1e300)
@@ -116,7 +116,7 @@ async def test_a_damaged_cancellation_is_unavailable(kept_url: str, opened: Open
 async def test_a_cancellation_that_is_no_moment_is_unavailable(
     until: object, firestore_url: str, opened: Opened
 ) -> None:
-    store = opened(adapters.cancellations(firestore_url))
+    store = opened(adapters.job_store(firestore_url))
     await store.cancel_until(KEY, at(1))
     replace(firestore_url, "cancellations/u%2Fs", "until", CANCELLATIONS, until)
     for work in (store.canceled_until(KEY), store.cancel_until(KEY, at(2))):
@@ -126,10 +126,10 @@ async def test_a_cancellation_that_is_no_moment_is_unavailable(
 
 @pytest.mark.parametrize("document", ["{", "null", '{"job_id": "edit-1"}'])
 async def test_a_damaged_session_document_is_unavailable(document: str, sql_url: str, opened: Opened) -> None:
-    mirror = opened(adapters.session_mirror(sql_url))
-    await mirror.write(make_job(), {"a": 1})
+    mirror = opened(adapters.job_store(sql_url))
+    await mirror.write_session(make_job(), {"a": 1})
     replace(sql_url, "", "document", SESSIONS, document)
-    for work in (mirror.write(make_job(), {"a": 2}), mirror.read("u", "s")):
+    for work in (mirror.write_session(make_job(), {"a": 2}), mirror.read_session("u", "s")):
         with pytest.raises(StoreUnavailable, match="session document"):
             await work
 
@@ -142,11 +142,11 @@ async def test_a_session_document_whose_claim_others_damaged_is_written_all_the_
     claim: object, firestore_url: str, opened: Opened
 ) -> None:
     """It is the app's own document: what an app writes there must not keep its users from seeing how a job ended."""
-    mirror = opened(adapters.session_mirror(firestore_url))
-    await mirror.write(make_job(), {"a": 1})
+    mirror = opened(adapters.job_store(firestore_url))
+    await mirror.write_session(make_job(), {"a": 1})
     replace(firestore_url, "users/u/sessions/s", "processingClaim", SESSIONS, claim)
-    await mirror.write(make_job(), {"a": 2})
-    assert await mirror.read("u", "s") == {"a": 2}
+    await mirror.write_session(make_job(), {"a": 2})
+    assert await mirror.read_session("u", "s") == {"a": 2}
 
 
 async def test_what_a_change_raises_is_not_the_stores(jobs_url: str, opened: Opened) -> None:

@@ -23,7 +23,7 @@ from serve_app.adapters.firebase import FirebaseBlobStore
 from serve_app.adapters.firebase_app import firebase_app
 from serve_app.adapters.pubsub_client import Connection
 from serve_app.errors import InvalidCredentials, SettingsError, StoreUnavailable
-from serve_app.settings import MessagesSettings, Settings, VariantSettings
+from serve_app.settings import MessagesSettings
 
 from .blob_servers import forget_firebase_app
 from .google_servers import EMAIL, TOKEN, Google, serve, service_account, verified
@@ -200,8 +200,7 @@ def test_a_metadata_server_that_is_silent_is_given_up(monkeypatch: pytest.Monkey
 
 
 async def link(expires_s: int = 60) -> str:
-    settings = Settings(blobs="firebase:photos.firebasestorage.app", variants={"telea": VariantSettings()})
-    return await adapters.blob_links(settings).link(PATH, expires_s=expires_s)
+    return await adapters.blob_store("firebase:photos.firebasestorage.app").link(PATH, expires_s=expires_s)
 
 
 @pytest.mark.usefixtures("key")

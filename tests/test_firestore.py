@@ -88,25 +88,27 @@ def session(database: Firestore) -> Any:
 @pytest.mark.emulator
 async def test_a_session_document_keeps_the_apps_own_fields(firestore_url: str, opened: Opened, session: Any) -> None:
     session.set({"title": "cat", "a.b": 1, "meta": {"tags": ["x"]}, "processingError": {"code": "old", "more": 1}})
-    mirror = opened(adapters.session_mirror(firestore_url))
-    await mirror.write(running("a", 1, 10), {"processingStatus": "processing", "processingError": {"code": "new"}})
-    await mirror.write(ended("a", 2, 20.000001), {"processingStatus": "completed", "odd.name": 2})
+    mirror = opened(adapters.job_store(firestore_url))
+    await mirror.write_session(
+        running("a", 1, 10), {"processingStatus": "processing", "processingError": {"code": "new"}}
+    )
+    await mirror.write_session(ended("a", 2, 20.000001), {"processingStatus": "completed", "odd.name": 2})
     ours = {"processingStatus": "completed", "processingError": {"code": "new"}, "odd.name": 2}
     theirs = {"title": "cat", "a.b": 1, "meta": {"tags": ["x"]}}
     claim = {"jobId": "a", "fence": 2, "claimedAt": at(20.000001), "isFinal": True}
     assert session.get().to_dict() == {**ours, **theirs, CLAIM: claim}
-    assert await mirror.read("u", "s") == {**ours, **theirs}
+    assert await mirror.read_session("u", "s") == {**ours, **theirs}
 
 
 @pytest.mark.emulator
 async def test_the_app_may_write_its_session_document_meanwhile(
     firestore_url: str, opened: Opened, session: Any
 ) -> None:
-    mirror = opened(adapters.session_mirror(firestore_url))
-    await mirror.write(running("a", 1, 10), {"processingStatus": "processing"})
+    mirror = opened(adapters.job_store(firestore_url))
+    await mirror.write_session(running("a", 1, 10), {"processingStatus": "processing"})
     session.set({"processingStatus": "uploading", "title": "dog"}, merge=True)
-    await mirror.write(running("a", 1, 10), {"processingProgress": 0.5})
-    assert await mirror.read("u", "s") == {
+    await mirror.write_session(running("a", 1, 10), {"processingProgress": 0.5})
+    assert await mirror.read_session("u", "s") == {
         "processingStatus": "uploading",
         "processingProgress": 0.5,
         "title": "dog",
@@ -125,13 +127,13 @@ async def test_progress_does_not_touch_the_job(firestore_url: str, opened: Opene
 
 @pytest.mark.emulator
 async def test_keys_that_firestore_does_not_take_are_stored(firestore_url: str, opened: Opened) -> None:
-    store, mirror = opened(adapters.job_store(firestore_url)), opened(adapters.session_mirror(firestore_url))
+    store, mirror = opened(adapters.job_store(firestore_url)), opened(adapters.job_store(firestore_url))
     for id in ("__edit__", "a/b", "é" * 1000, ".."):
         assert (await claimed(store, make_job(id, session_id=""))).id == id
         job = await store.get(id)
         assert job and job.id == id
-    await mirror.write(running("a", 1, 10).evolve(user_id="__u__", session_id="__s__"), {"jobId": "a"})
-    assert await mirror.read("__u__", "__s__") == {"jobId": "a"}
+    await mirror.write_session(running("a", 1, 10).evolve(user_id="__u__", session_id="__s__"), {"jobId": "a"})
+    assert await mirror.read_session("__u__", "__s__") == {"jobId": "a"}
 
 
 @pytest.mark.emulator

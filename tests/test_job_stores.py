@@ -13,7 +13,7 @@ from serve_app import adapters, jobs
 from serve_app.adapters.sql import SqlJobStore
 from serve_app.errors import Busy, StaleClaim, UnknownJob
 from serve_app.jobs import Cause, Change, Job, Owed, Progress, State
-from serve_app.ports import Cancellations, JobStore, SessionMirror, utc_now
+from serve_app.ports import JobStore, SessionMirror, utc_now
 
 from .backends import at, make_job
 from .job_servers import Opened
@@ -27,13 +27,13 @@ def store(jobs_url: str, opened: Opened) -> JobStore:
 
 
 @pytest.fixture
-def cancellations(jobs_url: str, opened: Opened) -> Cancellations:
-    return opened(adapters.cancellations(jobs_url))
+def cancellations(jobs_url: str, opened: Opened) -> JobStore:
+    return opened(adapters.job_store(jobs_url))
 
 
 @pytest.fixture
 def mirror(jobs_url: str, opened: Opened) -> SessionMirror:
-    return opened(adapters.session_mirror(jobs_url))
+    return opened(adapters.job_store(jobs_url))
 
 
 @pytest.fixture
@@ -423,8 +423,8 @@ async def test_the_document_of_the_job_claimed_later_stands_whichever_hosts_cloc
     for i, host in enumerate(hosts):
         change = jobs.claim(make_job(f"edit-{i}"), lease_s=60, max_attempts=5)
         job = await host.update(f"edit-{i}", KEY, change)
-        await mirror.write(job, {"by": i})
-        document = await mirror.read("u", "s")
+        await mirror.write_session(job, {"by": i})
+        document = await mirror.read_session("u", "s")
         assert document and document["by"] == i
         await host.update(job.id, KEY, jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED))
 
@@ -432,7 +432,7 @@ async def test_the_document_of_the_job_claimed_later_stands_whichever_hosts_cloc
 # Cancellations
 
 
-async def test_a_cancellation_holds_until_its_moment(cancellations: Cancellations) -> None:
+async def test_a_cancellation_holds_until_its_moment(cancellations: JobStore) -> None:
     assert await cancellations.canceled_until(KEY) is None
     for given, then in ((5.000001, 5.000001), (4, 5.000001), (6, 6)):
         await cancellations.cancel_until(KEY, at(given))
@@ -441,7 +441,7 @@ async def test_a_cancellation_holds_until_its_moment(cancellations: Cancellation
 
 
 async def test_the_latest_of_many_cancellations_holds(jobs_url: str, opened: Opened, crowd: int) -> None:
-    stores = [opened(adapters.cancellations(jobs_url)) for _ in range(crowd)]
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(crowd)]
     # Several times: only the first finds the connections closed.
     for round in range(3):
         key = f"u/s{round}"
@@ -449,7 +449,7 @@ async def test_the_latest_of_many_cancellations_holds(jobs_url: str, opened: Ope
         assert await stores[0].canceled_until(key) == at(crowd)
 
 
-async def test_cancellations_are_kept_beside_the_jobs(store: JobStore, cancellations: Cancellations) -> None:
+async def test_cancellations_are_kept_beside_the_jobs(store: JobStore, cancellations: JobStore) -> None:
     await cancellations.cancel_until(KEY, at(5))
     assert list(await store.list()) == []
     await claimed(store, make_job())
@@ -468,30 +468,30 @@ def ended(id: str, fence: int, second: float) -> Job:
 
 
 async def test_documents_merge_field_by_field(mirror: SessionMirror) -> None:
-    assert await mirror.read("u", "s") is None
-    await mirror.write(running("a", 1, 10), {"processingStatus": "processing", "jobId": "a"})
-    await mirror.write(running("a", 1, 10), {"processingProgress": 0.5, "processingError": None})
-    assert await mirror.read("u", "s") == {
+    assert await mirror.read_session("u", "s") is None
+    await mirror.write_session(running("a", 1, 10), {"processingStatus": "processing", "jobId": "a"})
+    await mirror.write_session(running("a", 1, 10), {"processingProgress": 0.5, "processingError": None})
+    assert await mirror.read_session("u", "s") == {
         "processingStatus": "processing",
         "jobId": "a",
         "processingProgress": 0.5,
         "processingError": None,
     }
-    await mirror.write(running("a", 1, 10), {"processingError": {"code": "x", "message": "y"}})
-    await mirror.write(running("a", 1, 10), {"processingError": {"code": "z"}})
-    document = await mirror.read("u", "s")
+    await mirror.write_session(running("a", 1, 10), {"processingError": {"code": "x", "message": "y"}})
+    await mirror.write_session(running("a", 1, 10), {"processingError": {"code": "z"}})
+    document = await mirror.read_session("u", "s")
     assert document and document["processingError"] == {"code": "z"}, "a field is replaced whole"
-    assert await mirror.read("u", "s2") is None
-    assert await mirror.read("u2", "s") is None
+    assert await mirror.read_session("u", "s2") is None
+    assert await mirror.read_session("u2", "s") is None
 
 
 async def test_of_many_writes_the_newest_claims_counts(jobs_url: str, opened: Opened, crowd: int) -> None:
-    mirrors = [opened(adapters.session_mirror(jobs_url)) for _ in range(crowd)]
+    mirrors = [opened(adapters.job_store(jobs_url)) for _ in range(crowd)]
     # There is no document at first, and then there is one.
     for fences in (range(crowd), range(2 * crowd, crowd, -1)):
-        writes = (each.write(running("a", i, i), {"by": i}) for i, each in zip(fences, mirrors, strict=True))
+        writes = (each.write_session(running("a", i, i), {"by": i}) for i, each in zip(fences, mirrors, strict=True))
         await asyncio.gather(*writes)
-        assert await mirrors[0].read("u", "s") == {"by": max(fences)}
+        assert await mirrors[0].read_session("u", "s") == {"by": max(fences)}
 
 
 WRITES: list[tuple[str, Job, Job, str]] = [
@@ -511,24 +511,24 @@ WRITES: list[tuple[str, Job, Job, str]] = [
 
 @pytest.mark.parametrize(("first", "second", "wins"), [row[1:] for row in WRITES], ids=[row[0] for row in WRITES])
 async def test_a_stale_worker_cannot_write(mirror: SessionMirror, first: Job, second: Job, wins: str) -> None:
-    await mirror.write(first, {"by": "first"})
-    await mirror.write(second, {"by": "second"})
-    assert await mirror.read("u", "s") == {"by": wins}
+    await mirror.write_session(first, {"by": "first"})
+    await mirror.write_session(second, {"by": "second"})
+    assert await mirror.read_session("u", "s") == {"by": wins}
 
 
 async def test_of_many_first_writes_the_latest_claims_stands(jobs_url: str, opened: Opened, crowd: int) -> None:
-    mirrors = [opened(adapters.session_mirror(jobs_url)) for _ in range(crowd)]
+    mirrors = [opened(adapters.job_store(jobs_url)) for _ in range(crowd)]
     for round in range(3):
         job = make_job("a", session_id=f"s{round}", status=State.RUNNING)
         writes = [(mirror, job.evolve(fence=crowd - i, started_at=at(crowd - i))) for i, mirror in enumerate(mirrors)]
-        await asyncio.gather(*(mirror.write(claim, {"by": claim.fence}) for mirror, claim in writes))
-        assert await mirrors[0].read("u", f"s{round}") == {"by": crowd}
+        await asyncio.gather(*(mirror.write_session(claim, {"by": claim.fence}) for mirror, claim in writes))
+        assert await mirrors[0].read_session("u", f"s{round}") == {"by": crowd}
 
 
 async def test_a_job_that_was_never_claimed_does_not_shut_out_the_one_that_runs(mirror: SessionMirror) -> None:
-    await mirror.write(running("a", 1, -10), {"by": "a"})
-    await mirror.write(running("b", 1, None), {"by": "b"})
-    await mirror.write(running("a", 1, -10), {"by": "a again"})
-    assert await mirror.read("u", "s") == {"by": "a again"}
-    await mirror.write(running("a-before", 1, -20), {"by": "a stale one"})
-    assert await mirror.read("u", "s") == {"by": "a again"}
+    await mirror.write_session(running("a", 1, -10), {"by": "a"})
+    await mirror.write_session(running("b", 1, None), {"by": "b"})
+    await mirror.write_session(running("a", 1, -10), {"by": "a again"})
+    assert await mirror.read_session("u", "s") == {"by": "a again"}
+    await mirror.write_session(running("a-before", 1, -20), {"by": "a stale one"})
+    assert await mirror.read_session("u", "s") == {"by": "a again"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serve_app import jobs, lease
-from serve_app.adapters.memory import MemoryJobStore, MemorySessionMirror
+from serve_app.adapters.memory import MemoryJobStore
 from serve_app.errors import Busy, Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
 from serve_app.jobs import Job, Progress
 from serve_app.lease import Lease
@@ -31,7 +31,7 @@ class Host:
         self.clock, self.ahead_s = Clock(), 0.0
         monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=self.monotonic))
         self.jobs = Outage(MemoryJobStore(f"memory:{name}", self.clock), StoreUnavailable)
-        self.mirror = Outage(MemorySessionMirror(f"memory:{name}"), StoreUnavailable)
+        self.mirror = Outage(MemoryJobStore(f"memory:{name}"), StoreUnavailable)
         self.work = Work(**WORK)
 
     def monotonic(self) -> float:
@@ -200,18 +200,18 @@ async def test_the_session_is_shown_one_progress_at_a_time_and_then_the_latest(h
     async def hang() -> None:
         await go_on.wait()
 
-    host.mirror.before["write"] = hang
+    host.mirror.before["write_session"] = hang
     holding = asyncio.create_task(keeper.hold(forever()))
     for step in (1, 2, 3):
         await keeper.note(Progress(step=step, steps=4))
         await host.looks("report", 1)
         await host.looks("get")
-    assert host.mirror.calls["write"] == 1, "the first has not been shown yet"
+    assert host.mirror.calls["write_session"] == 1, "the first has not been shown yet"
     go_on.set()
     async with asyncio.timeout(10):
-        while (await host.mirror.read("u", "s") or {}).get("processingProgress") != 0.75:
+        while (await host.mirror.read_session("u", "s") or {}).get("processingProgress") != 0.75:
             await asyncio.sleep(0.01)
-    assert host.mirror.calls["write"] == 2
+    assert host.mirror.calls["write_session"] == 2
     holding.cancel()
     await asyncio.wait({holding})
 

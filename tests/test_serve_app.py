@@ -83,10 +83,10 @@ async def test_a_message_goes_in_and_the_edited_photo_comes_out(app: App, tmp_pa
     edited, preview = sorted(await app.client.fetch(job, tmp_path))
     assert cv2.imread(str(edited)).shape == photo().shape
     assert cv2.imread(str(preview)).shape == photo().shape
-    mirror = adapters.session_mirror(app.settings.jobs)
+    mirror = adapters.job_store(app.settings.jobs)
 
     async def told() -> bool:
-        document = await mirror.read(job.user_id, job.session_id)
+        document = await mirror.read_session(job.user_id, job.session_id)
         return document is not None and document["processingStatus"] == "completed"
 
     await until(told)

@@ -5,6 +5,7 @@ import json
 import sqlite3
 import subprocess
 import threading
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
@@ -23,6 +24,7 @@ from serve_app.adapters.sql_database import lock
 from serve_app.errors import SettingsError, StoreUnavailable
 from serve_app.jobs import Change, Job, Owed, Progress, State, claim_of
 from serve_app.ports import JobStore
+from serve_app.settings import Settings
 
 from .backends import at, make_job
 from .job_servers import Gate, Opened, gate, plain
@@ -50,6 +52,25 @@ async def test_updates_from_several_processes_lose_nothing(
         assert await asyncio.to_thread(counter.wait) == 0
     job = await store.get("edit-1")
     assert job and job.seed == 100
+
+
+@pytest.mark.emulator
+async def test_jobs_cancellations_and_session_documents_share_one_pool(postgresql_url: str, opened: Opened) -> None:
+    """As an ingress opens them."""
+    name = f"ingress-{uuid.uuid4().hex}"
+    settings = Settings(jobs=f"{postgresql_url}&application_name={name}", variants={"telea": {}})
+    store = opened(adapters.job_store(settings.jobs))
+    mirror = adapters.session_mirror(settings, store)
+
+    async def use(number: int) -> None:
+        job = await store.update(f"edit-{number}", f"u/s{number}", put(make_job(f"edit-{number}")))
+        await mirror.write_session(job.evolve(session_id=f"s{number}"), {"jobId": job.id})
+        await store.cancel_until(f"u/s{number}", at(1))
+
+    await asyncio.gather(*map(use, range(40)))
+    count = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
+    with sa.create_engine(postgresql_url.replace("postgresql:", "postgresql+psycopg:")).connect() as connection:
+        assert 1 < connection.scalar(count, {"name": name}) <= sql_database.READERS + 4
 
 
 async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, opened: Opened) -> None:
@@ -151,14 +172,14 @@ def of_schema_1(url: str, *records: str) -> None:
 async def test_a_database_of_schema_1_keeps_its_jobs_and_learns_to_list_debts(sql_url: str, opened: Opened) -> None:
     job = make_job(fence=1, status=State.RUNNING, started_at=at(1))
     of_schema_1(sql_url, job.model_dump_json(exclude=NEW))
-    store, mirror = opened(adapters.job_store(sql_url)), opened(adapters.session_mirror(sql_url))
+    store, mirror = opened(adapters.job_store(sql_url)), opened(adapters.job_store(sql_url))
     kept = await store.get(job.id)
     assert kept and kept.progress.step == 3 and kept.evolve(progress=job.progress) == job
-    assert await mirror.read("u", "s") == {"jobId": "edit-1"}
+    assert await mirror.read_session("u", "s") == {"jobId": "edit-1"}
     assert list(await store.list(owes_by=at(99))) == []
     await store.update(job.id, KEY, put(job.evolve(owed={"completion": Owed(due_at=at(50))})))
     assert [owing.id for owing in await store.list(owes_by=at(50))] == ["edit-1"]
-    await opened(adapters.cancellations(sql_url)).cancel_until(KEY, at(1))
+    await opened(adapters.job_store(sql_url)).cancel_until(KEY, at(1))
 
 
 async def test_debts_in_records_of_schema_1_are_found(sql_url: str, opened: Opened) -> None:
@@ -396,8 +417,8 @@ async def test_several_write_at_once(postgresql_url: str, opened: Opened) -> Non
 
 
 FIRST_WRITES: dict[str, tuple[Callable[[str], Any], Callable[[Any], Awaitable[None]]]] = {
-    "cancellations/u/s": (adapters.cancellations, lambda store: store.cancel_until(KEY, at(1))),
-    "sessions/u/s": (adapters.session_mirror, lambda mirror: mirror.write(make_job(), {"by": "it"})),
+    "cancellations/u/s": (adapters.job_store, lambda store: store.cancel_until(KEY, at(1))),
+    "sessions/u/s": (adapters.job_store, lambda mirror: mirror.write_session(make_job(), {"by": "it"})),
     "progress/edit-1": (
         adapters.job_store,
         lambda store: store.report(claim_of(make_job(fence=1)), Progress(step=1, steps=2)),

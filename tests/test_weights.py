@@ -70,7 +70,7 @@ def sources(hub: HubServer, tmp_path: Path) -> Sources:
 
 def mirror() -> tuple[MemoryBlobStore, Mirror]:
     store = MemoryBlobStore(uuid4().hex)
-    return store, Mirror(store, store)
+    return store, Mirror(store)
 
 
 def files_below(folder: Path) -> set[str]:
@@ -264,7 +264,7 @@ async def test_a_name_that_would_leave_the_cache_is_refused(sources: Sources) ->
     store = Hostile(uuid4().hex)
     await store.put(f"models/o--gguf/{COMMIT}/q.gguf", b"", content_type="application/octet-stream")
     with pytest.raises(UnsafePath, match="no safe name"):
-        await weights.fetch(PINNED, replace(sources, mirror=Mirror(store, store)))
+        await weights.fetch(PINNED, replace(sources, mirror=Mirror(store)))
     assert not list(sources.cache.parent.rglob("q.gguf"))
 
 

@@ -904,7 +904,7 @@ async def test_progress_is_told_no_oftener_than_the_settings_say() -> None:
     rig.engine.on_step = lambda step: ticks.wait(0.005) and None
     await rig.work()
     assert rig.jobs.calls["report"] == 1
-    assert rig.mirror.calls["write"] == 2
+    assert rig.mirror.calls["write_session"] == 2
     assert (rig.settings.work.progress_s, Work().progress_s, Work().mirror_s) == (3600.0, 0.5, 2.0)
 
 

@@ -141,7 +141,7 @@ async def test_an_upload_that_the_store_lost_is_to_begin_again(
     async with answering_whole(forget) as port:
         url = bucket_url(kind, port, "bucket", monkeypatch)
         put = adapters.blob_store(url).put("users/u", LARGE, content_type="image/jpeg")
-        upload = adapters.blob_files(url).upload("users/u", tmp_path / "source")
+        upload = adapters.blob_store(url).upload("users/u", tmp_path / "source")
         results = await asyncio.gather(put, upload, return_exceptions=True)
     assert [type(result) for result in results] == [StoreUnavailable] * 2
 
@@ -200,8 +200,8 @@ async def test_firestore_that_answers_nonsense_is_unavailable(
     nonsense: Nonsense, monkeypatch: pytest.MonkeyPatch, opened: Opened
 ) -> None:
     monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", f"127.0.0.1:{nonsense.port}")
-    store, mirror = (opened(make("firestore:p")) for make in (adapters.job_store, adapters.session_mirror))
-    canceled = opened(adapters.cancellations("firestore:p"))
+    store, mirror = (opened(make("firestore:p")) for make in (adapters.job_store, adapters.job_store))
+    canceled = opened(adapters.job_store("firestore:p"))
     results = await asyncio.gather(
         store.get("edit-1"),
         store.list(),
@@ -211,8 +211,8 @@ async def test_firestore_that_answers_nonsense_is_unavailable(
         store.delete("edit-1"),
         canceled.cancel_until(KEY, at(1)),
         canceled.canceled_until(KEY),
-        mirror.write(make_job(), {"a": 1}),
-        mirror.read("u", "s"),
+        mirror.write_session(make_job(), {"a": 1}),
+        mirror.read_session("u", "s"),
         return_exceptions=True,
     )
     forget_firebase_app()

@@ -70,7 +70,7 @@ async def _audit(given: argparse.Namespace) -> Audit:
     loop.add_signal_handler(signal.SIGTERM, this.cancel)
     name = app.find(given.app)
     settings = await app.settings(name)
-    blobs = adapters.blob_store(settings.blobs)
+    blobs = adapters.blob_store(settings.blobs, settings.public_url)
     store = AuditStore(blobs, utc_now)
     audit, attempt = await _run_of(given, store, settings)
     try:
@@ -87,7 +87,6 @@ def _auditor(name: str, request: AuditRequest, settings: Settings, store: AuditS
     return Auditor(
         store=store,
         blobs=blobs,
-        links=adapters.blob_links(settings),
         replicas=RayReplicas(name, settings),
         prompts=app.prompts(name, settings, blobs),
         settings=settings,

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from serve_app.audits import PAGE, REPORT, RESULTS, TABLE, Audit, AuditStatus, CellResult, folder, plain
 from serve_app.images import Pixels
-from serve_app.ports import BlobLinks, BlobStore, Clock, utc_now
+from serve_app.ports import BlobStore, Clock, utc_now
 
 from . import chart
 from .columns import NONE, axes, columns, gigabytes
@@ -42,7 +42,6 @@ async def publish(
     mask: Pixels,
     *,
     blobs: BlobStore,
-    links: BlobLinks,
     clock: Clock = utc_now,
 ) -> None:
     """Write the four files into the run's folder, over those of an earlier attempt.
@@ -57,7 +56,7 @@ async def publish(
     expires_at = clock() + timedelta(seconds=expires_s)
     paths = [path for result in results if (path := result.image_path)]
     files = {name: f"{folder(audit.id)}/{name}" for name in _CONTENT_TYPES}
-    signed = {path: await links.link(path, expires_s=expires_s) for path in (*paths, *files.values())}
+    signed = {path: await blobs.link(path, expires_s=expires_s) for path in (*paths, *files.values())}
 
     content = document(audit, results, signed)
     pictures = await show_all(blobs, photo, mask, results)

@@ -18,7 +18,7 @@ from serve_app.audits import Audit, AuditFault, AuditRequest, AuditStatus, CellP
 from serve_app.engine import lock
 from serve_app.engine.lock import Lock
 from serve_app.errors import AuditError, FluxFillError, StoreUnavailable
-from serve_app.ports import BlobLinks, BlobStore, Clock, PromptEncoder
+from serve_app.ports import BlobStore, Clock, PromptEncoder
 from serve_app.settings import Settings
 from serve_app.telemetry import logged_with
 
@@ -77,7 +77,6 @@ class Auditor:
         *,
         store: AuditStore,
         blobs: BlobStore,
-        links: BlobLinks,
         replicas: Replicas,
         prompts: PromptEncoder,
         settings: Settings,
@@ -85,7 +84,7 @@ class Auditor:
         clock: Clock,
         pace: Pace | None = None,
     ) -> None:
-        self._store, self._blobs, self._links = store, blobs, links
+        self._store, self._blobs = store, blobs
         self._replicas, self._prompts, self._compiler = replicas, prompts, compiler
         self._settings, self._clock = settings, clock
         self._pace = pace or Pace()
@@ -227,7 +226,7 @@ class Auditor:
             return
         photo, mask = run.session.photo.pixels, run.session.mask
         results = list(run.results.values())
-        await self._patiently(partial(publish, audit, results, photo, mask, blobs=self._blobs, links=self._links))
+        await self._patiently(partial(publish, audit, results, photo, mask, blobs=self._blobs))
 
     async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
         audit = run.record.audit

@@ -27,7 +27,7 @@ class Records:
     def __init__(self, settings: Settings, sessions: Sequence[Session]) -> None:
         self._sessions = sessions
         self._jobs = adapters.job_store(settings.jobs)
-        self._mirror = adapters.session_mirror(settings.sessions_url)
+        self._mirror = adapters.session_mirror(settings, self._jobs)
         self._blobs = adapters.blob_store(settings.blobs)
         self._dead_letters = adapters.dead_letters(settings.messages)
         self._letters: dict[bytes, list[Mapping[str, str]]] = defaultdict(list)
@@ -62,7 +62,7 @@ class Records:
         """Its status. One that says how the session ended is not read again."""
         known = self._documents.get(session.id, "")
         if known in ("", "processing"):
-            document = await self._mirror.read(USER, session.id) or {}
+            document = await self._mirror.read_session(USER, session.id) or {}
             self._documents[session.id] = known = str(document.get("processingStatus", ""))
         return known
 

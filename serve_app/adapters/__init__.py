@@ -4,20 +4,16 @@
     jobs        sqlite:FILE      postgresql://HOST/DB   firestore:PROJECT     memory:NAME
     messages    embedded://HOST:PORT   pubsub:   pubsub://HOST:PORT           memory:NAME
 
-Within a process all who name the same `memory:NAME` share one store. Session documents and cancellations are kept in
-job stores.
+Within a process all who name the same `memory:NAME` share one store. Session documents are kept in job stores.
 """
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import SettingsError
 from ..ports import (
-    BlobFiles,
-    BlobLinks,
     BlobStore,
-    Cancellations,
     DeadLetters,
     JobStore,
     MessageSource,
@@ -36,6 +32,8 @@ class Row(NamedTuple):
     extra: str = ""
 
 
+#: Schemes of blobs that stay on this machine.
+_LOCAL = ("files:", "memory:")
 BLOB_STORES = {
     "files": Row(".files:FileBlobStore"),
     "s3": Row(".s3:S3BlobStore", "s3"),
@@ -47,12 +45,6 @@ JOB_STORES = {
     "postgresql": Row(".sql:SqlJobStore", "postgresql"),
     "firestore": Row(".firestore:FirestoreJobStore", "google"),
     "memory": Row(".memory:MemoryJobStore"),
-}
-SESSION_MIRRORS = {
-    "sqlite": Row(".sql:SqlSessionMirror"),
-    "postgresql": Row(".sql:SqlSessionMirror", "postgresql"),
-    "firestore": Row(".firestore:FirestoreSessionMirror", "google"),
-    "memory": Row(".memory:MemorySessionMirror"),
 }
 MESSAGE_SOURCES = {
     "embedded": Row(".pubsub:PubSubSource"),
@@ -71,47 +63,33 @@ DEAD_LETTERS = {
 }
 
 
-def blob_store(url: str) -> BlobStore:
-    """Raises SettingsError for a scheme that is unknown or whose packages are missing; so do the others here."""
-    store: BlobStore = _adapter(BLOB_STORES, url, "blob store")(url)
-    return store
+def blob_store(url: str, public_url: str = "") -> BlobStore:
+    """Links to blobs of this machine (`files:`, `memory:`) are served by the app, which is reached at `public_url`.
 
-
-def blob_files(url: str) -> BlobFiles:
-    """The store of `blob_store(url)`, for blobs too large for memory."""
-    store: BlobFiles = _adapter(BLOB_STORES, url, "blob store")(url)
-    return store
-
-
-def blob_links(settings: Settings) -> BlobLinks:
-    """Links to the blobs of `settings.blobs`: of the store's own making, or served by the app."""
-    local = local_links(settings)
-    if local is not None:
-        return local
-    store: BlobLinks = _adapter(BLOB_STORES, settings.blobs, "blob store")(settings.blobs)
+    Raises SettingsError for a scheme that is unknown or whose packages are missing; so do the others here.
+    """
+    made = _adapter(BLOB_STORES, url, "blob store")
+    store: BlobStore = made(url, public_url) if url.startswith(_LOCAL) else made(url)
     return store
 
 
 def local_links(settings: Settings) -> LocalLinks | None:
     """Where the app itself serves the links, what signs and reads them."""
-    is_local = settings.blobs.startswith(("files:", "memory:"))
-    return LocalLinks(settings.blobs, settings.public_url) if is_local else None
+    return LocalLinks(settings.blobs, settings.public_url) if settings.blobs.startswith(_LOCAL) else None
 
 
-def job_store(url: str) -> JobStore:
-    store: JobStore = _adapter(JOB_STORES, url, "job store")(url)
+class Store(JobStore, SessionMirror, Protocol):
+    """What keeps jobs can keep session documents, too, over the same connections."""
+
+
+def job_store(url: str) -> Store:
+    store: Store = _adapter(JOB_STORES, url, "job store")(url)
     return store
 
 
-def cancellations(url: str) -> Cancellations:
-    """Kept in the job store of `url`."""
-    kept: Cancellations = _adapter(JOB_STORES, url, "job store")(url)
-    return kept
-
-
-def session_mirror(url: str) -> SessionMirror:
-    mirror: SessionMirror = _adapter(SESSION_MIRRORS, url, "session mirror")(url)
-    return mirror
+def session_mirror(settings: Settings, jobs: Store) -> SessionMirror:
+    """`jobs` itself, unless the settings have session documents elsewhere."""
+    return jobs if settings.sessions_url == settings.jobs else job_store(settings.sessions_url)
 
 
 def message_source(settings: MessagesSettings, in_flight: int) -> MessageSource:

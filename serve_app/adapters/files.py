@@ -25,6 +25,7 @@ from ..containers import content_type
 from ..errors import BlobConflict, BlobNotFound, BlobTooLarge, FluxFillError, StoreDenied, StoreUnavailable, UnsafePath
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
+from .links import LocalLinks
 from .transfers import whole_file
 
 T = TypeVar("T")
@@ -49,8 +50,9 @@ _MAX_NAME = 255
 
 
 class FileBlobStore:
-    def __init__(self, url: str) -> None:
-        """`files:FOLDER`; the folder is made by the first write, for its owner alone."""
+    def __init__(self, url: str, public_url: str = "") -> None:
+        """`files:FOLDER`; the folder is made by the first write, for its owner alone. `public_url`: see LocalLinks."""
+        self._links = LocalLinks(url, public_url)
         self._root = Path(url.removeprefix("files:")).absolute()
 
     async def head(self, path: str) -> BlobInfo:
@@ -74,6 +76,9 @@ class FileBlobStore:
 
     async def download(self, path: str, to: Path) -> BlobInfo:
         return await self._run(path, lambda: _download(path, self._locate(path), to))
+
+    async def link(self, path: str, *, expires_s: int) -> str:
+        return await self._links.link(path, expires_s=expires_s)
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
         return await self._run(path, lambda: _upload(path, self._placed(path), source))

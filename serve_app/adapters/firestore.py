@@ -80,6 +80,14 @@ class FirestoreJobStore:
     async def canceled_until(self, session_key: str) -> datetime | None:
         return await self._database.run(lambda: _until(self._document("cancellations", session_key).get()))
 
+    async def write_session(self, job: Job, document: Mapping[str, Any]) -> None:
+        await self._database.transact(lambda t: self._write_session(t, job, document))
+
+    async def read_session(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
+        """The whole document, fields that are not ours included."""
+        fields = await self._database.run(lambda: self._session(user_id, session_id).get().to_dict())
+        return None if fields is None else {name: value for name, value in fields.items() if name != CLAIM}
+
     def close(self) -> None:
         self._database.close()
 
@@ -150,28 +158,11 @@ class FirestoreJobStore:
             is_current = reported.pop("fence", None) == job.fence
             yield with_progress(job, reported) if is_current else job
 
-
-class FirestoreSessionMirror:
-    def __init__(self, url: str) -> None:
-        """See `Firestore`."""
-        self._database = Firestore(url)
-
-    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
-        await self._database.transact(lambda t: self._write(t, job, document))
-
-    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
-        """The whole document, fields that are not ours included."""
-        fields = await self._database.run(lambda: self._session(user_id, session_id).get().to_dict())
-        return None if fields is None else {name: value for name, value in fields.items() if name != CLAIM}
-
-    def close(self) -> None:
-        self._database.close()
-
     def _session(self, user_id: str, session_id: str) -> Any:
         user = self._database.client.collection("users").document(document_name(user_id))
         return user.collection("sessions").document(document_name(session_id))
 
-    def _write(self, transaction: Transaction, job: Job, document: Mapping[str, Any]) -> None:
+    def _write_session(self, transaction: Transaction, job: Job, document: Mapping[str, Any]) -> None:
         session = self._session(job.user_id, job.session_id)
         claim = (session.get([CLAIM], transaction=transaction).to_dict() or {}).get(CLAIM)
         after = written(_claimed(claim), job, document)

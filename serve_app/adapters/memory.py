@@ -16,6 +16,7 @@ from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs import Change, Claim, Debt, Job, Progress, State
 from ..ports import ANY_VERSION, BlobInfo, Clock, utc_now
 from .blob_paths import check_path
+from .links import LocalLinks
 from .session_documents import SessionDocument, written
 from .transfers import check_size, whole_file
 
@@ -47,7 +48,9 @@ class _Content:
 
 
 class MemoryBlobStore:
-    def __init__(self, url: str = "memory:") -> None:
+    def __init__(self, url: str = "memory:", public_url: str = "") -> None:
+        """`public_url`: see LocalLinks."""
+        self._links = LocalLinks(url, public_url)
         self._content = _Content.of(url)
 
     async def head(self, path: str) -> BlobInfo:
@@ -85,6 +88,9 @@ class MemoryBlobStore:
         with whole_file(to) as file:
             file.write(blob.data)
         return blob.info
+
+    async def link(self, path: str, *, expires_s: int) -> str:
+        return await self._links.link(path, expires_s=expires_s)
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
         return await self.put(path, source.read_bytes(), content_type="application/octet-stream")
@@ -159,6 +165,17 @@ class MemoryJobStore:
     async def canceled_until(self, session_key: str) -> datetime | None:
         return self._content.cancellations.get(session_key)
 
+    async def write_session(self, job: Job, document: Mapping[str, Any]) -> None:
+        with self._content.lock:
+            key = (job.user_id, job.session_id)
+            after = written(self._content.sessions.get(key), job, document)
+            if after is not None:
+                self._content.sessions[key] = after
+
+    async def read_session(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
+        stored = self._content.sessions.get((user_id, session_id))
+        return dict(stored.fields) if stored else None
+
     def _owing(self, by: datetime, debt: Debt | None, receiver: str | None) -> Sequence[Job]:
         with self._content.lock:
             jobs = list(self._content.jobs.values())
@@ -180,19 +197,3 @@ class MemoryJobStore:
     def _with_progress(self, job: Job) -> Job:
         fence, progress = self._content.progress.get(job.id, (None, job.progress))
         return job.evolve(progress=progress) if fence == job.fence else job
-
-
-class MemorySessionMirror:
-    def __init__(self, url: str = "memory:") -> None:
-        self._content = _Content.of(url)
-
-    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
-        with self._content.lock:
-            key = (job.user_id, job.session_id)
-            after = written(self._content.sessions.get(key), job, document)
-            if after is not None:
-                self._content.sessions[key] = after
-
-    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
-        stored = self._content.sessions.get((user_id, session_id))
-        return dict(stored.fields) if stored else None

@@ -78,19 +78,10 @@ class SqlJobStore:
 
         return await self._database.read(read)
 
-    def close(self) -> None:
-        self._database.close()
-
-
-class SqlSessionMirror:
-    def __init__(self, url: str) -> None:
-        """See `Database`."""
-        self._database = Database(url)
-
-    async def write(self, job: Job, document: Mapping[str, Any]) -> None:
+    async def write_session(self, job: Job, document: Mapping[str, Any]) -> None:
         await self._database.write(lambda c: _mirror(c, job, document))
 
-    async def read(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
+    async def read_session(self, user_id: str, session_id: str) -> Mapping[str, Any] | None:
         document = await self._database.read(lambda c: _mirrored(c, _document(user_id, session_id)))
         return document.fields if document else None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import BlobNotFound, UnknownWeights, UnsafePath
-from ..ports import BlobFiles, BlobStore
+from ..ports import BlobStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,8 @@ class Mirror:
 
     name = "the mirror"
 
-    def __init__(self, blobs: BlobStore, files: BlobFiles) -> None:
-        """Two views of one store."""
+    def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
-        self._files = files
 
     async def list(self, repo: str, revision: str) -> Listing:
         """Raises UnsafePath where the mirror holds a file name that could escape its folder."""
@@ -63,13 +61,13 @@ class Mirror:
     async def download(self, repo: str, revision: str, file: str, folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         try:
-            await self._files.download(_mirror_path(repo, revision, file), folder / file)
+            await self._blobs.download(_mirror_path(repo, revision, file), folder / file)
         except BlobNotFound as e:
             raise UnknownWeights(f"the mirror has no {file} of {repo} at {revision}", repo=repo, file=file) from e
 
     async def upload(self, repo: str, revision: str, file: str, folder: Path) -> None:
         check_file(file)
-        await self._files.upload(_mirror_path(repo, revision, file), folder / file)
+        await self._blobs.upload(_mirror_path(repo, revision, file), folder / file)
 
 
 def _mirror_path(repo: str, revision: str, file: str) -> str:
