@@ -49,7 +49,11 @@ def area_of(file: Path) -> str:
 
 
 def sources() -> list[Path]:
-    return sorted(file for package in ("serve_app", "deployments", "benchmarks", "tests") for file in (ROOT / package).rglob("*.py"))
+    return sorted(
+        file
+        for package in ("serve_app", "deployments", "benchmarks", "tests")
+        for file in (ROOT / package).rglob("*.py")
+    )
 
 
 def lines_by_area() -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.engine import Engine, compile_folder, families, weights
+from serve_app.engine import Engine, families, weights
 from serve_app.engine.canvas import painting
 from serve_app.engine.cold_start import timed
 from serve_app.engine.seat import Seat
@@ -49,18 +49,10 @@ def open_engine(name: str, settings: Settings) -> Engine:
 def _abandon(engine: Engine, name: str) -> None:
     """Close it, while the error that is under way stays the one that is told."""
     try:
-        close_engine(engine)
+        engine.close()
     except (FluxFillError, RuntimeError) as e:
         extra = {"action": "engine_not_closed", "variant": name}
         log.warning("The engine of %s, which did not load, could not be closed: %s", name, e, extra=extra)
-
-
-def close_engine(engine: Engine) -> None:
-    """With what was compiled for it: a replica has one engine. Raises what torch raises."""
-    try:
-        engine.close()
-    finally:
-        compile_folder.remove()
 
 
 def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
@@ -85,7 +77,7 @@ class Inpainter:
         self._counts_steps = settings.variant(name).counts_steps
         self._metrics = metrics or RayMetrics()
         self._loading: Loading[Engine] = Loading(
-            f"variant {name}", lambda: open_engine(name, settings), close_engine, self._metrics
+            f"variant {name}", lambda: open_engine(name, settings), Engine.close, self._metrics
         )
         self._seat = Seat()
 

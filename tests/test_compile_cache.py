@@ -1,16 +1,16 @@
-"""The archive of what was compiled, with a compiler that writes files and nothing else."""
+"""The compiler's folder, and what goes by way of the mirror, with a compiler that writes files and nothing else."""
 
 import logging
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from serve_app.adapters import blob_store
-from serve_app.engine import compile_cache, compile_folder
+from serve_app.engine import compile_cache
 from serve_app.engine.cache import Sources
 from serve_app.engine.compile_cache import CompileCache
 from serve_app.engine.lock import Lock, LockedRepo
@@ -19,15 +19,27 @@ from serve_app.errors import GpuLost, OutOfMemory, VariantLoadFailed
 from serve_app.settings import Levers, VariantSettings
 from serve_app.variants import BUILT_IN
 
-ARCHIVE = "compiled/abc/inductor.zip"
+ARTIFACTS = "models/compiled/abc/artifacts.bin"
 
 
 @pytest.fixture(autouse=True)
-def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another"))
-    yield
-    compile_folder.remove()
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "another")
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What torch was given to load; what it makes of all that was compiled is `artifacts`."""
+    found = list[bytes]()
+
+    def load(given: bytes) -> object:
+        found.append(given)
+        return None if given == b"damaged" else "info"
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", load)
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"artifacts", None))
+    return found
 
 
 def folder() -> Path:
@@ -40,12 +52,13 @@ def names() -> set[str]:
 
 
 def writes(*files: str) -> Callable[[], None]:
-    """A compiler that writes these, each in a folder of its own, and its locks."""
+    """A compiler that writes these, each a graph that it had to compile."""
 
     def compile_all() -> None:
-        for file in (*files, "locks/one.lock"):
+        for file in files:
             (folder() / file).parent.mkdir(parents=True, exist_ok=True)
             (folder() / file).write_text(file)
+            counters["inductor"]["fxgraph_cache_miss"] += 1
 
     return compile_all
 
@@ -54,26 +67,16 @@ def mirror(at: Path) -> Mirror:
     return Mirror(blob_store(f"files:{at}"))
 
 
+def actions(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [vars(record)["action"] for record in caplog.records]
+
+
 def test_what_one_replica_compiled_the_next_one_finds(tmp_path: Path) -> None:
-    kept = CompileCache(tmp_path, "abc")
-    kept.warm_up(writes("fx/graph", "c/kernel.so"))
-    first = folder()
+    CompileCache(tmp_path, "abc").warm_up(writes("fx/graph", "triton/kernel"))
     seen: set[str] = set()
-    kept.warm_up(lambda: seen.update(names()))
-    assert folder() != first
-    assert seen == {"fx/graph", "c/kernel.so"}
-
-
-def test_where_nothing_is_new_nothing_is_written(tmp_path: Path) -> None:
-    kept = CompileCache(tmp_path, "abc")
-    kept.warm_up(writes("fx/graph"))
-    before = (tmp_path / ARCHIVE).stat().st_ino
-    kept.warm_up(writes("fx/graph"))
-    assert (tmp_path / ARCHIVE).stat().st_ino == before
-    kept.warm_up(writes("fx/another"))
-    with ZipFile(tmp_path / ARCHIVE) as packed:
-        assert set(packed.namelist()) == {"fx/graph", "fx/another"}
-    assert [path.name for path in (tmp_path / ARCHIVE).parent.iterdir()] == ["inductor.zip"]
+    CompileCache(tmp_path, "abc").warm_up(lambda: seen.update(names()))
+    assert seen == {"fx/graph", "triton/kernel"}
+    assert Path(os.environ["TRITON_CACHE_DIR"]) == folder() / "triton" == tmp_path / "compiled" / "abc" / "triton"
 
 
 def test_another_fingerprint_finds_nothing(tmp_path: Path) -> None:
@@ -82,80 +85,45 @@ def test_another_fingerprint_finds_nothing(tmp_path: Path) -> None:
     assert names() == set()
 
 
-def test_the_mirror_brings_it_to_another_machine(tmp_path: Path) -> None:
-    CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
-    CompileCache(tmp_path / "two", "abc", mirror(tmp_path / "mirror")).warm_up(lambda: None)
-    assert names() == {"fx/graph"}
-    assert (tmp_path / "mirror/models/compiled/abc/inductor.zip").is_file()
+def test_the_mirror_brings_it_to_another_machine(tmp_path: Path, taken: list[bytes]) -> None:
+    for machine in ("one", "two"):
+        CompileCache(tmp_path / machine, "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
+    assert taken == [b"artifacts"]
+    assert (tmp_path / "mirror" / ARTIFACTS).read_bytes() == b"artifacts"
 
 
-def archive(path: Path, **files: bytes) -> bytes:
-    with ZipFile(path, "w") as packed:
-        for name, content in files.items():
-            packed.writestr(name, content)
-    return path.read_bytes()
+def test_where_nothing_is_new_nothing_is_shared(tmp_path: Path, taken: list[bytes]) -> None:
+    (tmp_path / "mirror").mkdir()
+    CompileCache(tmp_path, "abc", mirror(tmp_path / "mirror")).warm_up(lambda: None)
+    assert not (tmp_path / "mirror" / ARTIFACTS).exists()
 
 
-def damaged(tmp_path: Path) -> dict[str, bytes]:
-    whole = archive(tmp_path / "whole.zip", graph=b"0123456789")
-    return {
-        "empty": b"",
-        "no archive": b"something else",
-        "cut short": whole[:-10],
-        "a flipped bit": whole.replace(b"0123456789", b"1123456789"),
-        "no name": archive(tmp_path / "named.zip", gräph=b"x").replace(b"\xc3\xa4", b"\xff\xff"),
-    }
+def test_what_is_on_the_disk_is_not_fetched(tmp_path: Path, taken: list[bytes]) -> None:
+    for _ in range(2):
+        CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
+    assert taken == []
 
 
-@pytest.mark.parametrize("how", ["empty", "no archive", "cut short", "a flipped bit", "no name"])
-def test_a_damaged_archive_is_said_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).write_bytes(damaged(tmp_path)[how])
-    kept = CompileCache(tmp_path, "abc")
-    kept.warm_up(writes("fx/graph"))
-    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [vars(record)["action"] for record in warned] == ["compiled_refused"]
-    kept.warm_up(lambda: None)
-    assert names() == {"fx/graph"}
-
-
-def test_whatever_is_damaged_in_an_archive_no_load_fails(tmp_path: Path) -> None:
-    kept = CompileCache(tmp_path, "abc")
-    kept.warm_up(writes("fx/graph", "c/kernel.so"))
-    whole, chance = (tmp_path / ARCHIVE).read_bytes(), random.Random(16)
-    loaded = []
-    for number in range(200):
-        changed = bytearray(whole)
-        for _ in range(chance.randint(1, 8)):
-            changed[chance.randrange(len(whole))] = chance.randrange(256)
-        (tmp_path / ARCHIVE).write_bytes(changed)
-        kept.warm_up(lambda number=number: loaded.append(number))  # type: ignore[misc]  # mypy infers no default
-        compile_folder.remove()
-    assert loaded == list(range(200))
-
-
-def test_an_archive_that_would_fill_the_disk_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_damaged_artifacts_are_said_and_replaced(
+    tmp_path: Path, taken: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = CompileCache(tmp_path, "abc")
-    kept.warm_up(writes("fx/graph"))
-    monkeypatch.setattr(compile_cache, "_MAX_BYTES", 5)
-    kept.warm_up(lambda: None)
-    assert names() == set()
-    kept.warm_up(writes("fx/graph"))
-    assert not (tmp_path / ARCHIVE).exists()
-    assert "more than the 5 that are kept" in caplog.text
+    (tmp_path / "mirror" / ARTIFACTS).parent.mkdir(parents=True)
+    (tmp_path / "mirror" / ARTIFACTS).write_bytes(b"damaged")
+    caplog.set_level(logging.INFO)
+    CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
+    assert taken == [b"damaged"] and actions(caplog) == ["compiled_not_fetched", "compiled_shared"]
+    assert (tmp_path / "mirror" / ARTIFACTS).read_bytes() == b"artifacts"
 
 
-def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    archive(tmp_path / ARCHIVE, **{"../../outside": b"x", "/tmp/absolute": b"x"})
-    CompileCache(tmp_path, "abc").warm_up(lambda: None)
-    assert names() == {"outside", "tmp/absolute"}
+def test_torch_itself_says_of_damaged_artifacts_that_they_are(tmp_path: Path) -> None:
+    for damaged in (b"", b"something else", bytes(1000)):
+        assert torch.compiler.load_cache_artifacts(damaged) is None
 
 
 @pytest.mark.parametrize("error", [VariantLoadFailed("another machine's code"), RuntimeError("no kernel image")])
-def test_what_is_found_and_does_not_work_is_compiled_anew(tmp_path: Path, error: Exception) -> None:
+def test_what_is_found_and_does_not_work_is_compiled_anew(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     kept = CompileCache(tmp_path, "abc")
     kept.warm_up(writes("fx/foreign"))
 
@@ -165,6 +133,7 @@ def test_what_is_found_and_does_not_work_is_compiled_anew(tmp_path: Path, error:
         writes("fx/graph")()
 
     kept.warm_up(compile_all)
+    assert actions(caplog) == ["compiled_refused"]
     kept.warm_up(lambda: None)
     assert names() == {"fx/graph"}
 
@@ -179,45 +148,25 @@ def test_a_failure_of_the_gpu_says_nothing_of_what_was_found(tmp_path: Path, err
 
     with pytest.raises(type(error)):
         kept.warm_up(compile_all)
-    kept.warm_up(lambda: None)
     assert names() == {"fx/graph"}
 
 
-def test_what_does_not_compile_at_all_is_raised_and_not_kept(tmp_path: Path) -> None:
+def test_what_does_not_compile_at_all_is_raised_and_not_shared(tmp_path: Path, taken: list[bytes]) -> None:
     def compile_all() -> None:
         writes("fx/half")()
         raise VariantLoadFailed("no C++ compiler")
 
     with pytest.raises(VariantLoadFailed, match=r"no C\+\+ compiler"):
-        CompileCache(tmp_path, "abc").warm_up(compile_all)
-    assert not (tmp_path / ARCHIVE).exists()
+        CompileCache(tmp_path, "abc", mirror(tmp_path / "mirror")).warm_up(compile_all)
+    assert not (tmp_path / "mirror" / ARTIFACTS).exists()
 
 
-def test_a_mirror_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mirror_that_cannot_be_written_to_stops_nothing(
+    tmp_path: Path, taken: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "mirror").write_text("a file, where a folder should be")
     CompileCache(tmp_path, "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
-    assert "compiled_not_kept" in [vars(record)["action"] for record in caplog.records]
-    assert (tmp_path / ARCHIVE).is_file()
-
-
-def test_a_cache_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "mirror").mkdir()
-    CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
-    caplog.set_level(logging.INFO)
-    (tmp_path / "two").write_text("a file, where a folder should be")
-    compiled: list[str] = []
-    CompileCache(tmp_path / "two", "abc", mirror(tmp_path / "mirror")).warm_up(lambda: compiled.append("fx/graph"))
-    assert compiled == ["fx/graph"]
-    assert "compiled_not_fetched" in [vars(record)["action"] for record in caplog.records]
-
-
-def test_triton_works_in_the_folder_too_and_its_part_is_not_kept(tmp_path: Path) -> None:
-    kept = CompileCache(tmp_path, "abc")
-    for _ in range(2):
-        kept.warm_up(writes("fx/graph", "triton/hash/kernel.cubin"))
-        assert Path(os.environ["TRITON_CACHE_DIR"]) == folder() / "triton"
-    with ZipFile(tmp_path / ARCHIVE) as packed:
-        assert packed.namelist() == ["fx/graph"]
+    assert "compiled_not_shared" in actions(caplog) and "fx/graph" in names()
 
 
 Q4, SERVED, BUCKETS = BUILT_IN["tiny-Q4_0"], VariantSettings(levers=Levers(compile=True)), ((64, 64), (96, 64))

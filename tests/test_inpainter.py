@@ -5,14 +5,13 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from deployments.inpainter import Inpainter, open_engine
-from serve_app.engine import Engine, Window, compile_folder, families
+from serve_app.engine import Engine, Window, families
 from serve_app.engine.pause import Pause
 from serve_app.errors import (
     GpuLost,
@@ -152,15 +151,6 @@ def test_an_engine_that_does_not_warm_up_is_closed(
         open_engine("v", settings())
     assert engine.closed == 1
     assert [vars(record)["action"] for record in caplog.records] == actions
-
-
-async def test_a_replica_that_ends_removes_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "another"))
-    replica = Replica(settings())
-    folder = compile_folder.new()
-    await Inpainter.__del__(replica)
-    assert not folder.exists()
 
 
 # -- engines that do not stop

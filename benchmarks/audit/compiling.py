@@ -3,10 +3,11 @@
 import logging
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deployments.inpainter import close_engine, open_engine
+from deployments.inpainter import open_engine
 from serve_app.audits import CompileVerdict
 from serve_app.engine import Engine
 from serve_app.ports import PaintRequest
@@ -53,22 +54,26 @@ def _figures(name: str, settings: Settings, request: PaintRequest) -> Iterator[M
     try:
         yield from _measured(engine, request)
     finally:
-        close_engine(engine)
+        engine.close()
 
 
 def _measured(engine: Engine, request: PaintRequest) -> Iterator[Mapping[str, Any]]:
     # Variants with nothing to compile run without torch.
+    from torch._inductor.utils import fresh_cache
+
     from .forwards import Forward
 
-    forward = Forward(engine, request)  # type: ignore[arg-type]  # of this family, and batching is off
+    forward = Forward(engine, request)  # type: ignore[arg-type]  # of this family
     forward.lap()
     eager_s, expected = forward.lap()
     yield {"eager_s": eager_s}
     explained = forward.explained()
     yield {"graphs": explained.graphs, "breaks": explained.breaks, "break_reasons": explained.reasons}
-    forward.compile()
-    first_s, output = forward.lap()
-    eager_s, compiled_s = forward.by_turns()
+    # Nothing that was compiled before is used, and nothing is kept. After a failure `fresh_cache` leaves its folder.
+    with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
+        forward.compile()
+        first_s, output = forward.lap()
+        eager_s, compiled_s = forward.by_turns()
     yield judged(
         eager_s=eager_s,
         compiled_s=compiled_s,

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.utils import clear_caches
 
-from serve_app.engine import compile_folder, compiled
+from serve_app.engine import compiled
 from serve_app.engine.canvas import paint_canvas
 from serve_app.engine.diffusion import FluxFill
 from serve_app.ports import PaintRequest
@@ -77,10 +76,8 @@ class Forward:
         return Explained(graphs=found.graph_count, breaks=breaks, reasons=tuple(reasons)[:_MAX_REASONS])
 
     def compile(self) -> None:
-        """As `levers.compile` does, with nothing that was compiled before. The next forward takes the time."""
+        """As `levers.compile` does. The next forward takes the time."""
         torch._dynamo.reset()
-        clear_caches()
-        compile_folder.new()
         compiled.compile_blocks(self._transformer)
 
     def lap(self) -> tuple[float, Tensor]:

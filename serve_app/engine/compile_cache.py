@@ -1,43 +1,39 @@
-"""What was compiled, kept for the next replica: the compiler's cache folder as one archive, under a fingerprint.
+"""What was compiled, kept for the next replica: torch's own caches, in a folder for each fingerprint.
 
-The whole folder, because `torch.compiler.save_cache_artifacts` leaves out what the C++ compiler made: on a CPU that is
-most of the time. Its entries are found by hash, so it works wherever it is unpacked. Only Triton's own part stays out:
-its files name the folder they lie in, and each graph's entry brings its kernels along (see torch's triton_bundler.py;
-never run here on a GPU).
+The compiler works in `compiled/{fingerprint}` of the weights cache, so the next replica on this disk finds everything
+there. By way of the mirror another machine gets what `torch.compiler.save_cache_artifacts` makes of it: graphs and
+Triton's kernels, but not what the C++ compiler made for a CPU.
 
-An archive holds code that the replica runs: who can write to the weights cache or the mirror can run code there.
+Both hold code that the replica runs: who can write to the weights cache or the mirror can run code there.
 """
 
 import asyncio
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor.utils import clear_caches
 
-from ..errors import CorruptWeights, FluxFillError, GpuLost, OutOfMemory
+from ..errors import FluxFillError, GpuLost, OutOfMemory
 from ..settings import VariantSettings
 from ..variants import Variant
-from . import compile_folder
 from .cache import Sources
 from .origins import Mirror
 
 log = logging.getLogger(__name__)
 
-#: Of an archive's files, unpacked. FLUX.1 with ten sizes takes some hundred megabytes.
-_MAX_BYTES = 4_000_000_000
-#: Where archives lie, `compiled/{fingerprint}/{_FILE}`, in the weights cache and below the mirror's `models`.
-_FOLDER, _FILE = "compiled", "inductor.zip"
+#: Where the compiler works, `compiled/{fingerprint}` in the weights cache; below the mirror's `models` with the file.
+_FOLDER, _FILE = "compiled", "artifacts.bin"
 _PACKAGES = ("torch", "triton", "diffusers", "gguf", "torchao")
 
 
@@ -87,7 +83,7 @@ def of(
 
 @dataclass(frozen=True, slots=True)
 class CompileCache:
-    """The archive of one fingerprint. Whatever is wrong with it or with the mirror, everything is compiled anew."""
+    """The compiler's folder for one fingerprint. Whatever is wrong with what is in it, everything is compiled anew."""
 
     #: Of weights.
     cache: Path
@@ -95,18 +91,25 @@ class CompileCache:
     mirror: Mirror | None = None
 
     def warm_up(self, compile_all: Callable[[], None]) -> None:
-        """Call `compile_all` with what is in the archive, and put into the archive what was not in it yet.
+        """Call `compile_all` with what was compiled before, and give the mirror what was not.
 
-        Raises what `compile_all` raises. The compiler works in a new `compile_folder`.
+        Raises what `compile_all` raises. Sets TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR for the process.
         """
-        folder = compile_folder.new()
-        found = self._restore(folder)
-        if not (found and self._works(compile_all)):
-            if found:
-                folder, found = _start_over(), {}
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._folder)
+        os.environ["TRITON_CACHE_DIR"] = str(self._folder / "triton")
+        misses = _misses()
+        is_known = self._is_there() or self._fetch()
+        if not (is_known and self._works(compile_all)):
             compile_all()
-        if new := _files(folder).keys() - found.keys():
-            self._keep(folder, len(new))
+        if _misses() > misses:
+            self._share()
+
+    @property
+    def _folder(self) -> Path:
+        return self.cache / _FOLDER / self.fingerprint
+
+    def _is_there(self) -> bool:
+        return self._folder.is_dir() and any(self._folder.iterdir())
 
     def _works(self, compile_all: Callable[[], None]) -> bool:
         try:
@@ -115,95 +118,49 @@ class CompileCache:
             raise
         except Exception as e:
             # What damaged or foreign code raises when it is loaded or run can be anything.
-            self._refuse(e)
+            extra = {"action": "compiled_refused", "fingerprint": self.fingerprint}
+            log.warning("What was compiled before is of no use: %r. It is compiled anew.", e, extra=extra)
+            self._start_over()
             return False
         return True
 
-    @property
-    def _archive(self) -> Path:
-        return self.cache / _FOLDER / self.fingerprint / _FILE
+    def _start_over(self) -> None:
+        """Forget what was compiled, so that what is compiled now gets the keys it has in a new process."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        torch._dynamo.reset()
+        clear_caches()
 
-    def _restore(self, folder: Path) -> Mapping[str, Path]:
-        """Unpack the archive. What is in the folder then, by name."""
-        if not self._archive.exists():
-            self._fetch()
-        if not self._archive.exists():
-            return {}
-        try:
-            _unpack(self._archive, folder)
-        except Exception as e:
-            # zipfile raises all sorts of errors for damaged archives.
-            self._refuse(e)
-            shutil.rmtree(folder)
-            folder.mkdir()
-        found = _files(folder)
-        log.info("Found %d compiled files", len(found), extra={"action": "compiled_found", "files": len(found)})
-        return found
-
-    def _fetch(self) -> None:
+    def _fetch(self) -> bool:
+        """Whether the mirror had something that torch takes."""
         if self.mirror is None:
-            return
+            return False
+        extra = {"action": "compiled_not_fetched", "fingerprint": self.fingerprint}
         try:
-            asyncio.run(self.mirror.download(_FOLDER, self.fingerprint, _FILE, self._archive.parent))
-        except (FluxFillError, OSError) as e:
-            extra = {"action": "compiled_not_fetched", "fingerprint": self.fingerprint}
-            log.info("Nothing compiled came from the mirror: %s", e, extra=extra)
+            asyncio.run(self.mirror.download(_FOLDER, self.fingerprint, _FILE, self._folder))
+            found = torch.compiler.load_cache_artifacts((self._folder / _FILE).read_bytes())
+        except Exception as e:
+            # Of the mirror, or of what reads a damaged file.
+            log.info("Nothing compiled came from the mirror: %r", e, extra=extra)
+            return False
+        if found is None:
+            log.info("What came from the mirror is damaged, or another version's", extra=extra)
+            return False
+        log.info("What another machine compiled is here", extra={"action": "compiled_fetched"})
+        return True
 
-    def _refuse(self, error: Exception) -> None:
-        extra = {"action": "compiled_refused", "fingerprint": self.fingerprint}
-        log.warning("What was compiled before is of no use: %r. It is compiled anew.", error, extra=extra)
-        self._archive.unlink(missing_ok=True)
-
-    def _keep(self, folder: Path, new: int) -> None:
-        extra = {"action": "compiled_not_kept", "fingerprint": self.fingerprint}
-        try:
-            _pack(folder, self._archive)
-            if self.mirror is not None:
-                asyncio.run(self.mirror.upload(_FOLDER, self.fingerprint, _FILE, self._archive.parent))
-        except (FluxFillError, OSError) as e:
-            log.warning("What was compiled is not kept for the next replica: %s", e, extra=extra)
+    def _share(self) -> None:
+        if self.mirror is None or (artifacts := torch.compiler.save_cache_artifacts()) is None:
             return
-        log.info("Kept %d newly compiled files", new, extra={"action": "compiled_kept", "files": new})
+        extra = {"action": "compiled_not_shared", "fingerprint": self.fingerprint}
+        try:
+            (self._folder / _FILE).write_bytes(artifacts[0])
+            asyncio.run(self.mirror.upload(_FOLDER, self.fingerprint, _FILE, self._folder))
+        except (FluxFillError, OSError) as e:
+            log.warning("What was compiled is not in the mirror for other machines: %s", e, extra=extra)
+            return
+        log.info("What was compiled is in the mirror", extra={"action": "compiled_shared"})
 
 
-def _start_over() -> Path:
-    """Forget what was compiled in this process, so that what is compiled now gets the keys it has in a new one."""
-    torch._dynamo.reset()
-    clear_caches()
-    return compile_folder.new()
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """By name; without the compiler's notes of who is at work, and without Triton's own part."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path for name, path in files.items() if path.suffix != ".lock" and not name.startswith("triton/")}
-
-
-def _pack(folder: Path, archive: Path) -> None:
-    """Whole or not at all. Several replicas may pack the same: the last one's stays."""
-    files = _files(folder)
-    size = sum(path.stat().st_size for path in files.values())
-    if size > _MAX_BYTES:
-        raise OSError(f"{size} bytes are more than the {_MAX_BYTES} that are kept")
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=".", delete=False) as file:
-        part = Path(file.name)
-    try:
-        with ZipFile(part, "w", ZIP_DEFLATED, compresslevel=1) as packed:
-            for name, path in files.items():
-                packed.write(path, name)
-        part.replace(archive)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Names that lead out of the folder are shortened to ones that do not, and each file's CRC-32 is checked.
-
-    Raises CorruptWeights where it would take too much room; what zipfile raises where the archive is damaged.
-    """
-    with ZipFile(archive) as packed:
-        size = sum(info.file_size for info in packed.infolist())
-        if size > _MAX_BYTES:
-            raise CorruptWeights(f"{archive} holds {size} bytes, more than the {_MAX_BYTES} that are taken")
-        packed.extractall(folder)
+def _misses() -> int:
+    """Graphs that this process compiled because no cache had them."""
+    return int(counters["inductor"]["fxgraph_cache_miss"])
