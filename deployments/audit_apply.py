@@ -1,17 +1,25 @@
 """What an audit recommends, written into a Serve config file: the file stays what the app is deployed from."""
 
+import json
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import unified_diff
+from io import StringIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
 
 from serve_app.api import Readiness
 from serve_app.audits import AuditStatus, RunId
@@ -20,7 +28,6 @@ from serve_app.messages import GuidanceScale, Steps, VariantName
 from serve_app.settings import Inference
 
 from .config import Config, check, load, position
-from .yaml_text import Keys, put
 
 
 class _Choice(BaseModel):
@@ -65,8 +72,9 @@ class Applied:
 
 
 def apply(results: Mapping[str, Any], config: Path) -> Applied:
-    """Write the recommended variant, guidance scale and steps into the `user_config` of the file's Ingress; all else in
-    the file keeps its every character. `results` is a run's results.json. Doing it again changes nothing.
+    """Write the recommended variant, guidance scale and steps into the `user_config` of the file's Ingress; the other
+    data stay, as do comments, order, quotes and line ends. `results` is a run's results.json. Doing it again changes
+    nothing.
 
     The file is replaced whole, and only by one that `config.check` finds sound.
 
@@ -125,29 +133,64 @@ def _choice(results: Mapping[str, Any]) -> _Choice:
 
 def _written(text: str, choice: _Choice, config: Path) -> str:
     wanted = choice.model_dump()
-    try:
-        for keys, value in _changes(yaml.safe_load(text), wanted):
-            text = put(text, keys, value)
-    except ValueError as e:
-        raise SettingsError(f"{config}: {e}; set user_config of Ingress to {wanted} by hand") from e
-    return text
+    expected = _parsed(text)
+    _put(expected, wanted)
+    if _parsed(text) == expected:
+        return text
+    with suppress(yaml.YAMLError, YAMLError):
+        new = _edited(text, wanted)
+        if _parsed(new) == expected:
+            return new
+    raise SettingsError(
+        f"{config}: user_config cannot be set here without changing something else; set user_config of Ingress to "
+        f"{wanted} by hand"
+    )
 
 
-def _changes(raw: dict[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[Keys, Any]]:
+def _parsed(text: str) -> Any:
+    """The text's data as Ray reads it, with a copy in the place of each alias."""
+    return json.loads(json.dumps(yaml.safe_load(text), default=str))
+
+
+def _edited(text: str, wanted: Mapping[str, Any]) -> str:
+    """The text with `wanted` in it, laid out as it was as far as ruamel.yaml can: with one indentation for all lists,
+    and one for all mappings."""
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = sys.maxsize
+    editor.explicit_start = re.search("^---", text, re.MULTILINE) is not None
+    # Ray reads YAML 1.1, where 1e-05 is text; this is how PyYAML writes them.
+    values = editor.load(yaml.safe_dump(wanted, sort_keys=False))
+    data = editor.load(text.replace("\r\n", "\n"))
+    apps = data["applications"]
+    app = apps[position(data)]
+    if not (apps.fa.flow_style() or app["args"].fa.flow_style()):
+        editor.indent(mapping=app["args"].lc.col - app.lc.col, sequence=app.lc.col, offset=apps.lc.col)
+    _put(data, values)
+    editor.dump(data, out := StringIO())
+    return out.getvalue().replace("\n", "\r\n" if "\r\n" in text else "\n")
+
+
+def _put(raw: Any, wanted: Mapping[str, Any]) -> None:
     """All of `wanted` is written out, also what is the default: without a `user_config` the default variant is another
     than where one leaves it out."""
-    app = position(raw)
-    at: Keys = ("applications", app, "deployments")
-    deployments = raw["applications"][app].get("deployments") or []
-    number = next((i for i, one in enumerate(deployments) if one["name"] == "Ingress"), len(deployments))
-    if number == len(deployments):
-        yield (*at, number), {"name": "Ingress", "user_config": wanted}
-    elif (current := deployments[number].get("user_config")) is None:
-        yield (*at, number, "user_config"), wanted
-    else:
-        yield from (
-            ((*at, number, "user_config", key), value) for key, value in wanted.items() if current.get(key) != value
-        )
+    app = raw["applications"][position(raw)]
+    if not app.get("deployments"):
+        app["deployments"] = []
+    deployments = app["deployments"]
+    ingress = next((one for one in deployments if one["name"] == "Ingress"), None)
+    if ingress is None:
+        ingress = {"name": "Ingress"}
+        deployments.insert(0, ingress)
+    if not ingress.get("user_config"):
+        ingress["user_config"] = {}
+    current = ingress["user_config"]
+    for key, value in wanted.items():
+        if key not in current and isinstance(current, CommentedMap):
+            # Behind the last key may come comments that belong to what follows.
+            current.insert(0, key, value)
+        elif current.get(key) != value:
+            current[key] = value
 
 
 def _replace(config: Path, text: str) -> None:

@@ -1,7 +1,10 @@
 """What an audit recommends, in a config file: written where it belongs, and nothing else touched."""
 
 import os
+import re
+from difflib import unified_diff
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -64,6 +67,55 @@ def test_the_difference_and_the_way_to_deploy_are_told(tmp_path: Path) -> None:
     assert "serveConfigV2" in found.next_step
 
 
+def flush(text: str) -> str:
+    """Lists that start where their key does."""
+    head, apps = text.split("applications:\n")
+    app, deployments = dedent(apps).split("  deployments:\n")
+    return f"{head}applications:\n{app}  deployments:\n{re.sub('^  ', '', deployments, flags=re.MULTILINE)}"
+
+
+LAYOUTS = {
+    "lists flush": flush(SOUND),
+    "four blanks": re.sub("^( *)(- )?", lambda m: m[1] * 2 + ("-   " if m[2] else ""), SOUND, flags=re.MULTILINE),
+    "anchors": SOUND.replace("tiny-Q4_0: {", "tiny-Q4_0: &tiny {")
+    .replace("tiny-Q5_K_S: {num_cpus: 0.3, downscale_delay_s: 60}", "tiny-Q5_K_S: *tiny")
+    .replace("tiny-Q8_0: {num_cpus: 0.3, downscale_delay_s: 60}", "tiny-Q8_0: {<<: *tiny, num_cpus: 0.5}"),
+    "quotes and a long line": SOUND.replace(
+        "crop_strategy: auto", f"crop_strategy: \"auto\"\n          prompt: '{'word ' * 60}'"
+    ).replace("host: 127.0.0.1", 'host: "127.0.0.1"   # loopback'),
+    "another deployment behind": SOUND + "\n      # The embedded server.\n      - name: PubSub\n",
+    "Windows' line ends": SOUND.replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.parametrize("text", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_only_the_lines_that_say_the_three_values_differ(tmp_path: Path, text: str) -> None:
+    _, edited = applied(tmp_path, text)
+    differing = list(unified_diff(text.splitlines(keepends=True), edited.splitlines(keepends=True), n=0))[3:]
+    assert [(line[0], line[1:].strip()) for line in differing] == [
+        ("-", "variant: telea"),
+        ("-", "steps: 28"),
+        ("-", "guidance_scale: 30.0"),
+        ("+", "variant: tiny-Q4_0"),
+        ("+", "steps: 20"),
+        ("+", "guidance_scale: 4.0"),
+    ]
+
+
+def test_lists_indented_in_two_ways_get_one_of_them(tmp_path: Path) -> None:
+    text = SOUND.replace(DEPLOYMENTS, "    deployments:\n    - name: PubSub # it\n      num_replicas: 1\n")
+    _, edited = applied(tmp_path, text)
+    assert check(tmp_path / "config.yaml") == []
+    assert not {line.strip() for line in text.splitlines()} - {line.strip() for line in edited.splitlines()}
+
+
+def test_what_is_added_stands_before_a_comment_on_what_follows(tmp_path: Path) -> None:
+    follows = "\n      # The embedded server.\n      - name: PubSub\n"
+    _, edited = applied(tmp_path, SOUND.replace("          steps: 28\n", "") + follows)
+    assert edited.endswith(f"crop_strategy: auto\n{follows}")
+    assert "          steps: 20\n" in edited
+
+
 ODD = {
     "user_config absent": SOUND.replace(USER_CONFIG, "").replace("        # What", "# What"),
     "user_config empty": SOUND.replace(USER_CONFIG, "        user_config:\n"),
@@ -80,7 +132,7 @@ ODD = {
     "no deployments": SOUND.replace(DEPLOYMENTS, ""),
     "no end of line": SOUND.replace(DEPLOYMENTS, "").rstrip(),
     "another deployment": SOUND.replace(
-        DEPLOYMENTS, "    deployments:\n    - name: PubSub # it\n      num_replicas: 1\n"
+        DEPLOYMENTS, "    deployments:\n      - name: PubSub # it\n        num_replicas: 1\n"
     ),
     "deployments in brackets": SOUND.replace(DEPLOYMENTS, "    deployments: [{name: PubSub}]\n"),
     "an empty list": SOUND.replace(DEPLOYMENTS, "    deployments: []\n"),
@@ -147,10 +199,17 @@ def test_an_unsound_file_is_refused_and_stays(tmp_path: Path, text: str, what: s
     assert os.listdir(tmp_path) == ["config.yaml"]
 
 
-def test_a_value_that_others_share_is_refused_and_told_to_be_set_by_hand(tmp_path: Path) -> None:
+def test_a_word_that_others_share_stays_theirs(tmp_path: Path) -> None:
     shared = SOUND.replace("variant: telea", "variant: &v telea").replace("crop_strategy: auto", "prompt: *v")
+    found, _ = applied(tmp_path, shared)
+    assert (found.after.variant, found.after.prompt) == ("tiny-Q4_0", "telea")
+    assert load(tmp_path / "config.yaml").inference == found.after
+
+
+def test_values_that_others_share_are_refused_and_told_to_be_set_by_hand(tmp_path: Path) -> None:
+    shared = SOUND.replace("user_config:", "user_config: &u") + "      - name: PubSub\n        user_config: *u\n"
     path = write(tmp_path, shared)
-    with pytest.raises(SettingsError, match=r"user_config.variant cannot be set here.*by hand"):
+    with pytest.raises(SettingsError, match=r"user_config cannot be set here.*by hand"):
         apply(results(), path)
     assert path.read_text() == shared
 
