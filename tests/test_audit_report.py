@@ -11,11 +11,12 @@ from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
+from xml.etree import ElementTree
 
 import jwt
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -429,20 +430,44 @@ def cells_of(seconds: Sequence[float]) -> tuple[AuditRequest, list[CellResult]]:
     return request, [result.model_copy(update={"wall_s": wall_s}) for result, wall_s in cells]
 
 
+def texts(svg: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(svg).iter("text"))
+
+
+def marks(svg: str) -> dict[str, tuple[float, float]]:
+    """Where each cell's mark is, in the chart's pixels."""
+    found = {}
+    for mark in ElementTree.fromstring(svg).iterfind(".//*[@data-cell]"):
+        (use,) = mark.iter("use")
+        found[mark.attrib["data-cell"]] = float(use.attrib["x"]), float(use.attrib["y"])
+    return found
+
+
+def fronts(svg: str) -> list[list[tuple[float, float]]]:
+    """The corners of each line along a front."""
+    lines = [path.attrib["d"] for path in ElementTree.fromstring(svg).iterfind(".//*[@class='front']/path")]
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line)] for line in lines]
+
+
+@settings(max_examples=20)
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=12))
 def test_marks_lie_on_the_axis_by_their_seconds(seconds: list[float]) -> None:
     request, results = cells_of(seconds)
     drawn = chart.timings(request, results, ())
     assert drawn is not None
-    values, at = [float(tick.text) for tick in drawn.ticks], [tick.at for tick in drawn.ticks]
-    assert values[0] == 0 and values[-1] >= max(seconds) * (1 - 1e-6)
-    assert values == sorted(values) and 2 <= len(values) <= 12
-    assert (at[0], at[-1]) == (drawn.left, drawn.right)
-    (lane,) = drawn.lanes
-    for mark, wall_s in zip(lane.marks, seconds, strict=True):
-        assert mark.x == pytest.approx(drawn.left + wall_s / values[-1] * (drawn.right - drawn.left), abs=0.1)
+    ticks = [(float(text.text or ""), float(text.attrib["x"])) for text in texts(drawn)[:-3]]
+    values = [value for value, _ in ticks]
+    assert values[0] == 0 and values == sorted(values) and 2 <= len(values) <= 12
+    (_, left), (last, right) = ticks[0], ticks[-1]
+    found = marks(drawn)
+    assert len(found) == len(seconds)
+    for result, wall_s in zip(results, seconds, strict=True):
+        x, _ = found[result.name]
+        assert 0 <= x <= 480
+        assert x == pytest.approx(left + wall_s / last * (right - left), abs=0.1)
 
 
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(-1, 1)), min_size=2, max_size=12))
 @example([(1.0, 0.1), (1.0000001, 0.2), (1.0000002, 0.9), (50.0, 0.95)])
 def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tuple[float, float]]) -> None:
@@ -459,12 +484,13 @@ def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tup
     assert names is not None
     drawn = chart.scatter(request, results, (), names.pareto)
     assert drawn is not None
-    assert len(drawn.marks) == len(points)
-    assert all(drawn.left <= mark.x <= drawn.right and drawn.top <= mark.y <= drawn.bottom for mark in drawn.marks)
-    ways = [(float(x), float(y)) for x, y in re.findall(r"H([\d.]+)V([\d.]+)", drawn.front)]
-    assert ways == sorted(ways, key=lambda way: (way[0], -way[1]))
-    # To the hundredth of a pixel that is drawn.
-    assert all(after <= before for (_, before), (_, after) in pairwise(ways))
+    found = marks(drawn.svg)
+    assert len(found) == len(points)
+    assert all(0 <= x <= 480 and 0 <= y <= 290 for x, y in found.values())
+    for front in fronts(drawn.svg):
+        assert any(front[0] == pytest.approx(at, abs=0.01) for at in found.values())
+        assert any(front[-1] == pytest.approx(at, abs=0.01) for at in found.values())
+        assert all(x <= later_x and y >= later_y for (x, y), (later_x, later_y) in pairwise(front))
 
 
 async def test_each_combination_of_further_axes_has_a_front_of_its_own() -> None:
@@ -474,11 +500,13 @@ async def test_each_combination_of_further_axes_has_a_front_of_its_own() -> None
     names = tuple(result.name for result in results if result.cell.seed == 0)
     drawn = chart.scatter(request, results, (), names)
     assert drawn is not None
-    where = {mark.name: mark for mark in drawn.marks}
-    assert where["a_gs2_st4_seed1"].title.startswith("a, guidance 2, 4 steps, seed 1: ")
-    legs = re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)", drawn.front)
-    pairs = [(where[f"a_gs2_st{steps}_seed0"], where[f"b_gs2_st{steps}_seed0"]) for steps in (4, 28)]
-    assert [tuple(map(float, leg)) for leg in legs] == [(a.x, a.y, b.x, b.y) for a, b in pairs]
+    assert "<title>a, guidance 2, 4 steps, seed 1: " in drawn.svg
+    where, legs = marks(drawn.svg), fronts(drawn.svg)
+    for steps, leg in zip((4, 28), legs, strict=True):
+        ends = where[f"a_gs2_st{steps}_seed0"], where[f"b_gs2_st{steps}_seed0"]
+        (x, y), (later_x, later_y) = ends
+        corners = [(x, y), (later_x, y), (later_x, later_y)]
+        assert [corner == pytest.approx(at, abs=0.01) for corner, at in zip(leg, corners, strict=True)] == [True] * 3
 
     choice = audited.audit(request).recommended
     assert choice is not None
@@ -494,9 +522,28 @@ async def test_each_combination_of_further_axes_has_a_front_of_its_own() -> None
 def test_the_reference_is_in_the_scatter_as_its_own_equal() -> None:
     drawn = chart.scatter(REQUEST, audited.results(), (), ())
     assert drawn is not None
-    assert drawn.y_ticks[-1].text == "1.00"
-    tops = {mark.name for mark in drawn.marks if mark.y == drawn.top}
-    assert tops == {f"Q8_0_gs{guidance}" for guidance in (2, 4, 10, 20, 30)}
+    found = marks(drawn.svg)
+    top = min(y for _, y in found.values())
+    (one,) = [text for text in texts(drawn.svg) if text.text == "1.000"]
+    assert float(one.attrib["y"]) == pytest.approx(top, abs=8)
+    assert {name for name, (_, y) in found.items() if y == top} == {
+        f"Q8_0_gs{guidance}" for guidance in (2, 4, 10, 20, 30)
+    }
+
+
+def test_charts_are_drawn_the_same_twice_and_fit_for_a_page_that_forbids_styles() -> None:
+    def draw() -> tuple[str, str]:
+        drawn, others = chart.timings(REQUEST, audited.results(), ()), chart.scatter(REQUEST, audited.results(), (), ())
+        assert drawn is not None and others is not None
+        return drawn, others.svg
+
+    assert draw() == draw()
+    both = "".join(draw())
+    assert "style=" not in both and "<style" not in both and "xmlns" not in both
+    ids = re.findall(r' id="([^"]*)"', both)
+    assert len(ids) == len(set(ids))
+    # Colours are the page's alone.
+    assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'="#m[0-9a-f]+"', "", both))
 
 
 def test_one_cell_makes_no_scatter() -> None:
