@@ -25,9 +25,10 @@ from serve_app import edit
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.edit import Editor, session_path
 from serve_app.jobs import Job, Parameters, Progress
+from serve_app.kinds import Attempt
 from serve_app.messages import CropStrategy
 from serve_app.ports import OnProgress, Painted, PaintRequest, utc_now
-from serve_app.settings import Settings
+from serve_app.settings import Inference, Settings
 from serve_app.worker import pixel_pool
 
 from .context import machine
@@ -112,15 +113,13 @@ async def measured(sessions: int, megapixels: float, settings: Settings) -> dict
             path = session_path("u", f"s{number}", edit.INPUTS[role])
             await blobs.put(path, data, content_type="image/png")
     painter, pool = Busy(sessions), pixel_pool()
-    editor = Editor(blobs=blobs, painter=painter, prompts=NoPrompts(), settings=settings, pool=pool)
+    editor = Editor(blobs=blobs, painter=painter, prompts=NoPrompts(), settings=settings, defaults=Inference)
     memory, started = Memory(), time.perf_counter()
 
     async def progress(_: Progress) -> None: ...
 
-    jobs = [
-        asyncio.create_task(editor.run(job_of(f"s{n}"), on_progress=progress, confirm=confirmed))
-        for n in range(sessions)
-    ]
+    attempt = Attempt(on_progress=progress, confirm=confirmed, pool=pool)
+    jobs = [asyncio.create_task(editor.run(job_of(f"s{n}"), attempt)) for n in range(sessions)]
     await painter.all_wait.wait()
     # What malloc holds and nobody uses is not what the jobs take.
     ctypes.CDLL(None).malloc_trim(0)

@@ -126,7 +126,7 @@ def modules_of_a_message() -> list[str]:
 async def _edit(note: Any) -> None:
     from serve_app import adapters
     from serve_app.adapters.webhooks import Webhooks
-    from serve_app.edit import session_path
+    from serve_app.edit import Editor, session_path
     from serve_app.engine.canvas import LocalPainter
     from serve_app.engine.families import create
     from serve_app.jobs import State
@@ -140,17 +140,23 @@ async def _edit(note: Any) -> None:
     webhooks = Webhooks(settings.webhooks, Secrets())
     courier = Courier(job_store=store, mirror=store, publisher=publisher, webhooks=webhooks, settings=settings)
     engine = create("telea", settings.variant("telea"), None, settings.variants["telea"])
-    worker = Worker(
+    painter = LocalPainter({"telea": engine})
+    editor = Editor(
         blobs=blobs,
+        painter=painter,
+        prompts=_NoPrompts(),
+        settings=settings,
+        defaults=lambda: Inference(variant="telea"),
+    )
+    worker = Worker(
+        kinds=[editor],
         job_store=store,
         mirror=store,
         publisher=publisher,
         courier=courier,
         webhooks=webhooks,
-        painter=LocalPainter({"telea": engine}),
-        prompts=_NoPrompts(),
+        painter=painter,
         settings=settings,
-        defaults=lambda: Inference(variant="telea"),
     )
     for name, data in (("original.jpg", _jpeg()), ("mask_auto.png", _png())):
         await blobs.put(session_path("u", "s", name), data, content_type="image/png")

@@ -11,7 +11,7 @@ from serve_app import adapters, jobs
 from serve_app.adapters.pubsub_client import address_of, check_speaks
 from serve_app.cancel import Canceler
 from serve_app.containers import content_type
-from serve_app.edit import INPUTS, session_path
+from serve_app.edit import INPUTS, edit_job_id, session_path
 from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable
 from serve_app.jobs import Cause, Job
 from serve_app.messages import EditMessage
@@ -62,7 +62,7 @@ class Client:
             data = source.read_bytes()
             versions.append(await self._put(path, data, content_type(data) or "application/octet-stream"))
         key = (attributes or {}).get("idempotencyKey")
-        job_id = jobs.edit_job_id(message, versions=versions, idempotency_key=key)
+        job_id = edit_job_id(message, versions=versions, idempotency_key=key)
         ended_before = await self._last_end(job_id)
         published = message.model_dump_json(by_alias=True, exclude_none=True).encode()
         await self._publisher.publish("sessions", published, attributes or {})

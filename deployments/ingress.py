@@ -22,6 +22,7 @@ from serve_app.api import Readiness, create_app
 from serve_app.audit_runs import Audits
 from serve_app.auth import Access
 from serve_app.cancel import Canceler
+from serve_app.edit import Editor
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, SettingsError, Unavailable
 from serve_app.jobs import Job
@@ -129,17 +130,23 @@ class Ingress:
         )
         self._broker = BrokerWatch(broker)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
-        self._worker = Worker(
+        painter = RemotePainter(painters, self._watch)
+        editor = Editor(
             blobs=self._blobs,
+            painter=painter,
+            prompts=RemotePrompts(encoders, PromptCache(self._blobs), settings),
+            settings=settings,
+            defaults=self._defaults,
+        )
+        self._worker = Worker(
+            kinds=[editor],
             job_store=job_store,
             mirror=mirror,
             publisher=publisher,
             courier=self._courier,
             webhooks=self._webhooks,
-            painter=RemotePainter(painters, self._watch),
-            prompts=RemotePrompts(encoders, PromptCache(self._blobs), settings),
+            painter=painter,
             settings=settings,
-            defaults=self._defaults,
             metrics=self.metrics,
         )
         background = (self._watch.run(), self._broker.run(), self._courier.run(), self._show_subscriptions())

@@ -1,13 +1,14 @@
 """One attempt at one edit: the session's blobs in, the edited photo and its preview out."""
 
 import asyncio
+import hashlib
+import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from . import images, masks, paste, windows
 from .errors import (
@@ -20,11 +21,12 @@ from .errors import (
     VariantNotReady,
 )
 from .images import Photo, Pixels
-from .jobs import Job, Progress, Timings
-from .messages import CropStrategy
+from .jobs import Job, JobType, Message, Parameters, Progress, Timings
+from .kinds import Asked, Attempt, Result
+from .messages import CropStrategy, EditMessage, parse_edit
 from .outputs import Outputs, Painting
 from .ports import BlobInfo, BlobStore, OnProgress, Painted, Painter, PaintRequest, PromptEncoder
-from .settings import Limits, Settings
+from .settings import Inference, Limits, Settings
 
 T = TypeVar("T")
 
@@ -94,15 +96,6 @@ async def begun_within(
         raise InferenceTimeout(f"painting on {variant} took longer than {limit_s:g} s", limit_s=limit_s) from e
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    #: Blob paths by role.
-    artifacts: dict[str, str]
-    #: The versions that were written there.
-    versions: dict[str, str]
-    timings: Timings
-
-
 @dataclass(kw_only=True)
 class _Prepared:
     """A job's picture while it is in this process."""
@@ -137,8 +130,40 @@ class _Clock:
             self.seconds[name] = time.perf_counter() - started
 
 
+def edit_job_id(message: EditMessage, *, versions: Sequence[str], idempotency_key: str | None) -> str:
+    """The identity of an edit: what it would compute.
+
+    User, session, the stored versions of original and mask (replaced by the idempotency key where there is one),
+    and the parameters given explicitly. A republished message has the same id; a changed photo has another.
+    """
+    given = {"key": idempotency_key} if idempotency_key else {"versions": list(versions)}
+    return f"edit-{_digest(message, given)}"
+
+
+def edit_request(message: EditMessage, *, idempotency_key: str | None) -> str:
+    """See `Job.request`."""
+    return "" if idempotency_key else _digest(message, {})
+
+
+def _digest(message: EditMessage, given: Mapping[str, Any]) -> str:
+    what = {
+        "user": message.user_id,
+        "session": message.session_id,
+        "input": dict(given),
+        "explicit": message.explicit(),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def seed_of(job_id: str) -> int:
+    """An edit's seed where none is given: 32 bits of its id's hash, so that every attempt draws the same noise."""
+    return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4], "big")
+
+
 class Editor:
-    """Runs attempts. Holds no state of any job, so many run at once."""
+    """The kind of job that an edit is."""
+
+    type: JobType = "inpaint"
 
     def __init__(
         self,
@@ -147,20 +172,50 @@ class Editor:
         painter: Painter,
         prompts: PromptEncoder,
         settings: Settings,
-        pool: ThreadPoolExecutor,
+        defaults: Callable[[], Inference],
     ) -> None:
+        """`defaults` is asked at each first claim, so it may change meanwhile."""
         self._blobs, self._painter, self._prompts = blobs, painter, prompts
-        self._settings, self._pool = settings, pool
+        self._settings, self._defaults = settings, defaults
         self._outputs = Outputs(blobs, upload_s=settings.work.upload_s)
         #: How many decoded pixels more may be kept.
         self._room_px = settings.limits.decoded_pixels
 
-    async def run(self, job: Job, *, on_progress: OnProgress, confirm: Callable[[], Awaitable[None]]) -> Result:
-        """Paint `job` and store the result; `confirm` is awaited before the store is written to. What was painted and
-        could not be stored is kept, and not painted again.
+    def read(self, data: bytes) -> Asked:
+        message, unknown = parse_edit(data, max_bytes=self._settings.limits.message_bytes)
+        return Asked(message=message, variant=message.variant or self._defaults().variant, unknown_fields=unknown)
+
+    async def new_job(self, asked: Asked, *, variant: str, idempotency_key: str | None) -> Job:
+        message: EditMessage = asked.message
+        versions = await asyncio.gather(*(self._version(message, name) for name in INPUTS.values()))
+        job_id = edit_job_id(message, versions=versions, idempotency_key=idempotency_key)
+        explicit = message.explicit()
+        explicit.pop("variant", None)
+        return Job(
+            id=job_id,
+            type=self.type,
+            user_id=message.user_id,
+            session_id=message.session_id,
+            variant=variant,
+            seed=explicit.pop("seed", seed_of(job_id)),
+            request=edit_request(message, idempotency_key=idempotency_key),
+            parameters=Parameters(**(self._defaults().model_dump(exclude={"variant"}) | explicit)),
+            deadline=message.deadline,
+            callback_url=str(message.callback_url or ""),
+            message=Message(data=message.model_dump_json(by_alias=True, exclude_none=True), attributes={}),
+        )
+
+    async def _version(self, message: EditMessage, name: str) -> str:
+        try:
+            return (await self._blobs.head(session_path(message.user_id, message.session_id, name))).version
+        except BlobNotFound:
+            return ""
+
+    async def run(self, job: Job, attempt: Attempt) -> Result:
+        """Paint `job` and store the result. What was painted and could not be stored is kept, and not painted again.
 
         Raises MissingInput, InvalidImage, ImageTooLarge, MaskMismatch, MaskUnclear for bad input; what the painter, the
-        encoder and the store raise; InferenceTimeout; and what `confirm` raises.
+        encoder and the store raise; InferenceTimeout; and what `attempt.confirm` raises.
         """
         clock, paths = _Clock(), _paths(job)
         await self._outputs.check_writable()
@@ -168,31 +223,27 @@ class Editor:
         with clock.stage("download_s"):
             (original, of), (mask, of_mask) = await asyncio.gather(self._read(job, "original"), self._read(job, "mask"))
         inputs = (of.version, of_mask.version)
-        painting = self._outputs.kept(job, inputs) or await self._painting(job, original, mask, on_progress, clock)
+        painting = self._outputs.kept(job, inputs) or await self._painting(job, original, mask, attempt, clock)
         try:
             with clock.stage("upload_s"):
-                written = await self._outputs.store(painting, paths, versions, confirm)
+                written = await self._outputs.store(painting, paths, versions, attempt.confirm)
         except StoreUnavailable:
             self._outputs.keep(job, inputs, painting)
             raise
         timings = Timings(**{**painting.seconds, **clock.seconds}, gpu_ms=painting.gpu_ms)
         return Result(artifacts=paths, versions=written, timings=timings)
 
-    async def _in_pool(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
     async def _read(self, job: Job, role: str) -> tuple[bytes, BlobInfo]:
         return await read_input(self._blobs, job.user_id, job.session_id, role, self._settings.limits)
 
-    async def _painting(
-        self, job: Job, original: bytes, mask: bytes, on_progress: OnProgress, clock: _Clock
-    ) -> Painting:
+    async def _painting(self, job: Job, original: bytes, mask: bytes, attempt: Attempt, clock: _Clock) -> Painting:
+        in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
         with clock.stage("prepare_s"):
-            prepared = await self._in_pool(self._prepare, original, mask, job.parameters.crop_strategy)
+            prepared = await in_pool(self._prepare, original, mask, job.parameters.crop_strategy)
         with self._in_memory(prepared):
-            painted = await self._paint(job, prepared, on_progress, clock)
+            painted = await self._paint(job, prepared, attempt.on_progress, clock)
             with clock.stage("encode_s"):
-                files = await self._in_pool(self._encode, prepared, painted)
+                files = await in_pool(self._encode, prepared, painted)
         return Painting(files=files, seconds=clock.seconds, gpu_ms=painted.gpu_ms if painted else None)
 
     @contextmanager

@@ -17,8 +17,6 @@ A job that is over owes what others must be told (`Job.owed`), from the same wri
 owes its message (`dispatch`), should the broker have lost it. `outbox.py` pays.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -28,7 +26,7 @@ from urllib.parse import urlsplit
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from .errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
-from .messages import CropStrategy, EditMessage
+from .messages import CropStrategy
 
 
 class State(StrEnum):
@@ -312,36 +310,6 @@ class Claim(_Value):
 
 def claim_of(job: Job) -> Claim:
     return Claim(job_id=job.id, session_key=job.session_key, fence=job.fence)
-
-
-def edit_job_id(message: EditMessage, *, versions: Sequence[str], idempotency_key: str | None) -> str:
-    """The identity of an edit: what it would compute.
-
-    User, session, the stored versions of original and mask (replaced by the idempotency key where there is one),
-    and the parameters given explicitly. A republished message has the same id; a changed photo has another.
-    """
-    given = {"key": idempotency_key} if idempotency_key else {"versions": list(versions)}
-    return f"edit-{_digest(message, given)}"
-
-
-def edit_request(message: EditMessage, *, idempotency_key: str | None) -> str:
-    """See `Job.request`."""
-    return "" if idempotency_key else _digest(message, {})
-
-
-def _digest(message: EditMessage, given: Mapping[str, Any]) -> str:
-    what = {
-        "user": message.user_id,
-        "session": message.session_id,
-        "input": dict(given),
-        "explicit": message.explicit(),
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
-
-
-def seed_of(job_id: str) -> int:
-    """An edit's seed where none is given: 32 bits of its id's hash, so that every attempt draws the same noise."""
-    return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4], "big")
 
 
 #: From the job's stored record (None: no such job), the session's other jobs that are not over, and the store's present

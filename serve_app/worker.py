@@ -2,7 +2,7 @@
 
 Whatever brings a message, pulled or pushed, it ends here, over the same claim:
 
-    parse ► identify ► claim ► attempt (edit.py, under lease.py) ► finish ► verdict
+    read ► identify ► claim ► attempt (by the kind of job, under lease.py) ► finish ► verdict
 
 What others are told of a job's end is owed from the write that ended it, and told by outbox.py.
 """
@@ -12,7 +12,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -20,9 +20,7 @@ from datetime import datetime
 from functools import partial
 
 from . import jobs
-from .edit import INPUTS, Editor, Result, session_path
 from .errors import (
-    BlobNotFound,
     Busy,
     Canceled,
     Disposition,
@@ -38,21 +36,13 @@ from .errors import (
     VariantNotReady,
 )
 from .holding import Shares, Waits
-from .jobs import Cause, Change, Job, JobError, Message, Parameters, State, Timings
+from .jobs import Cause, Change, Job, JobError, JobType, State, Timings
+from .kinds import Asked, Attempt, Kind, Result
 from .lease import Lease, Orphans, insist
-from .messages import Attributes, EditMessage, parse_attributes, parse_edit, without_reasons
+from .messages import Attributes, parse_attributes, without_reasons
 from .outbox import Courier, Webhooks
-from .ports import (
-    BlobStore,
-    Delivery,
-    JobStore,
-    Painter,
-    PromptEncoder,
-    Publisher,
-    SessionMirror,
-    Verdict,
-)
-from .settings import Inference, Settings
+from .ports import Delivery, JobStore, Painter, Publisher, SessionMirror, Verdict
+from .settings import Settings
 from .telemetry import Metrics, NoMetrics, logged_with, trace_id
 
 log = logging.getLogger(__name__)
@@ -74,29 +64,28 @@ def pixel_pool() -> ThreadPoolExecutor:
 
 
 class Worker:
-    """Works on deliveries, many at a time. `defaults` is asked at each first claim, so it may change meanwhile."""
+    """Works on deliveries, many at a time."""
 
     def __init__(
         self,
         *,
-        blobs: BlobStore,
+        kinds: Sequence[Kind],
         job_store: JobStore,
         mirror: SessionMirror,
         publisher: Publisher,
         courier: Courier,
         webhooks: Webhooks,
         painter: Painter,
-        prompts: PromptEncoder,
         settings: Settings,
-        defaults: Callable[[], Inference],
         metrics: Metrics | None = None,
     ) -> None:
-        self._blobs, self._jobs, self._mirror, self._publisher = blobs, job_store, mirror, publisher
+        """`painter` says which variants can paint now; jobs of each of `kinds` are worked on."""
+        self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
+        self._jobs, self._mirror, self._publisher = job_store, mirror, publisher
         self._courier, self._webhooks = courier, webhooks
         self._metrics = metrics or NoMetrics()
-        self._settings, self._defaults = settings, defaults
+        self._settings = settings
         self._pool = pixel_pool()
-        self._editor = Editor(blobs=blobs, painter=painter, prompts=prompts, settings=settings, pool=self._pool)
         self._orphans = Orphans(job_store)
         self._waits = Waits()
         self._shares = Shares(painter, settings)
@@ -133,32 +122,34 @@ class Worker:
         try:
             if delivery.fault:
                 raise MalformedMessage(delivery.fault)
-            message, unknown = parse_edit(delivery.data, max_bytes=self._settings.limits.message_bytes)
+            # Messages of edits are the only ones so far.
+            kind = self._kinds["inpaint"]
+            asked = kind.read(delivery.data)
             attributes = parse_attributes(delivery.attributes)
         except MalformedMessage as e:
             await self._dead_letter(delivery, e.code, e.message)
             return Verdict(action="ack", reason=e.code)
         with logged_with(trace_id=trace_id(attributes.traceparent)):
-            if unknown:
-                log.warning(
-                    "Ignored fields nobody here knows: %s", ", ".join(unknown), extra={"action": "unknown_fields"}
-                )
-            return await self._shared(message, attributes, delivery)
+            if asked.unknown_fields:
+                names = ", ".join(asked.unknown_fields)
+                log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
+            return await self._shared(kind, asked, attributes, delivery)
 
-    async def _shared(self, message: EditMessage, attributes: Attributes, delivery: Delivery) -> Verdict:
+    async def _shared(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery) -> Verdict:
         """Work on it within the share of its job's variant, which need not be the one it names today."""
-        variant = message.variant or self._defaults().variant
+        variant = asked.variant
+        new_job = partial(self._new_job, kind, asked, attributes, delivery)
         while True:
             try:
                 # Before the stores are asked anything: what is over its share comes again.
                 with self._shares.taken(variant):
-                    return await self._work_on(await self._new_job(message, attributes, variant, delivery), delivery)
+                    return await self._work_on(await new_job(variant), delivery)
             except OtherVariant as e:
                 variant = e.details["variant"]
             except VariantNotReady as e:
                 if self._waits.waited_s(delivery.message_id) < self._settings.work.wait_limit_s:
                     raise
-                return await self._given_up(await self._new_job(message, attributes, variant, delivery), delivery, e)
+                return await self._given_up(await new_job(variant), delivery, e)
 
     async def _given_up(self, new: Job, delivery: Delivery, error: VariantNotReady) -> Verdict:
         """The end of a message that has waited for its share for too long."""
@@ -182,37 +173,16 @@ class Worker:
 
     # -- claiming
 
-    async def _new_job(self, message: EditMessage, attributes: Attributes, variant: str, delivery: Delivery) -> Job:
-        versions = await asyncio.gather(*(self._version(message, name) for name in INPUTS.values()))
-        job_id = jobs.edit_job_id(message, versions=versions, idempotency_key=attributes.idempotency_key)
-        defaults = self._defaults()
-        explicit = message.explicit()
-        explicit.pop("variant", None)
-        return Job(
-            id=job_id,
-            type="inpaint",
-            user_id=message.user_id,
-            session_id=message.session_id,
-            variant=variant,
-            seed=explicit.pop("seed", jobs.seed_of(job_id)),
-            request=jobs.edit_request(message, idempotency_key=attributes.idempotency_key),
-            parameters=Parameters(**(defaults.model_dump(exclude={"variant"}) | explicit)),
-            deadline=message.deadline,
-            callback_url=str(message.callback_url or ""),
+    async def _new_job(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery, variant: str) -> Job:
+        """The kind's, with what all kinds have of their message."""
+        job = await kind.new_job(asked, variant=variant, idempotency_key=attributes.idempotency_key)
+        message = job.message and job.message.model_copy(update={"attributes": without_reasons(delivery.attributes)})
+        return job.evolve(
             traceparent=attributes.traceparent,
             asked_at=_asked_at(attributes, delivery),
-            message=Message(
-                data=message.model_dump_json(by_alias=True, exclude_none=True),
-                attributes=without_reasons(delivery.attributes),
-            ),
+            message=message,
             redispatch_s=self._settings.work.redispatch_s,
         )
-
-    async def _version(self, message: EditMessage, name: str) -> str:
-        try:
-            return (await self._blobs.head(session_path(message.user_id, message.session_id, name))).version
-        except BlobNotFound:
-            return ""
 
     async def _claim(self, new: Job, claimer: str) -> Job:
         work = self._settings.work
@@ -280,7 +250,8 @@ class Worker:
             raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")
         if job.callback_url:
             self._webhooks.check(job.callback_url)
-        result = await lease.hold(self._editor.run(job, on_progress=lease.note, confirm=lease.confirm))
+        attempt = Attempt(on_progress=lease.note, confirm=lease.confirm, pool=self._pool)
+        result = await lease.hold(self._kinds[job.type].run(job, attempt))
         timings = result.timings.model_copy(
             update={
                 "queued_s": self._queued_s(job, delivery),

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
-from serve_app.edit import session_path
+from serve_app.edit import Editor, session_path
 from serve_app.engine import Window
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.classical import Telea
@@ -279,8 +279,15 @@ class Rig:
             settings=self.settings,
             metrics=self.metrics,
         )
-        self.worker = Worker(
+        self.editor = Editor(
             blobs=self.blobs,
+            painter=self.painter,
+            prompts=Prompts(),
+            settings=self.settings,
+            defaults=lambda: self.inference,
+        )
+        self.worker = Worker(
+            kinds=[self.editor],
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
@@ -288,9 +295,7 @@ class Rig:
             webhooks=self.receivers,
             metrics=self.metrics,
             painter=self.painter,
-            prompts=Prompts(),
             settings=self.settings,
-            defaults=lambda: self.inference,
         )
 
     def beside(self) -> "Rig":

@@ -26,8 +26,8 @@ from deployments import cli, client
 from deployments.client import Client
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app import jobs as job_rules
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.edit import Editor, edit_job_id
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.tiny import TinyWeights
 from serve_app.jobs import Job, JobError, State, Timings
@@ -106,17 +106,23 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     mirror = adapters.session_mirror(settings, job_store)
     publisher, receivers = adapters.publisher(settings.messages), Receivers()
     courier = Courier(job_store=job_store, mirror=mirror, publisher=publisher, webhooks=receivers, settings=settings)
-    worker = Worker(
+    painter = LocalPainter(engines)
+    editor = Editor(
         blobs=adapters.blob_store(settings.blobs),
+        painter=painter,
+        prompts=Prompts(),
+        settings=settings,
+        defaults=lambda: Inference(variant="telea", steps=4),
+    )
+    worker = Worker(
+        kinds=[editor],
         job_store=job_store,
         mirror=mirror,
         publisher=publisher,
         courier=courier,
         webhooks=receivers,
-        painter=LocalPainter(engines),
-        prompts=Prompts(),
+        painter=painter,
         settings=settings,
-        defaults=lambda: Inference(variant="telea", steps=4),
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -253,7 +259,7 @@ def test_what_ended_and_is_asked_for_again_is_followed_to_its_new_end(
 ) -> None:
     key = f"{status} {ended_s_ago}"
     message = EditMessage.model_validate({"userId": "local", "sessionId": "wanted"})
-    job_id = job_rules.edit_job_id(message, versions=[], idempotency_key=key)
+    job_id = edit_job_id(message, versions=[], idempotency_key=key)
     old = make_job(job_id, user_id="local", session_id="wanted", status=status)
     error = JobError(code=status, message="an old end")
     end, asked_at = utc_now() - timedelta(seconds=ended_s_ago), utc_now() - timedelta(hours=2)

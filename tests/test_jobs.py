@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app import jobs
+from serve_app.edit import edit_job_id, seed_of
 from serve_app.errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
-from serve_app.jobs import TRANSITIONS, Cause, Change, Job, JobError, Progress, State, claim_of, edit_job_id, seed_of
+from serve_app.jobs import TRANSITIONS, Cause, Change, Job, JobError, Progress, State, claim_of
 from serve_app.messages import CropStrategy, EditMessage
 
 from .backends import at, make_job

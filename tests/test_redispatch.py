@@ -9,7 +9,7 @@ import pytest
 from serve_app import jobs
 from serve_app.errors import ReplicaLost, VariantLoadFailed
 from serve_app.jobs import Job, State
-from serve_app.messages import ASKED_AT, Attributes, parse_edit
+from serve_app.messages import ASKED_AT, Attributes
 from serve_app.ports import Delivery
 
 from .backends import make_job, until
@@ -63,8 +63,8 @@ async def test_a_job_whose_message_is_lost_is_published_again_and_ends(rig: Rig)
 
 
 async def test_a_job_whose_worker_died_with_its_message_ends(rig: Rig) -> None:
-    message, _ = parse_edit(delivery().data, max_bytes=1000)
-    new = await rig.worker._new_job(message, Attributes(), "telea", published(rig))
+    asked = rig.editor.read(delivery().data)
+    new = await rig.worker._new_job(rig.editor, asked, Attributes(), published(rig), "telea")
     await rig.worker._claim(new, "dead")
     [copy] = await look(rig, HOUR_S)
     assert (await rig.take(replace(copy, attributes={}))).reason == "succeeded"

@@ -19,9 +19,9 @@ from standardwebhooks import Webhook
 
 from serve_app import adapters
 from serve_app.adapters import sql_database
-from serve_app.edit import session_path
+from serve_app.edit import edit_job_id, session_path
 from serve_app.images import Pixels
-from serve_app.jobs import Job, State, edit_job_id
+from serve_app.jobs import Job, State
 from serve_app.messages import EditMessage
 
 from . import webhook_receiver

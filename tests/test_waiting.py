@@ -61,7 +61,7 @@ class Away(Painter):
 def away(rig: Rig, error: Exception | None = None) -> Away:
     painter = Away({"telea": rig.engine})
     painter.error = error
-    rig.worker._editor._painter = painter
+    rig.editor._painter = painter
     return painter
 
 
@@ -135,7 +135,7 @@ class OneByOne:
 async def test_waiting_for_the_text_encoder_is_no_inference() -> None:
     rig = Rig(work_settings={"inference_timeout_s": 0.5, "lease_s": 60.0, "renew_s": 20.0})
     await rig.put_session()
-    rig.worker._editor._prompts = encoder = OneByOne()
+    rig.editor._prompts = encoder = OneByOne()
     await encoder.lock.acquire()
     working = asyncio.create_task(rig.work())
     await asyncio.sleep(0.6)
@@ -146,7 +146,7 @@ async def test_waiting_for_the_text_encoder_is_no_inference() -> None:
 async def test_a_text_encoder_that_does_not_answer_gives_the_place_back_and_uses_no_attempt() -> None:
     rig = Rig(work_settings={"replica_wait_s": 0.05})
     await rig.put_session()
-    rig.worker._editor._prompts = encoder = OneByOne()
+    rig.editor._prompts = encoder = OneByOne()
     await encoder.lock.acquire()
     verdict = await rig.work()
     assert (verdict.action, verdict.reason, (await rig.job()).attempt) == ("hold", "variant_not_ready", 0)
@@ -223,7 +223,7 @@ async def test_a_jobs_share_is_that_of_the_variant_it_was_claimed_with() -> None
         work=rig.settings.work,
     )
     rig.worker._settings = rig.worker._shares._settings = settings
-    rig.worker._editor._painter = painter = Painter({"telea": rig.engine, "other": rig.engine})
+    rig.editor._painter = painter = Painter({"telea": rig.engine, "other": rig.engine})
     rig.worker._shares._painter = painter
     rig.inference = Inference(variant="other", steps=2)
     old, new = [f"old{n}" for n in range(settings.in_flight())], [f"new{n}" for n in range(4)]
@@ -516,20 +516,14 @@ async def test_photos_beyond_the_room_are_decoded_again_and_come_out_the_same(
     limits = rig.settings.limits.model_copy(update={"decoded_pixels": 96 * 80 - 1})
     settings = rig.settings.model_copy(update={"limits": limits})
     narrow = rig.beside()
-    narrow.worker._editor = edit.Editor(
-        blobs=narrow.blobs,
-        painter=narrow.painter,
-        prompts=narrow.worker._editor._prompts,
-        settings=settings,
-        pool=narrow.worker._pool,
-    )
+    narrow.editor._settings, narrow.editor._room_px = settings, limits.decoded_pixels
     assert (await narrow.take(delivery(attributes={"idempotencyKey": "again"}))).reason == "succeeded"
     assert await rig.blob("edited.jpg") == roomy
     assert len(decoded) == 3
 
 
 async def test_room_is_given_back_however_a_job_ends(rig: Rig) -> None:
-    editor = rig.worker._editor
+    editor = rig.editor
     room = editor._room_px
     rig.engine.on_paint = raising(ReplicaLost("gone"))
     await rig.work()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve_app import jobs
+from serve_app import edit, jobs
 from serve_app.adapters.memory import MemoryJobStore
 from serve_app.containers import content_type
 from serve_app.edit import session_path
@@ -141,7 +141,7 @@ async def test_parameters_are_the_messages_else_the_defaults(rig: Rig) -> None:
 async def test_a_seed_that_was_not_given_derives_from_the_jobs_id(rig: Rig) -> None:
     await rig.work()
     job = await rig.job()
-    assert job.seed == jobs.seed_of(job.id)
+    assert job.seed == edit.seed_of(job.id)
 
 
 async def test_a_retry_keeps_the_values_of_the_first_claim(rig: Rig) -> None:
@@ -929,8 +929,8 @@ async def _cancel(rig: Rig) -> None:
 
 async def _claim_and_die(rig: Rig) -> None:
     """What a worker that is killed after its claim leaves behind."""
-    from serve_app.messages import Attributes, EditMessage
+    from serve_app.messages import Attributes
 
-    message = EditMessage(userId=USER, sessionId=SESSION)
-    new = await rig.worker._new_job(message, Attributes(), "telea", delivery())
+    asked = rig.editor.read(delivery().data)
+    new = await rig.worker._new_job(rig.editor, asked, Attributes(), delivery(), "telea")
     await rig.worker._claim(new, "dead")
