@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -11,8 +12,7 @@ import httpx
 import pytest
 
 from serve_app import adapters
-from serve_app.adapters import s3
-from serve_app.adapters.firebase import FirebaseBlobStore
+from serve_app.adapters.firebase import CONCURRENCY, FirebaseBlobStore
 from serve_app.adapters.s3 import S3BlobStore
 from serve_app.adapters.transfers import Bounds
 from serve_app.errors import (
@@ -25,8 +25,8 @@ from serve_app.errors import (
     UnsafePath,
 )
 from serve_app.ports import BlobInfo
-from serve_app.settings import Settings, VariantSettings
 
+from .backends import until
 from .blob_servers import Line, answering, bucket_url, new_bucket
 
 JPEG = "image/jpeg"
@@ -39,14 +39,8 @@ FOREVER_S = 60
 LARGE = bytes(20_000_000)
 
 
-def bounded(url: str, slowest_bytes_per_s: int = s3.SLOWEST_BYTES_PER_S) -> S3BlobStore | FirebaseBlobStore:
-    if url.startswith("s3:"):
-        return S3BlobStore(url, BOUNDS, slowest_bytes_per_s=slowest_bytes_per_s)
-    return FirebaseBlobStore(url, BOUNDS)
-
-
-def settings_of(url: str) -> Settings:
-    return Settings(blobs=url, variants={"telea": VariantSettings()})
+def bounded(url: str, bounds: Bounds = BOUNDS) -> S3BlobStore | FirebaseBlobStore:
+    return S3BlobStore(url, bounds) if url.startswith("s3:") else FirebaseBlobStore(url, bounds)
 
 
 async def test_a_link_reads_the_blob(line: Line) -> None:
@@ -151,10 +145,60 @@ async def test_a_server_that_stops_taking_a_body_is_unavailable(kind: str, monke
         writer.write(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
     async with asyncio.timeout(FOREVER_S), answering(stop) as port:
-        store = bounded(bucket_url(kind, port, "bucket", monkeypatch), slowest_bytes_per_s=4_000_000)
+        store = bounded(bucket_url(kind, port, "bucket", monkeypatch), replace(BOUNDS, slowest_bytes_per_s=4_000_000))
         # As much as Google's client sends in one request.
         with pytest.raises(StoreUnavailable):
             await store.put(PATH, LARGE[: 8 * 1024 * 1024], content_type=JPEG)
+
+
+class Trickling:
+    """A server that says that a blob has a megabyte, and sends a few bytes of it now and then."""
+
+    def __init__(self) -> None:
+        self.reading = 0
+
+    async def __call__(self, line: str, writer: asyncio.StreamWriter) -> None:
+        if "/storage/v1/" in line and "alt=media" not in line:
+            about = b'{"name": "x", "size": "1000000", "generation": "1", "contentType": "image/jpeg"}'
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(about)}"
+            writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + about)
+            return
+        head = 'HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\nETag: "e"\r\nX-Goog-Generation: 1'
+        writer.write(f"{head}\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n".encode())
+        self.reading += 1
+        try:
+            while True:
+                writer.write(b"xxxx")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        finally:
+            self.reading -= 1
+
+
+async def test_a_body_that_trickles_in_has_an_end(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = replace(BOUNDS, slowest_bytes_per_s=1_000_000)
+    async with asyncio.timeout(FOREVER_S), answering(Trickling()) as port:
+        store = bounded(bucket_url(kind, port, "bucket", monkeypatch), bounds)
+        with pytest.raises(StoreUnavailable, match=r"x was not read within 4 s"):
+            await store.get("x", max_bytes=1_000_000)
+
+
+async def test_those_who_leave_a_body_that_trickles_in_keep_no_others_waiting(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Trickling()
+    async with asyncio.timeout(FOREVER_S), answering(server) as port:
+        store = bounded(bucket_url(kind, port, "bucket", monkeypatch), replace(BOUNDS, slowest_bytes_per_s=1000))
+        reading = [asyncio.create_task(store.get("x", max_bytes=1_000_000)) for _ in range(CONCURRENCY)]
+        await until(lambda: server.reading == CONCURRENCY)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        await until(lambda: server.reading == 0)
+        # It has a thread, or a connection: it begins.
+        last = asyncio.create_task(store.get("x", max_bytes=1_000_000))
+        await until(lambda: server.reading == 1)
+        last.cancel()
 
 
 @pytest.mark.parametrize(("status", "raised"), [(403, StoreDenied), (503, StoreUnavailable)])

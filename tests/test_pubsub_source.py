@@ -20,7 +20,7 @@ from serve_app.adapters.pubsub import PubSubSource
 from serve_app.adapters.pubsub_broker import Bounds
 from serve_app.adapters.pubsub_broker import Broker as Queues
 from serve_app.adapters.pubsub_calls import Calls
-from serve_app.adapters.pubsub_client import GrpcSubscriber, Received
+from serve_app.adapters.pubsub_client import Connection, GrpcSubscriber, Received
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
@@ -96,6 +96,29 @@ async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly(embedded: 
         await asyncio.wait_for(running, 30)
     assert failed.group_contains(RuntimeError, match="a bug")
     assert not status_of(source).connected
+
+
+async def test_a_thousand_messages_that_are_held_back_open_one_channel(
+    embedded: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = list[Connection]()
+    transport = Connection.transport
+
+    def noted(connection: Connection, kind: Any) -> Any:
+        opened.append(connection)
+        return transport(connection, kind)
+
+    publisher = embedded.publisher
+    await asyncio.gather(*(publisher.publish("sessions", b"%d" % i, {}) for i in range(1000)))
+    monkeypatch.setattr(Connection, "transport", noted)
+
+    async def hold(_delivery: Delivery) -> Verdict:
+        return Verdict(action="hold", delay_s=60)
+
+    handle = Recorder(hold)
+    async with embedded.source(handle, in_flight=20) as source:
+        await until(lambda: len(handle.deliveries) == 1000 and not status_of(source).held)
+    assert len(opened) == 1
 
 
 class ExactlyOnce(Calls):

@@ -54,9 +54,9 @@ class Call:
                 self._interrupt()
 
     def check(self) -> None:
-        """Raises StoreUnavailable where nobody waits any more."""
+        """Raises StoreUnavailable where the caller no longer waits."""
         if self._is_abandoned:
-            raise StoreUnavailable("nobody waits any more for what the job store was asked")
+            raise StoreUnavailable("the caller no longer waits for the store's answer")
 
 
 _CURRENT: ContextVar[Call] = ContextVar("current_call")

@@ -34,6 +34,7 @@ from requests.adapters import HTTPAdapter
 from ..errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreDenied, StoreUnavailable
 from ..ports import ANY_VERSION, BlobInfo
 from .blob_paths import check_path
+from .calls import Call, current_call
 from .firebase_app import firebase_app
 from .links import check_expiry
 from .transfers import BOUNDS, Bounds, Limited, check_size, whole_file
@@ -69,7 +70,7 @@ class FirebaseBlobStore:
         self._name = url.removeprefix("firebase:")
         if not self._name or "/" in self._name:
             raise SettingsError(f"blob store {url!r} should be firebase:BUCKET", url=url)
-        retry = _RETRY.with_timeout(bounds.retry_s)
+        self._bounds, retry = bounds, _RETRY.with_timeout(bounds.retry_s)
         self._asking: _Options = {"timeout": (bounds.connect_s, bounds.silence_s), "retry": retry}
         # While it sends, urllib3 minds the first time-out only.
         self._sending: _Options = {"timeout": (bounds.silence_s, bounds.silence_s), "retry": retry}
@@ -80,7 +81,8 @@ class FirebaseBlobStore:
         return await self._run(path, lambda bucket: _head(bucket, path, self._asking))
 
     async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
-        return await self._run(path, lambda bucket: _get(bucket, path, max_bytes, self._asking))
+        async with self._bounds.reading(path, max_bytes):
+            return await self._run(path, lambda bucket: _get(bucket, path, max_bytes, self._asking))
 
     async def put(self, path: str, data: bytes, *, content_type: str, if_version: str = ANY_VERSION) -> BlobInfo:
         def work(bucket: Bucket) -> BlobInfo:
@@ -110,8 +112,13 @@ class FirebaseBlobStore:
 
     async def _run(self, path: str, work: Callable[[Bucket], T]) -> T:
         check_path(path)
-        running = asyncio.get_running_loop()
-        return await running.run_in_executor(_POOL, _translated, path, lambda: work(self._connected()))
+        running, call = asyncio.get_running_loop(), Call()
+        try:
+            return await running.run_in_executor(
+                _POOL, call.run, lambda: _translated(path, lambda: work(self._connected()))
+            )
+        finally:
+            call.abandon()
 
     def _connected(self) -> Bucket:
         with self._lock:
@@ -126,7 +133,17 @@ class _InBlocks(HTTPAdapter):
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         if isinstance(request.body, bytes):
             request.body = io.BytesIO(request.body)
-        return super().send(request, *args, **kwargs)
+        response = super().send(request, *args, **kwargs)
+        # A body may trickle in for ever: a caller who leaves ends it.
+        current_call().interrupt_by(partial(_end, response.raw))
+        return response
+
+
+def _end(raw: Any) -> None:
+    """Whoever reads this response fails at once. urllib3 refuses where it was read to its end, and its connection is
+    free for others or closed."""
+    with suppress(RuntimeError, ValueError, OSError):
+        raw.shutdown()
 
 
 def _bucket(name: str) -> Bucket:

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from obstore import GetResult, ObjectMeta, PutMode
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
-#: Larger bodies have the time they take at this speed: object_store has no limit of its own for sending.
-SLOWEST_BYTES_PER_S = 250_000
 #: Bytes taken from a response at a time.
 _CHUNK = 256 * 1024
 #: Bytes of a part of a large upload. S3 takes 10,000 parts.
@@ -54,12 +52,12 @@ _NO_BUCKET = "NoSuchBucket"
 
 
 class S3BlobStore:
-    def __init__(self, url: str, bounds: Bounds = BOUNDS, *, slowest_bytes_per_s: int = SLOWEST_BYTES_PER_S) -> None:
+    def __init__(self, url: str, bounds: Bounds = BOUNDS) -> None:
         """`s3://BUCKET/PREFIX?endpoint=URL&region=NAME`; all but the bucket may be left out.
 
         TLS is used unless the endpoint says `http://`. Raises SettingsError for another URL.
         """
-        self._url, self._bounds, self._slowest_bytes_per_s = url, bounds, slowest_bytes_per_s
+        self._url, self._bounds = url, bounds
         self._store = _store(url, bounds)
         #: For larger bodies, by how often the silence that is borne is doubled.
         self._patient: dict[int, S3Store] = {}
@@ -71,6 +69,10 @@ class S3BlobStore:
 
     async def get(self, path: str, *, max_bytes: int) -> tuple[bytes, BlobInfo]:
         check_path(path)
+        async with self._bounds.reading(path, max_bytes):
+            return await self._get(path, max_bytes)
+
+    async def _get(self, path: str, max_bytes: int) -> tuple[bytes, BlobInfo]:
         with _translated(path):
             result = await self._store.get_async(path)
             info = _read_info(path, result)
@@ -140,8 +142,9 @@ class S3BlobStore:
 
         Raises StoreUnavailable soon where the server is silent: a request with a large body would notice late.
         """
+        # object_store has no limit of its own for sending.
         silence_s = self._bounds.silence_s
-        doublings = int(size / (silence_s * self._slowest_bytes_per_s)).bit_length()
+        doublings = int(size / (silence_s * self._bounds.slowest_bytes_per_s)).bit_length()
         if not doublings:
             return self._store
         with suppress(BlobNotFound):

@@ -1,9 +1,10 @@
 """Bytes on their way from a store: never more than the caller allows, and never half a file."""
 
+import asyncio
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,18 @@ class Bounds:
     silence_s: float = 10.0
     #: No new try after this.
     retry_s: float = 5.0
+    #: Of a body, on average.
+    slowest_bytes_per_s: int = 250_000
+
+    @asynccontextmanager
+    async def reading(self, path: str, max_bytes: int) -> AsyncIterator[None]:
+        """Time for `max_bytes` at the slowest speed. Raises StoreUnavailable when it is over."""
+        limit_s = self.silence_s + self.retry_s + max_bytes / self.slowest_bytes_per_s
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError as e:
+            raise StoreUnavailable(f"blob {path} was not read within {limit_s:.0f} s", path=path) from e
 
 
 BOUNDS = Bounds()
