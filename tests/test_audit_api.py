@@ -411,7 +411,7 @@ class AnHour:
 
 
 async def test_links_longer_than_the_backend_allows_are_refused_before_anything_is_painted(site: Site) -> None:
-    site.process.audits._links = AnHour()
+    site.process.audits._blobs.link = AnHour().link
     response = await site.post(link_hours=1.5, headers=ASYNC)
     assert (response.status_code, problem_code(response)) == (422, "invalid_input")
     assert "link_hours: a link holds for 3600 s at most" in response.json()["detail"]

@@ -46,7 +46,10 @@ async def test_a_message_is_given_back_that_comes_while_the_source_closes(embedd
     """Its pull was under way."""
 
     class Late(GrpcSubscriber):
+        is_waiting = False
+
         async def pull(self, subscription: str, most: int, wait_s: float) -> Sequence[Received]:
+            self.is_waiting = wait_s > 0
             try:
                 return await super().pull(subscription, most, wait_s)
             except asyncio.CancelledError:
@@ -54,9 +57,10 @@ async def test_a_message_is_given_back_that_comes_while_the_source_closes(embedd
                 return await super().pull(subscription, most, 0)
 
     handle, after = Held(), Recorder()
-    source = PubSubSource(embedded.settings, 5, subscriber=Late(embedded.settings))
+    late = Late(embedded.settings)
+    source = PubSubSource(embedded.settings, 5, subscriber=late)
     running = asyncio.create_task(source.run(handle))
-    await until(lambda: status_of(source).connected)
+    await until(lambda: late.is_waiting)
     await source.close(grace_s=0)
     await running
     async with embedded.source(after):

@@ -69,7 +69,8 @@ async def test_jobs_cancellations_and_session_documents_share_one_pool(postgresq
 
     await asyncio.gather(*map(use, range(40)))
     count = sa.text("SELECT count(*) FROM pg_stat_activity WHERE application_name = :name")
-    with sa.create_engine(postgresql_url.replace("postgresql:", "postgresql+psycopg:")).connect() as connection:
+    engine = sa.create_engine(postgresql_url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
+    with engine.connect() as connection:
         assert 1 < connection.scalar(count, {"name": name}) <= sql_database.READERS + 4
 
 

@@ -34,6 +34,8 @@ MAX_HOLD_S = 600
 ERROR_HOLD_S = 5.0
 #: How long a pull waits for messages, in seconds.
 PULL_S = 20.0
+#: The pause after a pull that brought nothing, should the server not wait for messages; seconds.
+EMPTY_S = 0.1
 #: The longest pause after a pull that failed, in seconds.
 RETRY_MAX_S = 30.0
 #: What closing may take beyond its grace, in seconds.
@@ -140,11 +142,14 @@ class PubSubSource:
             return
         # The first answer, at once, says whether the subscription can be pulled from.
         wait_s = 0.0 if self._errors[name] else PULL_S
-        for received in await self._unless_closing(name, room, wait_s):
+        pulled = await self._unless_closing(name, room, wait_s)
+        for received in pulled:
             self._take(name, received, handle)
         if self._closing.is_set():
             return
         self._errors[name] = ""
+        if not pulled:
+            await self._sleep(EMPTY_S)
         # Those that find a place have it after this; of the others, which other pulls were quicker than, few may wait.
         await asyncio.sleep(0)
         self._give_back(self._waiting(name)[self._ahead :])

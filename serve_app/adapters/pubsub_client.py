@@ -166,12 +166,14 @@ def _passes(error: Exception) -> bool:
 async def _called(
     call: Callable[..., Awaitable[T]], timeout_s: float, *, is_repeated: bool = True, **arguments: Any
 ) -> T:
-    """`timeout_s` limits the call, retries included. Raises GoogleAPIError, GoogleAuthError."""
+    """`timeout_s` limits the call, retries included. Raises GoogleAPIError, GoogleAuthError. What cannot be read as an
+    answer is None."""
     retry = AsyncRetry(_passes, initial=0.1, maximum=1.0, multiplier=2.0, timeout=timeout_s) if is_repeated else None
     try:
         return await call(retry=retry, timeout=timeout_s, **arguments)
     except RetryError as e:
-        raise e.cause from e
+        # `from e` would close a circle: its own cause is this.
+        raise e.cause from None
     except (GoogleAPIError, GoogleAuthError):
         raise
     except Exception as e:
@@ -231,6 +233,8 @@ class GrpcSubscriber:
                 raise
             # A pull's time is over where there are no messages, and where Pub/Sub does not answer: tell them apart.
             return await self.pull(subscription, most, 0)
+        if response is None:
+            raise BrokerUnavailable(f"Pub/Sub's answer to a pull of {subscription} cannot be read")
         return [Received(one.ack_id, _delivery(one.message)) for one in response.received_messages]
 
     async def acknowledge(self, subscription: str, ack_ids: Sequence[str]) -> None:
@@ -255,7 +259,7 @@ class GrpcSubscriber:
             return
         try:
             found = await self._call("get_subscription", subscription, PATIENCE_S)
-            self._exactly_once[subscription] = found.enable_exactly_once_delivery
+            self._exactly_once[subscription] = found is not None and found.enable_exactly_once_delivery
         except BrokerUnavailable as e:
             # The role Pub/Sub Subscriber may pull and may not look.
             if isinstance(e.__cause__, PermissionDenied):
@@ -336,7 +340,7 @@ class PubSubPublisher:
             raise MessageRefused(f"{name} does not take the message: {e}", topic=name) from e
         except (GoogleAPIError, GoogleAuthError) as e:
             raise BrokerUnavailable(f"publishing to {name} failed: {e}", topic=name) from e
-        if not response.message_ids:
+        if response is None or not response.message_ids:
             raise BrokerUnavailable(f"publishing to {name} failed: the answer has no message id", topic=name)
         message_id: str = response.message_ids[0]
         return message_id
