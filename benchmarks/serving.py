@@ -1,10 +1,10 @@
 """How busy the serving path keeps a replica, with an engine that sleeps in place of painting.
 
 The whole app runs on this machine: embedded Pub/Sub, ingress, file blobs, SQLite, one replica. The sessions are
-uploaded and published one after the other, far faster than they are painted. The busy share is the replica's painting
-seconds over the seconds from its first painting's start to its last one's end: what is missing from 1 is time it waited
-for the next photo to be downloaded, decoded and cut. The asleep share counts the sleep alone, without the copying round
-it that a painting replica does as well.
+uploaded and published one after the other, far faster than they are painted. The busy share is the engine's sleep over
+the seconds from the replica's first painting's start to its last one's end: what is missing from 1 is time in which the
+replica waited for the next photo, or did work of its own. The occupied share is that of paintings from their start to
+their end, which a busy machine only stretches.
 
     python -m benchmarks.serving [--sessions 60] [--out FILE]
     python -m benchmarks.serving --audit [--canvas 256|1024] [--out FILE]
@@ -125,8 +125,8 @@ async def measure(scenario: Scenario, config: Settings, folder: Path, sessions: 
     replica = serve.get_deployment_handle(inpainter_name(variant(scenario)), "default")
     usage = (await replica.describe.remote())["usage"]
     return {
-        "busy_share": usage["busy_s"] / usage["wall_s"],
-        "asleep_share": scenario.pause_s * usage["jobs"] / usage["wall_s"],
+        "busy_share": scenario.pause_s * usage["jobs"] / usage["wall_s"],
+        "occupied_share": usage["busy_s"] / usage["wall_s"],
         "photo_mb": original.stat().st_size / 1e6,
         **usage,
         "stages_ms": {stage: median_ms(jobs, stage) for stage in STAGES},
@@ -140,7 +140,7 @@ def median_ms(jobs: list[Job], stage: str) -> float:
 def show(scenario: Scenario, result: dict[str, Any]) -> None:
     table = Table("what", "value", title=scenario.name, show_header=False)
     table.add_row("busy share", f"{result['busy_share']:.3f}")
-    table.add_row("asleep share", f"{result['asleep_share']:.3f}")
+    table.add_row("occupied share", f"{result['occupied_share']:.3f}")
     table.add_row("jobs, busy s, wall s", f"{result['jobs']}, {result['busy_s']:.1f}, {result['wall_s']:.1f}")
     table.add_row("photo", f"{scenario.width}x{scenario.height}, {result['photo_mb']:.1f} MB")
     for stage, ms in result["stages_ms"].items():
@@ -206,7 +206,7 @@ def context(results: dict[str, dict[str, Any]], sessions: int) -> dict[str, Any]
     return {
         "outside_engine_ms": round(sum(stages.values()), 1),
         "stages_ms": {key: {s: round(ms, 1) for s, ms in r["stages_ms"].items()} for key, r in results.items()},
-        "asleep_share": {key: round(r["asleep_share"], 4) for key, r in results.items()},
+        "occupied_share": {key: round(r["occupied_share"], 4) for key, r in results.items()},
         "sessions": sessions,
         **machine(("ray", "pillow")),
     }

@@ -16,7 +16,7 @@ NAME = "chaos"
 BUCKET = "chaos"
 INGRESS, INPAINTER = "Ingress", "Inpainter-telea"
 LEASE_S = 10.0
-#: Another is there some 5 s after a kill, on a busy machine 15 s: with a kill every 5 s three may be away.
+#: With a kill as often as one starts, one or two are away at any time.
 INPAINTERS = 5
 INGRESSES = 2
 #: A killed replica uses an attempt of each job in its hands: up to two in an inpainter, a dozen in an ingress. In two
@@ -64,12 +64,17 @@ def _serve_config(config: Settings, port: int) -> dict[str, Any]:
     return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
 
 
-def pids(deployment: str) -> list[int]:
-    """Processes of the deployment's replicas; only those that this process has started, by way of Ray's own."""
+def pids(deployment: str, *, serving: bool = False) -> list[int]:
+    """Processes of the deployment's replicas, or of those only that have started; only those that this process has
+    started, by way of Ray's own."""
     title = f"ray::ServeReplica:{NAME}:{deployment}"
-    # What follows the name in the title is the method that runs.
-    children = psutil.Process().children(recursive=True)
-    return [process.pid for process in children if _title(process).split(".")[0].rstrip() == title]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # What follows the name in the title is the method that runs.
+        name, _, method = _title(process).partition(".")
+        if name.rstrip() == title and not (serving and method.startswith("initialize")):
+            found.append(process.pid)
+    return found
 
 
 def _title(process: psutil.Process) -> str:

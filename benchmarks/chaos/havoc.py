@@ -4,15 +4,17 @@ import asyncio
 import os
 import random
 import signal
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import app
 from .proxy import Proxy
 
-KILL_PERIODS_S = {app.INPAINTER: 5.0, app.INGRESS: 15.0}
+#: One kill in so many times what a replica of the deployment takes to start: a run means the same on any machine.
+START_UPS_PER_KILL = {app.INPAINTER: 1.0, app.INGRESS: 2.0}
 CUT_PERIOD_S = 30.0
 CUT_S = 5.0
 
@@ -24,21 +26,31 @@ class Toll:
     cuts: int = 0
 
 
-async def havoc(kill: Sequence[str], stores: Sequence[Proxy], toll: Toll) -> None:
-    """Kill replicas of the deployments in `kill`, and cut `stores` off, all at once, until cancelled."""
+async def start_up_s(deployment: str) -> float:
+    """Seconds from a replica's SIGKILL until another one serves in its place."""
+    before = await asyncio.to_thread(app.pids, deployment)
+    began_s = time.monotonic()
+    os.kill(before[0], signal.SIGKILL)
+    while len({*await asyncio.to_thread(app.pids, deployment, serving=True)} - {before[0]}) < len(before):
+        await asyncio.sleep(0.1)
+    return time.monotonic() - began_s
+
+
+async def havoc(kill_every_s: Mapping[str, float], stores: Sequence[Proxy], toll: Toll) -> None:
+    """Kill replicas of these deployments, and cut `stores` off, all at once, until cancelled."""
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_cut(stores, toll))
-            for deployment in kill:
-                tasks.create_task(_kill(deployment, toll))
+            for deployment, period_s in kill_every_s.items():
+                tasks.create_task(_kill(deployment, period_s, toll))
     finally:
         for store in stores:
             await store.mend()
 
 
-async def _kill(deployment: str, toll: Toll) -> None:
+async def _kill(deployment: str, period_s: float, toll: Toll) -> None:
     while True:
-        await asyncio.sleep(KILL_PERIODS_S[deployment])
+        await asyncio.sleep(period_s)
         alive = await asyncio.to_thread(app.pids, deployment)
         if alive:
             # It may have ended since.

@@ -11,7 +11,7 @@ from rich.console import Console
 from serve_app.settings import Settings
 
 from . import app
-from .havoc import Toll, havoc
+from .havoc import START_UPS_PER_KILL, Toll, havoc, start_up_s
 from .proxy import Proxy
 from .publishing import publish, schedule
 from .records import Records, stored_results
@@ -38,16 +38,25 @@ class Run:
     async def through(self, kill: Sequence[str], stores: Sequence[Proxy], limit_s: float) -> dict[str, Any]:
         """The figures, after everything is over or `limit_s` has passed."""
         records, toll = Records(self._settings, self._sessions), Toll()
+        starts_s = {deployment: await start_up_s(deployment) for deployment in kill}
+        every_s = {deployment: START_UPS_PER_KILL[deployment] * starts_s[deployment] for deployment in kill}
+        for deployment in kill:
+            out.print(f"{deployment} starts in {starts_s[deployment]:.1f} s: killed every {every_s[deployment]:.1f} s")
         async with asyncio.TaskGroup() as tasks:
             collecting = tasks.create_task(records.collect_dead_letters())
-            trouble = tasks.create_task(havoc(kill, stores, toll))
+            trouble = tasks.create_task(havoc(every_s, stores, toll))
             await self._publish_and_wait(records, toll, limit_s)
             trouble.cancel()
             duration_s = self._passed_s()
             out.print(f"No more kills. Looking again in {QUIET_S:g} s, after a stale worker's last write")
             await asyncio.sleep(QUIET_S)
             collecting.cancel()
-        havoc_figures = {"kills": dict(toll.kills), "cuts": toll.cuts, "duration_s": round(duration_s, 1)}
+        havoc_figures = {
+            "start_up_s": {deployment: round(seconds, 1) for deployment, seconds in starts_s.items()},
+            "kills": dict(toll.kills),
+            "cuts": toll.cuts,
+            "duration_s": round(duration_s, 1),
+        }
         return {**await self._judge(records), "messages": self._messages, **havoc_figures}
 
     async def _publish_and_wait(self, records: Records, toll: Toll, limit_s: float) -> None:
