@@ -149,6 +149,7 @@ class Ingress:
             settings=settings,
             metrics=self.metrics,
         )
+        self._pulling: asyncio.Task[None] | None = None
         background = (self._watch.run(), self._broker.run(), self._courier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), answer_s=settings.push.answer_s)
@@ -171,7 +172,8 @@ class Ingress:
         started, self._inference, self._defaults_error = self._inference is not None, inference, ""
         log.info("Took inference defaults", extra={"action": "defaults", **inference.model_dump(exclude={"prompt"})})
         if not started:
-            self._tasks.append(asyncio.create_task(self._pull()))
+            self._pulling = asyncio.create_task(self._pull())
+            self._tasks.append(self._pulling)
 
     async def _pull(self) -> None:
         await self._broker.listens.wait()
@@ -244,6 +246,9 @@ class Ingress:
         log.info("Stopping: no new messages, giving back what is not done", extra={"action": "stopping"})
         grace_s = self._settings.work.grace_s
         await asyncio.gather(self._source.close(grace_s=grace_s), self._pushes.end(grace_s=grace_s))
+        if self._pulling is not None:
+            # What a pull brought at the last moment is given back, too.
+            await asyncio.wait({self._pulling}, timeout=1)
         for task in self._tasks:
             task.cancel()
         self._worker.close()

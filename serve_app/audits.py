@@ -205,7 +205,6 @@ class Compared(_Frozen):
     seam_gradient_ratio: float | None
     #: CIE76 distance in CIELAB.
     seam_colour_shift: float | None
-    #: Inside the mask's box; None where its weights are absent.
 
 
 #: Which way a figure is better; `one`: the nearer to 1.

@@ -179,7 +179,7 @@ class MessageSource(Protocol):
 
         At least once: what is not acknowledged comes again, also after a crash. A held-back message does not come
         before its delay is over (which the broker may cap). The lease on a message is extended while it is handled.
-        An exception from `handle` holds the message back. A broken stream is opened again, for ever.
+        An exception from `handle` holds the message back. A subscription that cannot be pulled from is tried again.
         """
 
     async def close(self, *, grace_s: float) -> None:

@@ -169,6 +169,17 @@ def test_a_mirror_that_cannot_be_written_to_stops_nothing(
     assert "compiled_not_shared" in actions(caplog) and "fx/graph" in names()
 
 
+def test_a_cache_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    CompileCache(tmp_path / "cache", "abc").warm_up(writes("fx/graph"))
+    assert names() == {"fx/graph"} and actions(caplog) == ["compiled_not_kept"]
+
+
+def test_the_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    CompileCache(tmp_path, "abc").warm_up(lambda: None)
+    assert folder().stat().st_mode & 0o777 == 0o700
+
+
 Q4, SERVED, BUCKETS = BUILT_IN["tiny-Q4_0"], VariantSettings(levers=Levers(compile=True)), ((64, 64), (96, 64))
 
 

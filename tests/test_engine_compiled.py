@@ -229,6 +229,7 @@ def test_the_next_replica_takes_what_the_first_compiled(
     # The first graph's code works, the second's does not, and both are compiled anew.
     assert printed == f"{1 + graphs} 1 {graphs}"
     assert "do not compile" in logged
+    assert start(one)[0] == f"{graphs} {graphs} 0"
 
 
 def break_code(folder: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from serve_app.adapters.pubsub_broker import Bounds
 from serve_app.adapters.pubsub_broker import Broker as Queues
 from serve_app.adapters.pubsub_calls import Calls
 from serve_app.adapters.pubsub_client import Connection, GrpcSubscriber, Received
+from serve_app.errors import BrokerUnavailable
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
@@ -85,7 +87,7 @@ async def test_leases_are_not_kept_for_ever(embedded: Broker, monkeypatch: pytes
 
 async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly(embedded: Broker) -> None:
     class Broken(GrpcSubscriber):
-        async def set_deadline(self, subscription: str, ack_ids: Sequence[str], seconds: int) -> None:
+        async def set_deadline(self, subscription: str, ack_ids: Sequence[str], seconds: int, **_: float) -> None:
             raise RuntimeError("a bug")
 
         def lease_s(self, subscription: str) -> int:
@@ -100,6 +102,65 @@ async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly(embedded: 
         await asyncio.wait_for(running, 30)
     assert failed.group_contains(RuntimeError, match="a bug")
     assert not status_of(source).connected
+
+
+async def test_a_backlog_of_each_priority_is_worked_on_without_a_pause(embedded_priorities: Broker) -> None:
+    """What two pulls bring beyond the free places goes back, and is asked for again at once."""
+    for priority in ("high", "low"):
+        await embedded_priorities.publish(*(b"%d" % i for i in range(8)), priority=priority)
+    handle = Recorder(slowly)
+    async with embedded_priorities.source(handle, in_flight=4):
+        # Well before a pull that waits for messages would end.
+        await until(lambda: len(set(zip(handle.bodies, priorities_of(handle), strict=True))) == 16, patience_s=8)
+
+
+async def slowly(_delivery: Delivery) -> Verdict:
+    await asyncio.sleep(0.1)
+    return Verdict(action="ack")
+
+
+def priorities_of(handle: Recorder) -> list[str]:
+    return [delivery.attributes["priority"] for delivery in handle.deliveries]
+
+
+@pytest.mark.parametrize("most", [0, -1])
+async def test_nothing_can_be_asked_for_that_is_less_than_a_message(embedded: Broker, most: int) -> None:
+    subscriber = GrpcSubscriber(embedded.settings)
+    with pytest.raises(BrokerUnavailable, match="at least 1"):
+        await subscriber.pull("session-processing", most, 0)
+    await subscriber.close()
+
+
+async def test_leases_of_one_subscription_do_not_wait_for_another_ones(
+    embedded_priorities: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does an extension that hangs keep the next one from being tried before the lease ends."""
+    monkeypatch.setattr(pubsub_client, "LEASE_S", 2)
+    tries = Counter[str]()
+
+    class Hanging(GrpcSubscriber):
+        async def set_deadline(
+            self, subscription: str, ack_ids: Sequence[str], seconds: int, *, limit_s: float = 10.0
+        ) -> None:
+            tries[subscription] += bool(seconds)
+            if subscription == "high":
+                await asyncio.sleep(limit_s)
+                raise BrokerUnavailable("it hangs")
+            await super().set_deadline(subscription, ack_ids, seconds, limit_s=limit_s)
+
+    stuck, source = (
+        Held(),
+        PubSubSource(embedded_priorities.settings, 4, subscriber=Hanging(embedded_priorities.settings)),
+    )
+    running = asyncio.create_task(source.run(stuck))
+    for priority in ("high", "low"):
+        await embedded_priorities.publish(b"x", priority=priority)
+    await until(lambda: tries["low"] >= 6)
+    assert tries["high"] >= 3
+    assert "it hangs" in status_of(source, "high").error and status_of(source, "low").connected
+    stuck.go_on.set()
+    await source.close(grace_s=10)
+    await running
 
 
 async def test_a_thousand_messages_that_are_held_back_open_one_channel(
@@ -161,8 +222,8 @@ async def test_a_subscription_that_delivers_exactly_once_has_long_leases_and_ans
     settings = MessagesSettings(url=f"pubsub://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
     await server.start()
     await asyncio.to_thread(administer, settings)
+    await Broker("exactly once", settings).publish(b"x")
     async with Broker("exactly once", settings).source(handle) as source:
-        await Broker("exactly once", settings).publish(b"x")
         await until(lambda: handle.at_work and calls.deadlines)
         handle.go_on.set()
         await until(lambda: status_of(source).held == 0)

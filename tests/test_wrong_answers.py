@@ -200,8 +200,7 @@ async def test_firestore_that_answers_nonsense_is_unavailable(
     nonsense: Nonsense, monkeypatch: pytest.MonkeyPatch, opened: Opened
 ) -> None:
     monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", f"127.0.0.1:{nonsense.port}")
-    store, mirror = (opened(make("firestore:p")) for make in (adapters.job_store, adapters.job_store))
-    canceled = opened(adapters.job_store("firestore:p"))
+    store = opened(adapters.job_store("firestore:p"))
     results = await asyncio.gather(
         store.get("edit-1"),
         store.list(),
@@ -209,10 +208,10 @@ async def test_firestore_that_answers_nonsense_is_unavailable(
         store.update("edit-1", KEY, put(make_job())),
         store.report(claim_of(make_job()), Progress(step=1, steps=2)),
         store.delete("edit-1"),
-        canceled.cancel_until(KEY, at(1)),
-        canceled.canceled_until(KEY),
-        mirror.write_session(make_job(), {"a": 1}),
-        mirror.read_session("u", "s"),
+        store.cancel_until(KEY, at(1)),
+        store.canceled_until(KEY),
+        store.write_session(make_job(), {"a": 1}),
+        store.read_session("u", "s"),
         return_exceptions=True,
     )
     forget_firebase_app()

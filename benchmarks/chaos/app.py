@@ -72,7 +72,7 @@ def pids(deployment: str, *, serving: bool = False) -> list[int]:
     for process in psutil.Process().children(recursive=True):
         # What follows the name in the title is the method that runs.
         name, _, method = _title(process).partition(".")
-        if name.rstrip() == title and not (serving and method.startswith("initialize")):
+        if name.rstrip() == title and not (serving and method.startswith(("__init__", "initialize"))):
             found.append(process.pid)
     return found
 

@@ -15,6 +15,8 @@ from .proxy import Proxy
 
 #: One kill in so many times what a replica of the deployment takes to start: a run means the same on any machine.
 START_UPS_PER_KILL = {app.INPAINTER: 1.0, app.INGRESS: 2.0}
+#: A replica has started that has looked so for so long, and never will after the other; seconds.
+SETTLED_S, START_LIMIT_S = 1.0, 300.0
 CUT_PERIOD_S = 30.0
 CUT_S = 5.0
 
@@ -31,9 +33,15 @@ async def start_up_s(deployment: str) -> float:
     before = await asyncio.to_thread(app.pids, deployment)
     began_s = time.monotonic()
     os.kill(before[0], signal.SIGKILL)
-    while len({*await asyncio.to_thread(app.pids, deployment, serving=True)} - {before[0]}) < len(before):
-        await asyncio.sleep(0.1)
-    return time.monotonic() - began_s
+    served_s = began_s
+    async with asyncio.timeout(START_LIMIT_S):
+        # Between two calls at its start a replica looks like one that serves.
+        while time.monotonic() - served_s < SETTLED_S:
+            serving = {*await asyncio.to_thread(app.pids, deployment, serving=True)} - {before[0]}
+            if len(serving) < len(before):
+                served_s = time.monotonic()
+            await asyncio.sleep(0.1)
+    return served_s - began_s
 
 
 async def havoc(kill_every_s: Mapping[str, float], stores: Sequence[Proxy], toll: Toll) -> None:

@@ -41,6 +41,9 @@ class Records:
                 for letter in letters:
                     self._letters[letter.delivery.data].append(letter.delivery.attributes)
                 await self._dead_letters.acknowledge(letters)
+                if not letters:
+                    # The app needs the CPU.
+                    await asyncio.sleep(0.2)
         finally:
             await self._dead_letters.close()
 

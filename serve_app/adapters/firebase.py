@@ -131,6 +131,8 @@ class _InBlocks(HTTPAdapter):
     """Sends a body in blocks of 16 KiB, each with its own time limit. urllib3 sends bytes at once, all in one limit."""
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        # Google's client tries again what was broken off for a caller who left.
+        current_call().check()
         if isinstance(request.body, bytes):
             request.body = io.BytesIO(request.body)
         response = super().send(request, *args, **kwargs)

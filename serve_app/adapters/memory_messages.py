@@ -67,7 +67,9 @@ class QueueSubscriber:
     async def acknowledge(self, subscription: str, ack_ids: Sequence[str]) -> None:
         self._of(subscription, lambda queue: queue.acknowledge(ack_ids))
 
-    async def set_deadline(self, subscription: str, ack_ids: Sequence[str], seconds: int) -> None:
+    async def set_deadline(
+        self, subscription: str, ack_ids: Sequence[str], seconds: int, *, limit_s: float = 0.0
+    ) -> None:
         self._of(subscription, lambda queue: queue.modify_deadline(ack_ids, seconds))
 
     def lease_s(self, _subscription: str) -> int:

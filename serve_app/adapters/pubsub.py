@@ -4,7 +4,7 @@ A pull asks for no more messages than can be handled now, so that the others sta
 free. Where there are several subscriptions, each may have a few messages more (`Places.share`) that wait here: when a
 place is free again it goes to the highest priority, and every so often to a lower one (`places`).
 
-One task extends the leases of all messages in flight, well before they end.
+One task for each subscription extends the leases of its messages in flight, well before they end.
 """
 
 import asyncio
@@ -55,6 +55,8 @@ class _InFlight:
     is_begun: bool = False
     #: It has a place: its handler has it.
     is_placed: bool = False
+    #: It is to be given back, and its task has not come to that yet.
+    is_leaving: bool = False
     #: What becomes of it is decided and being told.
     is_settling: bool = False
     #: What is being told is that it is done.
@@ -81,11 +83,13 @@ class PubSubSource:
         self._ahead = self._places.share if len(self._ranks) > 1 else 0
         self._max_lease_s = max_lease_s
         self._in_flight: dict[str, _InFlight] = {}
+        #: Of the last pull, and of the last extension of leases; empty where it went well.
         self._errors = dict.fromkeys(self._ranks, "not connected yet")
+        self._lease_errors = dict.fromkeys(self._ranks, "")
         #: Set, and replaced, when there may be room for more messages.
         self._room_changed = asyncio.Event()
-        #: Held while leases are extended: what is decided meanwhile is told after it.
-        self._extending = asyncio.Lock()
+        #: Held while a subscription's leases are extended: what is decided meanwhile is told after it.
+        self._extending = {name: asyncio.Lock() for name in self._ranks}
         self._closing = asyncio.Event()
         self._closed = asyncio.Event()
 
@@ -93,11 +97,12 @@ class PubSubSource:
         try:
             # Together: where leases are no longer extended, nothing more is to be pulled.
             async with asyncio.TaskGroup() as group:
-                extending = group.create_task(self._extend_leases())
+                extending = [group.create_task(self._extend_leases(name)) for name in self._ranks]
                 for name in self._ranks:
                     group.create_task(self._keep_pulling(name, handle))
                 await self._closed.wait()
-                extending.cancel()
+                for task in extending:
+                    task.cancel()
         finally:
             await self._give_back_all(CLOSING_S)
             self._errors = dict.fromkeys(self._ranks, "not running")
@@ -117,9 +122,10 @@ class PubSubSource:
 
     def status(self) -> Mapping[str, SourceStatus]:
         held = [held.subscription for held in self._in_flight.values()]
+        errors = {name: self._errors[name] or self._lease_errors[name] for name in self._ranks}
         return {
             name: SourceStatus(connected=not error, error=error, held=held.count(name))
-            for name, error in self._errors.items()
+            for name, error in errors.items()
         }
 
     async def _keep_pulling(self, name: str, handle: Handler) -> None:
@@ -169,12 +175,12 @@ class PubSubSource:
     def _room(self, name: str) -> int:
         """Messages that may be pulled now."""
         waiting = len(self._waiting(name))
-        return max(self._places.free, self._ahead) - waiting
+        return max(0, max(self._places.free, self._ahead) - waiting)
 
     def _waiting(self, name: str) -> list[_InFlight]:
         """What has no place yet, the longest-waiting first."""
-        unplaced = (held for held in self._in_flight.values() if not held.is_placed and not held.is_settling)
-        return [held for held in unplaced if held.subscription == name]
+        in_flight = (held for held in self._in_flight.values() if held.subscription == name)
+        return [held for held in in_flight if not (held.is_placed or held.is_leaving or held.is_settling)]
 
     def _note(self, name: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -222,7 +228,7 @@ class PubSubSource:
             if held.is_done:
                 await self._subscriber.acknowledge(held.subscription, [held.received.ack_id])
                 return
-            async with self._extending:
+            async with self._extending[held.subscription]:
                 pass
             seconds = 0
             if verdict.action == "hold":
@@ -234,34 +240,38 @@ class PubSubSource:
         finally:
             self._in_flight.pop(held.received.ack_id, None)
 
-    async def _extend_leases(self) -> None:
+    async def _extend_leases(self, name: str) -> None:
         while True:
-            shortest_s = min(self._subscriber.lease_s(name) for name in self._ranks)
-            await asyncio.sleep(shortest_s / EXTENSIONS_PER_LEASE)
-            async with self._extending:
-                await asyncio.gather(*(self._extend(name) for name in self._ranks))
+            period_s = self._subscriber.lease_s(name) / EXTENSIONS_PER_LEASE
+            await asyncio.sleep(period_s)
+            async with self._extending[name]:
+                # Another try comes before the leases end.
+                await self._extend(name, limit_s=period_s)
 
-    async def _extend(self, name: str) -> None:
+    async def _extend(self, name: str, limit_s: float) -> None:
         oldest = time.monotonic() - self._max_lease_s
         in_flight = [held for held in self._in_flight.values() if held.subscription == name]
         # Where a lease ends before the acknowledgment arrives, the message comes again.
         kept = [held for held in in_flight if held.pulled_at > oldest and (held.is_done or not held.is_settling)]
         if not kept:
+            self._lease_errors[name] = ""
             return
         try:
             ack_ids = [held.received.ack_id for held in kept]
-            await self._subscriber.set_deadline(name, ack_ids, self._subscriber.lease_s(name))
+            await self._subscriber.set_deadline(name, ack_ids, self._subscriber.lease_s(name), limit_s=limit_s)
+            self._lease_errors[name] = ""
         except BrokerUnavailable as e:
-            self._errors[name] = self._errors[name] or str(e)
+            self._lease_errors[name] = str(e)
             log.warning("Leases were not extended: %s", e, extra={"action": "leases_not_extended"})
 
     def _give_back(self, unplaced: Sequence[_InFlight]) -> None:
         for held in unplaced:
-            if not held.is_settling:
+            if not (held.is_leaving or held.is_settling):
                 self._interrupt(held)
 
     def _interrupt(self, held: _InFlight) -> None:
         """Have it given back, unless its handler answers the cancellation with another verdict."""
+        held.is_leaving = True
         held.task.cancel()
         if not held.is_begun:
             # A task that is canceled before its first step settles nothing.

@@ -153,6 +153,8 @@ class Calls:
 
     async def pull(self, request: types.PullRequest, context: Any) -> types.PullResponse:
         subscription = self._broker.subscriptions[request.subscription]
+        if request.max_messages < 1:
+            raise ValueError(f"max_messages {request.max_messages}: at least 1")
         # Answer shortly before the client gives up.
         patience_s = 0.0 if request.return_immediately else max(0.0, (context.time_remaining() or 5.0) - 0.2)
         with contextlib.suppress(TimeoutError):

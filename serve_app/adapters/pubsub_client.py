@@ -197,8 +197,10 @@ class Subscriber(Protocol):
 
     async def acknowledge(self, subscription: str, ack_ids: Sequence[str]) -> None: ...
 
-    async def set_deadline(self, subscription: str, ack_ids: Sequence[str], seconds: int) -> None:
-        """The leases end in so many seconds; 0 gives the messages back."""
+    async def set_deadline(
+        self, subscription: str, ack_ids: Sequence[str], seconds: int, *, limit_s: float = CALL_TIMEOUT_S
+    ) -> None:
+        """The leases end in so many seconds; 0 gives the messages back. The call itself takes `limit_s` at most."""
 
     def lease_s(self, subscription: str) -> int:
         """What to extend leases to."""
@@ -222,8 +224,6 @@ class GrpcSubscriber:
 
     async def pull(self, subscription: str, most: int, wait_s: float) -> Sequence[Received]:
         limit_s = wait_s or CALL_TIMEOUT_S / 2
-        if wait_s:
-            await self._look(subscription)
         try:
             # Not repeated here: the source says why, and pulls again.
             asked = {"max_messages": min(most, MOST_AT_ONCE), "return_immediately": not wait_s, "is_repeated": False}
@@ -235,15 +235,20 @@ class GrpcSubscriber:
             return await self.pull(subscription, most, 0)
         if response is None:
             raise BrokerUnavailable(f"Pub/Sub's answer to a pull of {subscription} cannot be read")
+        # Now, before any lease is extended.
+        await self._look(subscription)
         return [Received(one.ack_id, _delivery(one.message)) for one in response.received_messages]
 
     async def acknowledge(self, subscription: str, ack_ids: Sequence[str]) -> None:
         for some in _batches(ack_ids):
             await self._call("acknowledge", subscription, ack_ids=some)
 
-    async def set_deadline(self, subscription: str, ack_ids: Sequence[str], seconds: int) -> None:
+    async def set_deadline(
+        self, subscription: str, ack_ids: Sequence[str], seconds: int, *, limit_s: float = CALL_TIMEOUT_S
+    ) -> None:
         for some in _batches(ack_ids):
-            await self._call("modify_ack_deadline", subscription, ack_ids=some, ack_deadline_seconds=seconds)
+            arguments = {"ack_ids": some, "ack_deadline_seconds": seconds}
+            await self._call("modify_ack_deadline", subscription, limit_s, **arguments)
 
     def lease_s(self, subscription: str) -> int:
         return EXACTLY_ONCE_LEASE_S if self._exactly_once.get(subscription) else LEASE_S
@@ -276,11 +281,16 @@ class GrpcSubscriber:
 
 
 def _delivery(message: types.PubsubMessage) -> Delivery:
+    try:
+        publish_time = message.publish_time
+    except (ValueError, OverflowError):
+        # A moment that Python does not know.
+        publish_time = None
     return Delivery(
         data=message.data,
         attributes=dict(message.attributes),
         message_id=message.message_id,
-        publish_time=message.publish_time,
+        publish_time=publish_time,
     )
 
 

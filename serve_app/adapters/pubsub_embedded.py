@@ -99,7 +99,7 @@ class EmbeddedPubSub:
         log.info("The embedded Pub/Sub server listens on %s", self.address, extra={"action": "pubsub_started"})
 
     async def stop(self) -> None:
-        """End every stream and stop. What was held is lost with this object."""
+        """End every call and stop. What was held is lost with this object."""
         if self._ticker is not None:
             self._ticker.cancel()
         if self._server is not None:

@@ -8,13 +8,16 @@ Both hold code that the replica runs: who can write to the weights cache or the 
 """
 
 import asyncio
+import atexit
 import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import clear_caches
+from torch.compiler._cache import CacheArtifactManager
 
 from ..errors import FluxFillError, GpuLost, OutOfMemory
 from ..settings import VariantSettings
@@ -42,7 +46,7 @@ def fingerprint(
 ) -> str:
     """SHA-256, in hex, of what compiled code depends on. `device` is a GPU's name and compute capability.
 
-    It only tells archives apart that are no use to each other: the compiler looks each graph up by a hash of its own.
+    It only tells caches apart that are no use to each other: the compiler looks each graph up by a hash of its own.
     """
     # Code for a CPU is compiled for this very one; of its description, what is no number are its instruction sets.
     cpu = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool | str)}
@@ -95,8 +99,7 @@ class CompileCache:
 
         Raises what `compile_all` raises. Sets TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR for the process.
         """
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._folder)
-        os.environ["TRITON_CACHE_DIR"] = str(self._folder / "triton")
+        self._work_in(self._folder)
         misses = _misses()
         is_known = self._is_there() or self._fetch()
         if not (is_known and self._works(compile_all)):
@@ -107,6 +110,19 @@ class CompileCache:
     @property
     def _folder(self) -> Path:
         return self.cache / _FOLDER / self.fingerprint
+
+    def _work_in(self, folder: Path) -> None:
+        """Have the compiler work there, or in a folder of this process where that cannot be made."""
+        try:
+            # Code is run from it: nobody else may write there.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as e:
+            extra = {"action": "compiled_not_kept", "fingerprint": self.fingerprint}
+            log.warning("What is compiled is not kept for the next replica: %s", e, extra=extra)
+            folder = Path(tempfile.mkdtemp())
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
 
     def _is_there(self) -> bool:
         return self._folder.is_dir() and any(self._folder.iterdir())
@@ -126,9 +142,16 @@ class CompileCache:
 
     def _start_over(self) -> None:
         """Forget what was compiled, so that what is compiled now gets the keys it has in a new process."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            # Aside first, at once: replicas that start meanwhile find a new folder or the old one, never half of it.
+            aside = Path(tempfile.mkdtemp(dir=self.cache, prefix=".compiled-"))
+            self._folder.rename(aside / "refused")
+            shutil.rmtree(aside)
+        self._work_in(self._folder)
         torch._dynamo.reset()
         clear_caches()
+        # What was found is recorded as soon as it is used, to be shared.
+        CacheArtifactManager.clear()
 
     def _fetch(self) -> bool:
         """Whether the mirror had something that torch takes."""
@@ -153,7 +176,9 @@ class CompileCache:
             return
         extra = {"action": "compiled_not_shared", "fingerprint": self.fingerprint}
         try:
-            (self._folder / _FILE).write_bytes(artifacts[0])
+            part = self._folder / f".{_FILE}-{os.getpid()}"
+            part.write_bytes(artifacts[0])
+            part.replace(self._folder / _FILE)
             asyncio.run(self.mirror.upload(_FOLDER, self.fingerprint, _FILE, self._folder))
         except (FluxFillError, OSError) as e:
             log.warning("What was compiled is not in the mirror for other machines: %s", e, extra=extra)
