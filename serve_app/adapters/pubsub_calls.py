@@ -1,7 +1,8 @@
 """google.pubsub.v1's Publisher and Subscriber services over a broker: the wire, and nothing of the rules.
 
 Made of what google-cloud-pubsub ships: its message types on gRPC's generic handlers. Streams, pulls, acknowledges,
-publishes and administers topics and subscriptions; other calls answer UNIMPLEMENTED.
+publishes and administers topics and subscriptions; other calls answer UNIMPLEMENTED. The app itself pulls; streams are
+for others who listen to its topics, by the library's `subscribe`.
 """
 
 import asyncio
