@@ -470,6 +470,7 @@ def test_marks_lie_on_the_axis_by_their_seconds(seconds: list[float]) -> None:
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(-1, 1)), min_size=2, max_size=12))
 @example([(1.0, 0.1), (1.0000001, 0.2), (1.0000002, 0.9), (50.0, 0.95)])
+@example([(1.0, 0.0), (1.0, 1e-250)])
 def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tuple[float, float]]) -> None:
     request, results = cells_of([seconds for seconds, _ in points])
     matrix = request.matrix.model_copy(update={"variants": ("a", "reference")})

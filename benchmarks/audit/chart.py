@@ -72,7 +72,12 @@ def scatter(
     """Seconds to the right, SSIM upwards, and a line along the front of each combination of steps, seed, prompt and
     crop. None where less than two cells have both figures. The reference's SSIM is 1, as it is compared with itself.
     """
-    found = [(r, r.wall_s, ssim) for r in results if r.wall_s is not None and (ssim := ssim_of(request, r)) is not None]
+    # Finer differences would be ticks with more digits than a chart has room for.
+    found = [
+        (result, round(result.wall_s, 6), round(ssim, 6))
+        for result in results
+        if result.wall_s is not None and (ssim := ssim_of(request, result)) is not None
+    ]
     if len(found) < 2:
         return None
     axes, fronts = _axes(290), defaultdict(list)
