@@ -28,8 +28,12 @@ run: install  ## serve on this machine; then `fluxfill submit` from a second ter
 test: install  ## every test
 	$(BIN)/pytest -n 2 --dist loadgroup $(if $(CI),--durations=25)
 
-test-fast: install  ## no Ray, no servers
-	$(BIN)/pytest -n 2 -m "not serve and not emulator and not slow"
+# Torch and diffusers take longer to import than most tests to run.
+WITH_TORCH := $(wildcard tests/test_engine_*.py) $(addprefix tests/test_,repack.py benchmark_engine.py compile_cache.py \
+  audit_compiling.py prompts.py tiny.py)
+
+test-fast: install  ## no Ray, no servers, no torch
+	$(BIN)/pytest -n 2 -m "not serve and not emulator and not slow" $(WITH_TORCH:%=--ignore=%)
 
 check: install  ## formatting, lint, types, who may import whom, the configs
 	$(BIN)/ruff format --check .

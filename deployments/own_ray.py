@@ -27,12 +27,16 @@ START_S = 120
 _NO_DRAIN = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
 
 
+_GIVEN = set[int]()
+
+
 def free_port() -> int:
-    """A loopback port nobody listens on, below the range that outgoing connections are given ports from: one of those
-    could be taken again before the server that it is for starts."""
-    for port in random.sample(range(20_000, 32_000), 200):
+    """A loopback port nobody listens on, and that this process was not given before; below the range that outgoing
+    connections are given ports from: one of those could be taken again before the server that it is for starts."""
+    for port in random.sample(sorted(set(range(20_000, 32_000)) - _GIVEN), 200):
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
+            _GIVEN.add(port)
             return port
     raise SettingsError("no free port between 20000 and 32000")
 

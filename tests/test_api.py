@@ -421,6 +421,7 @@ async def test_in_a_pages_place_only_a_page_runs(client: TestClient, process: Pr
     assert response.headers["content-security-policy"] == "default-src 'none'; sandbox"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "status", "code"),
     [

@@ -543,6 +543,7 @@ async def test_a_run_with_a_live_job_is_not_resumed(site: Site) -> None:
     assert (response.status_code, problem_code(response)) == (409, "audit_running")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "status", "named"),
     [

@@ -183,6 +183,7 @@ def test_a_run_is_started_followed_and_its_report_named(bench: Bench) -> None:
     assert audit.request == AuditRequest(user_id="u", session_id="s", matrix=bench.settings.audit.matrix, link_hours=5)
 
 
+@pytest.mark.slow
 def test_the_axes_are_those_that_are_given(bench: Bench) -> None:
     more = ("--variants", "tiny-Q5_K_S,telea", "--guidance", "2.5, 30", "--steps", "4,8", "--seeds", "0,7")
     others = ("--prompt", "grass, wet", "--prompt", "sand", "--crop", "crop,auto", "--reference", "tiny-Q5_K_S")
@@ -531,6 +532,7 @@ def answering(port: int, body: bytes) -> Iterator[None]:
             thread.join()
 
 
+@pytest.mark.slow
 def test_an_app_that_is_not_as_the_file_says_is_told_apart(bench: Bench) -> None:
     stored(bench, "one")
     port = load(bench.config).port

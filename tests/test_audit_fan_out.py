@@ -31,6 +31,7 @@ def cells(count: int) -> dict[str, Any]:
     return {"guidance_scales": tuple(float(number) for number in range(1, count + 1))}
 
 
+@pytest.mark.slow
 async def test_a_replica_that_is_taken_is_asked_again() -> None:
     rig = up(2)
     held = Held()
@@ -62,6 +63,7 @@ async def test_cells_are_fanned_out_over_a_variants_replicas() -> None:
     assert [engine.painted for engine in engines] == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_in_flight", "at_once"), [(1, 1), (2, 2), (None, 6)])
 async def test_no_more_cells_ask_at_once_than_the_settings_allow(max_in_flight: int | None, at_once: int) -> None:
     rig = AuditRig(variants=scripted("a", "b", "c"), audit={"max_in_flight": max_in_flight})
@@ -84,6 +86,7 @@ async def test_no_more_cells_ask_at_once_than_the_settings_allow(max_in_flight: 
     assert max_in_flight is None or most == at_once
 
 
+@pytest.mark.slow
 async def test_a_second_cell_waits_at_a_replica_while_there_is_one_for_each() -> None:
     few, many = up(3), up(3)
     await few.run(matrix=cells(5))
@@ -115,6 +118,7 @@ async def test_where_more_replicas_could_be_started_no_more_is_asked_for(growing
     assert len(replicas.begun) == 9
 
 
+@pytest.mark.slow
 async def test_a_variant_of_which_no_replica_runs_is_given_up_and_no_other() -> None:
     """Also where one cell is asked for at a time."""
     rig = AuditRig(variants=scripted("a", "b"), audit={"settle_s": 1.0, "max_in_flight": 1})
@@ -133,6 +137,7 @@ async def test_a_variant_of_which_no_replica_runs_is_given_up_and_no_other() -> 
     assert "b" in asked
 
 
+@pytest.mark.slow
 async def test_a_cell_waits_longer_for_a_replica_that_runs() -> None:
     rig = up(1, settle_s=0.05)
     held = Held()

@@ -109,6 +109,7 @@ def test_a_family_without_steps_or_transformer_has_no_rates() -> None:
     assert figures.step_tflop(paused, TWO) is None
 
 
+@pytest.mark.slow
 def test_the_tiny_checkpoints_are_counted_with_their_own_shape(tiny: TinyWeights) -> None:
     config = json.loads((tiny.base / "transformer" / "config.json").read_text())
     blocks = config["num_layers"] + config["num_single_layers"]
@@ -138,6 +139,7 @@ class OnePrompt:
         return self._embeddings
 
 
+@pytest.mark.slow
 async def test_an_audit_of_the_real_pipeline(tiny: TinyWeights, embeddings: bytes) -> None:
     names = ("tiny-Q4_0", "tiny-Q8_0")
     engines = {name: [flux_fill(tiny, name.removeprefix("tiny-"))] for name in names}

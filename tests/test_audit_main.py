@@ -167,6 +167,7 @@ async def test_a_run_that_is_over_is_resumed_at_once(blobs: MemoryBlobStore) -> 
     assert said == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True])
 async def test_the_resume_of_a_dead_job_waits_until_it_counts_as_dead(blobs: MemoryBlobStore, begun: bool) -> None:
     # Its job was killed when it had half a second to its next sign of life.

@@ -341,6 +341,7 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
+@pytest.mark.slow
 @given(measured())
 def test_the_front_is_every_cell_that_no_other_beats(of: list[CellResult]) -> None:
     points = {result.name: at for result in of if (at := point(result)) is not None}
@@ -350,6 +351,7 @@ def test_the_front_is_every_cell_that_no_other_beats(of: list[CellResult]) -> No
     assert [points[name][0] for name in front] == sorted(points[name][0] for name in front)
 
 
+@pytest.mark.slow
 @given(measured())
 def test_what_is_recommended_was_painted_and_said_in_sentences(of: list[CellResult]) -> None:
     got = recommend(REQUEST, of, SIZES)
@@ -388,6 +390,7 @@ def test_each_of_the_further_axes_makes_a_combination() -> None:
     assert set(pareto(request, of)) == {result.name for result in of}
 
 
+@pytest.mark.slow
 @given(measured(), st.randoms())
 def test_the_order_of_results_changes_nothing(of: list[CellResult], random: Random) -> None:
     shuffled = of[:]

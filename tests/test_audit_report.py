@@ -89,6 +89,7 @@ def with_a_failure(message: str = "the device had no memory left") -> list[CellR
 # -- figures
 
 
+@pytest.mark.slow
 async def test_every_figure_agrees_with_the_stored_cells() -> None:
     run, results = audited.audit(), with_a_failure()
     report = audited.Published()
@@ -142,6 +143,7 @@ def test_every_metric_has_a_column_where_it_was_measured() -> None:
     assert {metric.title for metric in METRICS} <= {column.head for column in columns(results)}
 
 
+@pytest.mark.slow
 async def test_what_is_not_finite_is_null() -> None:
     results = audited.results()
     assert results[0].compared is not None
@@ -153,6 +155,7 @@ async def test_what_is_not_finite_is_null() -> None:
     assert content["cells"][0]["psnr_db"] is content["cells"][0]["ssim"] is None
 
 
+@pytest.mark.slow
 async def test_results_json_says_which_run_it_is_and_what_came_of_it() -> None:
     run = audited.audit()
     content = json.loads(await (await audited.published(run, audited.results())).read(run, "results.json"))
@@ -168,6 +171,7 @@ async def test_results_json_says_which_run_it_is_and_what_came_of_it() -> None:
     assert content["recommended"] == json.loads(run.recommended.model_dump_json())
 
 
+@pytest.mark.slow
 async def test_cells_come_in_the_matrix_s_order_and_those_never_painted_have_their_place() -> None:
     results = audited.results()[:-2]
     random.Random(1).shuffle(results)
@@ -196,6 +200,7 @@ def canceled_early() -> tuple[Audit, list[CellResult]]:
     return audited.audit(status="canceled", recommended=None), bare
 
 
+@pytest.mark.slow
 async def test_why_nothing_is_recommended_is_said_as_it_is() -> None:
     failed = [audited.failed(REQUEST, cell) for cell in REQUEST.matrix.cells()[:1]]
     run, bare = canceled_early()
@@ -215,6 +220,7 @@ async def test_why_nothing_is_recommended_is_said_as_it_is() -> None:
         assert f"<p>{why.capitalize()}</p>" in page
 
 
+@pytest.mark.slow
 async def test_the_report_says_what_compiling_and_memory_came_to() -> None:
     reasons = ("call to print()", "data dependent jump")
     verdict = audited.audit().compile[0].model_copy(update={"viable": False, "break_reasons": reasons})
@@ -234,6 +240,7 @@ async def test_the_report_says_what_compiling_and_memory_came_to() -> None:
         assert [cell.strip() for cell in peaks[3]] == ["Q8_0", "16.35", "17.35"]
 
 
+@pytest.mark.slow
 async def test_cells_whose_paintings_differ_are_named() -> None:
     run, results = audited.audit(), audited.results()
     told = {
@@ -247,6 +254,7 @@ async def test_cells_whose_paintings_differ_are_named() -> None:
     assert '<dd class="varying">Q4_0_gs30, Q5_K_S_gs30</dd>' in await report.read(run, "report.html")
 
 
+@pytest.mark.slow
 async def test_markdown_leaves_room_for_notes_and_states_the_rules() -> None:
     run = audited.audit()
     markdown = await (await audited.published(run, audited.results())).read(run, "REPORT.md")
@@ -257,6 +265,7 @@ async def test_markdown_leaves_room_for_notes_and_states_the_rules() -> None:
         assert f"{n}. {reason[:30]}" in markdown
 
 
+@pytest.mark.slow
 async def test_a_resumed_run_s_time_is_said_to_count_from_its_first_attempt() -> None:
     for attempt, said in ((1, "30 min 48 s after it began"), (2, "30 min 48 s after its first attempt began")):
         run = audited.audit(attempt=attempt)
@@ -315,6 +324,7 @@ async def test_no_word_becomes_a_spreadsheet_s_formula(start: str) -> None:
 # -- links
 
 
+@pytest.mark.slow
 async def test_links_last_as_long_as_asked_and_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     run = audited.audit(REQUEST.model_copy(update={"link_hours": 1.5}))
@@ -355,6 +365,7 @@ async def test_no_link_ends_before_the_report_says(monkeypatch: pytest.MonkeyPat
 # -- pictures
 
 
+@pytest.mark.slow
 async def test_a_picture_that_cannot_be_read_back_is_named_and_stops_nothing() -> None:
     run, results = audited.audit(), audited.results()
     report, (photo, mask) = audited.Published(), audited.photo_and_mask()
@@ -449,6 +460,7 @@ def fronts(svg: str) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", line)] for line in lines]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=12))
 def test_marks_lie_on_the_axis_by_their_seconds(seconds: list[float]) -> None:
@@ -467,6 +479,7 @@ def test_marks_lie_on_the_axis_by_their_seconds(seconds: list[float]) -> None:
         assert x == pytest.approx(left + wall_s / last * (right - left), abs=0.1)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(-1, 1)), min_size=2, max_size=12))
 @example([(1.0, 0.1), (1.0000001, 0.2), (1.0000002, 0.9), (50.0, 0.95)])
@@ -494,6 +507,7 @@ def test_the_scatter_holds_every_cell_and_its_front_only_climbs(points: list[tup
         assert all(x <= later_x and y >= later_y for (x, y), (later_x, later_y) in pairwise(front))
 
 
+@pytest.mark.slow
 async def test_each_combination_of_further_axes_has_a_front_of_its_own() -> None:
     matrix = Matrix(variants=("a", "b"), guidance_scales=(2.0,), steps=(4, 28), seeds=(0, 1))
     request = AuditRequest(user_id="u", session_id="s", matrix=matrix)

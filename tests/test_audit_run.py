@@ -63,6 +63,7 @@ async def test_outside_the_mask_a_picture_is_the_photo() -> None:
     assert (painted[line_mask() > 0] == 255).all()
 
 
+@pytest.mark.slow
 async def test_each_cell_is_painted_with_its_own_values() -> None:
     rig = AuditRig(variants=scripted("a"))
     seen: list[tuple[str, float, int, int]] = []
@@ -126,6 +127,7 @@ async def test_one_failed_cell_is_reported_and_the_others_go_on() -> None:
     assert f"{folder('run')}/REPORT.md" in await rig.paths()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ReplicaLost, GpuLost, VariantNotReady])
 async def test_a_replica_that_is_lost_costs_no_cell(error: type[Exception]) -> None:
     rig = AuditRig()
@@ -134,6 +136,7 @@ async def test_a_replica_that_is_lost_costs_no_cell(error: type[Exception]) -> N
     assert rig.replicas.begun.count("a_gs2") == 4
 
 
+@pytest.mark.slow
 async def test_a_cell_whose_replicas_are_lost_again_and_again_fails() -> None:
     rig = AuditRig()
     rig.replicas.errors["a_gs2"] = [ReplicaLost("gone")] * 9

@@ -20,6 +20,7 @@ def shared(**audit: Any) -> AuditRig:
     return rig
 
 
+@pytest.mark.slow
 async def test_with_one_gpu_variants_are_painted_one_after_the_other() -> None:
     rig = shared()
     rig.replicas.linger = {"a": 3, "b": 2}
@@ -40,6 +41,7 @@ async def test_with_enough_gpus_they_are_painted_side_by_side() -> None:
     assert audit.memory == ()
 
 
+@pytest.mark.slow
 async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -> None:
     rig = shared(settle_s=0.3)
     rig.replicas.linger = {"a": None}
@@ -54,6 +56,7 @@ async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -
     assert "a has 1, and keeps 0" in error.message
 
 
+@pytest.mark.slow
 async def test_memory_that_does_not_become_free_fails_those_after_it_with_both_readings() -> None:
     rig = shared(settle_s=0.3)
     # At the floor, and before the first wave.
@@ -87,6 +90,7 @@ async def test_where_no_gpu_can_become_free_nothing_is_painted() -> None:
     assert await rig.paths() == ["audit/run/run.json"]
 
 
+@pytest.mark.slow
 async def test_the_request_says_how_many_gpus_the_cluster_can_have() -> None:
     rig = shared(gpus=0)
     assert (await rig.run(gpus=3)).status == AuditStatus.SUCCEEDED
@@ -101,6 +105,7 @@ READINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("later", "is_free", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
 async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_free: bool, used: int) -> None:
     rig = shared(settle_s=1.0)
@@ -157,6 +162,7 @@ async def stage(rig: AuditRig) -> str:
         return ""
 
 
+@pytest.mark.slow
 async def test_a_gpu_that_production_never_gives_back_fails_the_cells_and_is_named() -> None:
     audit = await beside(settle_s=0.3).run(matrix=ONE)
     error = audit.cells["Q4_gs2"].error
@@ -194,6 +200,7 @@ class Waking(Prompts):
         return await super().encode(variant, prompt)
 
 
+@pytest.mark.slow
 async def test_the_floor_is_read_before_the_prompts_wake_a_text_encoder() -> None:
     prompts = Waking()
     rig = AuditRig(variants=scripted("Q4", "Q8", num_gpus=1), audit={"settle_s": 0.3}, prompts=prompts)

@@ -33,6 +33,7 @@ async def held_in(rig: AuditRig, name: str) -> tuple[asyncio.Task[Any], Held]:
     return running, held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["signal", "store"])
 async def test_a_canceled_run_stops_what_it_paints_and_keeps_what_is_painted(way: str) -> None:
     rig = AuditRig()
@@ -108,6 +109,7 @@ async def test_a_canceled_run_that_cannot_be_judged_in_time_says_so() -> None:
     assert "None: the run was canceled, and its pictures were not all compared." in data.decode()
 
 
+@pytest.mark.slow
 async def test_a_canceled_resume_forgets_what_was_recommended_before() -> None:
     rig = AuditRig(pace=replace(QUICK, judge_s=0.0))
     rig.replicas.errors["b_gs4"] = [OutOfMemory("full")]
@@ -226,6 +228,7 @@ class Down:
             raise StoreUnavailable("switched off")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["a_gs2.png", "cells/a_gs2.json", "run.json", "REPORT.md"])
 async def test_a_store_that_is_down_for_a_moment_costs_nothing(file: str) -> None:
     rig = AuditRig()
@@ -233,6 +236,7 @@ async def test_a_store_that_is_down_for_a_moment_costs_nothing(file: str) -> Non
     assert (await rig.run()).status == AuditStatus.SUCCEEDED
 
 
+@pytest.mark.slow
 async def test_a_cell_that_cannot_be_stored_fails() -> None:
     rig = AuditRig()
     rig.blobs.before = Down("audit/run/a_gs2.png", 1000)
@@ -260,6 +264,7 @@ class KilledAt:
             raise Killed
 
 
+@pytest.mark.slow
 async def test_killed_anywhere_a_resume_completes_the_rest_and_paints_no_stored_cell_again() -> None:
     number, kills = 0, 0
     while True:
@@ -284,6 +289,7 @@ async def test_killed_anywhere_a_resume_completes_the_rest_and_paints_no_stored_
     assert kills > 20
 
 
+@pytest.mark.slow
 async def test_a_resume_paints_what_failed_again() -> None:
     rig = AuditRig()
     rig.replicas.errors["a_gs4"] = [OutOfMemory("full")]
@@ -295,6 +301,7 @@ async def test_a_resume_paints_what_failed_again() -> None:
     assert again.compiled == []
 
 
+@pytest.mark.slow
 async def test_a_resume_looks_at_torch_compile_again_where_it_was_not_measured() -> None:
     name = "tiny-Q4_0"
     rig = AuditRig(variants={name: {}}, engines={name: [Scripted()]})

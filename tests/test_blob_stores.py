@@ -109,6 +109,7 @@ async def next_second() -> None:
     await until(lambda: int(time.time()) > now_s)
 
 
+@pytest.mark.slow
 async def test_bytes_that_come_back_after_others_are_another_version(store: BlobStore) -> None:
     first = await store.put(PATH, b"photo A", content_type=JPEG)
     await store.put(PATH, b"photo B", content_type=JPEG)
@@ -272,6 +273,7 @@ COUNT_UP = """
 """
 
 
+@pytest.mark.slow
 async def test_compare_and_set_between_processes_loses_nothing(
     folder_store: BlobStore, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -301,6 +303,7 @@ def is_writing(folder: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 async def test_a_writer_that_is_killed_leaves_a_whole_blob(
     folder_store: BlobStore, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:

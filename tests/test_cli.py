@@ -191,6 +191,7 @@ def job_id_in(text: str) -> str:
 # -- submit
 
 
+@pytest.mark.slow
 def test_submit_follows_the_job_and_writes_the_result(submit: Command, service: Service, tmp_path: Path) -> None:
     ended = submit("--user", "ann", "--session", "s1", "--steps", 6, "--seed", 5, "--crop", "resize")
     assert (ended.status, ended.err) == (0, "")
@@ -204,6 +205,7 @@ def test_submit_follows_the_job_and_writes_the_result(submit: Command, service: 
         assert cv2.imread(str(tmp_path / "out" / name)).shape == photo().shape
 
 
+@pytest.mark.slow
 def test_a_session_of_its_own_is_made_where_none_is_named(submit: Command) -> None:
     first, second = submit(), submit()
     assert (first.status, second.status) == (0, 0)
@@ -211,6 +213,7 @@ def test_a_session_of_its_own_is_made_where_none_is_named(submit: Command) -> No
     assert "session local/cli-" in first.out
 
 
+@pytest.mark.slow
 def test_the_same_photo_again_is_answered_by_the_finished_job(
     submit: Command, service: Service, tmp_path: Path
 ) -> None:
@@ -223,6 +226,7 @@ def test_the_same_photo_again_is_answered_by_the_finished_job(
     assert (tmp_path / "out" / "edited.jpg").exists()
 
 
+@pytest.mark.slow
 def test_another_edits_picture_is_not_shown_as_ones_own(submit: Command, service: Service, tmp_path: Path) -> None:
     service.slow.fill, edited = 0, tmp_path / "out" / "edited.jpg"
     one, other = ("--session", "replaced", "--seed", 1), ("--session", "replaced", "--variant", "slow")
@@ -244,6 +248,7 @@ def test_another_edits_picture_is_not_shown_as_ones_own(submit: Command, service
     service.slow.fill = None
 
 
+@pytest.mark.slow
 def test_an_idempotency_key_names_the_edit(submit: Command) -> None:
     ended = [submit("--session", "named", "--idempotency-key", key) for key in ("a", "a", "b")]
     assert [one.status for one in ended] == [0, 0, 0]
@@ -328,6 +333,7 @@ def test_without_a_broker_it_says_at_once_what_to_start(submit: Command, tmp_pat
     assert not (tmp_path / "blobs").exists() or not any((tmp_path / "blobs").rglob("*.jpg"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
 def test_another_programs_server_is_said_to_be_one(
     submit: Command, tmp_path: Path, greeting: bytes, monkeypatch: pytest.MonkeyPatch
@@ -356,6 +362,7 @@ def held(service: Service) -> Iterator[Held]:
     held.let_go.set()
 
 
+@pytest.mark.slow
 def test_it_stops_waiting_after_the_timeout_and_says_how_to_go_on(
     submit: Command, service: Service, held: Held
 ) -> None:
@@ -589,6 +596,7 @@ def test_a_lock_file_that_is_none_is_an_error_not_a_traceback(fluxfill: Command,
 # -- weights
 
 
+@pytest.mark.slow
 def test_tiny_weights_are_written_where_they_are_wanted(fluxfill: Command, tmp_path: Path) -> None:
     ended = fluxfill("weights", "tiny", "--to", tmp_path / "tiny")
     # What torch and its kin warn of while they are imported goes to stderr.
@@ -706,6 +714,7 @@ def test_help_names_everything_a_command_takes(fluxfill: Command, command: str, 
     assert [option for option in options.split() if option.upper() not in words] == []
 
 
+@pytest.mark.slow
 def test_the_console_script_is_installed() -> None:
     script = Path(sys.executable).with_name("fluxfill")
     ended = subprocess.run([script, "submit"], capture_output=True, text=True, check=False)

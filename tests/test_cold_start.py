@@ -75,6 +75,7 @@ def flux_settings(tiny: TinyWeights, cache: Path) -> Settings:
     )
 
 
+@pytest.mark.slow
 async def test_a_load_reports_its_parts_to_the_log_the_metrics_and_whoever_asks(
     tiny: TinyWeights, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

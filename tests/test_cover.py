@@ -78,6 +78,7 @@ def scattered(draw: st.DrawFn) -> Pixels:
     return mask
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(mask=scattered())
 def test_a_cover_is_near_the_cheapest_of_all(mask: Pixels) -> None:

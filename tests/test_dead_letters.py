@@ -71,6 +71,7 @@ async def test_no_more_than_the_limit_are_pulled(broker: Broker) -> None:
     await letters.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broker", ["embedded", "memory"], indirect=True)
 async def test_a_letter_in_hand_comes_again_when_its_time_is_over(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +87,7 @@ async def test_a_letter_in_hand_comes_again_when_its_time_is_over(
     await letters.close()
 
 
+@pytest.mark.slow
 async def test_googles_pubsub_may_take_its_time_to_say_that_there_are_none(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ async def silent(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Silent,
     await server.stop(grace=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["pubsub://{}", "embedded://{}", "pubsub:"])
 async def test_a_broker_that_hangs_is_not_one_without_letters(silent: tuple[Silent, str], url: str) -> None:
     letters = adapters.dead_letters(MessagesSettings(url=url.format(silent[1])))
@@ -147,6 +150,7 @@ async def test_a_broker_that_hangs_is_not_one_without_letters(silent: tuple[Sile
     await letters.close()
 
 
+@pytest.mark.slow
 async def test_where_google_answers_and_finds_no_letters_there_are_none(silent: tuple[Silent, str]) -> None:
     silent[0].answers_at_once = True
     letters = adapters.dead_letters(MessagesSettings(url="pubsub:"))

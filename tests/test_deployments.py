@@ -309,6 +309,7 @@ def built(settings: Settings) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_app_is_made_of_the_deployments_it_says() -> None:
     settings = load(CONFIG).settings
     assert set(built(settings)) == set(deployment_names(settings))
@@ -656,6 +657,7 @@ def test_a_ray_of_ones_own_has_a_token_of_its_own() -> None:
 # -- pushes in hand
 
 
+@pytest.mark.slow
 async def test_a_broker_whose_port_is_taken_says_so_and_starts_when_it_is_free() -> None:
     with EmbeddedPubSub("127.0.0.1", 0) as other:
         settings = MessagesSettings(url=f"embedded://{other.address}")
@@ -735,6 +737,7 @@ async def test_a_push_that_takes_long_is_answered_in_time_and_worked_on() -> Non
     assert done == ["stored"]
 
 
+@pytest.mark.slow
 def test_production_wants_rays_ports_to_ask_for_a_token() -> None:
     check_ray_token()
     # Ray reads its environment once in a process.

@@ -64,6 +64,7 @@ def test_every_filtered_and_ordered_query_has_its_index() -> None:
     assert {"receiver": "ASCENDING", "owes.webhook": "ASCENDING"} in found
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_not_there_is_unavailable_and_no_reason_not_to_start(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:

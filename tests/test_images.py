@@ -412,6 +412,7 @@ class TestScans:
     def test_a_progressive_jpeg_is_read(self) -> None:
         assert decode_photo(progressive(10), Limits()).pixels.shape == (32, 48, 3)
 
+    @pytest.mark.slow
     def test_a_large_png_is_no_jpeg_of_many_scans(self) -> None:
         large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2400, 1600, 3), np.uint8))
         data = encoded(large, compress_level=0)
@@ -446,6 +447,7 @@ class TestDamage:
         with pytest.raises(InvalidImage, match="the photo is"):
             decode_photo(data[: int(len(data) * share)], LIMITS)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("kind", FORMATS)
     def test_whatever_the_bytes_it_is_a_picture_or_an_input_error(self, kind: str) -> None:

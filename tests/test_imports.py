@@ -25,6 +25,7 @@ def test_the_contracts_are_kept() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_app_and_the_command_line_run_without_the_diffusion_extra() -> None:
     blocked = ["torch", "diffusers", "transformers", "accelerate", "gguf", "safetensors", "huggingface_hub"]
     script = f"""
@@ -53,15 +54,18 @@ def test_rays_environment_is_made_without_loading_ray() -> None:
     assert "ray" not in loaded_by("deployments.own_ray")
 
 
+@pytest.mark.slow
 def test_the_worker_loads_neither_ray_nor_torch_nor_a_vendors_package() -> None:
     loaded = loaded_by("serve_app.worker")
     assert not loaded & {"ray", "torch", "diffusers", "transformers", "google", "grpc", "sqlalchemy", "fastapi"}
 
 
+@pytest.mark.slow
 def test_the_adapters_load_a_vendors_package_only_when_asked() -> None:
     assert not loaded_by("serve_app.adapters") & {"google", "grpc", "sqlalchemy", "ray", "torch"}
     assert "sqlalchemy" in loaded_by("serve_app.adapters.sql"), "or the test above proves nothing"
 
 
+@pytest.mark.slow
 def test_the_routes_load_neither_ray_nor_torch() -> None:
     assert not loaded_by("serve_app.api") & {"ray", "torch", "google", "grpc", "sqlalchemy"}

@@ -186,6 +186,7 @@ async def test_an_engine_that_paints_for_longer_than_any_worker_waits_makes_the_
     replica.check_health()
 
 
+@pytest.mark.slow
 async def test_a_deaf_pause_neither_reports_a_step_nor_stops() -> None:
     replica = Replica(settings({"stuck_s": 1e-6}, deaf=True, pause_s=0.5))
     painting = asyncio.create_task(anext(_second(replica)))
@@ -254,6 +255,7 @@ async def test_a_variant_that_did_not_load_measures_nothing() -> None:
         await replica.cell(request())
 
 
+@pytest.mark.slow
 async def test_a_cell_that_is_closed_stops_within_a_step() -> None:
     replica = Replica(settings(pause_s=60))
     async with aclosing(_measure(replica, trials=20)) as events, asyncio.timeout(60):

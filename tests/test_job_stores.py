@@ -197,6 +197,7 @@ def overlapping(*changes: Change) -> list[Change]:
     return list(map(held, changes, made, reversed(made)))
 
 
+@pytest.mark.slow
 async def test_new_jobs_of_a_session_that_are_claimed_in_the_same_moment(jobs_url: str, opened: Opened) -> None:
     stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
     records = [make_job("a"), make_job("b")]
@@ -209,6 +210,7 @@ async def test_new_jobs_of_a_session_that_are_claimed_in_the_same_moment(jobs_ur
     assert len(await stores[0].list()) == 1
 
 
+@pytest.mark.slow
 async def test_updates_in_the_same_moment_lose_nothing(jobs_url: str, opened: Opened) -> None:
     """Not even where one names no session."""
     stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
@@ -386,6 +388,7 @@ def hosts(jobs_url: str, opened: Opened) -> Sequence[JobStore]:
     return [opened(SqlJobStore(jobs_url, clock=lambda skew=skew: utc_now() + skew)) for skew in skews]
 
 
+@pytest.mark.slow
 async def test_a_lease_is_as_long_for_every_host(hosts: Sequence[JobStore]) -> None:
     for i, host in enumerate(hosts):
         change = jobs.claim(make_job(f"edit-{i}", session_id=f"s{i}"), lease_s=0.02, max_attempts=5)

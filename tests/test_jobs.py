@@ -546,6 +546,7 @@ def identity(fields: dict[str, object], versions: tuple[str, ...] = ("1", "2"), 
     return edit_job_id(message, versions=versions, idempotency_key=key)
 
 
+@pytest.mark.slow
 @given(explicit)
 def test_a_message_that_is_published_again_asks_for_the_same(fields: dict[str, object]) -> None:
     message = EditMessage.model_validate({"userId": "u", "sessionId": "s", **fields})

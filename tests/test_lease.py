@@ -76,6 +76,7 @@ def moves(host: Host, seconds: float) -> Callable[[], Any]:
 # How long a claim is believed in
 
 
+@pytest.mark.slow
 async def test_a_lease_counts_from_before_the_renewal_was_sent(host: Host) -> None:
     """The answer took 500 s; what it promises is 100 s more."""
     holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
@@ -103,6 +104,7 @@ async def test_a_lease_counts_from_before_the_claim_was_sent(host: Host) -> None
             await host.keeper(job, asked_at).hold(forever())
 
 
+@pytest.mark.slow
 async def test_a_renewal_makes_the_lease_last_from_then_on(host: Host) -> None:
     holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
     await host.looks("get")
@@ -117,6 +119,7 @@ async def test_a_renewal_makes_the_lease_last_from_then_on(host: Host) -> None:
     await asyncio.wait({holding})
 
 
+@pytest.mark.slow
 async def test_a_missed_renewal_is_made_up_for_before_the_lease_ends(host: Host) -> None:
     holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
     await host.looks("get")
@@ -137,6 +140,7 @@ async def test_a_missed_renewal_is_made_up_for_before_the_lease_ends(host: Host)
     await asyncio.wait({holding})
 
 
+@pytest.mark.slow
 async def test_a_renewal_that_succeeded_is_not_made_again_before_its_time(host: Host) -> None:
     holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
     await host.looks("get")
@@ -194,6 +198,7 @@ async def test_a_painting_is_stopped_before_its_lost_claim_is_told_of(host: Host
 # Progress
 
 
+@pytest.mark.slow
 async def test_the_session_is_shown_one_progress_at_a_time_and_then_the_latest(host: Host) -> None:
     keeper, go_on = host.keeper(await host.claim()), asyncio.Event()
 

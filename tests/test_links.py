@@ -154,6 +154,7 @@ SIGN = """
 """
 
 
+@pytest.mark.slow
 def test_processes_that_begin_at_once_make_one_key(
     folder_links: LocalLinks, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:

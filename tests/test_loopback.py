@@ -101,6 +101,7 @@ def http_url() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_app_on_this_machine_is_asked_whether_it_is_ready(http_url: str, tmp_path: Path) -> None:
     app = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
@@ -109,6 +110,7 @@ def test_the_app_on_this_machine_is_asked_whether_it_is_ready(http_url: str, tmp
         app.communicate()
 
 
+@pytest.mark.slow
 def test_rays_job_server_is_reached(http_url: str) -> None:
     assert RayJobs(http_url)._connected().get_address() == http_url
 

@@ -93,6 +93,7 @@ async def test_a_nacked_message_comes_again(broker: Broker) -> None:
         await until(lambda: len(handle.deliveries) == 2)
 
 
+@pytest.mark.slow
 async def test_a_held_message_comes_after_its_delay_and_no_earlier(broker: Broker) -> None:
     async def decide(delivery: Delivery) -> Verdict:
         is_first = handle.bodies.count(delivery.data) == 1
@@ -132,6 +133,7 @@ async def test_no_more_than_in_flight_are_handled_at_a_time(broker: Broker) -> N
     assert handle.most_at_work == 3
 
 
+@pytest.mark.slow
 async def test_a_handler_that_fails_gets_the_message_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pubsub, "ERROR_HOLD_S", 1.0)
 
@@ -264,6 +266,7 @@ async def test_completion_messages_go_to_a_topic_of_their_own(completing: Broker
 # Priorities
 
 
+@pytest.mark.slow
 async def test_a_higher_priority_is_drained_first(priorities: Broker) -> None:
     """Low ones were there before, and would all come first."""
     blocked = asyncio.Event()
@@ -353,6 +356,7 @@ async def test_leases_are_kept_while_a_message_is_handled_and_another_waits(
     assert handle.bodies == [b"high", b"low"]
 
 
+@pytest.mark.slow
 async def test_the_lease_is_kept_through_the_grace_of_closing(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +400,7 @@ HOLD_FOR_EVER = """
 """
 
 
+@pytest.mark.slow
 async def test_messages_of_a_process_that_was_killed_come_again(
     embedded: Broker, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:

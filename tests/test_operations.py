@@ -60,12 +60,14 @@ def test_every_metric_that_is_written_is_known() -> None:
     assert written == set(METRICS)
 
 
+@pytest.mark.slow
 def test_every_log_action_is_a_literal_and_listed() -> None:
     values = list(actions())
     assert [path for path, value in values if not isinstance(value, ast.Constant)] == []
     assert listed("Logs") == {value.value for _, value in values if isinstance(value, ast.Constant)}
 
 
+@pytest.mark.slow
 def test_every_log_line_has_an_action() -> None:
     levels = {"debug", "info", "warning", "error", "exception", "critical"}
     bare = [

@@ -133,6 +133,7 @@ async def test_the_session_is_never_given_up(rig: Rig) -> None:
     assert (await rig.document())["processingStatus"] == "completed"
 
 
+@pytest.mark.slow
 async def test_a_slow_receiver_keeps_no_session_waiting(rig: Rig) -> None:
     never = asyncio.Event()
 
@@ -260,6 +261,7 @@ async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made
     assert len(held.called) == 21, "what found no place is told when there is one, and once"
 
 
+@pytest.mark.slow
 async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: Rig) -> None:
     """Everything else is told at the first look, whatever is older and in whatever number."""
     held = Held()
@@ -287,6 +289,7 @@ async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: R
     assert {job.receiver for job in held.called} == {"dead.example", "live.example"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owed", ["session", "completion"])
 async def test_a_dead_mirror_or_topic_holds_up_what_it_is_owed_only(rig: Rig, owed: jobs.Debt) -> None:
     never = asyncio.Event()
@@ -323,6 +326,7 @@ async def test_what_is_still_being_told_is_not_told_again(rig: Rig) -> None:
     assert (await rig.job()).owed == {}
 
 
+@pytest.mark.slow
 async def test_a_slow_mirror_keeps_no_completion_unpaid(rig: Rig) -> None:
     never = asyncio.Event()
 

@@ -37,6 +37,7 @@ def painted_magenta(canvas: Pixels, canvas_mask: Pixels, planned: Plan) -> Pixel
     return result
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mask=masks(), strategy=strategies, feather_px=feathers)
 def test_what_is_outside_the_dilated_mask_is_identical(mask: Pixels, strategy: CropStrategy, feather_px: int) -> None:
@@ -51,6 +52,7 @@ def test_what_is_outside_the_dilated_mask_is_identical(mask: Pixels, strategy: C
     assert np.array_equal(photo, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mask=masks(), strategy=strategies, feather_px=feathers)
 def test_at_the_photos_scale_the_mask_shows_what_the_windows_painted(
@@ -65,6 +67,7 @@ def test_at_the_photos_scale_the_mask_shows_what_the_windows_painted(
         assert (edited[mask == 255] == MAGENTA).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mask=masks(), strategy=strategies, feather_px=feathers)
 def test_every_masked_pixel_is_in_the_canvas_mask_and_in_a_window(
@@ -193,6 +196,7 @@ def test_a_flat_photo_painted_in_its_own_colour_stays_flat_at_any_scale() -> Non
     assert np.array_equal(paste(photo, canvas, mask, planned, 8), photo)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(mask=masks(), feather_px=feathers)
 def test_every_masked_pixel_is_one_windows_own_and_shown_until_it_is_painted(mask: Pixels, feather_px: int) -> None:

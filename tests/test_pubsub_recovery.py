@@ -21,6 +21,7 @@ from serve_app.settings import MessagesSettings
 from .backends import PRIORITIES, Broker, Recorder, administer, status_of, until
 
 
+@pytest.mark.slow
 async def test_pulling_goes_on_after_the_server_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pubsub_client, "CALL_TIMEOUT_S", 0.4)
     settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
@@ -87,6 +88,7 @@ async def guarded() -> AsyncIterator[tuple[Guarded, MessagesSettings]]:
     await server.stop(grace=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "said"),
     [

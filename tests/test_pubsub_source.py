@@ -71,6 +71,7 @@ async def test_a_message_is_given_back_that_comes_while_the_source_closes(embedd
     assert handle.at_work == 0
 
 
+@pytest.mark.slow
 async def test_leases_are_not_kept_for_ever(embedded: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pubsub_client, "LEASE_S", 1)
     stuck, other = Held(), Recorder()
@@ -104,6 +105,7 @@ async def test_a_source_that_cannot_keep_leases_any_more_fails_loudly(embedded: 
     assert not status_of(source).connected
 
 
+@pytest.mark.slow
 async def test_a_backlog_of_each_priority_is_worked_on_without_a_pause(embedded_priorities: Broker) -> None:
     """What two pulls bring beyond the free places goes back, and is asked for again at once."""
     for priority in ("high", "low"):
@@ -131,6 +133,7 @@ async def test_nothing_can_be_asked_for_that_is_less_than_a_message(embedded: Br
     await subscriber.close()
 
 
+@pytest.mark.slow
 async def test_leases_of_one_subscription_do_not_wait_for_another_ones(
     embedded_priorities: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ async def test_leases_of_one_subscription_do_not_wait_for_another_ones(
     await running
 
 
+@pytest.mark.slow
 async def test_a_thousand_messages_that_are_held_back_open_one_channel(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +247,7 @@ SERVER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hangs", "is gone"])
 async def test_closing_does_not_wait_for_a_broker_that(
     fault: str, processes: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch

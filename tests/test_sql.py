@@ -43,6 +43,7 @@ COUNT_UP = """
 """
 
 
+@pytest.mark.slow
 async def test_updates_from_several_processes_lose_nothing(
     sql_url: str, opened: Opened, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -78,6 +79,7 @@ async def test_jobs_cancellations_and_session_documents_share_one_pool(postgresq
         )
 
 
+@pytest.mark.slow
 async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, opened: Opened) -> None:
     """No change of ours writes what it did not lock; where one does, the database sees a deadlock."""
     store = opened(adapters.job_store(sql_url))
@@ -95,6 +97,7 @@ async def test_updates_that_lock_each_others_jobs_all_succeed(sql_url: str, open
     assert {job.seed for job in await store.list()} == {2}
 
 
+@pytest.mark.slow
 async def test_a_rival_that_another_update_writes_meanwhile_loses_nothing(sql_url: str, opened: Opened) -> None:
     """Updates that name no session do not wait for the session's."""
     store = opened(adapters.job_store(sql_url))
@@ -109,6 +112,7 @@ async def test_a_rival_that_another_update_writes_meanwhile_loses_nothing(sql_ur
     assert job and job.seed == 2
 
 
+@pytest.mark.slow
 async def test_updates_that_both_make_one_job_both_succeed(sql_url: str, opened: Opened) -> None:
     """The second to insert the row is run again."""
     store = opened(adapters.job_store(sql_url))

@@ -132,6 +132,7 @@ class OneByOne:
             return None
 
 
+@pytest.mark.slow
 async def test_waiting_for_the_text_encoder_is_no_inference() -> None:
     rig = Rig(work_settings={"inference_timeout_s": 0.5, "lease_s": 60.0, "renew_s": 20.0})
     await rig.put_session()
@@ -213,6 +214,7 @@ async def test_a_message_that_is_done_starts_anew(rig: Rig) -> None:
     assert (await rig.work()).delay_s <= rig.settings.work.backoff_s * 1.2
 
 
+@pytest.mark.slow
 async def test_a_jobs_share_is_that_of_the_variant_it_was_claimed_with() -> None:
     """The operator moves the default: jobs that began with the old one do not fill the places of the new one."""
     rig = Rig()
@@ -298,6 +300,7 @@ async def test_what_was_painted_is_kept_until_it_can_be_stored(rig: Rig) -> None
     assert (await rig.blob("preview.jpg")).startswith(b"\xff\xd8")
 
 
+@pytest.mark.slow
 async def test_what_was_painted_of_a_photo_since_replaced_is_painted_again(rig: Rig) -> None:
     key = {"idempotencyKey": "k"}
     rig.engine.on_paint = goes_down(rig, "put")
@@ -309,6 +312,7 @@ async def test_what_was_painted_of_a_photo_since_replaced_is_painted_again(rig: 
     assert rig.engine.painted == 2
 
 
+@pytest.mark.slow
 async def test_a_store_that_is_away_for_a_moment_delays_the_upload_only() -> None:
     rig = Rig(work_settings={"upload_s": 20.0})
     await rig.put_session()
@@ -424,6 +428,7 @@ async def test_a_hiccup_of_the_job_store_at_the_last_write_is_waited_out(rig: Ri
     assert (rig.engine.painted, (await rig.job()).fence) == (1, 1)
 
 
+@pytest.mark.slow
 async def test_a_failure_that_the_store_cannot_note_is_given_back_when_it_returns(rig: Rig) -> None:
     def down() -> None:
         rig.jobs.is_down = True

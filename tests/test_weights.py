@@ -207,6 +207,7 @@ async def test_a_file_damaged_in_the_cache_is_fetched_again(hub: HubServer, sour
     assert again.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
 
 
+@pytest.mark.slow
 async def test_tiny_and_local_weights_need_no_hub(sources: Sources, tiny: TinyWeights) -> None:
     made = await weights.fetch(BUILT_IN["tiny-Q8_0"], sources)
     assert made.transformer.name == "flux1-fill-dev-Q8_0.gguf"

@@ -64,6 +64,7 @@ def tflop(boxes: Iterable[Box]) -> float:
     return sum(forward_flops(box.width, box.height) for box in boxes) / 1e12
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 @example(mask=spot(10_000, 1, 9_999, 0), strategy=ORIGINAL, window=DEFAULT)
@@ -82,6 +83,7 @@ def test_every_plan_is_well_formed(mask: Pixels, strategy: CropStrategy, window:
     assert planned.strategy == strategy
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mask=masks(), strategy=st.sampled_from([CROP, ORIGINAL, AUTO]), window=window_settings)
 def test_every_masked_pixel_is_shown_with_its_context(
@@ -104,6 +106,7 @@ def test_every_masked_pixel_is_shown_with_its_context(
     assert not canvas_mask.any()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 def test_both_dimensions_have_one_scale_up_to_rounding(
@@ -116,6 +119,7 @@ def test_both_dimensions_have_one_scale_up_to_rounding(
     assert lowest <= highest or 1 in (content_width, content_height)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 def test_padding_only_where_the_photo_has_no_more(mask: Pixels, strategy: CropStrategy, window: WindowSettings) -> None:
@@ -273,6 +277,7 @@ class TestAuto:
         assert len(windows[5]) == 3
         assert windows[11] == made(mask, RESIZE).windows
 
+    @pytest.mark.slow
     def test_the_dearer_a_further_window_the_fewer_and_the_coarser(self) -> None:
         mask = line(4000, 3000, (0, 0), (3999, 2999), thickness=30)
         plans = [made(mask, AUTO, WindowSettings(window_tflop=tflop)) for tflop in (0, 1, 11, 23, 37, 1000)]
@@ -300,6 +305,7 @@ class TestAuto:
         scales = [scale_of(made(mask, AUTO, window)) for window in budgets]
         assert scales == sorted(scales) and scales[-1] == 1
 
+    @pytest.mark.slow
     @settings(max_examples=200, deadline=None)
     @given(mask=masks(), window=window_settings)
     def test_never_coarser_than_the_whole_frame(self, mask: Pixels, window: WindowSettings) -> None:
@@ -307,6 +313,7 @@ class TestAuto:
         rounding = 1 / auto.region.width + 1 / whole.region.width
         assert scale_of(auto) >= scale_of(whole) - rounding
 
+    @pytest.mark.slow
     @settings(max_examples=200, deadline=None)
     @given(
         mask=masks(),
@@ -352,6 +359,7 @@ def test_two_specks_in_a_photo_of_12_megapixels_keep_its_scale(strategy: CropStr
     assert planned.canvas_size == planned.content_size == (4000, 3000) and len(planned.windows) == 2
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 @example(mask=specks(64, 256, (18, 16), (18, 88), (8, 160)), strategy=AUTO, window=SMALL)

@@ -196,6 +196,7 @@ class TestHeic:
             assert dict(exif_of(file)) == ({TAG.Make: "Lum"} if length == 26 else {})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_whatever_decodes_is_rewritten_to_the_same(kind: str) -> None:

@@ -120,6 +120,7 @@ async def test_an_empty_mask_keeps_the_format_and_says_so_and_the_place_goes(rig
     assert np.array_equal(before.pixels, after.pixels)
 
 
+@pytest.mark.slow
 async def test_nothing_is_acknowledged_before_the_job_is_stored(rig: Rig) -> None:
     rig.engine.on_paint = lambda: setattr(rig.jobs, "is_down", True)
     verdict = await rig.work()
@@ -482,6 +483,7 @@ async def test_a_failed_painting_is_tried_again_then_dead_lettered(rig: Rig, err
     assert (await rig.document())["processingError"]["code"] == job.error.code
 
 
+@pytest.mark.slow
 async def test_a_painting_that_hangs_is_cut_off_and_tried_again(rig: Rig, held: Held) -> None:
     rig = Rig(work_settings={"inference_timeout_s": 0.05}, engine=rig.engine)
     await rig.put_session()
@@ -537,6 +539,7 @@ async def test_a_blob_store_that_is_down_uses_no_attempt(rig: Rig, method: str) 
     assert (await rig.job()).attempt == 1
 
 
+@pytest.mark.slow
 async def test_a_store_that_is_down_for_less_than_a_lease_costs_nothing(rig: Rig, held: Held) -> None:
     working = asyncio.create_task(rig.work())
     await eventually(held.entered.is_set)
@@ -548,6 +551,7 @@ async def test_a_store_that_is_down_for_less_than_a_lease_costs_nothing(rig: Rig
     assert rig.engine.painted == 1
 
 
+@pytest.mark.slow
 async def test_a_hiccup_before_the_last_writes_throws_no_painting_away(rig: Rig) -> None:
     def hiccup(step: int) -> None:
         if step == 4:
@@ -717,6 +721,7 @@ async def test_a_waiting_job_that_is_canceled_never_starts(rig: Rig) -> None:
     assert (await rig.document())["processingStatus"] == "canceled"
 
 
+@pytest.mark.slow
 async def test_a_running_job_that_is_canceled_stops_within_a_step(rig: Rig, held: Held) -> None:
     rig.inference = Inference(variant="telea", steps=50)
     working = asyncio.create_task(rig.work())
@@ -760,6 +765,7 @@ async def test_an_expired_message_waits_while_another_job_of_the_session_paints(
     await working
 
 
+@pytest.mark.slow
 async def test_a_running_job_is_stopped_at_its_deadline(rig: Rig, held: Held) -> None:
     working = asyncio.create_task(rig.work(deadline="2026-01-01T00:00:01Z"))
     await eventually(held.entered.is_set)
@@ -896,6 +902,7 @@ async def test_a_name_that_nobody_serves_makes_no_series_of_its_own(rig: Rig) ->
     assert "made-up" not in named and "other" in named
 
 
+@pytest.mark.slow
 async def test_progress_is_told_no_oftener_than_the_settings_say() -> None:
     """With an hour between two reports, a job reports at its end only, and its session hears of start and end."""
     rig = Rig(work_settings={"progress_s": 3600.0, "mirror_s": 3600.0}, inference=Inference(variant="telea", steps=100))

@@ -234,6 +234,7 @@ async def test_pubsub_that_answers_nonsense_is_unavailable(nonsense: Nonsense) -
     assert isinstance(results[0], BaseException) or results[0]
 
 
+@pytest.mark.slow
 async def test_pulling_goes_on_after_nonsense(nonsense: Nonsense) -> None:
     async def handle(_delivery: Delivery) -> Verdict:
         return Verdict(action="ack")

@@ -34,6 +34,8 @@ MAX_HOLD_S = 600
 ERROR_HOLD_S = 5.0
 #: How long a pull waits for messages, in seconds.
 PULL_S = 20.0
+#: How long a source that closes waits for the answer to its last pull, in seconds.
+LAST_ANSWER_S = 0.2
 #: The pause after a pull that brought nothing, should the server not wait for messages; seconds.
 EMPTY_S = 0.1
 #: The longest pause after a pull that failed, in seconds.
@@ -165,6 +167,8 @@ class PubSubSource:
         closing = asyncio.create_task(self._closing.wait())
         try:
             await asyncio.wait({pull, closing}, return_when=asyncio.FIRST_COMPLETED)
+            # What an answer brings that is on its way would come again only when its leases end.
+            await asyncio.wait({pull}, timeout=LAST_ANSWER_S)
         finally:
             closing.cancel()
             pull.cancel()

@@ -162,8 +162,14 @@ class Calls:
             async with asyncio.timeout(patience_s):
                 while not (leases := subscription.take(request.max_messages, None)):
                     await self._due.wait()
-        if context.cancelled():
-            subscription.modify_deadline([lease.ack_id for lease in leases], 0)
+        ack_ids = [lease.ack_id for lease in leases]
+
+        def give_back_unless_taken(context: Any) -> None:
+            # The client may have left while the answer was on its way.
+            if context.cancelled():
+                self._modify(subscription, ack_ids, 0)
+
+        context.add_done_callback(give_back_unless_taken)
         return types.PullResponse(received_messages=_received(subscription, leases))
 
     async def acknowledge(self, request: types.AcknowledgeRequest, _context: Any) -> bytes:
