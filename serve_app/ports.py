@@ -151,9 +151,9 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What becomes of the message: acknowledged, given back at once, or held back for `delay_s` seconds."""
+    """What becomes of the message: acknowledged, or held back for `delay_s` seconds; 0 gives it back at once."""
 
-    action: Literal["ack", "nack", "hold"]
+    action: Literal["ack", "hold"]
     delay_s: float = 0.0
     #: Why, in a word, for the log and for the answer to a push: an outcome or an error code.
     reason: str = ""

@@ -86,8 +86,8 @@ async def test_what_is_acknowledged_does_not_come_again(forgetting_broker: Broke
     assert sorted(handle.bodies) == sorted([*bodies, b"last"])
 
 
-async def test_a_nacked_message_comes_again(broker: Broker) -> None:
-    handle = Recorder(once(Verdict(action="nack")))
+async def test_a_message_that_is_held_back_for_no_time_comes_again(broker: Broker) -> None:
+    handle = Recorder(once(Verdict(action="hold")))
     async with broker.source(handle):
         await publish(broker, b"x")
         await until(lambda: len(handle.deliveries) == 2)

@@ -43,7 +43,7 @@ RETRY_MAX_S = 30.0
 #: What closing may take beyond its grace, in seconds.
 CLOSING_S = 10.0
 
-_INTERRUPTED = Verdict(action="nack", reason="interrupted")
+_INTERRUPTED = Verdict(action="hold", reason="interrupted")
 
 
 @dataclass(eq=False, slots=True)
@@ -234,9 +234,7 @@ class PubSubSource:
                 return
             async with self._extending[held.subscription]:
                 pass
-            seconds = 0
-            if verdict.action == "hold":
-                seconds = min(MAX_HOLD_S, max(1, math.ceil(verdict.delay_s)))
+            seconds = min(MAX_HOLD_S, math.ceil(verdict.delay_s))
             await self._subscriber.set_deadline(held.subscription, [held.received.ack_id], seconds)
         except BrokerUnavailable as e:
             # Nothing is lost: a message that is not settled comes again when its lease ends.
