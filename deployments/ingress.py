@@ -131,15 +131,8 @@ class Ingress:
         self._broker = BrokerWatch(broker)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
         painter = RemotePainter(painters, self._watch)
-        editor = Editor(
-            blobs=self._blobs,
-            painter=painter,
-            prompts=RemotePrompts(encoders, PromptCache(self._blobs), settings),
-            settings=settings,
-            defaults=self._defaults,
-        )
         self._worker = Worker(
-            kinds=[editor],
+            kinds=[self._editor(painter, encoders)],
             job_store=job_store,
             mirror=mirror,
             publisher=publisher,
@@ -153,6 +146,15 @@ class Ingress:
         background = (self._watch.run(), self._broker.run(), self._courier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), answer_s=settings.push.answer_s)
+
+    def _editor(self, painter: RemotePainter, encoders: Mapping[str, DeploymentHandle]) -> Editor:
+        return Editor(
+            blobs=self._blobs,
+            painter=painter,
+            prompts=RemotePrompts(encoders, PromptCache(self._blobs), self._settings),
+            settings=self._settings,
+            defaults=self._defaults,
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new inference defaults. Jobs already claimed keep the values they were claimed with.
