@@ -95,12 +95,12 @@ def photo(width: int, height: int) -> Pixels:
 
 
 def session_files(folder: Path, scenario: Scenario) -> tuple[Path, Path]:
-    """A photo, and the mask of a leash across a third of it."""
+    """A photo, and the mask of a leash that one window shows, for which the engine sleeps once."""
     original, mask = folder / f"{scenario.width}.jpg", folder / f"{scenario.width}.png"
     cv2.imwrite(str(original), photo(scenario.width, scenario.height), [cv2.IMWRITE_JPEG_QUALITY, 92])
     line = np.zeros((scenario.height, scenario.width), np.uint8)
-    ends = (scenario.width // 3, scenario.height // 3), (scenario.width // 2, scenario.height * 2 // 3)
-    cv2.line(line, *ends, 255, scenario.width // 100)
+    x, y = scenario.width // 3, scenario.height // 3
+    cv2.line(line, (x, y), (x + 100, y + 250), 255, scenario.width // 100)
     cv2.imwrite(str(mask), line)
     return original, mask
 

@@ -9,6 +9,9 @@ from .errors import VariantNotReady
 from .ports import Painter
 from .settings import Settings
 
+#: How long a message is held back at most whose variant paints and has its share, in seconds.
+RETRY_S = 1.0
+
 
 class Shares:
     """Keeps one variant's messages from holding every place of this process: one that cannot paint now has what its own
@@ -27,7 +30,9 @@ class Shares:
             return
         share = self._share(variant)
         if share is not None and self._in_hand[variant] >= share:
-            raise VariantNotReady(f"variant {variant} has its share of messages in hand")
+            # One that paints has room again soon, and must not wait for a message then.
+            soon = {"retry_after_s": RETRY_S} if self._painter.is_ready(variant) else {}
+            raise VariantNotReady(f"variant {variant} has its share of messages in hand", **soon)
         self._in_hand[variant] += 1
         try:
             yield

@@ -108,7 +108,8 @@ class Worker:
         except Busy as e:
             return self._held_back(delivery, e, at_most_s=e.details["retry_after_s"])
         except (VariantNotReady, VariantLoadFailed) as e:
-            return self._held_back(delivery, e, at_most_s=LONGEST_WAIT_FOR_A_VARIANT_S)
+            at_most_s = e.details.get("retry_after_s", LONGEST_WAIT_FOR_A_VARIANT_S)
+            return self._held_back(delivery, e, at_most_s=at_most_s)
         except (Unavailable, StaleClaim) as e:
             return self._held_back(delivery, e)
         except Exception as e:

@@ -624,6 +624,24 @@ def test_a_variant_that_cannot_paint_has_no_more_than_its_part_of_few_places(rig
         pass
 
 
+@pytest.mark.parametrize(("starting", "at_most_s"), [(frozenset[str](), 1.0), (frozenset({"telea"}), 10.0)])
+async def test_a_message_beyond_the_share_of_a_variant_that_paints_comes_again_soon(
+    rig: Rig, starting: frozenset[str], at_most_s: float
+) -> None:
+    """However often it came: the variant has room again long before one that starts."""
+    rig.painter.starting = starting
+    shares = rig.worker._shares
+    shares._settings = rig.settings.model_copy(
+        update={
+            "variants": dict.fromkeys(("telea", "b"), VariantSettings()),
+            "messages": MessagesSettings(max_in_flight=2),
+        }
+    )
+    with shares.taken("telea"):
+        delays = [(await rig.worker.work(delivery())).delay_s for _ in range(12)]
+    assert max(delays) == at_most_s
+
+
 @pytest.mark.parametrize("starting", [frozenset[str](), frozenset({"telea"})])
 def test_a_variant_has_one_place_where_places_are_fewer_than_variants(rig: Rig, starting: frozenset[str]) -> None:
     settings = rig.settings.model_copy(
