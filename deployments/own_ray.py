@@ -31,8 +31,8 @@ _GIVEN = set[int]()
 
 
 def free_port() -> int:
-    """A loopback port nobody listens on, and that this process was not given before; below the range that outgoing
-    connections are given ports from: one of those could be taken again before the server that it is for starts."""
+    """A free loopback port that this process was not given before. It lies below the ephemeral range, whose ports an
+    outgoing connection could take before the server starts."""
     for port in random.sample(sorted(set(range(20_000, 32_000)) - _GIVEN), 200):
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))

@@ -51,7 +51,7 @@ EXACTLY_ONCE_LEASE_S = 60
 #: How long Google's Pub/Sub may look for dead letters, in seconds: asked to answer at once, it may say that there are
 #: none although there are. Other servers know.
 PATIENCE_S = 3.0
-#: How long dead letters are in hand, in seconds.
+#: The lease of a dead letter that was pulled, in seconds.
 IN_HAND_S = 60
 #: Messages in one pull, acknowledgments in one call.
 MOST_AT_ONCE = 1000

@@ -46,7 +46,7 @@ def fingerprint(
 ) -> str:
     """SHA-256, in hex, of what compiled code depends on. `device` is a GPU's name and compute capability.
 
-    It only tells caches apart that are no use to each other: the compiler looks each graph up by a hash of its own.
+    It only separates caches that cannot share entries: the compiler finds each graph by its own hash.
     """
     # Code for a CPU is compiled for this very one; of its description, what is no number are its instruction sets.
     cpu = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool | str)}
@@ -87,7 +87,7 @@ def of(
 
 @dataclass(frozen=True, slots=True)
 class CompileCache:
-    """The compiler's folder for one fingerprint. Whatever is wrong with what is in it, everything is compiled anew."""
+    """The compiler's folder for one fingerprint. If its content is damaged or does not work, all is compiled anew."""
 
     #: Of weights.
     cache: Path
@@ -114,7 +114,7 @@ class CompileCache:
     def _work_in(self, folder: Path) -> None:
         """Have the compiler work there, or in a folder of this process where that cannot be made."""
         try:
-            # Code is run from it: nobody else may write there.
+            # Code runs from this folder: only its owner may write there.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as e:
             extra = {"action": "compiled_not_kept", "fingerprint": self.fingerprint}
