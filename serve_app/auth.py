@@ -19,6 +19,8 @@ from .errors import AuthError, Forbidden, SettingsError, Unauthorized, Unavailab
 from .settings import OPEN_PUSHES, PushSettings, Secrets, Settings
 from .urls import is_loopback
 
+#: The keys that sign Google's OIDC tokens.
+GOOGLE_JWKS_URL = "https://www.googleapis.com/oauth2/v3/certs"
 #: A Google token with its claims has about 1,000 characters, and servers commonly take 8 KiB of headers.
 MAX_CREDENTIAL_CHARS = 8192
 #: What a token's times may be wrong by, for clocks that disagree.
@@ -73,9 +75,11 @@ class PushVerifier:
     """Checks the token that Pub/Sub sends with each push
     (https://cloud.google.com/pubsub/docs/authenticate-push-subscriptions)."""
 
-    def __init__(self, push: PushSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, push: PushSettings, *, jwks_url: str = GOOGLE_JWKS_URL, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._push = push
-        self._keys = SigningKeys(push.jwks_url, clock=clock)
+        self._keys = SigningKeys(jwks_url, clock=clock)
 
     async def verify(self, authorization: str | None) -> None:
         """`authorization` is the header's value.
@@ -205,7 +209,9 @@ def _digest(key: str) -> bytes:
 class Access:
     """Both, as an app's settings and secrets want them, and the address that it listens on."""
 
-    def __init__(self, settings: Settings, secrets: Secrets, *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, settings: Settings, secrets: Secrets, *, host: str = "127.0.0.1", jwks_url: str = GOOGLE_JWKS_URL
+    ) -> None:
         """Raises SettingsError for what must not be open to strangers: `host` is where the HTTP server listens."""
         #: Whether strangers may reach the app.
         self.is_production = settings.is_production or not is_loopback(host)
@@ -214,7 +220,7 @@ class Access:
         self.takes_pushes = settings.push.enabled
         #: Whether what passes `check_push` was sent by Pub/Sub.
         self.verifies_pushes = settings.push.is_verified
-        self._pushes = PushVerifier(settings.push) if settings.push.is_verified else None
+        self._pushes = PushVerifier(settings.push, jwks_url=jwks_url) if settings.push.is_verified else None
         self._keys = ApiKeys(secrets.api_keys, is_production=self.is_production)
 
     async def check_push(self, authorization: str | None) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,13 +23,34 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How often a lease looks and writes, in seconds, beside renewing the claim. Only tests change it."""
+
+    #: Between two checks for a cancellation.
+    cancel_poll_s: float = 1.0
+    #: The shortest time between two progress reports to the job store.
+    progress_s: float = 0.5
+    #: The shortest time between two writes of the session document: Firestore sustains one a second.
+    mirror_s: float = 2.0
+
+
 class Lease:
     """The keeper of one running job's claim."""
 
-    def __init__(self, job: Job, *, store: JobStore, mirror: SessionMirror, work: Work, claimed_at: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        store: JobStore,
+        mirror: SessionMirror,
+        work: Work,
+        claimed_at: float,
+        pace: Pace | None = None,
+    ) -> None:
         """`claimed_at` is the moment on the monotonic clock before the store was asked for the claim."""
         self._job, self._claim = job, jobs.claim_of(job)
-        self._store, self._mirror, self._work = store, mirror, work
+        self._store, self._mirror, self._work, self._pace = store, mirror, work, pace or Pace()
         self._claimed_at = claimed_at
         self._latest = self._reported = self._mirrored = Progress()
         #: On the monotonic clock, before the store was asked: its lease ends no earlier than `lease_s` after it.
@@ -81,9 +103,9 @@ class Lease:
 
     async def _keep(self) -> None:
         assert self._showing is not None
-        renewal, look = _Every(self._work.renew_s), _Every(self._work.cancel_poll_s)
-        report, mirror = _Every(self._work.progress_s), _Every(self._work.mirror_s)
-        tick_s = max(0.05, min(self._work.renew_s, self._work.cancel_poll_s, self._work.progress_s))
+        renewal, look = _Every(self._work.renew_s), _Every(self._pace.cancel_poll_s)
+        report, mirror = _Every(self._pace.progress_s), _Every(self._pace.mirror_s)
+        tick_s = max(0.05, min(self._work.renew_s, self._pace.cancel_poll_s, self._pace.progress_s))
         while True:
             await asyncio.sleep(tick_s)
             try:

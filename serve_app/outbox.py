@@ -39,6 +39,8 @@ LONGEST_WAIT_S: Mapping[Debt, float] = {
 }
 #: What is told at a time: session documents, completions, webhooks to each receiver, messages.
 AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 4, "dispatch": 32}
+#: Between two looks for what is owed, in seconds.
+POLL_S = 2.0
 #: Debts told within this are paid by one write; one that takes longer, by its own.
 TOGETHER_S = 0.5
 #: Jobs looked at beyond those that a lane has places for: of receivers that the settings name no longer.
@@ -63,9 +65,10 @@ class Courier:
         webhooks: Webhooks,
         settings: Settings,
         metrics: Metrics | None = None,
+        poll_s: float = POLL_S,
     ) -> None:
         self._jobs, self._mirror, self._publisher, self._webhooks = job_store, mirror, publisher, webhooks
-        self._settings, self._metrics = settings, metrics or NoMetrics()
+        self._settings, self._metrics, self._poll_s = settings, metrics or NoMetrics(), poll_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._places = _Places()
         hosts = {receiver_of(f"https://{host}") for host in settings.webhooks.hosts}
@@ -99,7 +102,7 @@ class Courier:
             except Exception:
                 # A record that cannot be read must not end the telling of all others.
                 log.exception("Could not look for what is owed", extra={"action": "outbox_failed"})
-            await asyncio.sleep(self._settings.work.outbox_poll_s * random.uniform(0.8, 1.2))
+            await asyncio.sleep(self._poll_s * random.uniform(0.8, 1.2))
 
     async def look(self) -> None:
         """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""

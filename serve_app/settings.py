@@ -171,8 +171,6 @@ class PushSettings(_Frozen):
     service_account: str | None = None
     #: A push that is not done by then is answered 503 and worked on: pushed again, it finds its job running, or done.
     answer_s: float = Field(60.0, gt=0, le=600)
-    #: Where the keys are that sign the tokens.
-    jwks_url: str = "https://www.googleapis.com/oauth2/v3/certs"
 
     @property
     def is_verified(self) -> bool:
@@ -283,17 +281,9 @@ class Work(_Frozen):
     backoff_s: float = Field(2.0, gt=0)
     #: Pub/Sub holds a message back for 600 s at most.
     backoff_max_s: float = Field(600.0, gt=0, le=600)
-    #: How often a running job looks whether it was canceled.
-    cancel_poll_s: float = Field(1.0, gt=0)
-    #: Shortest time between two progress reports to the job store.
-    progress_s: float = Field(0.5, ge=0)
-    #: Shortest time between two writes of the session document: Firestore sustains one a second.
-    mirror_s: float = Field(2.0, ge=0)
     #: How long an engine may go on after it was told to stop, before its replica is replaced: one step of the largest
     #: window takes seconds on an L4.
     stuck_s: float = Field(60.0, gt=0)
-    #: How often what jobs owe (session documents, completion messages, webhooks) is looked for.
-    outbox_poll_s: float = Field(2.0, gt=0)
     #: How long nothing may be heard of a job that is not over before its message is published again.
     redispatch_s: float = Field(3600.0, gt=0)
     #: On shutdown: how long jobs in hand may go on before they are given back. A spot node has 15 s in all.
@@ -406,7 +396,6 @@ class Settings(_Frozen):
             "public_url": self.public_url,
             "messages.url": self.messages.url,
             "weights.mirror": self.weights.mirror,
-            "push.jwks_url": self.push.jwks_url,
         }
         for name, url in urls.items():
             try:

@@ -38,7 +38,7 @@ from .errors import (
 from .holding import Shares, Waits
 from .jobs import Cause, Change, Job, JobError, JobType, State, Timings
 from .kinds import Asked, Attempt, Kind, Result
-from .lease import Lease, Orphans, insist
+from .lease import Lease, Orphans, Pace, insist
 from .messages import Attributes, parse_attributes, without_reasons
 from .outbox import Courier, Webhooks
 from .ports import Delivery, JobStore, Painter, Publisher, SessionMirror, Verdict
@@ -78,13 +78,14 @@ class Worker:
         painter: Painter,
         settings: Settings,
         metrics: Metrics | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """`painter` says which variants can paint now; jobs of each of `kinds` are worked on."""
         self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
         self._jobs, self._mirror, self._publisher = job_store, mirror, publisher
         self._courier, self._webhooks = courier, webhooks
         self._metrics = metrics or NoMetrics()
-        self._settings = settings
+        self._settings, self._pace = settings, pace
         self._pool = pixel_pool()
         self._orphans = Orphans(job_store)
         self._waits = Waits()
@@ -244,8 +245,8 @@ class Worker:
         return (started - min(delivery.publish_time or job.created_at, started)).total_seconds()
 
     async def _attempt(self, job: Job, delivery: Delivery, claimed_at: float) -> Result:
-        work = self._settings.work
-        lease = Lease(job, store=self._jobs, mirror=self._mirror, work=work, claimed_at=claimed_at)
+        work, pace = self._settings.work, self._pace
+        lease = Lease(job, store=self._jobs, mirror=self._mirror, work=work, claimed_at=claimed_at, pace=pace)
         if job.variant not in self._settings.variants:
             known = ", ".join(self._settings.variants)
             raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")

@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from serve_app.api import Readiness, VariantReadiness, VariantState
 from serve_app.audit_runs import Audits
-from serve_app.auth import Access
+from serve_app.auth import GOOGLE_JWKS_URL, Access
 from serve_app.cancel import Canceler
 from serve_app.errors import InvalidLink
 from serve_app.jobs import Job
@@ -64,9 +64,9 @@ class Process:
         )
         self._canceler = Canceler(rig.jobs)
 
-    def guard(self, *, api_keys: str | None = None, **changes: Any) -> None:
+    def guard(self, *, api_keys: str | None = None, jwks_url: str = GOOGLE_JWKS_URL, **changes: Any) -> None:
         keys = None if api_keys is None else SecretStr(api_keys)
-        self.access = Access(settings(**changes), Secrets(api_keys=keys))
+        self.access = Access(settings(**changes), Secrets(api_keys=keys), jwks_url=jwks_url)
 
     async def _stops(self) -> bool:
         return self.is_stopping

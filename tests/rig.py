@@ -21,6 +21,7 @@ from serve_app.engine.classical import Telea
 from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
 from serve_app.images import Pixels
 from serve_app.jobs import Job
+from serve_app.lease import Pace
 from serve_app.outbox import Courier
 from serve_app.ports import BlobInfo, Delivery, Verdict
 from serve_app.settings import Inference, Settings, VariantSettings
@@ -237,12 +238,10 @@ class Clock:
 FAST = {
     "lease_s": 1.0,
     "renew_s": 0.2,
-    "cancel_poll_s": 0.05,
-    "progress_s": 0.05,
-    "mirror_s": 0.05,
     "max_attempts": 3,
     "upload_s": 0.2,
 }
+QUICK = Pace(cancel_poll_s=0.05, progress_s=0.05, mirror_s=0.05)
 
 
 @dataclass
@@ -254,6 +253,7 @@ class Rig:
     inference: Inference = field(default_factory=lambda: Inference(variant="telea", steps=4))
     clock: Clock = field(default_factory=Clock)
     engine: Scripted = field(default_factory=Scripted)
+    pace: Pace = QUICK
 
     def __post_init__(self) -> None:
         self.settings = Settings(
@@ -278,6 +278,7 @@ class Rig:
             webhooks=self.receivers,
             settings=self.settings,
             metrics=self.metrics,
+            poll_s=0.01,
         )
         self.editor = Editor(
             blobs=self.blobs,
@@ -296,10 +297,11 @@ class Rig:
             metrics=self.metrics,
             painter=self.painter,
             settings=self.settings,
+            pace=self.pace,
         )
 
     def beside(self) -> "Rig":
-        return Rig(work_settings=self.work_settings, name=self.name, inference=self.inference, clock=self.clock)
+        return Rig(self.work_settings, self.name, self.inference, self.clock, pace=self.pace)
 
     async def put(self, name: str, data: bytes, session: str = SESSION) -> None:
         content_type = "image/png" if name.endswith("png") else "image/jpeg"

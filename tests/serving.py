@@ -82,7 +82,6 @@ def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
             "renew_s": 1,
             "backoff_s": 0.3,
             "max_attempts": 3,
-            "cancel_poll_s": 0.2,
             "grace_s": 1,
         },
     }

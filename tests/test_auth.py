@@ -223,8 +223,8 @@ def clock() -> Hours:
 
 @pytest.fixture
 def verifier(server: KeyServer, clock: Hours) -> PushVerifier:
-    push = PushSettings(audience=AUDIENCE, service_account=ACCOUNT, jwks_url=server.url)
-    return PushVerifier(push, clock=clock)
+    push = PushSettings(audience=AUDIENCE, service_account=ACCOUNT)
+    return PushVerifier(push, jwks_url=server.url, clock=clock)
 
 
 async def test_the_keys_are_fetched_once_for_all_who_wait(server: KeyServer, verifier: PushVerifier) -> None:

@@ -31,6 +31,7 @@ from serve_app.edit import Editor, edit_job_id
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.tiny import TinyWeights
 from serve_app.jobs import Job, JobError, State, Timings
+from serve_app.lease import Pace
 from serve_app.messages import EditMessage
 from serve_app.outbox import Courier
 from serve_app.ports import utc_now
@@ -123,6 +124,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
         webhooks=receivers,
         painter=painter,
         settings=settings,
+        pace=Pace(cancel_poll_s=0.1),
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -162,7 +164,7 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    work = {"cancel_poll_s": 0.1, "backoff_s": 0.2}
+    work = {"backoff_s": 0.2}
     config = write_config(folder, variants={"telea": {}, "slow": {"definition": {"family": "telea"}}}, work=work)
     (folder / "photo.jpg").write_bytes(jpeg(photo()))
     (folder / "mask.png").write_bytes(png(line_mask()))

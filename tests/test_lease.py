@@ -18,10 +18,10 @@ from serve_app.lease import Lease
 from serve_app.settings import Work
 
 from .backends import make_job, until
-from .rig import Clock, Outage
+from .rig import QUICK, Clock, Outage
 
 #: Renewals are further apart than a test waits for anything: none comes by itself.
-WORK = {"lease_s": 600.0, "renew_s": 200.0, "cancel_poll_s": 0.05, "progress_s": 0.05, "mirror_s": 0.05}
+WORK = Work(lease_s=600.0, renew_s=200.0)
 
 
 class Host:
@@ -32,7 +32,6 @@ class Host:
         monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=self.monotonic))
         self.jobs = Outage(MemoryJobStore(f"memory:{name}", self.clock), StoreUnavailable)
         self.mirror = Outage(MemoryJobStore(f"memory:{name}"), StoreUnavailable)
-        self.work = Work(**WORK)
 
     def monotonic(self) -> float:
         return time.monotonic() + self.ahead_s
@@ -49,7 +48,7 @@ class Host:
 
     def keeper(self, job: Job, claimed_at: float | None = None) -> Lease:
         at = self.monotonic() if claimed_at is None else claimed_at
-        return Lease(job, store=self.jobs, mirror=self.mirror, work=self.work, claimed_at=at)
+        return Lease(job, store=self.jobs, mirror=self.mirror, work=WORK, claimed_at=at, pace=QUICK)
 
     async def looks(self, method: str, times: int = 2) -> None:
         """Wait until the keeper has called the store's method so many times more."""

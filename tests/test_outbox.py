@@ -344,7 +344,7 @@ async def test_a_slow_mirror_keeps_no_completion_unpaid(rig: Rig) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("a record of a newer version"), StoreUnavailable("down")])
 async def test_nothing_that_goes_wrong_ends_the_looking(error: Exception) -> None:
-    rig = Rig(work_settings={"outbox_poll_s": 0.01})
+    rig = Rig()
     await rig.put_session()
     rig.mirror.is_down = True
     await rig.work()

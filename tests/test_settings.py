@@ -212,7 +212,6 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(key: str) -> None:
         {"blobs": "s3://bucket?endpoint=https%3A%2F%2Fk%3Ahunter2%40minio"},
         {"messages": {"url": "pubsub://u:hunter2@broker:8085"}},
         {"weights": {"mirror": "s3://key:hunter2@bucket"}},
-        {"push": {"jwks_url": "https://u:hunter2@keys.example.org"}},
         {"public_url": "http://u:hunter2@127.0.0.1:8000"},
         {"blobs": "s3://hunter2@bucket"},
         {"messages": {"url": "pubsub://hunter2@broker:8085"}},

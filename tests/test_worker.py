@@ -31,8 +31,9 @@ from serve_app.errors import (
 from serve_app.holding import Shares
 from serve_app.images import decode_photo
 from serve_app.jobs import State
+from serve_app.lease import Pace
 from serve_app.ports import Delivery, Verdict
-from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings, Work
+from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings
 
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
 from .test_images import FORMATS, encoded, telling_exif
@@ -337,7 +338,8 @@ async def test_a_stale_worker_neither_finishes_the_job_nor_keeps_its_bytes(rig: 
 
 async def test_a_stale_worker_that_has_noticed_nothing_is_stopped_before_it_writes() -> None:
     """Its keeper looks no more before the painting ends: only the renewal before the last writes can tell."""
-    rig = Rig(work_settings={"lease_s": 7200.0, "renew_s": 3000.0, "cancel_poll_s": 3000.0, "progress_s": 3000.0})
+    seldom = Pace(cancel_poll_s=3000.0, progress_s=3000.0)
+    rig = Rig(work_settings={"lease_s": 7200.0, "renew_s": 3000.0}, pace=seldom)
     await rig.put_session()
     held = Held()
     rig.engine.on_paint = held
@@ -921,16 +923,17 @@ async def test_a_name_that_nobody_serves_makes_no_series_of_its_own(rig: Rig) ->
 
 
 @pytest.mark.slow
-async def test_progress_is_told_no_oftener_than_the_settings_say() -> None:
+async def test_progress_is_written_no_more_often_than_the_pace_says() -> None:
     """With an hour between two reports, a job reports at its end only, and its session hears of start and end."""
-    rig = Rig(work_settings={"progress_s": 3600.0, "mirror_s": 3600.0}, inference=Inference(variant="telea", steps=100))
+    pace = Pace(progress_s=3600.0, mirror_s=3600.0)
+    rig = Rig(inference=Inference(variant="telea", steps=100), pace=pace)
     await rig.put_session()
     ticks = threading.Event()
     rig.engine.on_step = lambda step: ticks.wait(0.005) and None
     await rig.work()
     assert rig.jobs.calls["report"] == 1
     assert rig.mirror.calls["write_session"] == 2
-    assert (rig.settings.work.progress_s, Work().progress_s, Work().mirror_s) == (3600.0, 0.5, 2.0)
+    assert (Pace().progress_s, Pace().mirror_s) == (0.5, 2.0)
 
 
 def test_every_row_of_the_ack_table_has_its_test() -> None:
