@@ -161,14 +161,14 @@ def _on(scenario: Scenario, device: torch.device) -> Scenario:
     """On a GPU without `unpack`: compiled blocks unpack as they go, and 24 GB do not hold FLUX.1 unpacked."""
     if device.type == "cpu":
         return scenario
-    return replace(scenario, levers=scenario.levers.model_copy(update={"unpack": False}))
+    return replace(scenario, optimizations=scenario.optimizations.model_copy(update={"unpack": False}))
 
 
 def _by_engine(scenarios: Sequence[Scenario]) -> Collection[list[Scenario]]:
     """Those that one engine paints. Two engines need not fit on a device together."""
     groups = defaultdict(list)
     for one in scenarios:
-        groups[one.levers, one.adaln_once, one.one_encode, one.repack].append(one)
+        groups[one.optimizations, one.adaln_once, one.one_encode, one.repack].append(one)
     return groups.values()
 
 
@@ -196,8 +196,8 @@ def _row(scenario: Scenario, **sides: dict[str, Any]) -> dict[str, Any]:
         **compared(**sides),
         "photo": f"{scenario.width}x{scenario.height}",
         "strategy": scenario.strategy,
-        "levers": {
-            **scenario.levers.model_dump(),
+        "optimizations": {
+            **scenario.optimizations.model_dump(),
             "adaln_once": scenario.adaln_once,
             "one_encode": scenario.one_encode,
         },

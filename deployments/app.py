@@ -43,7 +43,7 @@ def build(args: Settings) -> serve.Application:
         max_ongoing_requests=settings.in_flight() + BODIES_AT_ONCE + OTHER_REQUESTS,
         ray_actor_options={"num_cpus": 0.2},
         # Serve first waits for the pushes it has sent here, and kills what is not stopped by then.
-        graceful_shutdown_timeout_s=settings.push.answer_s + settings.work.grace_s + STOP_S,
+        graceful_shutdown_timeout_s=settings.push.response_timeout_s + settings.work.shutdown_grace_s + STOP_S,
         user_config=Inference(variant=next(iter(settings.variants))).model_dump(mode="json"),
     )
     broker = serve.deployment(PubSub).options(ray_actor_options={"num_cpus": 0.1}).bind(settings.messages)

@@ -1,4 +1,4 @@
-"""Reading a Serve config file, strictly: what is wrong in it, and on which line."""
+"""Reading a Serve config file, strictly: every problem in it, with its line."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -33,7 +33,7 @@ Keys = tuple[str | int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: the path of keys to it, and what."""
+    """One problem: the path of keys to it, and a sentence."""
 
     where: Keys
     what: str
@@ -47,7 +47,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A sound config file: what the app reads of it."""
+    """What the app reads from a valid config file."""
 
     settings: Settings
     inference: Inference
@@ -60,7 +60,7 @@ class Config:
 
 
 def load(path: Path) -> Config:
-    """Raises SettingsError with every problem, a line each."""
+    """Raises SettingsError with every problem, one per line."""
     problems = check(path)
     if problems:
         raise SettingsError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
@@ -77,12 +77,12 @@ def load(path: Path) -> Config:
 
 
 def position(raw: dict[str, Any]) -> int:
-    """Where in a sound file's `applications` this app stands."""
+    """The index of this app in a valid file's `applications`."""
     return next(i for i, app in enumerate(raw["applications"]) if app.get("import_path") == BUILDER)
 
 
 def check(path: Path) -> list[Problem]:
-    """Every problem of the file, in file order; none means that Serve and the app will take it."""
+    """Every problem of the file, in file order. Serve and the app accept a file without problems."""
     try:
         text = path.read_text()
         raw, lines = yaml.load(text, Loader=_OnceLoader), _Lines(text)
@@ -117,12 +117,12 @@ def _problems(raw: dict[str, Any]) -> Found:
 
 
 def _serve_problems(raw: dict[str, Any]) -> Found:
-    """Ray's own schema takes unknown keys without a word, so each level's names are compared here."""
+    """Ray's own schema ignores unknown keys, so the names on each level are compared here."""
     yield from _unknown(ServeDeploySchema, raw, ())
     yield from _unknown(HTTPOptionsSchema, raw.get("http_options"), ("http_options",))
     grpc = raw.get("grpc_options")
     if isinstance(grpc, dict) and grpc.get("grpc_servicer_functions"):
-        yield ("grpc_options",), "Serve's gRPC port is open to everybody, on every address; this app has no use for it"
+        yield ("grpc_options",), "Serve's gRPC port is open to anyone, on every address; this app does not use it"
     for i, app in enumerate(_dicts(raw.get("applications"))):
         at: Keys = ("applications", i)
         yield from _unknown(ServeApplicationSchema, app, at)
@@ -162,21 +162,21 @@ def _port_problems(at: Keys, app: dict[str, Any], http: Any) -> Found:
     url = str(messages.get("url", "")) if isinstance(messages, dict) else ""
     port = http.get("port", 8000) if isinstance(http, dict) else 8000
     if url.startswith("embedded:") and url.endswith(f":{port}"):
-        yield at, f"port {port} is the HTTP port already"
+        yield at, f"port {port} is already the HTTP port"
 
 
 def _host_problems(app: dict[str, Any], http: Any) -> Found:
     host = http.get("host") if isinstance(http, dict) else None
     if not isinstance(host, str) or not host:
-        yield ("http_options", "host"), "must be written: where it is not, Serve listens on every address"
+        yield ("http_options", "host"), "is required: without it Serve listens on every address"
     elif not is_loopback(host):
         with suppress(ValidationError):
             if Settings.model_validate(app.get("args", {})).push.is_open:
-                yield ("http_options", "host"), f"strangers may reach {host}: {OPEN_PUSHES}"
+                yield ("http_options", "host"), f"strangers can reach {host}: {OPEN_PUSHES}"
 
 
 def _url_problems(at: Keys, settings: Settings) -> Found:
-    """What the replicas would only meet when they start."""
+    """Problems that the replicas would only find when they start."""
     for keys, url, table in (
         (("blobs",), settings.blobs, adapters.BLOB_STORES),
         (("jobs",), settings.jobs, adapters.JOB_STORES),
@@ -186,13 +186,13 @@ def _url_problems(at: Keys, settings: Settings) -> Found:
     ):
         scheme, colon, rest = (url or "").partition(":")
         if url is not None and not (colon and scheme in table):
-            # What is no scheme is not repeated: without its colon a URL's password would be.
+            # An invalid scheme is not repeated: it may be a password.
             what = f"the scheme {scheme!r}" if colon and scheme.isidentifier() else "its scheme"
-            yield (*at, *keys), f"{what} is none of {', '.join(f'{name}:' for name in table)}"
+            yield (*at, *keys), f"{what} is not one of {', '.join(f'{name}:' for name in table)}"
         elif scheme == "memory":
-            yield (*at, *keys), "memory: is within one process, and every replica is a process of its own"
+            yield (*at, *keys), "memory: works within one process only, and every replica is a process of its own"
         elif scheme in ("files", "sqlite") and not rest:
-            yield (*at, *keys), f"{url!r} names no path"
+            yield (*at, *keys), f"{url!r} has no path"
     if settings.messages.is_embedded:
         try:
             EmbeddedPubSub.of(settings.messages)
@@ -208,7 +208,7 @@ def _inference_problems(at: Keys, app: dict[str, Any], settings: Settings) -> Fo
     found = list(_invalid(Inference, user_config, at))
     yield from found
     if not found and (variant := Inference.model_validate(user_config).variant) not in settings.variants:
-        yield (*at, "variant"), f"{variant!r} is not served; there are {', '.join(settings.variants)}"
+        yield (*at, "variant"), f"{variant!r} is not served; the variants are {', '.join(settings.variants)}"
 
 
 def _user_config(app: dict[str, Any], settings: Settings) -> Any:
@@ -241,21 +241,21 @@ def _invalid(model: type[BaseModel], value: Any, at: Keys) -> Found:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """YAML lets a later key of the same name win without a word."""
+    """Refuses a key that appears twice, where YAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} is here twice", problem_mark=key.start_mark
+                    problem=f"{key.value} appears twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Lines:
-    """From a path of keys to the line it stands on."""
+    """The line of each path of keys."""
 
     def __init__(self, text: str) -> None:
         self._root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -55,10 +55,10 @@ class Pushes:
     """Pushes in hand: each is worked on to its end even when its sender hangs up, as Pub/Sub does before it sends the
     message again, or is answered before that."""
 
-    def __init__(self, limit: int, *, answer_s: float) -> None:
-        """A push is answered after `answer_s` at the latest: Serve waits for requests before it tells a replica to
-        stop, and would kill it while it waits."""
-        self._limit, self._answer_s = limit, answer_s
+    def __init__(self, limit: int, *, response_timeout_s: float) -> None:
+        """A push is answered within `response_timeout_s`: Serve waits for requests before it tells a replica to stop,
+        and would kill the replica while it waits."""
+        self._limit, self._response_timeout_s = limit, response_timeout_s
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
     async def run(self, work: Coroutine[Any, Any, Verdict]) -> Verdict:
@@ -71,9 +71,9 @@ class Pushes:
         task = asyncio.create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        done, _ = await asyncio.wait({task}, timeout=self._answer_s)
+        done, _ = await asyncio.wait({task}, timeout=self._response_timeout_s)
         # What is pushed again finds the job running, or done.
-        return task.result() if done else Verdict(action="hold", delay_s=self._answer_s, reason="running")
+        return task.result() if done else Verdict(action="hold", delay_s=self._response_timeout_s, reason="running")
 
     async def end(self, *, grace_s: float) -> None:
         """Wait for those in hand, then cancel what is left, which gives its jobs back."""
@@ -145,7 +145,7 @@ class Ingress:
         self._pulling: asyncio.Task[None] | None = None
         background = (self._watch.run(), self._broker.run(), self._courier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
-        self._pushes = Pushes(settings.in_flight(), answer_s=settings.push.answer_s)
+        self._pushes = Pushes(settings.in_flight(), response_timeout_s=settings.push.response_timeout_s)
 
     def _editor(self, painter: RemotePainter, encoders: Mapping[str, DeploymentHandle]) -> Editor:
         return Editor(
@@ -246,7 +246,7 @@ class Ingress:
 
     async def __del__(self) -> None:
         log.info("Stopping: no new messages, giving back what is not done", extra={"action": "stopping"})
-        grace_s = self._settings.work.grace_s
+        grace_s = self._settings.work.shutdown_grace_s
         await asyncio.gather(self._source.close(grace_s=grace_s), self._pushes.end(grace_s=grace_s))
         if self._pulling is not None:
             # What a pull brought at the last moment is given back, too.

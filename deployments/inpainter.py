@@ -58,7 +58,7 @@ def _abandon(engine: Engine, name: str) -> None:
 def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
     """Where blocks are compiled: with what replicas like this one compiled before."""
     variant, served, buckets = settings.variant(name), settings.variants[name], settings.windows.buckets
-    if variant.file is None or not served.levers.compile:
+    if variant.file is None or not served.optimizations.compile:
         engine.warm_up(buckets)
         return
     # It imports torch, which variants without weights run without.
@@ -148,9 +148,11 @@ class Inpainter:
         """Raises when Serve is to replace the replica, so that jobs go elsewhere: GpuLost when its GPU failed for good;
         RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
         self._loading.check_health()
-        self._check(self._seat.stopping_since, self._work.stuck_s, "was told to stop")
+        self._check(self._seat.stopping_since, self._work.engine_stop_timeout_s, "was told to stop")
         # A worker that died tells no replica to stop. An audit's cell has each painting's own beginning.
-        self._check(self._seat.taken_since, self._work.inference_timeout_s + self._work.stuck_s, "began to paint")
+        self._check(
+            self._seat.taken_since, self._work.inference_timeout_s + self._work.engine_stop_timeout_s, "began to paint"
+        )
 
     def _check(self, since: float | None, limit_s: float, what: str) -> None:
         if since is not None and time.monotonic() - since > limit_s:

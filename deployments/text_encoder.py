@@ -73,7 +73,7 @@ class TextEncoder:
         """Raises when Serve is to replace the replica: GpuLost when its GPU failed for good; RuntimeError when it has
         encoded a prompt for longer than anyone waits."""
         self._loading.check_health()
-        limit_s = self._work.inference_timeout_s + self._work.stuck_s
+        limit_s = self._work.inference_timeout_s + self._work.engine_stop_timeout_s
         if self._since is not None and time.monotonic() - self._since > limit_s:
             raise RuntimeError(f"the text encoder has been at one prompt for more than {limit_s:g} s")
 

@@ -78,7 +78,7 @@ class Audits:
         JobsUnavailable: then the run has failed, and can be resumed.
         """
         await self._check(request)
-        several = self.settings.audit.several
+        several = self.settings.audit.allow_concurrent
         return await self._to_the_end(self._queued(lambda: self._store.create(request, run_id, several=several)))
 
     async def resume(self, run_id: str, user_id: str, session_id: str) -> Audit:
@@ -88,7 +88,7 @@ class Audits:
         if (audit.request.user_id, audit.request.session_id) != (user_id, session_id):
             raise UnknownAudit(f"there is no run {run_id} of this session", run_id=run_id)
         await self._check(audit.request)
-        several = self.settings.audit.several
+        several = self.settings.audit.allow_concurrent
         return await self._to_the_end(self._queued(lambda: self._store.resume(run_id, several=several)))
 
     async def look(self, run_id: str) -> Audit:

@@ -177,7 +177,7 @@ class Editor:
         """`defaults` is asked at each first claim, so it may change meanwhile."""
         self._blobs, self._painter, self._prompts = blobs, painter, prompts
         self._settings, self._defaults = settings, defaults
-        self._outputs = Outputs(blobs, upload_s=settings.work.upload_s)
+        self._outputs = Outputs(blobs, upload_s=settings.work.upload_timeout_s)
         #: How many decoded pixels more may be kept.
         self._room_px = settings.limits.decoded_pixels
 

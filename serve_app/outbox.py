@@ -250,7 +250,7 @@ class Courier:
         self.tell(await self._jobs.update(job.id, "", jobs.lose(job, why)))
 
     def _wait_s(self, debt: Debt, attempts: int) -> float:
-        firsts_s = {"webhook": self._settings.webhooks.backoff_s, "dispatch": self._settings.work.redispatch_s}
+        firsts_s = {"webhook": self._settings.webhooks.backoff_s, "dispatch": self._settings.work.redispatch_after_s}
         first_s = firsts_s.get(debt, self._settings.work.backoff_s)
         backoff_s = min(LONGEST_WAIT_S[debt], first_s * 2.0 ** min(attempts - 1, 30))
         return TELL_S[debt] + backoff_s * random.uniform(0.8, 1.2)

@@ -1,7 +1,7 @@
 """Stores what an edit painted, so that no GPU paints what cannot be stored, nor anything twice.
 
 Before a GPU is asked, the store has to have taken a write a short time ago. An upload that fails is tried for
-`work.upload_s`; after that the bytes are kept in this process until the job's message comes again.
+`work.upload_timeout_s`; after that the bytes are kept in this process until the job's message comes again.
 """
 
 import asyncio

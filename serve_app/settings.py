@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 
 from .audits import MAX_LINK_HOURS, AuditRequest, Matrix, QualityBudget
 from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
+from .renamed import refuse_old_names
 from .urls import has_password, host_of, is_loopback, overlap
 from .variants import BUILT_IN, Variant
 
@@ -36,15 +37,15 @@ class Inference(_Frozen):
 
 
 class Scaling(_Frozen):
-    """How many replicas a deployment has, and what each takes."""
+    """How many replicas a deployment has, and what each of them needs."""
 
     min_replicas: int = Field(0, ge=0, le=1000)
     max_replicas: int = Field(1, ge=1, le=1000)
-    #: Jobs in a replica's hands that the autoscaler aims at.
+    #: Requests in flight per replica that the autoscaler aims at.
     target_ongoing_requests: float = Field(1.0, gt=0, le=100)
     upscale_delay_s: float = Field(5.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
-    #: Of the last replica; None: as `downscale_delay_s`.
+    #: For the last replica; None: the same as `downscale_delay_s`.
     downscale_to_zero_delay_s: float | None = Field(None, ge=0)
     num_cpus: float = Field(0.2, gt=0)
 
@@ -60,7 +61,8 @@ class FirstBlockCache(_Frozen):
     Source: "First Block Cache" of chengzeyi/ParaAttention."""
 
     kind: Literal["first_block"] = "first_block"
-    #: Mean change of what the first block adds, relative to its mean, up to which the other blocks do not run.
+    #: The other blocks are skipped while what the first block adds has changed by no more than this: mean change,
+    #: relative to the mean.
     threshold: float = Field(0.08, gt=0, le=1)
 
 
@@ -69,23 +71,23 @@ class TaylorSeerCache(_Frozen):
     Forecasting: Accelerating Diffusion Models with TaylorSeers", 2025."""
 
     kind: Literal["taylor_seer"] = "taylor_seer"
-    #: Of so many steps one is computed.
+    #: One step in this many is computed.
     interval: int = Field(3, ge=2, le=20)
-    #: Computed at the start, all of them.
+    #: Steps at the start, all of which are computed.
     first_steps: int = Field(3, ge=2, le=100)
-    #: Of the extrapolation: 1 is linear.
+    #: Order of the extrapolation: 1 is linear.
     order: int = Field(1, ge=0, le=3)
 
 
-#: Steps that reuse what an earlier step computed: faster, and not exact.
+#: Steps that reuse what an earlier step computed: faster, but not exact.
 StepCache = Annotated[FirstBlockCache | TaylorSeerCache, Field(discriminator="kind")]
 
 
-class Levers(_Frozen):
-    """What makes a flux-fill variant cheaper; see docs/performance.md."""
+class Optimizations(_Frozen):
+    """Ways to make a flux-fill variant faster; see docs/performance.md."""
 
-    #: Every weight is unpacked once, at load: needs 17 GB for FLUX.1 in bfloat16 beside what else is resident. It
-    #: changes no bit of the output.
+    #: Every weight is unpacked once, at load: FLUX.1 in bfloat16 then needs 17 GB more. The output stays the same, bit
+    #: for bit.
     unpack: bool = False
     #: torch.compile for each kind of block and each bucket, before the replica is ready.
     compile: bool = False
@@ -93,16 +95,16 @@ class Levers(_Frozen):
 
 
 class VariantSettings(Scaling):
-    """One served variant: its scaling, and its definition where it is not one of the built-in ones."""
+    """One served variant: its scaling, and its definition unless it is built in."""
 
     definition: Variant | None = None
     #: Threads of a CPU engine. Ray sets OMP_NUM_THREADS=1, which is too few.
     threads: int = Field(2, ge=1, le=256)
-    levers: Levers = Levers()
+    optimizations: Optimizations = Optimizations()
 
 
 class TextEncoderSettings(Scaling):
-    """T5 and CLIP. They run once for a prompt that nobody has asked for before, so the CPU is the default."""
+    """T5 and CLIP. They run once for each new prompt, so the CPU is the default."""
 
     num_gpus: int = Field(0, ge=0, le=1)
     threads: int = Field(2, ge=1, le=256)
@@ -112,9 +114,9 @@ Priority = Literal["high", "normal", "low"]
 
 
 class SubscriptionSettings(_Frozen):
-    #: `high` is drained first; `low` waits for the others, but never for ever.
+    #: `high` is drained first; `low` waits for the others, but is never starved.
     priority: Priority = "normal"
-    #: Pub/Sub filter that the embedded server gives it. Google's subscriptions have theirs from when they were made.
+    #: Pub/Sub filter, for the embedded server. Google's subscriptions get theirs when they are created.
     filter: str = Field("", max_length=256)
 
 
@@ -125,22 +127,22 @@ ResourceName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z][A-Za-z0-9._
 class MessagesSettings(_Frozen):
     """Where messages come from and go to."""
 
-    #: `embedded://127.0.0.1:PORT` runs a Pub/Sub server in the app; `pubsub:` is Google's; `pubsub://HOST:PORT` is one
-    #: that somebody else runs there without TLS, such as Google's emulator.
+    #: `embedded://127.0.0.1:PORT` runs a Pub/Sub server in the app; `pubsub:` is Google's; `pubsub://HOST:PORT` is
+    #: another server without TLS, such as Google's emulator.
     url: str = "embedded://127.0.0.1:8085"
     project: str = Field("local", pattern=r"\A[a-z][a-z0-9:.-]{2,127}\z")
     topic: ResourceName = "session-processing"
-    #: What is pulled, by name.
+    #: Subscriptions to pull from, by name.
     subscriptions: dict[ResourceName, SubscriptionSettings] = Field(
         {"session-processing": SubscriptionSettings()}, min_length=1, max_length=16
     )
     dead_letter_topic: ResourceName = "session-processing-dead"
     #: Keeps the dead letters for `fluxfill deadletters`.
     dead_letter_subscription: ResourceName = "session-processing-dead"
-    #: Gets a message for every job that is over. None: nobody is told so.
+    #: Receives a message for every finished job. None: no such messages are published.
     completion_topic: ResourceName | None = None
-    #: Messages in an ingress replica's hands. None: its part of two for each replica of each variant and two for each
-    #: variant, which all ingress replicas share.
+    #: Messages in flight in one ingress replica. None: an equal part of what all ingress replicas share, two for each
+    #: replica that the variants can have and two for each variant.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
 
     @model_validator(mode="after")
@@ -162,15 +164,16 @@ class MessagesSettings(_Frozen):
 
 
 class PushSettings(_Frozen):
-    """`POST /inpaint` and who may post there."""
+    """`POST /inpaint`, and who may call it."""
 
     enabled: bool = True
-    #: What Google's OIDC token must be made out for: the push subscription's audience.
+    #: The audience that Google's OIDC token must name: the push subscription's.
     audience: str | None = None
-    #: E-mail of the push subscription's service account. With `audience`, tokens are verified.
+    #: E-mail address of the push subscription's service account. Tokens are verified when this and `audience` are set.
     service_account: str | None = None
-    #: A push that is not done by then is answered 503 and worked on: pushed again, it finds its job running, or done.
-    answer_s: float = Field(60.0, gt=0, le=600)
+    #: A push whose job takes longer is answered 503 while the job goes on: pushed again, it finds its job running or
+    #: done.
+    response_timeout_s: float = Field(60.0, gt=0, le=600)
 
     @property
     def is_verified(self) -> bool:
@@ -178,7 +181,7 @@ class PushSettings(_Frozen):
 
     @property
     def is_open(self) -> bool:
-        """Whether everybody who reaches the app may push."""
+        """Whether anyone who reaches the app may push."""
         return self.enabled and not self.is_verified
 
     @model_validator(mode="after")
@@ -188,46 +191,46 @@ class PushSettings(_Frozen):
         return self
 
 
-#: Why an app that strangers may reach does not start.
+#: Why an app that strangers can reach does not start.
 OPEN_PUSHES = (
-    "in production, POST /inpaint needs push.audience and push.service_account to verify tokens by; "
-    "or set push.enabled to false"
+    "in production, POST /inpaint needs push.audience and push.service_account to verify tokens; "
+    "otherwise set push.enabled to false"
 )
 
 
 class WebhookSettings(_Frozen):
-    """Calls to a message's `callbackUrl`. They are signed with WEBHOOK_SECRET; without one, or without hosts, a
+    """Calls to a message's `callbackUrl`. They are signed with WEBHOOK_SECRET; without a secret, or without hosts, a
     message that has a `callbackUrl` is refused."""
 
-    #: Hosts that may be called: names, or `host:port` for a port other than the scheme's own.
+    #: Hosts that may be called: names, or `host:port` for a port other than the scheme's default.
     hosts: tuple[str, ...] = ()
-    #: Whether plain http is taken; for receivers on this machine.
+    #: Whether plain http is allowed; for receivers on this machine.
     allow_http: bool = False
     timeout_s: float = Field(10.0, gt=0, le=25)
-    #: About a day, with the waits between them.
+    #: With the waits between the attempts, about a day.
     max_attempts: int = Field(19, ge=1, le=100)
-    #: The first wait between two attempts; doubles with each, with jitter, up to three hours.
+    #: The first wait between two attempts; doubles each time, with jitter, up to three hours.
     backoff_s: float = Field(5.0, gt=0)
 
 
 class Limits(_Frozen):
-    """What is refused before it costs anything."""
+    """Larger inputs are refused before they cost anything."""
 
     image_bytes: int = Field(25_000_000, ge=1)
     image_pixels: int = Field(50_000_000, ge=1)
     image_side_px: int = Field(10_000, ge=1)
     message_bytes: int = Field(64_000, ge=1)
     #: Pixels of decoded photos that an ingress keeps while replicas paint, at 4 bytes each with their masks. Photos
-    #: beyond it are kept encoded and decoded once more.
+    #: beyond this limit are kept encoded, and decoded once more.
     decoded_pixels: int = Field(200_000_000, ge=0)
 
     @property
     def stored_bytes(self) -> int:
-        """What an edited photo has at most: one of the largest photo, at quality 95, can be larger than the photo."""
+        """The most bytes that an edited photo can have: at quality 95 it can be larger than its original."""
         return 8 * self.image_bytes
 
 
-#: (width, height) in pixels that the model is given: few, because each size is compiled and warmed by itself. Over 350
+#: (width, height) in pixels of the model's input: few, because each size is compiled and warmed up separately. Over 350
 #: random leashes on frames of 1024, 384 x 384, 384 x 512 and 384 x 768 save 8% of the FLOPs over the ten sizes without
 #: them but with 512 x 1024, which then saves nothing more.
 BUCKETS = (
@@ -237,21 +240,21 @@ BUCKETS = (
 
 
 class WindowSettings(_Frozen):
-    """How the windows to paint are chosen; see `serve_app.windows`."""
+    """How the windows to paint are planned; see `serve_app.windows`."""
 
     buckets: tuple[tuple[int, int], ...] = BUCKETS
     #: Pixels of surroundings the model sees round the mask, at working scale.
     context_px: int = Field(64, ge=0, le=512)
     #: Width of the blend outside the mask, in photo pixels; nothing further out changes.
     feather_px: int = Field(8, ge=0, le=64)
-    #: Windows that `original` may take; a mask that wants more is painted at a coarser scale.
+    #: Windows that `original` may use; a mask that needs more is painted at a coarser scale.
     max_windows: int = Field(4, ge=1, le=64)
-    #: What the windows that `auto` takes may cost together, a step, of FLUX.1: one window of 1024 x 1024 costs 74.4.
+    #: The most that the windows of `auto` may cost together, in TFLOP of FLUX.1 per step: one of 1024² costs 74.4.
     budget_tflop: float = Field(74.5, gt=0)
-    #: What `auto` counts for each window after the first, a step, beside its FLOPs: the time that no FLOP takes, and a
-    #: seam. Eager engines unpack all weights in each step of each window, as long as 11 (Q8_0) to 37 (Q5_K_S) TFLOP
-    #: take on an L4.
-    window_tflop: float = Field(1.0, ge=0, le=1000)
+    #: The overhead that `auto` adds for each window after the first, in TFLOP per step: time that is not spent on
+    #: FLOPs, and a seam. Eager engines unpack all weights in each step of each window, which on an L4 takes as long as
+    #: 11 (Q8_0) to 37 (Q5_K_S) TFLOP.
+    window_overhead_tflop: float = Field(1.0, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _sizes(self) -> "WindowSettings":
@@ -264,30 +267,32 @@ class WindowSettings(_Frozen):
 
 
 class Work(_Frozen):
-    """Leases, retries and limits on time."""
+    """Leases, retries and timeouts."""
 
+    #: How long a worker may be silent before another one may claim its job.
     lease_s: float = Field(60.0, gt=0)
+    #: Between two renewals of a lease.
     renew_s: float = Field(20.0, gt=0)
     max_attempts: int = Field(5, ge=1, le=100)
-    #: From when an engine begins with a job.
+    #: How long painting, or encoding a prompt, may take from its start.
     inference_timeout_s: float = Field(240.0, gt=0)
-    #: How long a job waits for a replica or for the text encoder before its message is held back for others' sake.
+    #: How long a job waits for a replica or the text encoder before its message is deferred, so that others can go on.
     replica_wait_s: float = Field(900.0, gt=0)
-    #: How long the upload of a painted photo is tried, before its message is held back.
-    upload_s: float = Field(300.0, gt=0)
-    #: How long a job may wait in all for weights, a replica, the text encoder or a store, before it fails.
+    #: How long the upload of a painted photo is retried before its message is deferred.
+    upload_timeout_s: float = Field(300.0, gt=0)
+    #: How long a job may wait in total for weights, a replica, the text encoder or a store before it fails.
     wait_limit_s: float = Field(86_400.0, gt=0)
-    #: The first hold-back after a failure; doubles with each attempt, with jitter.
+    #: How long a message is deferred after its first failure; doubles with each attempt, with jitter.
     backoff_s: float = Field(2.0, gt=0)
-    #: Pub/Sub holds a message back for 600 s at most.
+    #: Pub/Sub defers a message for 600 s at most.
     backoff_max_s: float = Field(600.0, gt=0, le=600)
-    #: How long an engine may go on after it was told to stop, before its replica is replaced: one step of the largest
-    #: window takes seconds on an L4.
-    stuck_s: float = Field(60.0, gt=0)
-    #: How long nothing may be heard of a job that is not over before its message is published again.
-    redispatch_s: float = Field(3600.0, gt=0)
-    #: On shutdown: how long jobs in hand may go on before they are given back. A spot node has 15 s in all.
-    grace_s: float = Field(5.0, ge=0)
+    #: How long an engine may go on after it was told to stop before its replica is replaced: on an L4, one step of the
+    #: largest window takes seconds.
+    engine_stop_timeout_s: float = Field(60.0, gt=0)
+    #: How long an unfinished job may be silent before its message is published again.
+    redispatch_after_s: float = Field(3600.0, gt=0)
+    #: On shutdown, how long running jobs may go on before they are requeued. A spot node has 15 s in total.
+    shutdown_grace_s: float = Field(5.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "Work":
@@ -297,25 +302,25 @@ class Work(_Frozen):
 
 
 class AuditSettings(_Frozen):
-    """What an audit is where its request says nothing, and what one may take."""
+    """Defaults of an audit's request, and limits of an audit."""
 
-    #: Whether `POST /audit` starts any.
+    #: Whether `POST /audit` starts audits.
     enabled: bool = True
-    #: Whether one may start while another runs on the same app: their timings disturb each other.
-    several: bool = False
-    #: Cells asked for at once, over all variants. None: two for each replica that they may have, one painted and one
-    #: ready.
+    #: Whether an audit may start while another runs on the same app: they disturb each other's timings.
+    allow_concurrent: bool = False
+    #: Cells in flight over all variants. None: two for each replica that the variants can have, one being painted and
+    #: one waiting.
     max_in_flight: int | None = Field(None, ge=1, le=1000)
     matrix: Matrix = Matrix()
     budget: QualityBudget = QualityBudget()
     link_hours: float = Field(72.0, gt=0, le=MAX_LINK_HOURS)
-    #: Of one replica's machine, in any one currency. None: costs are not given.
+    #: Price of one replica's machine, in any one currency. None: the report gives no costs.
     price_per_hour: float | None = Field(None, ge=0)
-    #: GPUs the cluster can have. None: those it has when an audit starts; a cluster that adds nodes may have more.
+    #: GPUs that the cluster can have. None: those it has when an audit starts; a cluster that adds nodes can have more.
     gpus: int | None = Field(None, ge=0)
-    #: How long a variant's replicas may take to be gone, and the devices' memory to be free again, before the next one
-    #: is given up; and how long an audited variant may have no running replica. Seconds.
-    settle_s: float = Field(900.0, gt=0)
+    #: How long an audit waits for replicas before it gives a variant up: for the last variant's to stop and free the
+    #: GPUs' memory, and for one of its own to run.
+    replica_wait_s: float = Field(900.0, gt=0)
 
     def request(self, given: Mapping[str, Any]) -> AuditRequest:
         """`given`, by the names of AuditRequest's and Matrix's fields, and the rest as set here.
@@ -329,9 +334,9 @@ class AuditSettings(_Frozen):
 
 
 class WeightsSettings(_Frozen):
-    #: Folder the hub's files are kept in.
+    #: Folder in which the hub's files are cached.
     cache: Path = Path("var/weights")
-    #: Blob store URL of a mirror that is asked before the hub.
+    #: Blob store URL of a mirror that is tried before the hub.
     mirror: str | None = None
     #: Revisions, sizes and hashes, written by `fluxfill weights pull --pin`.
     lock: Path = Path("weights.lock.json")
@@ -340,18 +345,18 @@ class WeightsSettings(_Frozen):
 class Settings(_Frozen):
     """The app's args in serve_config.yaml."""
 
-    # What is refused may be a secret in the wrong place.
+    # A refused value may be a secret in the wrong place.
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    #: Machines the app may run on.
+    #: Machines that the app may run on.
     nodes: int = Field(1, ge=1)
     #: Blob store URL; see `serve_app.adapters`.
     blobs: str = "files:var/blobs"
     #: Job store URL.
     jobs: str = "sqlite:var/jobs.db"
-    #: Where the session documents are: a URL like that of `jobs`. None: beside the jobs.
+    #: Job store URL for the session documents. None: they are in the same store as the jobs.
     sessions: str | None = None
-    #: Where this app's own HTTP is reached from outside: signed links to local blobs begin with it.
+    #: Where this app is reached over HTTP from outside: signed links to local blobs begin with it.
     public_url: str = Field("http://127.0.0.1:8000", pattern=r"\Ahttps?://[^\s?#]+\z")
     messages: MessagesSettings = MessagesSettings()
     variants: dict[VariantName, VariantSettings] = Field(min_length=1)
@@ -364,6 +369,12 @@ class Settings(_Frozen):
     work: Work = Work()
     weights: WeightsSettings = WeightsSettings()
     audit: AuditSettings = AuditSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, given: Any) -> Any:
+        refuse_old_names(cls.__name__, given)
+        return given
 
     @model_validator(mode="after")
     def _known_variants(self) -> "Settings":

@@ -12,7 +12,7 @@ blended. Below the photo's own scale, rounding to pixels may take 2 px of the co
     original  The finest scale at which at most `max_windows` windows cover the mask; as few of them as will do.
     auto      The finest scale at which the windows that cover the mask cost at most `budget_tflop` together, and there
               the cheapest windows. Never coarser than `resize`; at that scale the cheapest windows, whatever they cost.
-              Each window after the first costs `window_tflop` beside its own FLOPs.
+              Each window after the first costs `window_overhead_tflop` beside its own FLOPs.
 
 Scales go up to the photo's own, or as far as the canvas, which holds all windows, has at most `MAX_CANVAS_PX` pixels.
 `cover.Search` finds the windows at a scale, `cost` says what one costs. Cover that a mask has at some scale also covers
@@ -127,7 +127,7 @@ def _original(cells: Cells, settings: WindowSettings) -> _Cover:
 
 
 def _auto(cells: Cells, settings: WindowSettings) -> _Cover:
-    further = settings.window_tflop
+    further = settings.window_overhead_tflop
     prices = {bucket: tflop + further for bucket, tflop in _by_tflop(settings).items()}
     cheapest = _at(cells, settings, prices, inf, _resize(cells, settings).scale)
     assert cheapest is not None, "one window shows the whole frame at this scale"

@@ -183,7 +183,7 @@ class Worker:
             traceparent=attributes.traceparent,
             asked_at=_asked_at(attributes, delivery),
             message=message,
-            redispatch_s=self._settings.work.redispatch_s,
+            redispatch_s=self._settings.work.redispatch_after_s,
         )
 
     async def _claim(self, new: Job, claimer: str) -> Job:

@@ -15,7 +15,7 @@ from serve_app.engine.tiny import TinyWeights, ensure
 from serve_app.engine.weights import Weights
 from serve_app.images import Pixels
 from serve_app.ports import PaintRequest
-from serve_app.settings import Levers, VariantSettings
+from serve_app.settings import Optimizations, VariantSettings
 from serve_app.variants import BUILT_IN
 from serve_app.windows import Box
 
@@ -76,13 +76,19 @@ def embeddings() -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", *, dtype: Any = None, **levers: Any) -> "FluxFill":
+def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", *, dtype: Any = None, **optimizations: Any) -> "FluxFill":
     """The variant `tiny-{quant}`, not loaded yet."""
     from serve_app.engine.diffusion import FluxFill
 
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant.partition('-')[0]}.gguf"), tiny.base)
-    exact = {name: levers.pop(name) for name in ("adaln_once", "one_encode") if name in levers}
-    return FluxFill(BUILT_IN[f"tiny-{quant}"], weights, VariantSettings(levers=Levers(**levers)), dtype=dtype, **exact)
+    exact = {name: optimizations.pop(name) for name in ("adaln_once", "one_encode") if name in optimizations}
+    return FluxFill(
+        BUILT_IN[f"tiny-{quant}"],
+        weights,
+        VariantSettings(optimizations=Optimizations(**optimizations)),
+        dtype=dtype,
+        **exact,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -239,7 +239,7 @@ FAST = {
     "lease_s": 1.0,
     "renew_s": 0.2,
     "max_attempts": 3,
-    "upload_s": 0.2,
+    "upload_timeout_s": 0.2,
 }
 QUICK = Pace(cancel_poll_s=0.05, progress_s=0.05, mirror_s=0.05)
 

@@ -82,7 +82,7 @@ def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
             "renew_s": 1,
             "backoff_s": 0.3,
             "max_attempts": 3,
-            "grace_s": 1,
+            "shutdown_grace_s": 1,
         },
     }
 

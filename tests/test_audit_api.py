@@ -431,7 +431,7 @@ async def test_a_second_audit_is_refused_unless_several_may_run(site: Site) -> N
     response = await site.post()
     assert (response.status_code, problem_code(response)) == (409, "audit_running")
     assert first in response.json()["detail"]
-    site.set(several=True)
+    site.set(allow_concurrent=True)
     assert (await site.post(headers=ASYNC)).status_code == 202
 
 
@@ -586,7 +586,7 @@ async def test_a_run_is_seen_with_each_cells_progress(site: Site) -> None:
 
 
 async def test_the_newest_runs_are_listed_first(site: Site) -> None:
-    site.set(several=True)
+    site.set(allow_concurrent=True)
     for name in ("a", "b", "c"):
         await site.post(run_id=name, headers=ASYNC)
         site.process.rig.clock.advance(1)

@@ -70,11 +70,14 @@ def engine(shallow: TinyWeights) -> Iterator[FluxFill]:
     engine.close()
 
 
-def served(shallow: TinyWeights, cache: Path, **levers: Any) -> Settings:
+def served(shallow: TinyWeights, cache: Path, **optimizations: Any) -> Settings:
     file = str(shallow.transformer("flux1-fill-dev-Q8_0.gguf"))
     definition = {"family": "flux-fill", "file": file, "base": str(shallow.base), "max_prompt_tokens": 64}
     return Settings.model_validate(
-        {"variants": {"v": {"definition": definition, "levers": levers}, "telea": {}}, "weights": {"cache": cache}}
+        {
+            "variants": {"v": {"definition": definition, "optimizations": optimizations}, "telea": {}},
+            "weights": {"cache": cache},
+        }
     )
 
 
@@ -126,7 +129,7 @@ def test_the_engine_paints_as_before_when_its_inputs_were_caught(engine: FluxFil
 
 @pytest.mark.slow
 def test_compiled_against_eager(shallow: TinyWeights, tmp_path: Path, given: PaintRequest, own_temporary: Path) -> None:
-    """Levers that would be in the way are off: what is served is compiled already, and skips steps."""
+    """Optimizations that would be in the way are off: what is served is compiled already, and skips steps."""
     before = compiled.graphs()
     settings = served(shallow, tmp_path, compile=True, step_cache={"kind": "taylor_seer"})
     found = verdict("v", settings, given)

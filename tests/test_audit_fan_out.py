@@ -121,7 +121,7 @@ async def test_where_more_replicas_could_be_started_no_more_is_asked_for(growing
 @pytest.mark.slow
 async def test_a_variant_of_which_no_replica_runs_is_given_up_and_no_other() -> None:
     """Also where one cell is asked for at a time."""
-    rig = AuditRig(variants=scripted("a", "b"), audit={"settle_s": 1.0, "max_in_flight": 1})
+    rig = AuditRig(variants=scripted("a", "b"), audit={"replica_wait_s": 1.0, "max_in_flight": 1})
     measure, asked = rig.replicas.measure, []
 
     async def queued(variant: str, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ async def test_a_variant_of_which_no_replica_runs_is_given_up_and_no_other() -> 
 
 @pytest.mark.slow
 async def test_a_cell_waits_longer_for_a_replica_that_runs() -> None:
-    rig = up(1, settle_s=0.05)
+    rig = up(1, replica_wait_s=0.05)
     held = Held()
     (engine,) = rig.engines["a"]
     assert isinstance(engine, Scripted)
@@ -147,7 +147,7 @@ async def test_a_cell_waits_longer_for_a_replica_that_runs() -> None:
     running = asyncio.create_task(rig.run(matrix=cells(2)))
     await until(lambda: len(rig.replicas.asked) == 2)
     clock = asyncio.get_running_loop().time
-    limit_s = clock() + 2 * rig.settings.audit.settle_s
+    limit_s = clock() + 2 * rig.settings.audit.replica_wait_s
     await until(lambda: clock() > limit_s)
     held.let_go.set()
     assert (await running).status == AuditStatus.SUCCEEDED

@@ -38,9 +38,9 @@ def result(
     windows: Any = TWO,
     variant: str = "Q4_0",
     price: float | None = None,
-    levers: Any = None,
+    optimizations: Any = None,
 ) -> CellResult:
-    settings = Settings(variants={variant: {"levers": levers or {}}}, audit={"price_per_hour": 0.5})
+    settings = Settings(variants={variant: {"optimizations": optimizations or {}}}, audit={"price_per_hour": 0.5})
     request = AuditRequest(user_id="u", session_id="s", matrix=Matrix(variants=(variant,)), price_per_hour=price)
     cell: Cell = request.matrix.cells()[0]
     canvas = np.zeros((1024, 1024, 3), np.uint8)
@@ -72,7 +72,7 @@ def test_rates_are_of_the_denoising_of_all_windows() -> None:
 
 
 def test_with_a_step_cache_nobody_knows_what_was_computed() -> None:
-    found = result(trial(90), trial(30), levers={"step_cache": {"kind": "taylor_seer"}})
+    found = result(trial(90), trial(30), optimizations={"step_cache": {"kind": "taylor_seer"}})
     assert found.tflop_per_s is None
     assert found.steps_per_s == pytest.approx(28 * 2 / 28)
 

@@ -201,7 +201,7 @@ async def test_a_gpu_that_never_becomes_free_is_said_at_once(app: App, tmp_path:
 async def test_gpus_that_can_still_be_had_are_waited_for_to_compile() -> None:
     """What the run says of them counts for more than what the settings say."""
     keeper = {"gpu-a": VARIANTS["gpu-a"], "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)}
-    settings = Settings(variants=keeper, audit={"settle_s": 60.0, "gpus": 1})
+    settings = Settings(variants=keeper, audit={"replica_wait_s": 60.0, "gpus": 1})
     canvas = np.zeros((8, 8, 3), np.uint8)
     request = PaintRequest(
         job_id="job", canvas=canvas, mask=canvas[..., 0], windows=(), steps=1, guidance_scale=2.0, seed=0

@@ -43,7 +43,7 @@ async def test_with_enough_gpus_they_are_painted_side_by_side() -> None:
 
 @pytest.mark.slow
 async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -> None:
-    rig = shared(settle_s=0.3)
+    rig = shared(replica_wait_s=0.3)
     rig.replicas.linger = {"a": None}
     audit = await rig.run()
     assert audit.status == AuditStatus.INCOMPLETE
@@ -58,7 +58,7 @@ async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -
 
 @pytest.mark.slow
 async def test_memory_that_does_not_become_free_fails_those_after_it_with_both_readings() -> None:
-    rig = shared(settle_s=0.3)
+    rig = shared(replica_wait_s=0.3)
     # At the floor, and before the first wave.
     readings = iter([{"node/0": 10 * 2**20}] * 2)
 
@@ -108,7 +108,7 @@ READINGS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("later", "is_free", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
 async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_free: bool, used: int) -> None:
-    rig = shared(settle_s=1.0)
+    rig = shared(replica_wait_s=1.0)
     readings = iter([{"n/0": 10 * MIB, "n/1": 9 * GIB}] * 2)
 
     async def memory() -> Mapping[str, int]:
@@ -129,7 +129,7 @@ def beside(**audit: Any) -> AuditRig:
 
 
 async def test_replicas_that_cannot_be_counted_fail_the_cells() -> None:
-    rig = beside(settle_s=0.1)
+    rig = beside(replica_wait_s=0.1)
 
     async def counts() -> Any:
         raise ReplicaLost("the controller is gone")
@@ -164,7 +164,7 @@ async def stage(rig: AuditRig) -> str:
 
 @pytest.mark.slow
 async def test_a_gpu_that_production_never_gives_back_fails_the_cells_and_is_named() -> None:
-    audit = await beside(settle_s=0.3).run(matrix=ONE)
+    audit = await beside(replica_wait_s=0.3).run(matrix=ONE)
     error = audit.cells["Q4_gs2"].error
     assert error is not None
     assert (error.code, "Q8 has 1, and keeps 0" in error.message) == ("audit_impossible", True)
@@ -203,7 +203,7 @@ class Waking(Prompts):
 @pytest.mark.slow
 async def test_the_floor_is_read_before_the_prompts_wake_a_text_encoder() -> None:
     prompts = Waking()
-    rig = AuditRig(variants=scripted("Q4", "Q8", num_gpus=1), audit={"settle_s": 0.3}, prompts=prompts)
+    rig = AuditRig(variants=scripted("Q4", "Q8", num_gpus=1), audit={"replica_wait_s": 0.3}, prompts=prompts)
     rig.replicas.gpu_count, rig.replicas.memory_bytes, prompts.rig = 1, (MIB, 8 * GIB), rig
     audit = await rig.run(matrix=ONE)
     (reading,) = audit.memory

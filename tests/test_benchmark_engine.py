@@ -143,7 +143,7 @@ def test_the_recipe_paints_at_1024_at_most_in_multiples_of_16() -> None:
 
 @pytest.mark.parametrize(("packing", "bytes_per_weight"), [("Q8_0", 7.1), ("Q4_0", 14.6), ("Q5_K_S", 23.4)])
 def test_what_unpacking_moves(tiny: TinyWeights, packing: str, bytes_per_weight: float) -> None:
-    """Without what the levers take away, and with everything taken away."""
+    """Without what the optimizations take away, and with everything taken away."""
     plain, unpacked = (flux_fill(tiny, packing, adaln_once=False, unpack=unpack) for unpack in (False, True))
     moved = []
     for one in (plain, unpacked):

@@ -16,7 +16,7 @@ from serve_app.engine.compile_cache import CompileCache
 from serve_app.engine.lock import Lock, LockedRepo
 from serve_app.engine.origins import Mirror
 from serve_app.errors import GpuLost, OutOfMemory, VariantLoadFailed
-from serve_app.settings import Levers, VariantSettings
+from serve_app.settings import Optimizations, VariantSettings
 from serve_app.variants import BUILT_IN
 
 ARTIFACTS = "models/compiled/abc/artifacts.bin"
@@ -180,7 +180,11 @@ def test_the_folder_is_its_owners_alone(tmp_path: Path) -> None:
     assert folder().stat().st_mode & 0o777 == 0o700
 
 
-Q4, SERVED, BUCKETS = BUILT_IN["tiny-Q4_0"], VariantSettings(levers=Levers(compile=True)), ((64, 64), (96, 64))
+Q4, SERVED, BUCKETS = (
+    BUILT_IN["tiny-Q4_0"],
+    VariantSettings(optimizations=Optimizations(compile=True)),
+    ((64, 64), (96, 64)),
+)
 
 
 def fingerprint(**changes: object) -> str:
@@ -193,8 +197,8 @@ def test_a_fingerprint_is_of_all_that_compiled_code_depends_on() -> None:
     found = [
         fingerprint(),
         fingerprint(variant=BUILT_IN["tiny-Q8_0"]),
-        fingerprint(served=VariantSettings(levers=Levers(compile=True, unpack=True))),
-        fingerprint(served=VariantSettings(levers=Levers(compile=True), threads=3)),
+        fingerprint(served=VariantSettings(optimizations=Optimizations(compile=True, unpack=True))),
+        fingerprint(served=VariantSettings(optimizations=Optimizations(compile=True), threads=3)),
         fingerprint(buckets=((64, 64),)),
         fingerprint(device="H200"),
         fingerprint(sources=Sources(cache=Path("x"), locked=Lock(repos=pinned))),

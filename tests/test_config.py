@@ -8,6 +8,7 @@ import yaml
 
 from deployments.config import check, load
 from serve_app.errors import SettingsError
+from serve_app.renamed import RENAMED
 
 SOUND = Path("serve_config.yaml").read_text()
 
@@ -64,18 +65,18 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
     ("old", "new", "what"),
     [
         ("    args:", "    arg:", "variants: Field required"),
-        ("max_replicas: 2", "max_replicas: 2, max_replicas: 3", "max_replicas is here twice"),
-        ("blobs: files:var/blobs", "blobs: 'files:'", "names no path"),
+        ("max_replicas: 2", "max_replicas: 2, max_replicas: 3", "max_replicas appears twice"),
+        ("blobs: files:var/blobs", "blobs: 'files:'", "has no path"),
         ("jobs: sqlite:var/jobs.db", "jobs: memory:x", "every replica is a process of its own"),
         (
             "jobs: sqlite:var/jobs.db",
             "jobs: sqlite:x\n      sessions: firebase:b",
-            "the scheme 'firebase' is none",
+            "the scheme 'firebase' is not one",
         ),
         ("url: embedded://127.0.0.1:8085", "url: 'pubsub:'", "push.audience"),
         ("topic: session-completed", "topic: session-processing", "must be different ones"),
-        ("port: 8000", "port: 8085", "port 8085 is the HTTP port already"),
-        ("  host: 127.0.0.1\n", "", "where it is not, Serve listens on every address"),
+        ("port: 8000", "port: 8085", "port 8085 is already the HTTP port"),
+        ("  host: 127.0.0.1\n", "", "without it Serve listens on every address"),
         ("public_url: http://127.0.0.1:8000", "public_url: https://app.example.org", "push.audience"),
         ("tiny-Q8_0:", "'tiny Q8_0!':", "should match pattern"),
     ],
@@ -84,6 +85,19 @@ def test_what_would_fail_later_is_found(tmp_path: Path, old: str, new: str, what
     assert old in SOUND
     found = [str(problem) for problem in check(write(tmp_path, SOUND.replace(old, new, 1)))]
     assert any(what in problem for problem in found), found
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_setting_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    raw = yaml.safe_load(SOUND)
+    settings, keys = raw["applications"][0]["args"], old.replace("*", "telea").split(".")
+    for key in keys[:-1]:
+        settings = settings.setdefault(key, {})
+    settings[keys[-1]] = 1
+    text = yaml.safe_dump(raw)
+    (problem,) = check(write(tmp_path, text))
+    assert (problem.where, problem.what) == (("applications", 0, "args", *keys), f"renamed to {new}")
+    assert f"{keys[-1]}: 1" in text.splitlines()[problem.line - 1]
 
 
 @pytest.mark.parametrize("args", ["args: {}", "args: []", "args: null"])
@@ -150,7 +164,7 @@ def test_an_app_that_strangers_reach_is_in_production(tmp_path: Path, kind: str)
     if raw.get("http_options", {}).get("host"):
         assert check(write(tmp_path, yaml.safe_dump(raw))) == []
     else:
-        assert "must be written" in str(check(write(tmp_path, yaml.safe_dump(raw)))[0])
+        assert "is required" in str(check(write(tmp_path, yaml.safe_dump(raw)))[0])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

@@ -233,7 +233,7 @@ class SlowEncoder:
 
 
 async def test_a_prompt_is_limited_from_when_it_is_encoded_and_a_hung_encoder_is_replaced() -> None:
-    work = {"inference_timeout_s": 0.1, "stuck_s": 1e-6}
+    work = {"inference_timeout_s": 0.1, "engine_stop_timeout_s": 1e-6}
     settings = Settings(variants={"telea": {}}, work=work)
     encoder = TextEncoderReplica(Variant(family="flux-fill", base="nowhere"), settings, Counters())
     encoder._loading._value = slow = SlowEncoder()
@@ -342,7 +342,7 @@ def test_what_needs_no_gpu_takes_none_and_sleeps_by_default() -> None:
 
 
 def test_the_ingress_does_not_autoscale_and_has_time_to_give_its_work_back() -> None:
-    parts = built(Settings(variants={"telea": {"max_replicas": 80}}, ingress_replicas=1, work={"grace_s": 30}))
+    parts = built(Settings(variants={"telea": {"max_replicas": 80}}, ingress_replicas=1, work={"shutdown_grace_s": 30}))
     config = parts["Ingress"]._deployment_config
     assert (config.num_replicas, config.autoscaling_config) == (1, None)
     assert config.graceful_shutdown_timeout_s > 30
@@ -689,7 +689,7 @@ async def test_a_push_goes_on_when_its_sender_hangs_up() -> None:
         done.set()
         return Verdict(action="ack")
 
-    pushes = Pushes(1, answer_s=60)
+    pushes = Pushes(1, response_timeout_s=60)
     sender = asyncio.create_task(pushes.run(work()))
     await asyncio.sleep(0)
     sender.cancel()
@@ -712,7 +712,7 @@ async def test_the_end_waits_for_pushes_then_cancels_them() -> None:
             canceled.set()
         raise AssertionError("nobody sets it")
 
-    pushes = Pushes(1, answer_s=60)
+    pushes = Pushes(1, response_timeout_s=60)
     sender = asyncio.create_task(pushes.run(work()))
     await started.wait()
     await pushes.end(grace_s=0)
@@ -722,7 +722,7 @@ async def test_the_end_waits_for_pushes_then_cancels_them() -> None:
 
 
 async def test_a_push_that_takes_long_is_answered_in_time_and_worked_on() -> None:
-    pushes, go_on = Pushes(1, answer_s=0.01), asyncio.Event()
+    pushes, go_on = Pushes(1, response_timeout_s=0.01), asyncio.Event()
     done: list[str] = []
 
     async def work() -> Verdict:

@@ -11,12 +11,14 @@ from pydantic import BaseModel
 
 from serve_app import adapters, jobs
 from serve_app.api import create_app
+from serve_app.renamed import RENAMED
 from serve_app.settings import BUCKETS, Inference, Secrets, Settings, VariantSettings
 from serve_app.variants import BUILT_IN
 
 README = Path("README.md").read_text()
 ARCHITECTURE = Path("docs/architecture.md").read_text()
 CONFIGURATION = Path("docs/configuration.md").read_text()
+CHANGELOG = Path("CHANGELOG.md").read_text()
 
 
 def rows(document: str) -> dict[str, str]:
@@ -71,6 +73,13 @@ def test_every_setting_of_a_variant_is_documented_with_its_default(key: str) -> 
 def test_every_inference_default_is_documented(key: str) -> None:
     default = Inference.model_fields[key].default
     assert rows(CONFIGURATION)[key].strip("`") in (str(default), written(default))
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_setting_is_in_the_changelog_and_its_new_name_is_one(old: str, new: str) -> None:
+    assert f"| `{old}` | `{new}` |" in CHANGELOG
+    names = {*SETTINGS, *(f"variants.*.{name}" for name in VARIANT)}
+    assert old not in names and any(f"{name}.".startswith(f"{new}.") for name in names)
 
 
 def test_the_buckets_are_documented() -> None:
@@ -156,7 +165,7 @@ def test_no_committed_file_names_a_machine_or_a_registry() -> None:
 def test_the_changelog_knows_this_version() -> None:
     version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M)
     assert version is not None
-    assert f"## {version[1]} " in Path("CHANGELOG.md").read_text()
+    assert f"## {version[1]} " in CHANGELOG
 
 
 def test_every_dependency_is_pinned() -> None:

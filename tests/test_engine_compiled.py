@@ -183,7 +183,7 @@ def machine(folder: Path, shallow: TinyWeights) -> dict[str, Any]:
     file, base = str(shallow.transformer(f"flux1-fill-dev-{QUANT}.gguf")), str(shallow.base)
     definition = {"family": "flux-fill", "file": file, "base": base, "max_prompt_tokens": 64, "num_gpus": 0}
     return {
-        "variants": {"v": {"definition": definition, "levers": {"compile": True, "unpack": True}}},
+        "variants": {"v": {"definition": definition, "optimizations": {"compile": True, "unpack": True}}},
         "windows": {"buckets": [(64, 192)]},
         "weights": {"cache": str(folder), "mirror": f"files:{folder.parent / 'mirror'}"},
     }

@@ -24,7 +24,7 @@ from serve_app.engine.tiny import TinyWeights
 from serve_app.engine.weights import Weights
 from serve_app.errors import Canceled, OutOfMemory
 from serve_app.images import Pixels
-from serve_app.settings import FirstBlockCache, Levers, StepCache, TaylorSeerCache, VariantSettings
+from serve_app.settings import FirstBlockCache, Optimizations, StepCache, TaylorSeerCache, VariantSettings
 from serve_app.variants import BUILT_IN, Repacking
 
 from .engine_fixtures import flux_fill, request, window
@@ -51,12 +51,12 @@ def prompt() -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def on_gpu(tiny: TinyWeights, quant: str = "Q4_0", repack: Repacking | None = None, **levers: Any) -> FluxFill:
+def on_gpu(tiny: TinyWeights, quant: str = "Q4_0", repack: Repacking | None = None, **optimizations: Any) -> FluxFill:
     """The variant `tiny-{quant}` on the GPU, not loaded yet."""
     variant = BUILT_IN[f"tiny-{quant}"].model_copy(update={"num_gpus": 1, "repack": repack})
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant}.gguf"), tiny.base)
-    exact = {name: levers.pop(name) for name in ("adaln_once", "one_encode") if name in levers}
-    return FluxFill(variant, weights, VariantSettings(levers=Levers(**levers)), **exact)
+    exact = {name: optimizations.pop(name) for name in ("adaln_once", "one_encode") if name in optimizations}
+    return FluxFill(variant, weights, VariantSettings(optimizations=Optimizations(**optimizations)), **exact)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def loaded(tiny: TinyWeights) -> Iterator[Callable[..., FluxFill]]:
     """`on_gpu`, loaded, and closed when the test is over."""
     engines: list[FluxFill] = []
 
-    def load(*given: Any, **levers: Any) -> FluxFill:
-        engines.append(on_gpu(tiny, *given, **levers))
+    def load(*given: Any, **optimizations: Any) -> FluxFill:
+        engines.append(on_gpu(tiny, *given, **optimizations))
         engines[-1].load()
         return engines[-1]
 
@@ -96,10 +96,12 @@ def test_the_same_seed_paints_the_same_bits(prompt: bytes, loaded: Callable[...,
     assert not np.array_equal(engine.paint(window(embeddings=prompt, seed=2)), first)
 
 
-@pytest.mark.parametrize("lever", ["adaln_once", "one_encode", "unpack"])
-def test_exact_levers_paint_the_same_bits(prompt: bytes, loaded: Callable[..., FluxFill], lever: str) -> None:
+@pytest.mark.parametrize("optimization", ["adaln_once", "one_encode", "unpack"])
+def test_exact_optimizations_paint_the_same_bits(
+    prompt: bytes, loaded: Callable[..., FluxFill], optimization: str
+) -> None:
     off, given = {"adaln_once": False, "one_encode": False, "unpack": False}, window(embeddings=prompt)
-    plain, pulled = loaded(**off), loaded(**off | {lever: True})
+    plain, pulled = loaded(**off), loaded(**off | {optimization: True})
     assert np.array_equal(pulled.paint(given), plain.paint(given))
 
 

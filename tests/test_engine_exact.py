@@ -1,4 +1,4 @@
-"""The exact levers change no bit: each is compared with diffusers' own pipeline, in one process, on the CPU."""
+"""The exact optimizations change no bit: each is compared with diffusers' own pipeline, in one process, on the CPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def expected(tiny: TinyWeights, quant: str, dtype: torch.dtype, cases: dict[str,
     return cache(lambda case: paint(cases[case]))
 
 
-LEVERS: dict[str, dict[str, bool]] = {
+OPTIMIZATIONS: dict[str, dict[str, bool]] = {
     "none": {"adaln_once": False, "one_encode": False},
     "adaln_once": {"one_encode": False},
     "one_encode": {"adaln_once": False},
@@ -131,17 +131,17 @@ LEVERS: dict[str, dict[str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("levers", LEVERS)
+@pytest.mark.parametrize("optimizations", OPTIMIZATIONS)
 def test_every_exact_lever_paints_the_plain_pipelines_bits(
     tiny: TinyWeights,
     quant: str,
     dtype: torch.dtype,
     expected: Callable[[str], Pixels],
     cases: dict[str, Window],
-    levers: str,
+    optimizations: str,
 ) -> None:
     """One after the other on one engine, and the first again, from what was kept."""
-    engine = flux_fill(tiny, quant, dtype=dtype, **LEVERS[levers])
+    engine = flux_fill(tiny, quant, dtype=dtype, **OPTIMIZATIONS[optimizations])
     engine.load()
     for case in (*(case for case in cases if case != "whole frame"), "one"):
         assert np.array_equal(engine.paint(cases[case]), expected(case)), case

@@ -12,7 +12,7 @@ from serve_app.engine.diffusion import FluxFill
 from serve_app.engine.step_cache import _CONFIGS
 from serve_app.engine.tiny import TinyWeights
 from serve_app.errors import Canceled
-from serve_app.settings import FirstBlockCache, Levers, StepCache, TaylorSeerCache
+from serve_app.settings import FirstBlockCache, Optimizations, StepCache, TaylorSeerCache
 
 from .engine_fixtures import flux_fill, photo, window
 
@@ -49,8 +49,8 @@ def counting(forward: Callable[..., Any], ran: list[str]) -> Callable[..., Any]:
     return counted
 
 
-def loaded(tiny: TinyWeights, cache: StepCache | None, **levers: Any) -> FluxFill:
-    engine = flux_fill(tiny, step_cache=cache, unpack=True, **levers)
+def loaded(tiny: TinyWeights, cache: StepCache | None, **optimizations: Any) -> FluxFill:
+    engine = flux_fill(tiny, step_cache=cache, unpack=True, **optimizations)
     engine.load()
     return engine
 
@@ -124,7 +124,7 @@ def kept(engine: FluxFill) -> int:
 
 
 def test_it_is_off_by_default() -> None:
-    assert Levers().step_cache is None
+    assert Optimizations().step_cache is None
 
 
 @pytest.mark.parametrize(
@@ -140,4 +140,4 @@ def test_it_is_off_by_default() -> None:
 )
 def test_what_a_kind_does_not_know_is_refused(step_cache: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
-        Levers.model_validate({"step_cache": step_cache})
+        Optimizations.model_validate({"step_cache": step_cache})

@@ -32,7 +32,7 @@ SETTINGS = Settings(
         "deaf": {"definition": {"family": "pause", "pause_s": 600, "deaf": True}},
         "faulty": {"definition": {"family": "pause", "pause_s": 0}},
     },
-    work={"stuck_s": 0.5},
+    work={"engine_stop_timeout_s": 0.5},
 )
 
 

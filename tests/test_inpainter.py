@@ -31,9 +31,11 @@ from .rig import Counters
 
 
 def settings(
-    work: Mapping[str, float] | None = None, levers: Mapping[str, Any] | None = None, **definition: Any
+    work: Mapping[str, float] | None = None, optimizations: Mapping[str, Any] | None = None, **definition: Any
 ) -> Settings:
-    variants = {"v": {"definition": {"family": "pause", "pause_s": 0.05, **definition}, "levers": levers or {}}}
+    variants = {
+        "v": {"definition": {"family": "pause", "pause_s": 0.05, **definition}, "optimizations": optimizations or {}}
+    }
     return Settings(variants=variants, work=work or {})
 
 
@@ -158,7 +160,7 @@ def test_an_engine_that_does_not_warm_up_is_closed(
 
 async def test_an_engine_that_does_not_stop_makes_the_replica_unhealthy() -> None:
     engine = Stubborn()
-    replica = Replica(settings({"stuck_s": 1e-6}), engine)
+    replica = Replica(settings({"engine_stop_timeout_s": 1e-6}), engine)
     painting = asyncio.create_task(anext(_second(replica)))
     await until(engine.entered.is_set)
     replica.check_health()
@@ -175,7 +177,7 @@ async def test_an_engine_that_does_not_stop_makes_the_replica_unhealthy() -> Non
 async def test_an_engine_that_paints_for_longer_than_any_worker_waits_makes_the_replica_unhealthy() -> None:
     """The worker that would have told it to stop may be dead."""
     engine = Stubborn()
-    replica = Replica(settings({"stuck_s": 1e-6, "inference_timeout_s": 1e-6}), engine)
+    replica = Replica(settings({"engine_stop_timeout_s": 1e-6, "inference_timeout_s": 1e-6}), engine)
     replica.check_health()
     painting = asyncio.create_task(replica.events(request()))
     await until(engine.entered.is_set)
@@ -188,7 +190,7 @@ async def test_an_engine_that_paints_for_longer_than_any_worker_waits_makes_the_
 
 @pytest.mark.slow
 async def test_a_deaf_pause_neither_reports_a_step_nor_stops() -> None:
-    replica = Replica(settings({"stuck_s": 1e-6}, deaf=True, pause_s=0.5))
+    replica = Replica(settings({"engine_stop_timeout_s": 1e-6}, deaf=True, pause_s=0.5))
     painting = asyncio.create_task(anext(_second(replica)))
     await until(lambda: replica._seat.taken_since is not None)
     painting.cancel()
@@ -277,7 +279,9 @@ async def test_a_cell_may_paint_for_as_long_as_each_of_its_paintings_may() -> No
         seen.append(replica._seat.taken_since or 0.0)
         assert len(seen) < 3 or hung.wait(30)
 
-    replica = Replica(settings({"stuck_s": 1e-6, "inference_timeout_s": 0.2}), Scripted(hang_at_the_third))
+    replica = Replica(
+        settings({"engine_stop_timeout_s": 1e-6, "inference_timeout_s": 0.2}), Scripted(hang_at_the_third)
+    )
     cell = asyncio.create_task(replica.cell(request(), trials=3))
     await until(lambda: len(seen) == 3)
     assert seen[0] < seen[1] < seen[2]

@@ -314,7 +314,7 @@ async def test_what_was_painted_of_a_photo_since_replaced_is_painted_again(rig: 
 
 @pytest.mark.slow
 async def test_a_store_that_is_away_for_a_moment_delays_the_upload_only() -> None:
-    rig = Rig(work_settings={"upload_s": 20.0})
+    rig = Rig(work_settings={"upload_timeout_s": 20.0})
     await rig.put_session()
 
     async def comes_back() -> None:
@@ -330,7 +330,7 @@ async def test_a_store_that_is_away_for_a_moment_delays_the_upload_only() -> Non
 
 async def test_a_store_that_refuses_is_not_asked_again_and_again() -> None:
     """A permission is no outage: it comes back when somebody gives it."""
-    rig = Rig(work_settings={"upload_s": 3600.0})
+    rig = Rig(work_settings={"upload_timeout_s": 3600.0})
     await rig.put_session()
     down = goes_down(rig, "put")
 
@@ -550,4 +550,6 @@ async def test_room_is_given_back_however_a_job_ends(rig: Rig) -> None:
 
 
 def test_an_ingress_gives_its_jobs_back_within_a_spot_nodes_notice() -> None:
-    assert Work().grace_s + 3 <= 10, "of 15 s: its jobs, then what is still to be told, then the stores' answers"
+    assert Work().shutdown_grace_s + 3 <= 10, (
+        "of 15 s: its jobs, then what is still to be told, then the stores' answers"
+    )

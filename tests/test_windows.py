@@ -261,35 +261,35 @@ class TestAuto:
         start=st.tuples(pixels, pixels),
         end=st.tuples(pixels, pixels),
         thickness=st.integers(1, 80),
-        window_tflop=further_tflop,
+        window_overhead_tflop=further_tflop,
     )
     def test_a_further_window_saves_at_least_what_it_costs(
-        self, start: tuple[int, int], end: tuple[int, int], thickness: int, window_tflop: float
+        self, start: tuple[int, int], end: tuple[int, int], thickness: int, window_overhead_tflop: float
     ) -> None:
         mask = line(1024, 1024, start, end, thickness)
-        windows = made(mask, AUTO, WindowSettings(window_tflop=window_tflop)).windows
-        spent = tflop(windows) + window_tflop * (len(windows) - 1)
+        windows = made(mask, AUTO, WindowSettings(window_overhead_tflop=window_overhead_tflop)).windows
+        spent = tflop(windows) + window_overhead_tflop * (len(windows) - 1)
         assert spent <= tflop(made(mask, CROP).windows) + 1e-6
 
     def test_where_unpacking_takes_long_a_diagonal_takes_the_whole_frame(self) -> None:
         mask = line(1024, 1024, (0, 0), (1023, 1023))
-        windows = {tflop: made(mask, AUTO, WindowSettings(window_tflop=tflop)).windows for tflop in (5, 11)}
+        windows = {tflop: made(mask, AUTO, WindowSettings(window_overhead_tflop=tflop)).windows for tflop in (5, 11)}
         assert len(windows[5]) == 3
         assert windows[11] == made(mask, RESIZE).windows
 
     @pytest.mark.slow
     def test_the_dearer_a_further_window_the_fewer_and_the_coarser(self) -> None:
         mask = line(4000, 3000, (0, 0), (3999, 2999), thickness=30)
-        plans = [made(mask, AUTO, WindowSettings(window_tflop=tflop)) for tflop in (0, 1, 11, 23, 37, 1000)]
+        plans = [made(mask, AUTO, WindowSettings(window_overhead_tflop=tflop)) for tflop in (0, 1, 11, 23, 37, 1000)]
         for figures in ([scale_of(planned) for planned in plans], [len(planned.windows) for planned in plans]):
             assert figures == sorted(figures, reverse=True) and figures[0] > figures[-1]
 
     @settings(max_examples=100, deadline=None)
-    @given(mask=masks(), window_tflop=further_tflop)
+    @given(mask=masks(), window_overhead_tflop=further_tflop)
     def test_one_window_in_budget_is_taken_whatever_a_further_one_costs(
-        self, mask: Pixels, window_tflop: float
+        self, mask: Pixels, window_overhead_tflop: float
     ) -> None:
-        window = SMALL.model_copy(update={"window_tflop": window_tflop})
+        window = SMALL.model_copy(update={"window_overhead_tflop": window_overhead_tflop})
         auto, crop = made(mask, AUTO, window), made(mask, CROP, window)
         rounding = 1 / auto.region.width + 1 / crop.region.width
         assert scale_of(auto) >= scale_of(crop) / 1.03 - rounding
@@ -319,14 +319,16 @@ class TestAuto:
         mask=masks(),
         window=window_settings,
         budget_tflop=st.sampled_from([1.0, 8.0, 15.0, 74.5]),
-        window_tflop=further_tflop,
+        window_overhead_tflop=further_tflop,
     )
     def test_the_budget_is_kept_or_the_frame_at_its_coarsest_costs_no_less(
-        self, mask: Pixels, window: WindowSettings, budget_tflop: float, window_tflop: float
+        self, mask: Pixels, window: WindowSettings, budget_tflop: float, window_overhead_tflop: float
     ) -> None:
-        window = window.model_copy(update={"budget_tflop": budget_tflop, "window_tflop": window_tflop})
+        window = window.model_copy(
+            update={"budget_tflop": budget_tflop, "window_overhead_tflop": window_overhead_tflop}
+        )
         auto, whole = made(mask, AUTO, window), made(mask, RESIZE, window)
-        spent = tflop(auto.windows) + window_tflop * (len(auto.windows) - 1)
+        spent = tflop(auto.windows) + window_overhead_tflop * (len(auto.windows) - 1)
         assert spent <= max(budget_tflop, tflop(whole.windows)) + 1e-6
 
     @settings(max_examples=100, deadline=None)

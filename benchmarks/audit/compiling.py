@@ -1,4 +1,4 @@
-"""Whether torch.compile would pay for a variant, done as its lever `compile` does it: one forward, timed and judged."""
+"""Whether torch.compile would pay for a variant, done as `optimizations.compile` does it: one forward, judged."""
 
 import logging
 import math
@@ -121,8 +121,8 @@ def _obstacle(gain: float, difference: float, largest: float) -> str | None:
 def _eager(name: str, settings: Settings, request: PaintRequest) -> Settings:
     """The variant as served, but for one job, each step computed, nothing compiled; warmed up for the first window."""
     served, box = settings.variants[name], request.windows[0]
-    levers = served.levers.model_copy(update={"compile": False, "step_cache": None})
-    variants = {**settings.variants, name: served.model_copy(update={"levers": levers})}
+    optimizations = served.optimizations.model_copy(update={"compile": False, "step_cache": None})
+    variants = {**settings.variants, name: served.model_copy(update={"optimizations": optimizations})}
     windows = settings.windows.model_copy(update={"buckets": ((box.width, box.height),)})
     return settings.model_copy(update={"variants": variants, "windows": windows})
 

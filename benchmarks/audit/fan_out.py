@@ -32,7 +32,7 @@ class FanOut:
     """Made by `fan_out`."""
 
     def __init__(self, replicas: Replicas, wave: Wave, settings: AuditSettings) -> None:
-        self._replicas, self._wave, self._limit_s = replicas, wave, settings.settle_s
+        self._replicas, self._wave, self._limit_s = replicas, wave, settings.replica_wait_s
         # Serve counts what is in hand as load: twice as much would start more replicas where there can be more.
         asking = {name: count * (1 if name in wave.growing else _IN_HAND) for name, count in wave.wanted.items()}
         self._asking = {name: asyncio.Semaphore(count) for name, count in asking.items()}
@@ -48,7 +48,7 @@ class FanOut:
     async def measure(self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int) -> Measured:
         """As `Replicas.measure`, but that it waits for its turn, and asks again until a replica takes it.
 
-        Raises AuditImpossible when the variant has had no running replica for `audit.settle_s`."""
+        Raises AuditImpossible when the variant has had no running replica for `audit.replica_wait_s`."""
         self._left[variant] += 1
         try:
             async with self._asking[variant], self._all, self._while_there_may_be_one(variant):

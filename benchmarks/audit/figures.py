@@ -52,7 +52,11 @@ def succeeded(
         peak_bytes=_most([trial.peak_bytes for trial in measured.trials]),
         reserved_bytes=_most([trial.reserved_bytes for trial in measured.trials]),
         **_rates(
-            variant, cell, measured.windows, warm, skips=settings.variants[cell.variant].levers.step_cache is not None
+            variant,
+            cell,
+            measured.windows,
+            warm,
+            skips=settings.variants[cell.variant].optimizations.step_cache is not None,
         ),
         **_where(measured),
         revisions=revisions(variant, locked),

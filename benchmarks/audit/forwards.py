@@ -76,7 +76,7 @@ class Forward:
         return Explained(graphs=found.graph_count, breaks=breaks, reasons=tuple(reasons)[:_MAX_REASONS])
 
     def compile(self) -> None:
-        """As `levers.compile` does. The next forward takes the time."""
+        """As `optimizations.compile` does. The next forward takes the time."""
         torch._dynamo.reset()
         compiled.compile_blocks(self._transformer)
 

@@ -18,7 +18,7 @@ async def queued(
 ) -> Audit:
     """A new run, or the one to resume. Raises as AuditStore's `create` and `resume`; AuditError for a wrong argument;
     UnknownVariant."""
-    several = settings.audit.several
+    several = settings.audit.allow_concurrent
     if given.resume is not None:
         await _out_waited(given.resume, store, clock, say)
         return await store.resume(given.resume, several=several)

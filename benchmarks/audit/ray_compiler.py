@@ -30,12 +30,12 @@ class RayCompiler:
         self._gpus = settings.audit.gpus if gpus is None else gpus
 
     async def __call__(self, name: str, request: PaintRequest) -> CompileVerdict:
-        """Waits `audit.settle_s` at most for what a replica of the variant would take: the variant's own replicas may
-        hold the GPU until they are scaled down. What stands in the way is a verdict, too. Cancelling the call ends
+        """Waits `audit.replica_wait_s` at most for what a replica of the variant would take: the variant's own replicas
+        may hold the GPU until they are scaled down. What stands in the way is a verdict, too. Cancelling the call ends
         the task."""
         if self._settings.variant(name).num_gpus and await self._are_kept():
             return _not_looked_at(name, "other variants keep every GPU (min_replicas)")
-        wait_s, needs = self._settings.audit.settle_s, self._needs(name)
+        wait_s, needs = self._settings.audit.replica_wait_s, self._needs(name)
         async with _reserved(needs, wait_s) as group:
             if group is None:
                 what = " and ".join(f"{amount:g} {resource}" for resource, amount in needs.items())

@@ -29,7 +29,7 @@ class Settling:
         self, replicas: Replicas, variants: Sequence[str], settings: Settings, gpus: int, poll_s: float = POLL_S
     ) -> None:
         self._replicas, self._variants, self._gpus, self._poll_s = replicas, variants, gpus, poll_s
-        self._limit_s = settings.audit.settle_s
+        self._limit_s = settings.audit.replica_wait_s
         #: Replicas that it always has, by its name in `Replicas.counts`: whatever takes a GPU.
         self._kept = {name: one.min_replicas for name, one in gpu_holders(settings).items()}
         #: By device. One that comes later is nobody's whom an audit waits for.
@@ -50,7 +50,7 @@ class Settling:
         left enough GPUs, and each device's used memory is at its floor again; or until all of the wave have a replica.
         `after` names the variants painted last; `tell` is told, in words, what is waited for.
 
-        With the reading comes, where it has taken `audit.settle_s`, why it is not to be waited for any longer.
+        With the reading comes, where it has taken `audit.replica_wait_s`, why it is not to be waited for any longer.
         """
         started_s = time.monotonic()
         error = None

@@ -38,7 +38,7 @@ def settings(messages: MessagesSettings, *, postgres: int, s3: int) -> Settings:
             "max_attempts": MAX_ATTEMPTS,
             "backoff_s": 0.5,
             "backoff_max_s": 8,
-            "grace_s": 2,
+            "shutdown_grace_s": 2,
         },
     )
 

@@ -1,4 +1,4 @@
-"""What is edited, and with which levers: rows."""
+"""What is edited, and with which optimizations: rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import numpy as np
 
 from serve_app.images import Pixels
 from serve_app.messages import CropStrategy
-from serve_app.settings import FirstBlockCache, Levers
+from serve_app.settings import FirstBlockCache, Optimizations
 from serve_app.variants import Repacking
 
 #: None.
-EXACT = Levers()
-COMPILED = Levers(compile=True)
+EXACT = Optimizations()
+COMPILED = Optimizations(compile=True)
 #: Unpacking is exact, too. On a GPU compiled blocks unpack as they go, and 24 GB hold no unpacked FLUX.1.
-ALL = Levers(compile=True, unpack=True)
-CACHED = Levers(compile=True, step_cache=FirstBlockCache())
+ALL = Optimizations(compile=True, unpack=True)
+CACHED = Optimizations(compile=True, step_cache=FirstBlockCache())
 
 #: From (width, height) in pixels.
 Mask = Callable[[int, int], Pixels]
@@ -31,7 +31,7 @@ class Scenario:
     height: int = 1024
     mask: Mask
     strategy: CropStrategy = CropStrategy.AUTO
-    levers: Levers = ALL
+    optimizations: Optimizations = ALL
     #: Without them the modulation and both VAE encodings are computed as diffusers does.
     adaln_once: bool = True
     one_encode: bool = True
@@ -74,10 +74,15 @@ def blob(width: int, height: int) -> Pixels:
     return mask
 
 
-def _whole(name: str, side: int, **levers: Any) -> Scenario:
-    """The whole frame in one window: what the levers give without the windows."""
+def _whole(name: str, side: int, **optimizations: Any) -> Scenario:
+    """The whole frame in one window: what the optimizations give without the windows."""
     return Scenario(
-        name=f"{name}_{side}", width=side, height=side, mask=thin_vertical, strategy=CropStrategy.RESIZE, **levers
+        name=f"{name}_{side}",
+        width=side,
+        height=side,
+        mask=thin_vertical,
+        strategy=CropStrategy.RESIZE,
+        **optimizations,
     )
 
 
@@ -86,18 +91,18 @@ _ROWS = (
     Scenario(name="thin_diagonal", mask=thin_diagonal),
     Scenario(name="blob", mask=blob),
     Scenario(name="phone_leash", width=4000, height=3000, mask=leash),
-    Scenario(name="thin_vertical_exact", mask=thin_vertical, levers=EXACT),
-    Scenario(name="thin_vertical_cached", mask=thin_vertical, levers=CACHED),
-    Scenario(name="thin_vertical_w8a8", mask=thin_vertical, levers=COMPILED, repack="w8a8"),
+    Scenario(name="thin_vertical_exact", mask=thin_vertical, optimizations=EXACT),
+    Scenario(name="thin_vertical_cached", mask=thin_vertical, optimizations=CACHED),
+    Scenario(name="thin_vertical_w8a8", mask=thin_vertical, optimizations=COMPILED, repack="w8a8"),
     *(
         row
         for side in (1024, 512)
         for row in (
-            _whole("eager", side, levers=EXACT, adaln_once=False, one_encode=False),
-            _whole("exact", side, levers=EXACT),
-            _whole("compiled", side, levers=COMPILED),
-            _whole("cached", side, levers=CACHED),
-            _whole("w8a8", side, levers=COMPILED, repack="w8a8"),
+            _whole("eager", side, optimizations=EXACT, adaln_once=False, one_encode=False),
+            _whole("exact", side, optimizations=EXACT),
+            _whole("compiled", side, optimizations=COMPILED),
+            _whole("cached", side, optimizations=CACHED),
+            _whole("w8a8", side, optimizations=COMPILED, repack="w8a8"),
         )
     ),
 )

@@ -52,7 +52,7 @@ class Service:
             repack=scenario.repack,
             num_gpus=1 if device.type == "cuda" else 0,
         )
-        served = VariantSettings(levers=scenario.levers, threads=threads)
+        served = VariantSettings(optimizations=scenario.optimizations, threads=threads)
         self._engine = FluxFill(
             self._variant,
             weights,
@@ -64,7 +64,7 @@ class Service:
         self._engine.load()
         self._prompts = PromptCache(MemoryBlobStore())
         self._device, self._dtype, self._meter = device, dtype, Meter(device)
-        self._is_compiled = scenario.levers.compile
+        self._is_compiled = scenario.optimizations.compile
         # An engine shows nobody its parts; only a benchmark has to look inside.
         self._pipeline, modulation = self._engine._pipeline, self._engine._modulation
         self._host_bytes = modulation.host_bytes if modulation is not None else 0

@@ -59,7 +59,7 @@ def fingerprint(
         "cuda": torch.version.cuda,
         "variant": variant.model_dump(mode="json"),
         "revisions": [locked[repo].revision for repo in (variant.repo or "", variant.base or "") if repo in locked],
-        "levers": served.levers.model_dump(mode="json"),
+        "optimizations": served.optimizations.model_dump(mode="json"),
         "threads": served.threads,
         "buckets": sorted(buckets),
     }

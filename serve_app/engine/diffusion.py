@@ -57,7 +57,7 @@ class FluxFill:
             raise VariantLoadFailed("a flux-fill variant needs weights, and was given none")
         self._device = Device(wants_gpu=variant.num_gpus > 0, dtype=dtype)
         self._weights = weights
-        self._threads, self._levers = served.threads, served.levers
+        self._threads, self._levers = served.threads, served.optimizations
         self._adaln_once, self._one_encode = adaln_once, one_encode
         self._tokens, self._repack = variant.max_prompt_tokens, variant.repack
         self._pipeline: Any = None
