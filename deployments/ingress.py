@@ -235,7 +235,7 @@ class Ingress:
         while True:
             for name, status in self._source.status().items():
                 self.metrics.put("fluxfill_subscription_connected", float(status.connected), subscription=name)
-                self.metrics.put("fluxfill_messages_in_hand", status.held, subscription=name)
+                self.metrics.put("fluxfill_messages_in_flight", status.held, subscription=name)
             await asyncio.sleep(SHOW_S)
 
     async def check_health(self) -> None:

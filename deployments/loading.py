@@ -96,7 +96,7 @@ class Loading(Generic[T]):
             # Whatever it was, its reason must be readable in /ready, and the other variants must go on.
             self._fail(e)
             code = e.code if isinstance(e, FluxFillError) else type(e).__name__
-            self._metrics.add("fluxfill_load_failures_total", what=self._what, code=code)
+            self._metrics.add("fluxfill_load_failures_total", component=self._what, code=code)
             extra = {"action": "load_failed", "what": self._what, "code": code}
             log.exception("%s did not load: %s", self._what, self.error, extra=extra)
             return False
@@ -107,7 +107,7 @@ class Loading(Generic[T]):
     def _report(self, parts: cold_start.Parts) -> None:
         self.parts = cold_start.as_dict(parts)
         for name, part in parts.items():
-            self._metrics.observe("fluxfill_load_seconds", part.seconds, what=self._what, part=name)
+            self._metrics.observe("fluxfill_load_seconds", part.seconds, component=self._what, part=name)
         log.info("Loaded %s", self._what, extra={"action": "loaded", "what": self._what, "parts": self.parts})
 
     def _fail(self, error: Exception) -> None:

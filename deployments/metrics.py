@@ -1,4 +1,4 @@
-"""Metrics through Ray: each node's agent shows them to Prometheus under these names with `ray_` before them."""
+"""Metrics through Ray: each node's agent exports them to Prometheus, with `ray_` before their names."""
 
 from functools import cache
 from typing import Any
@@ -11,12 +11,12 @@ from serve_app.telemetry import METRICS
 class RayMetrics:
     """Metrics of this process, tagged with its deployment, replica and application where it is a replica.
 
-    Every method raises ValueError for a name that METRICS lacks or has of another kind, and for other labels than its
-    own. Without a cluster, what is recorded goes nowhere.
+    Every method raises ValueError for a name that METRICS lacks or lists with another kind, and for labels other than
+    the metric's. Without a cluster nothing is recorded.
     """
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """`amount` is more than 0."""
+        """`amount` must be more than 0."""
         _checked(name, "counter", labels).inc(amount, tags=labels)
 
     def put(self, name: str, value: float, **labels: str) -> None:
@@ -27,7 +27,7 @@ class RayMetrics:
 
 
 def _checked(name: str, kind: str, labels: dict[str, str]) -> Any:
-    """The instrument. Ray itself would drop labels that it does not know."""
+    """The instrument. Ray itself would silently drop unknown labels."""
     metric = METRICS.get(name)
     if metric is None or metric.kind != kind:
         raise ValueError(f"there is no {kind} {name}")
@@ -38,7 +38,7 @@ def _checked(name: str, kind: str, labels: dict[str, str]) -> Any:
 
 @cache
 def _instrument(name: str) -> Any:
-    """Made when first used: only then does the process know which replica it is."""
+    """Created when first used: only then does the process know which replica it is."""
     metric = METRICS[name]
     if metric.kind == "counter":
         return metrics.Counter(name, metric.what, metric.labels)

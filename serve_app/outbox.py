@@ -185,18 +185,18 @@ class Courier:
             outcome = await self._outcome(job, debt)
         finally:
             self._places.leave(job, debt)
-        self._metrics.add("fluxfill_told_total", debt=debt, outcome=outcome)
+        self._metrics.add("fluxfill_notifications_total", kind=debt, outcome=outcome)
         if outcome != "failed" and debt == "completion":
             # Every job that ends comes by here, whoever ended it; twice only where its payment was lost.
             variant = self._settings.variant_label(job.variant)
             self._metrics.add("fluxfill_jobs_total", type=job.type, variant=variant, outcome=job.status)
-            self._metrics.observe("fluxfill_attempts", job.attempt, variant=variant)
+            self._metrics.observe("fluxfill_job_attempts", job.attempt, variant=variant)
         return outcome != "failed"
 
     async def _outcome(self, job: Job, debt: Debt) -> str:
         try:
             await self._in_time(job, debt)
-            return "told"
+            return "sent"
         except (InputError, MessageRefused) as e:
             log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
             return "given_up"

@@ -1,4 +1,4 @@
-"""What this service says about itself: JSON log lines, each a sentence with an action and its context, and metrics."""
+"""Logs and metrics of this service. A log line is JSON: a sentence, its action and its context."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ _CONTEXT: ContextVar[Mapping[str, Any]] = ContextVar("log_context", default=Mapp
 
 @contextmanager
 def logged_with(**fields: Any) -> Iterator[None]:
-    """Every log line of this task and of those it starts carries `fields`; empty ones are left out."""
+    """Add `fields` to every log line of this task and of the tasks it starts; empty ones are left out."""
     token = _CONTEXT.set({**_CONTEXT.get(), **{name: value for name, value in fields.items() if value}})
     try:
         yield
@@ -35,7 +35,7 @@ def trace_id(traceparent: str) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, the context, then whatever `extra` carried."""
+    """One JSON object per line: time, level, logger, message, the context, then the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -61,7 +61,7 @@ def configure_logging(level: int = logging.INFO) -> None:
             handler.setFormatter(JsonFormatter())
             top.addHandler(handler)
             top.setLevel(level)
-    # On its import it warns of each CUDA library that a machine without a GPU cannot load.
+    # When imported, it warns of each CUDA library that a machine without a GPU cannot load.
     logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
@@ -78,25 +78,31 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 240, 600)
 
 #: Every metric, by name. docs/operations.md lists them; a test compares.
 METRICS: Mapping[str, Metric] = {
-    "fluxfill_jobs_total": Metric("counter", "jobs that ended", ("type", "variant", "outcome")),
-    "fluxfill_stage_seconds": Metric("histogram", "seconds a stage took", ("stage", "variant"), _SECONDS),
-    "fluxfill_queue_age_seconds": Metric("histogram", "from publication to claim", ("variant",), _SECONDS),
-    "fluxfill_attempts": Metric("histogram", "attempts of a job that ended", ("variant",), (1, 2, 3, 4, 5, 10)),
+    "fluxfill_jobs_total": Metric("counter", "jobs that ended, by outcome", ("type", "variant", "outcome")),
+    "fluxfill_stage_seconds": Metric("histogram", "duration of a job's stage", ("stage", "variant"), _SECONDS),
+    "fluxfill_queue_wait_seconds": Metric(
+        "histogram", "time from a message's publication to its job's claim", ("variant",), _SECONDS
+    ),
+    "fluxfill_job_attempts": Metric("histogram", "attempts that a job took", ("variant",), (1, 2, 3, 4, 5, 10)),
     "fluxfill_attempts_failed_total": Metric("counter", "attempts that failed, by error code", ("variant", "code")),
-    "fluxfill_duplicates_total": Metric("counter", "messages of jobs that were over already"),
-    "fluxfill_dead_letters_total": Metric("counter", "messages sent to the dead-letter topic", ("code",)),
-    "fluxfill_held_back_total": Metric("counter", "messages held back, by reason", ("code",)),
-    "fluxfill_messages_in_hand": Metric("gauge", "messages an ingress replica has in hand", ("subscription",)),
+    "fluxfill_duplicate_messages_total": Metric("counter", "messages of jobs that had ended already"),
+    "fluxfill_dead_letters_total": Metric(
+        "counter", "messages sent to the dead-letter topic, by error code", ("code",)
+    ),
+    "fluxfill_messages_deferred_total": Metric("counter", "messages deferred, by error code", ("code",)),
+    "fluxfill_messages_in_flight": Metric("gauge", "messages in flight in an ingress replica", ("subscription",)),
     "fluxfill_subscription_connected": Metric("gauge", "1 while a subscription delivers", ("subscription",)),
-    "fluxfill_leases_lost_total": Metric("counter", "claims that ended under their worker"),
-    "fluxfill_told_total": Metric("counter", "what others were told of jobs", ("debt", "outcome")),
-    "fluxfill_pushes_refused_total": Metric("counter", "pushes that were refused, by error code", ("code",)),
+    "fluxfill_leases_lost_total": Metric("counter", "leases that a worker lost while its job ran"),
+    "fluxfill_notifications_total": Metric(
+        "counter", "notifications of finished jobs, and messages published again", ("kind", "outcome")
+    ),
+    "fluxfill_pushes_refused_total": Metric("counter", "pushes refused, by error code", ("code",)),
     "fluxfill_variant_ready": Metric("gauge", "1 while a variant can serve", ("variant",)),
-    "fluxfill_load_failures_total": Metric("counter", "loads that failed", ("what", "code")),
-    "fluxfill_load_seconds": Metric("histogram", "seconds a part of a load took", ("what", "part"), _SECONDS),
+    "fluxfill_load_failures_total": Metric("counter", "failures to load a model", ("component", "code")),
+    "fluxfill_load_seconds": Metric("histogram", "duration of a part of a load", ("component", "part"), _SECONDS),
     "fluxfill_gpu_memory_bytes": Metric("gauge", "memory used on a replica's device", ("variant",)),
     "fluxfill_steps_per_second": Metric(
-        "histogram", "denoising steps a second", ("variant",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+        "histogram", "denoising steps per second", ("variant",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
     ),
     "fluxfill_out_of_memory_total": Metric("counter", "paintings that ran out of memory", ("variant",)),
     "fluxfill_gpu_lost_total": Metric("counter", "GPUs that failed for good", ("variant",)),
@@ -104,20 +110,20 @@ METRICS: Mapping[str, Metric] = {
 
 
 class Metrics(Protocol):
-    """Where figures go. `name` is one of METRICS, and `labels` are exactly its own."""
+    """Records metrics. `name` is one of METRICS, and `labels` are exactly its labels."""
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """To a counter."""
+        """Add `amount` to a counter."""
 
     def put(self, name: str, value: float, **labels: str) -> None:
-        """A gauge's present value."""
+        """Set a gauge to `value`."""
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """One value of a histogram."""
+        """Add `value` to a histogram."""
 
 
 class NoMetrics:
-    """Metrics of a process that nobody watches, such as the command line's."""
+    """Metrics of a process that is not monitored, such as the command line's."""
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None: ...
 

@@ -167,10 +167,12 @@ class Worker:
             job = await self._claim(new, claimer)
             if job.status.is_final:
                 if job.claimed_by != claimer:
-                    self._metrics.add("fluxfill_duplicates_total")
+                    self._metrics.add("fluxfill_duplicate_messages_total")
                 return await self._settle(job, delivery)
             log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
-            self._metrics.observe("fluxfill_queue_age_seconds", self._queued_s(job, delivery), variant=self._label(job))
+            self._metrics.observe(
+                "fluxfill_queue_wait_seconds", self._queued_s(job, delivery), variant=self._label(job)
+            )
             return await self._run(job, delivery, claimed_at)
 
     # -- claiming
@@ -347,7 +349,7 @@ class Worker:
     def _held_back(self, delivery: Delivery, e: Exception, at_most_s: float = float("inf")) -> Verdict:
         delay_s = min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s)
         code = e.code if isinstance(e, FluxFillError) else FluxFillError.code
-        self._metrics.add("fluxfill_held_back_total", code=code)
+        self._metrics.add("fluxfill_messages_deferred_total", code=code)
         log.info("Held a message back: %s", e, extra={"action": "held_back", "code": code, "delay_s": delay_s})
         return Verdict(action="hold", delay_s=delay_s, reason=code)
 

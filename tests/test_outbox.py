@@ -56,7 +56,7 @@ async def test_a_duplicate_is_told_to_nobody(rig: Rig) -> None:
     rig.clock.advance(1)
     await rig.work("m2", callbackUrl=URL)
     assert len(rig.topics.completed) == len(rig.receivers.called) == 1
-    assert rig.metrics.total("fluxfill_duplicates_total") == 1
+    assert rig.metrics.total("fluxfill_duplicate_messages_total") == 1
 
 
 async def test_a_failure_is_told(rig: Rig) -> None:
@@ -120,7 +120,7 @@ async def test_a_receiver_that_never_answers_is_given_up(rig: Rig) -> None:
         assert (await rig.job()).owed
         await told_later(rig, 2 * outbox.LONGEST_WAIT_S["webhook"])
     assert (await rig.job()).owed == {}
-    assert rig.metrics.total("fluxfill_told_total", "webhook", "given_up") == 1
+    assert rig.metrics.total("fluxfill_notifications_total", "webhook", "given_up") == 1
 
 
 async def test_the_session_is_never_given_up(rig: Rig) -> None:
@@ -462,4 +462,4 @@ async def test_telling_that_takes_too_long_is_given_up_for_now(
         await rig.courier.settled()
     assert telling == []
     assert (await rig.jobs.get("edit-1")).owed.keys() == {debt}
-    assert rig.metrics.total("fluxfill_told_total", debt, "failed") == 1
+    assert rig.metrics.total("fluxfill_notifications_total", debt, "failed") == 1

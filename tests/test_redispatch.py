@@ -58,7 +58,7 @@ async def test_a_job_whose_message_is_lost_is_published_again_and_ends(rig: Rig)
     assert (await rig.take(copy)).reason == "succeeded"
     job = await rig.job()
     assert (job.status, job.owed, job.asked_at) == (State.SUCCEEDED, {}, first.publish_time)
-    assert rig.metrics.total("fluxfill_told_total", "dispatch", "told") == 1
+    assert rig.metrics.total("fluxfill_notifications_total", "dispatch", "sent") == 1
     assert (await rig.document())["processingStatus"] == "completed"
 
 

@@ -105,8 +105,8 @@ async def test_an_edit_is_counted_timed_and_aged() -> None:
     published = rig.clock() - timedelta(seconds=7)
     await rig.take(Delivery(data=made.data, attributes={}, message_id="m1", publish_time=published))
     assert rig.metrics.total("fluxfill_jobs_total", "inpaint", "telea", "succeeded") == 1
-    assert rig.metrics.values["fluxfill_queue_age_seconds", "telea"] == [7.0]
-    assert rig.metrics.values["fluxfill_attempts", "telea"] == [1]
+    assert rig.metrics.values["fluxfill_queue_wait_seconds", "telea"] == [7.0]
+    assert rig.metrics.values["fluxfill_job_attempts", "telea"] == [1]
     stages = {key[1] for key in rig.metrics.values if key[0] == "fluxfill_stage_seconds"}
     assert stages == {"queued", "download", "prepare", "wait", "engine", "encode", "upload", "total"}
 
@@ -121,4 +121,4 @@ async def test_failures_dead_letters_and_hold_backs_are_counted_by_code() -> Non
     assert rig.metrics.total("fluxfill_attempts_failed_total", "telea", "out_of_memory") == 1
     assert rig.metrics.total("fluxfill_dead_letters_total", "out_of_memory") == 1
     assert rig.metrics.total("fluxfill_jobs_total", "inpaint", "telea", "failed") == 1
-    assert rig.metrics.total("fluxfill_held_back_total", "store_unavailable") == 1
+    assert rig.metrics.total("fluxfill_messages_deferred_total", "store_unavailable") == 1
