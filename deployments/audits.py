@@ -1,21 +1,22 @@
 """`fluxfill audit`: start a run and follow it; list, show, cancel, compare, apply, fetch."""
 
 import asyncio
+import inspect
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import ValidationError
 
+from serve_app import audit_options
+from serve_app.audit_options import OPTIONS, RUN, Option, run_id
 from serve_app.audit_runs import GRACE_S
-from serve_app.audits import Audit, AuditRequest, AuditStatus, is_run_id
-from serve_app.errors import InputError
-from serve_app.messages import CropStrategy
+from serve_app.audits import Audit, AuditStatus
 from serve_app.ports import AuditLauncher
-from serve_app.settings import AuditSettings, Settings
+from serve_app.settings import Settings
 
 from .audit_client import AuditClient
 from .audit_releases import apply, compare
@@ -33,95 +34,55 @@ AddressOption = Annotated[str, typer.Option(help="Ray's job server.", envvar="RA
 CANCEL_S = GRACE_S + 15
 
 
-def _run_id(text: str) -> str:
-    if not is_run_id(text):
-        raise typer.BadParameter(f"{text!r} is not 1 to 64 letters, digits, '-' and '_'")
-    return text
+RunArgument = Annotated[str, typer.Argument(parser=run_id, metavar="RUN", help="The run's id.")]
 
 
-RunArgument = Annotated[str, typer.Argument(parser=_run_id, metavar="RUN", help="The run's id.")]
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of the table, of which it gets the values as `given`, by field. Typer knows a
+    command's options by its signature."""
+    options = {option.field: _parameter(option) for option in (*RUN, *OPTIONS)}
+
+    @wraps(command)
+    def wrapper(context: typer.Context, **values: Any) -> None:
+        command(context, {name: values.pop(name) for name in options}, **values)
+
+    context, _, *rest = inspect.signature(command).parameters.values()
+    wrapper.__signature__ = inspect.Signature([context, *options.values(), *rest])  # type: ignore[attr-defined]
+    return wrapper
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Values with commas between them."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part.strip()) for part in text.split(","))
-
-    return parse
+def _parameter(option: Option) -> inspect.Parameter:
+    # Of a list typer takes no parser.
+    parser = None if option.is_repeated else option.parse
+    said = typer.Option(option.flag, parser=parser, metavar=option.metavar, help=option.help)
+    typed: Any = Annotated[list[str] | None, said] if option.is_repeated else Annotated[Any, said]
+    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typed)
 
 
 @audit_app.callback(invoke_without_command=True)
+@with_options
 def audit(
     context: typer.Context,
-    user: Annotated[str | None, typer.Option(help="User id.")] = None,
-    session: Annotated[str | None, typer.Option(help="Session id: its photo and mask are in the blob store.")] = None,
-    run_id: Annotated[
-        str | None, typer.Option(parser=_run_id, metavar="RUN", help="Of the new run; audit-{8 hex} when left out.")
-    ] = None,
-    resume: Annotated[
-        str | None, typer.Option(parser=_run_id, metavar="RUN", help="Paint what a run that ended lacks.")
-    ] = None,
-    variants: Annotated[Any, typer.Option(parser=_list_of(str), metavar="A,B", help="Variants.")] = None,
-    guidance: Annotated[Any, typer.Option(parser=_list_of(float), metavar="2,4", help="Guidance scales.")] = None,
-    steps: Annotated[Any, typer.Option(parser=_list_of(int), metavar="20,28", help="Denoising steps.")] = None,
-    seeds: Annotated[Any, typer.Option(parser=_list_of(int), metavar="0,1", help="Seeds.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What is to be seen there; may be given again.")] = None,
-    crop: Annotated[
-        Any, typer.Option(parser=_list_of(CropStrategy), metavar=",".join(CropStrategy), help="How much is shown.")
-    ] = None,
-    reference: Annotated[str | None, typer.Option(help="Variant that pictures are compared with.")] = None,
-    runs: Annotated[int | None, typer.Option(help="Paintings of each cell, the first of them cold.")] = None,
-    compiled: Annotated[
-        Any, typer.Option("--compile", parser=_list_of(str), metavar="A,B|none", help="Variants to compile.")
-    ] = None,
-    link_hours: Annotated[float | None, typer.Option(help="How long the report's links hold.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one replica's machine.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs that the cluster can have.")] = None,
+    given: Mapping[str, Any],
+    *,
     address: AddressOption = ADDRESS,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Run the matrix on a session's photo, follow it, say where the report is. Exit status 0: every cell is done."""
     if goes_to_subcommand(context):
         return
-    if resume is None and (user is None or session is None):
-        raise typer.BadParameter("name --user and --session, or --resume RUN; see fluxfill audit --help")
+    try:
+        asked = audit_options.asked(given)
+    except ValueError as e:
+        raise typer.BadParameter(f"{e}; see fluxfill audit --help") from e
     _take_tokens()
     settings = _settings(config)
     client = AuditClient(settings, _launcher(address))
-    asked = {
-        "user_id": user,
-        "session_id": session,
-        "variants": variants,
-        "guidance_scales": guidance,
-        "steps": steps,
-        "seeds": seeds,
-        "prompts": prompt,
-        "crops": crop,
-        "reference": reference,
-        "runs": runs,
-        "compile_variants": () if compiled == ("none",) else compiled,
-        "link_hours": link_hours,
-        "price_per_hour": price_per_hour,
-        "gpus": gpus,
-    }
-    given = {name: value for name, value in asked.items() if value is not None}
-    if resume is None:
-        begun = client.runs.start(_request(settings.audit, given), run_id)
-    elif given or run_id:
-        raise typer.BadParameter("--resume goes on with a run as it was asked for: name nothing else")
+    if asked.resume is None:
+        begun = client.runs.start(asked.request(settings.audit), asked.run_id)
     else:
-        begun = client.resume(resume)
+        begun = client.resume(asked.resume)
     _followed(client, begun, config)
-
-
-def _request(defaults: AuditSettings, given: Mapping[str, Any]) -> AuditRequest:
-    """`given` by the names of AuditRequest's and Matrix's fields. Raises InputError that names the field."""
-    try:
-        return defaults.request(given)
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise InputError(f"{'.'.join(map(str, first['loc'])) or 'audit'}: {first['msg']}") from e
 
 
 def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Path) -> None:

@@ -12,67 +12,48 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
+from .audit_options import OPTIONS
 from .audit_runs import Audits
 from .audits import (
-    MAX_LINK_HOURS,
     RUN_ID_PATTERN,
     Audit,
     AuditFault,
-    AuditRequest,
     AuditStatus,
     CellProgress,
-    Matrix,
     MemoryReading,
     Recommendation,
     RunId,
-    Seed,
 )
 from .auth import Access
-from .messages import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
+from .messages import Id
 from .problems import Bodies, problem
-from .settings import AuditSettings
 
 MAX_BODY_BYTES = 64_000
 #: A `Prefer` header that is longer is not read: looking for what it quotes takes time by its square.
 _PREFER_CHARS = 1_000
 #: Of a field's name that a sender made up, in errors.
 _NAME_CHARS = 100
+_OPTIONS = {option.field for option in OPTIONS if option.over_http}
 
 
 class AuditBody(BaseModel):
-    """The body of `POST /audit`. What is not given is as `settings.audit` says."""
+    """The body of `POST /audit`. What else is given are options; what is not is as `settings.audit` says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     user_id: Id
     session_id: Id
     #: None: one is made.
     run_id: RunId | None = None
-    #: Paint what run `run_id` lacks. It takes no axis, because the run has them.
+    #: Paint what run `run_id` lacks. It takes no option, because the run has them.
     resume: Annotated[bool, Field(strict=True)] = False
-    variants: tuple[VariantName, ...] | None = None
-    guidance_scales: tuple[GuidanceScale, ...] | None = None
-    steps: tuple[Steps, ...] | None = None
-    seeds: tuple[Seed, ...] | None = None
-    prompts: tuple[Prompt, ...] | None = None
-    crops: tuple[CropStrategy, ...] | None = None
-    reference: VariantName | None = None
-    runs: Whole | None = None
-    compile_variants: tuple[VariantName, ...] | None = None
-    link_hours: float | None = Field(None, strict=True, gt=0, le=MAX_LINK_HOURS)
-    price_per_hour: float | None = Field(None, strict=True)
 
     def given(self) -> dict[str, Any]:
-        """What is asked of the run, where it says anything."""
-        names = {*Matrix.model_fields, *AuditRequest.model_fields} - {"user_id", "session_id"}
-        values = {
-            name: value for name in names & type(self).model_fields.keys() if (value := getattr(self, name)) is not None
-        }
-        return dict(sorted(values.items()))
-
-    def request(self, unsaid: AuditSettings) -> AuditRequest:
-        """Raises ValidationError for axes that do not go together."""
-        return unsaid.request({"user_id": self.user_id, "session_id": self.session_id, **self.given()})
+        """The options, where they say anything. Raises RequestValidationError for what is none."""
+        given = self.model_extra or {}
+        if unknown := next((name for name in given if name not in _OPTIONS), None):
+            raise _wrong(unknown[:_NAME_CHARS], "Extra inputs are not permitted")
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class AuditReport(BaseModel):
@@ -204,15 +185,16 @@ async def _start(request: Request, audits: Audits, bodies: Bodies) -> Audit:
     data = await bodies.read(request, MAX_BODY_BYTES)
     try:
         body = AuditBody.model_validate_json(data)
-        asked = None if body.resume else body.request(audits.settings.audit)
+        given = body.given()
+        if not body.resume:
+            whose = {"user_id": body.user_id, "session_id": body.session_id}
+            return await audits.start(audits.settings.audit.request(whose | given), body.run_id)
     except ValidationError as e:
         raise _invalid(e) from None
-    if asked is not None:
-        return await audits.start(asked, body.run_id)
     if body.run_id is None:
         raise _wrong("run_id", "a resume names its run")
-    if extra := next(iter(body.given()), None):
-        raise _wrong(extra, "a resume goes by what its run was asked for")
+    if given:
+        raise _wrong(min(given), "a resume goes by what its run was asked for")
     return await audits.resume(body.run_id, body.user_id, body.session_id)
 
 

@@ -111,19 +111,21 @@ class QualityBudget(_Frozen):
 class AuditRequest(_Frozen):
     """What is asked for. Stored with the run, so that a job's command line repeats no caller's words."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     user_id: Id
     session_id: Id
     matrix: Matrix = Matrix()
     #: What pictures are compared with. None: the last variant of the matrix.
     reference: VariantName | None = None
     #: Paintings of each cell: the first is timed apart, `wall_s` is the median of the others.
-    runs: int = Field(2, ge=2, le=20)
+    runs: Annotated[Whole, Field(ge=2, le=20)] = 2
     #: Variants for which torch.compile is looked at. None: the recommended one.
     compile_variants: tuple[VariantName, ...] | None = None
-    link_hours: float = Field(72.0, gt=0, le=MAX_LINK_HOURS)
+    link_hours: float = Field(72.0, strict=True, gt=0, le=MAX_LINK_HOURS)
     budget: QualityBudget = QualityBudget()
     #: Of one replica's machine, in any one currency; None: costs are not given.
-    price_per_hour: float | None = Field(None, ge=0)
+    price_per_hour: float | None = Field(None, strict=True, ge=0)
     #: GPUs the cluster can have. None: those it has when the audit starts.
     gpus: int | None = Field(None, ge=0)
 

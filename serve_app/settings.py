@@ -318,8 +318,8 @@ class AuditSettings(_Frozen):
     price_per_hour: float | None = Field(None, ge=0)
     #: GPUs that the cluster can have. None: those it has when an audit starts; a cluster that adds nodes can have more.
     gpus: int | None = Field(None, ge=0)
-    #: How long an audit waits for replicas before it gives a variant up: for the last variant's to stop and free the
-    #: GPUs' memory, and for one of its own to run.
+    #: How long an audit waits for replicas before it gives a variant up: for the last variant's to stop, and
+    #: for one of its own to run.
     replica_wait_s: float = Field(900.0, gt=0)
 
     def request(self, given: Mapping[str, Any]) -> AuditRequest:

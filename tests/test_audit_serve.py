@@ -1,6 +1,5 @@
 """The audit's Ray job against the running app: what it leaves, what is killed in its middle, too few GPUs."""
 
-import argparse
 import asyncio
 import json
 import os
@@ -22,7 +21,7 @@ from ray.job_submission import JobSubmissionClient
 from benchmarks.audit import __main__ as audit_job
 from benchmarks.audit import app as audit_app
 from benchmarks.audit.arguments import APP as APP_NAME
-from benchmarks.audit.arguments import ATTEMPT, RUN, parse
+from benchmarks.audit.arguments import ATTEMPT, RUN, Given, parse
 from benchmarks.audit.ray_compiler import RayCompiler
 from deployments.app import build
 from deployments.launcher import RayJobs
@@ -227,7 +226,7 @@ async def deaf(own_apps: None) -> str:
     return "deaf"
 
 
-def launched(run_id: str, app: str) -> argparse.Namespace:
+def launched(run_id: str, app: str) -> Given:
     return parse([], {RUN: run_id, ATTEMPT: "1", APP_NAME: app})
 
 

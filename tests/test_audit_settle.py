@@ -56,28 +56,6 @@ async def test_a_variant_that_does_not_go_fails_those_after_it_and_no_others() -
     assert "a has 1, and keeps 0" in error.message
 
 
-@pytest.mark.slow
-async def test_memory_that_does_not_become_free_fails_those_after_it_with_both_readings() -> None:
-    rig = shared(replica_wait_s=0.3)
-    # At the floor, and before the first wave.
-    readings = iter([{"node/0": 10 * 2**20}] * 2)
-
-    async def used() -> Mapping[str, int]:
-        return next(readings, {"node/0": 9000 * 2**20})
-
-    rig.replicas.memory_used_bytes = used  # type: ignore[method-assign]  # scripted
-    audit = await rig.run()
-    error = audit.cells["b_gs2"].error
-    assert error is not None
-    assert "9,000 MiB" in error.message
-    assert "10 MiB" in error.message
-    assert [(one.used_bytes, one.floor_bytes) for one in audit.memory] == [
-        (10 * 2**20, 10 * 2**20),
-        (9000 * 2**20, 10 * 2**20),
-    ]
-    assert audit.result_count == 2
-
-
 async def test_where_no_gpu_can_become_free_nothing_is_painted() -> None:
     rig = AuditRig(variants=scripted("a", num_gpus=1) | scripted("held", num_gpus=1, min_replicas=1))
     rig.replicas.gpu_count = 1
@@ -98,16 +76,16 @@ async def test_the_request_says_how_many_gpus_the_cluster_can_have() -> None:
 
 MIB, GIB = 2**20, 2**30
 READINGS = [
-    ("the same", {"n/0": 10 * MIB, "n/1": 9 * GIB}, True, 9 * GIB + 10 * MIB),
-    ("as much in all, on the other device", {"n/0": 9 * GIB, "n/1": 10 * MIB}, False, 9 * GIB + 10 * MIB),
-    ("a device that is gone", {"n/0": 10 * MIB}, True, 10 * MIB),
-    ("a device that came later", {"n/0": 10 * MIB, "n/1": 9 * GIB, "m/0": 20 * GIB}, True, 9 * GIB + 10 * MIB),
+    ("the same", {"n/0": 10 * MIB, "n/1": 9 * GIB}, 9 * GIB + 10 * MIB),
+    ("more than before", {"n/0": 9 * GIB, "n/1": 9 * GIB}, 18 * GIB),
+    ("a device that is gone", {"n/0": 10 * MIB}, 10 * MIB),
+    ("a device that came later", {"n/0": 10 * MIB, "n/1": 9 * GIB, "m/0": 20 * GIB}, 9 * GIB + 10 * MIB),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("later", "is_free", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
-async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_free: bool, used: int) -> None:
+@pytest.mark.parametrize(("later", "used"), [row[1:] for row in READINGS], ids=[row[0] for row in READINGS])
+async def test_memory_is_noted_and_not_waited_for(later: Mapping[str, int], used: int) -> None:
     rig = shared(replica_wait_s=1.0)
     readings = iter([{"n/0": 10 * MIB, "n/1": 9 * GIB}] * 2)
 
@@ -116,7 +94,7 @@ async def test_memory_is_compared_device_by_device(later: Mapping[str, int], is_
 
     rig.replicas.memory_used_bytes = memory  # type: ignore[method-assign]  # scripted
     audit = await rig.run(matrix={"variants": ("a", "b")})
-    assert {name[0] for name in rig.replicas.begun} == ({"a", "b"} if is_free else {"a"})
+    assert (audit.status, audit.result_count) == (AuditStatus.SUCCEEDED, 4)
     assert (audit.memory[1].used_bytes, audit.memory[1].floor_bytes) == (used, 9 * GIB + 10 * MIB)
 
 

@@ -5,7 +5,6 @@
 Its output names paths in the blob store, and no signed link.
 """
 
-import argparse
 import asyncio
 import os
 import signal
@@ -26,6 +25,7 @@ from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 
 from . import app, arguments
+from .arguments import Given
 from .outage import waited_out
 from .queued import queued
 from .ray_compiler import RayCompiler
@@ -63,7 +63,7 @@ def _connect() -> None:
         ) from e
 
 
-async def _audit(given: argparse.Namespace) -> Audit:
+async def _audit(given: Given) -> Audit:
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this is not None
     # After ray.init, which takes this signal to end the process at once.
@@ -95,12 +95,12 @@ def _auditor(name: str, request: AuditRequest, settings: Settings, store: AuditS
     )
 
 
-async def _run_of(given: argparse.Namespace, store: AuditStore, settings: Settings) -> tuple[Audit, int]:
+async def _run_of(given: Given, store: AuditStore, settings: Settings) -> tuple[Audit, int]:
     """The stored run, and which of its attempts this job is."""
     if given.launched:
         run_id, attempt = given.launched
         return await waited_out(partial(store.get, run_id)), attempt
-    audit = await queued(given, store, settings, utc_now, out.print)
+    audit = await queued(given.asked, store, settings, utc_now, out.print)
     out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
     return audit, audit.attempt
 

@@ -1,32 +1,30 @@
 """The stored run that this job works on, where nobody launched the job with one."""
 
-import argparse
 import asyncio
 from collections.abc import Callable
 
+from serve_app.audit_options import Asked
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit
 from serve_app.errors import UnknownVariant
 from serve_app.ports import Clock
 from serve_app.settings import Settings
 
-from . import arguments
-
 
 async def queued(
-    given: argparse.Namespace, store: AuditStore, settings: Settings, clock: Clock, say: Callable[[str], None]
+    asked: Asked, store: AuditStore, settings: Settings, clock: Clock, say: Callable[[str], None]
 ) -> Audit:
-    """A new run, or the one to resume. Raises as AuditStore's `create` and `resume`; AuditError for a wrong argument;
+    """A new run, or the one to resume. Raises as AuditStore's `create` and `resume`; InputError for a wrong argument;
     UnknownVariant."""
     several = settings.audit.allow_concurrent
-    if given.resume is not None:
-        await _out_waited(given.resume, store, clock, say)
-        return await store.resume(given.resume, several=several)
-    wanted = arguments.request(given, settings.audit)
+    if asked.resume is not None:
+        await _out_waited(asked.resume, store, clock, say)
+        return await store.resume(asked.resume, several=several)
+    wanted = asked.request(settings.audit)
     for name in wanted.matrix.variants:
         if name not in settings.variants:
             raise UnknownVariant(f"variant {name!r} is not served; there are {', '.join(settings.variants)}")
-    return await store.create(wanted, given.run_id, several=several)
+    return await store.create(wanted, asked.run_id, several=several)
 
 
 async def _out_waited(run_id: str, store: AuditStore, clock: Clock, say: Callable[[str], None]) -> None:

@@ -1,6 +1,6 @@
 """Before a wave: waiting until the GPUs are free that the variants painted last had, or something else of the app.
 
-Nothing is woken or asked of a replica meanwhile: Serve's own counts, and the devices' used memory.
+Nothing is woken or asked of a replica meanwhile: Serve counts them. The devices' used memory is noted for the report.
 """
 
 import asyncio
@@ -17,8 +17,6 @@ from .waves import Wave, gpu_holders
 
 log = logging.getLogger(__name__)
 
-#: What else may take memory meanwhile: a CUDA context of a monitor, a few buffers of the driver.
-TOLERANCE_BYTES = 256 * 2**20
 POLL_S = 1.0
 
 
@@ -34,21 +32,19 @@ class Settling:
         self._kept = {name: one.min_replicas for name, one in gpu_holders(settings).items()}
         #: By device. One that comes later is nobody's whom an audit waits for.
         self._floor_bytes: Mapping[str, int] = {}
-        # Of the last look. A device that is gone is free.
-        self._used_bytes: Mapping[str, int] = {}
+        # Of the last look.
         self._in_the_way: Mapping[str, int] = {}
-        self._above_floor: list[str] = []
 
     async def note_floor(self) -> None:
-        """What is used now is what `wait` waits for. To be read before anything of the app is asked for."""
-        self._floor_bytes = self._used_bytes = await self._replicas.memory_used_bytes()
+        """To be read before anything of the app is asked for."""
+        self._floor_bytes = await self._replicas.memory_used_bytes()
 
     async def wait(
         self, after: str, wave: Wave, tell: Callable[[str], None]
     ) -> tuple[MemoryReading, AuditImpossible | None]:
-        """Until the other audited variants have no more replicas than they always have, whatever else of the app has
-        left enough GPUs, and each device's used memory is at its floor again; or until all of the wave have a replica.
-        `after` names the variants painted last; `tell` is told, in words, what is waited for.
+        """Until the other audited variants have no more replicas than they always have, and whatever else of the app
+        has left enough GPUs; or until all of the wave have a replica. `after` names the variants painted last; `tell`
+        is told, in words, what is waited for.
 
         With the reading comes, where it has taken `audit.replica_wait_s`, why it is not to be waited for any longer.
         """
@@ -58,15 +54,20 @@ class Settling:
         try:
             async with timeout:
                 while not await self._is_settled(wave):
-                    tell(self._waited_for(wave))
+                    tell(self._waited_for())
                     await asyncio.sleep(self._poll_s)
         except TimeoutError:
             if not timeout.expired():
                 raise
             error = self._too_long(after)
         waited_s = time.monotonic() - started_s
-        reading = MemoryReading(after=after, used_bytes=self._used, floor_bytes=self._floor, waited_s=waited_s)
-        self._log(reading)
+        used = await self._replicas.memory_used_bytes()
+        # On the devices that were there at the floor. One that is gone is free.
+        used_bytes = sum(used.get(device, 0) for device in self._floor_bytes) if self._floor_bytes else None
+        floor_bytes = sum(self._floor_bytes.values()) if self._floor_bytes else None
+        reading = MemoryReading(after=after, used_bytes=used_bytes, floor_bytes=floor_bytes, waited_s=waited_s)
+        extra = {"action": "audit_settled", **reading.model_dump()}
+        log.info("GPUs after %s: waited %.1f s", after or "nothing", waited_s, extra=extra)
         return reading, error
 
     async def _is_settled(self, wave: Wave) -> bool:
@@ -76,17 +77,10 @@ class Settling:
             log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
             self._in_the_way = {"replicas that nobody can count": 0}
             return False
-        self._used_bytes = await self._replicas.memory_used_bytes()
         held = {name: max(kept, counts.get(name, ReplicaCounts()).total) for name, kept in self._kept.items()}
         is_missing = any(not counts[name].running for name in wave.wanted)
         self._in_the_way = self._holding(wave, held) if is_missing else {}
-        # Of a device that something has rightly, nobody knows what else is in its memory.
-        self._above_floor = self._above() if held == self._kept else []
-        return not self._in_the_way and not self._above_floor
-
-    def _above(self) -> list[str]:
-        floor = self._floor_bytes.items()
-        return [device for device, size in floor if self._used_bytes.get(device, 0) > size + TOLERANCE_BYTES]
+        return not self._in_the_way
 
     def _holding(self, wave: Wave, held: Mapping[str, int]) -> dict[str, int]:
         """Who has more replicas than always, and stands in the wave's way: by name, how many."""
@@ -94,34 +88,11 @@ class Settling:
         is_short = sum(held.values()) + sum(not held[name] for name in wave.wanted) > self._gpus
         return more if is_short else {name: count for name, count in more.items() if name in self._variants}
 
-    def _waited_for(self, wave: Wave) -> str:
-        if not self._in_the_way:
-            return f"waiting for free GPU memory for {', '.join(wave.wanted)}"
+    def _waited_for(self) -> str:
         what = "its GPU" if len(self._in_the_way.keys() & self._kept) == 1 else "their GPUs"
         return f"waiting for {', '.join(self._in_the_way)} to give {what} back"
 
-    @property
-    def _used(self) -> int | None:
-        """On the devices that were there at the floor."""
-        return sum(self._used_bytes.get(device, 0) for device in self._floor_bytes) if self._floor_bytes else None
-
-    @property
-    def _floor(self) -> int | None:
-        return sum(self._floor_bytes.values()) if self._floor_bytes else None
-
     def _too_long(self, after: str) -> AuditImpossible:
         left = [f"{name} has {count}, and keeps {self._kept.get(name, 0)}" for name, count in self._in_the_way.items()]
-        why = f"replicas are left: {'; '.join(left)}" if left else "no replica is left"
-        for device in self._above_floor:
-            used, floor = self._used_bytes[device], self._floor_bytes[device]
-            why += f"; GPU {device} uses {_mib(used)}, before the audit {_mib(floor)}"
-        what = f"the GPUs did not become free in {self._limit_s:g} s{f' after {after}' if after else ''}: {why}"
-        return AuditImpossible(what, used_bytes=self._used, floor_bytes=self._floor)
-
-    def _log(self, reading: MemoryReading) -> None:
-        extra = {"action": "audit_settled", **reading.model_dump()}
-        log.info("GPUs after %s: waited %.1f s", reading.after or "nothing", reading.waited_s, extra=extra)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+        what = f"the GPUs did not become free in {self._limit_s:g} s{f' after {after}' if after else ''}"
+        return AuditImpossible(f"{what}: replicas are left: {'; '.join(left)}")
