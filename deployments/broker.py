@@ -65,7 +65,9 @@ class BrokerWatch:
                     self.error = await asyncio.wait_for(self._ask.remote(), ANSWER_S)
                 except (TimeoutError, RayError, RayServeException) as e:
                     # Its replica starts, or is busy.
-                    log.debug("The embedded server does not answer: %s", e, extra={"action": "pubsub_silent"})
+                    log.debug(
+                        "The embedded Pub/Sub server does not respond: %s", e, extra={"action": "pubsub_no_response"}
+                    )
             if not self.error:
                 self.listens.set()
             await asyncio.sleep(POLL_S)

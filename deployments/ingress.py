@@ -169,10 +169,15 @@ class Ingress:
             if self._inference is None:
                 raise
             self._defaults_error = _first_line(e)
-            log.error("Kept the old inference defaults: %s", e, extra={"action": "defaults_refused"})
+            log.error(
+                "Refused new inference defaults, keeping the old ones: %s", e, extra={"action": "defaults_refused"}
+            )
             return
         started, self._inference, self._defaults_error = self._inference is not None, inference, ""
-        log.info("Took inference defaults", extra={"action": "defaults", **inference.model_dump(exclude={"prompt"})})
+        log.info(
+            "Changed the inference defaults",
+            extra={"action": "defaults_changed", **inference.model_dump(exclude={"prompt"})},
+        )
         if not started:
             self._pulling = asyncio.create_task(self._pull())
             self._tasks.append(self._pulling)
@@ -245,7 +250,7 @@ class Ingress:
                 raise RuntimeError(f"a background task ended: {task}")
 
     async def __del__(self) -> None:
-        log.info("Stopping: no new messages, giving back what is not done", extra={"action": "stopping"})
+        log.info("Stopping: pulling no more messages, requeueing unfinished jobs", extra={"action": "stopping"})
         grace_s = self._settings.work.shutdown_grace_s
         await asyncio.gather(self._source.close(grace_s=grace_s), self._pushes.end(grace_s=grace_s))
         if self._pulling is not None:
@@ -278,7 +283,7 @@ async def _an_ingress_stops() -> bool:
     try:
         status = await asyncio.to_thread(serve.status)
     except (RayError, RayServeException) as e:
-        log.warning("Could not ask Serve for its status: %s", e, extra={"action": "status_unknown"})
+        log.warning("Could not ask Serve for its status: %s", e, extra={"action": "serve_status_unknown"})
         return False
     app = status.applications.get(here.app_name)
     ingress = app.deployments.get(here.deployment) if app else None

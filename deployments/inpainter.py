@@ -52,7 +52,7 @@ def _abandon(engine: Engine, name: str) -> None:
         engine.close()
     except (FluxFillError, RuntimeError) as e:
         extra = {"action": "engine_not_closed", "variant": name}
-        log.warning("The engine of %s, which did not load, could not be closed: %s", name, e, extra=extra)
+        log.warning("Could not close the engine of %s after it failed to load: %s", name, e, extra=extra)
 
 
 def _warm_up(engine: Engine, name: str, settings: Settings) -> None:

@@ -97,7 +97,7 @@ class Loading(Generic[T]):
             self._fail(e)
             code = e.code if isinstance(e, FluxFillError) else type(e).__name__
             self._metrics.add("fluxfill_load_failures_total", component=self._what, code=code)
-            extra = {"action": "load_failed", "what": self._what, "code": code}
+            extra = {"action": "load_failed", "component": self._what, "code": code}
             log.exception("%s did not load: %s", self._what, self.error, extra=extra)
             return False
         self._report(parts)
@@ -108,7 +108,7 @@ class Loading(Generic[T]):
         self.parts = cold_start.as_dict(parts)
         for name, part in parts.items():
             self._metrics.observe("fluxfill_load_seconds", part.seconds, component=self._what, part=name)
-        log.info("Loaded %s", self._what, extra={"action": "loaded", "what": self._what, "parts": self.parts})
+        log.info("Loaded %s", self._what, extra={"action": "loaded", "component": self._what, "parts": self.parts})
 
     def _fail(self, error: Exception) -> None:
         # In words: the error itself would keep alive what was loaded when it was raised.

@@ -49,7 +49,7 @@ class VariantWatch:
                 overviews = status.applications[app].deployments
                 await asyncio.gather(*(self._look(name, overviews.get(d)) for name, d in self._deployments.items()))
             except (RayError, RayServeException, KeyError) as e:
-                log.warning("Could not ask Serve for its status: %s", e, extra={"action": "status_unknown"})
+                log.warning("Could not ask Serve for its status: %s", e, extra={"action": "serve_status_unknown"})
             await asyncio.sleep(POLL_S)
 
     async def _look(self, name: str, overview: DeploymentStatusOverview | None) -> None:

@@ -151,7 +151,9 @@ class Lease:
         try:
             await self._mirror.write_session(self._job, document)
         except FluxFillError as e:
-            log.info("The session does not show the progress: %s", e, extra={"action": "progress_not_shown"})
+            log.info(
+                "Could not write progress to the session document: %s", e, extra={"action": "progress_not_written"}
+            )
 
 
 async def insist(call: Callable[[], Awaitable[T]], for_s: float | None = None) -> T:

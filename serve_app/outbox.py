@@ -98,10 +98,10 @@ class Courier:
             try:
                 await self.look()
             except Unavailable as e:
-                log.warning("Could not look for what is owed: %s", e, extra={"action": "outbox_unavailable"})
+                log.warning("Could not list due notifications: %s", e, extra={"action": "notifications_unavailable"})
             except Exception:
                 # A record that cannot be read must not end the telling of all others.
-                log.exception("Could not look for what is owed", extra={"action": "outbox_failed"})
+                log.exception("Could not list due notifications", extra={"action": "notifications_failed"})
             await asyncio.sleep(self._poll_s * random.uniform(0.8, 1.2))
 
     async def look(self) -> None:
@@ -177,7 +177,11 @@ class Courier:
         try:
             await self._jobs.update(job.id, "", jobs.pay(job, debts))
         except FluxFillError as e:
-            log.info("What was told stays owed: %s", e, extra={"action": "debt_stays", "job_id": job.id})
+            log.info(
+                "Could not record a sent notification, which is sent again: %s",
+                e,
+                extra={"action": "notification_not_recorded", "job_id": job.id},
+            )
 
     async def _is_told(self, job: Job, debt: Debt) -> bool:
         """Whether `debt` is done with: told, or given up."""
@@ -198,19 +202,27 @@ class Courier:
             await self._in_time(job, debt)
             return "sent"
         except (InputError, MessageRefused) as e:
-            log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
+            log.error("Gave up a %s notification: %s", debt, e, extra={"action": "notification_given_up", "kind": debt})
             return "given_up"
         except WebhookFailed as e:
             # The first call, by the process that ended the job, is not counted among the attempts.
             if job.owed[debt].attempts + 1 >= self._settings.webhooks.max_attempts:
-                log.error("Gave up telling the %s: %s", debt, e, extra={"action": "told_never", "debt": debt})
+                log.error(
+                    "Gave up a %s notification: %s", debt, e, extra={"action": "notification_given_up", "kind": debt}
+                )
                 return "given_up"
-            log.warning("Could not tell the %s: %s", debt, e, extra={"action": "told_later", "debt": debt})
+            log.warning(
+                "Could not send a %s notification: %s", debt, e, extra={"action": "notification_failed", "kind": debt}
+            )
         except FluxFillError as e:
-            log.warning("Could not tell the %s: %s", debt, e, extra={"action": "told_later", "debt": debt})
+            log.warning(
+                "Could not send a %s notification: %s", debt, e, extra={"action": "notification_failed", "kind": debt}
+            )
         except Exception:
             # A fault of ours, but of this debt's only: it is seen, and the debt stays.
-            log.exception("Could not tell the %s", debt, extra={"action": "told_later", "debt": debt})
+            log.exception(
+                "Could not send a %s notification", debt, extra={"action": "notification_failed", "kind": debt}
+            )
         return "failed"
 
     async def _in_time(self, job: Job, debt: Debt) -> None:

@@ -235,7 +235,7 @@ class Worker:
         """On shutdown. A claim that is over, or a store that stays down, leaves the job to others."""
         with suppress(FluxFillError):
             await asyncio.shield(self._update(job, jobs.give_back(jobs.claim_of(job))))
-            log.info("Gave a job back on shutdown", extra={"action": "given_back", **job.log_context()})
+            log.info("Requeued a job on shutdown", extra={"action": "requeued", **job.log_context()})
 
     async def _is_canceled(self, job: Job) -> bool:
         """Whether the session was canceled after the job was last asked for. Asked after the claim: see cancel.py."""
@@ -321,7 +321,7 @@ class Worker:
             error = job.error or JobError(code="internal_error", message="")
             await self._dead_letter(delivery, error.code, error.message, job)
             await self._jobs.update(job.id, job.session_key, jobs.mark_dead_lettered(job))
-        log.info("A job is over: %s", job.status, extra={"action": "over", "status": job.status, **job.log_context()})
+        log.info("A job ended: %s", job.status, extra={"action": "ended", "status": job.status, **job.log_context()})
         return Verdict(action="ack", reason=job.error.code if job.error else job.status)
 
     async def _dead_letter(self, delivery: Delivery, code: str, message: str, job: Job | None = None) -> None:
@@ -350,7 +350,7 @@ class Worker:
         delay_s = min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s)
         code = e.code if isinstance(e, FluxFillError) else FluxFillError.code
         self._metrics.add("fluxfill_messages_deferred_total", code=code)
-        log.info("Held a message back: %s", e, extra={"action": "held_back", "code": code, "delay_s": delay_s})
+        log.info("Deferred a message: %s", e, extra={"action": "deferred", "code": code, "delay_s": delay_s})
         return Verdict(action="hold", delay_s=delay_s, reason=code)
 
     def _backoff_s(self, times: int) -> float:

@@ -111,7 +111,7 @@ def test_damaged_artifacts_are_said_and_replaced(
     (tmp_path / "mirror" / ARTIFACTS).write_bytes(b"damaged")
     caplog.set_level(logging.INFO)
     CompileCache(tmp_path / "one", "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
-    assert taken == [b"damaged"] and actions(caplog) == ["compiled_not_fetched", "compiled_shared"]
+    assert taken == [b"damaged"] and actions(caplog) == ["compile_cache_fetch_failed", "compile_cache_shared"]
     assert (tmp_path / "mirror" / ARTIFACTS).read_bytes() == b"artifacts"
 
 
@@ -133,7 +133,7 @@ def test_what_is_found_and_does_not_work_is_compiled_anew(
         writes("fx/graph")()
 
     kept.warm_up(compile_all)
-    assert actions(caplog) == ["compiled_refused"]
+    assert actions(caplog) == ["compile_cache_unusable"]
     kept.warm_up(lambda: None)
     assert names() == {"fx/graph"}
 
@@ -166,13 +166,13 @@ def test_a_mirror_that_cannot_be_written_to_stops_nothing(
 ) -> None:
     (tmp_path / "mirror").write_text("a file, where a folder should be")
     CompileCache(tmp_path, "abc", mirror(tmp_path / "mirror")).warm_up(writes("fx/graph"))
-    assert "compiled_not_shared" in actions(caplog) and "fx/graph" in names()
+    assert "compile_cache_share_failed" in actions(caplog) and "fx/graph" in names()
 
 
 def test_a_cache_that_cannot_be_written_to_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").write_text("a file, where a folder should be")
     CompileCache(tmp_path / "cache", "abc").warm_up(writes("fx/graph"))
-    assert names() == {"fx/graph"} and actions(caplog) == ["compiled_not_kept"]
+    assert names() == {"fx/graph"} and actions(caplog) == ["compile_cache_unwritable"]
 
 
 def test_the_folder_is_its_owners_alone(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ async def test_every_line_of_an_edit_carries_its_ids(lines: Callable[[], list[di
     job = await rig.job()
     ids = {"job_id": job.id, "session_key": f"{USER}/{SESSION}", "trace_id": "ab" * 16}
     written = lines()
-    assert {"claimed", "attempt_failed", "dead_lettered", "over"} <= {line["action"] for line in written}
+    assert {"claimed", "attempt_failed", "dead_lettered", "ended"} <= {line["action"] for line in written}
     for line in written:
         assert {**ids, "message_id": "m7"}.items() <= line.items(), line
 
@@ -60,7 +60,11 @@ async def test_what_a_courier_says_later_carries_the_jobs_ids(lines: Callable[[]
     await rig.courier.look()
     await rig.courier.settled()
     [line] = lines()[before:]
-    assert (line["action"], line["job_id"], line["trace_id"]) == ("told_later", (await rig.job()).id, "ab" * 16)
+    assert (line["action"], line["job_id"], line["trace_id"]) == (
+        "notification_failed",
+        (await rig.job()).id,
+        "ab" * 16,
+    )
 
 
 async def test_no_prompt_and_no_url_of_a_receiver_is_logged(lines: Callable[[], list[dict[str, Any]]]) -> None:

@@ -323,7 +323,7 @@ async def test_a_secret_may_go_without_its_padding(make_webhooks: MakeWebhooks, 
     assert Webhook(bare).verify(receiver.requests[0].body, receiver.requests[0].headers)
 
 
-@pytest.mark.parametrize(("code", "action"), [(200, "webhook_told"), (410, "webhook_gone")])
+@pytest.mark.parametrize(("code", "action"), [(200, "webhook_delivered"), (410, "webhook_gone")])
 async def test_the_log_tells_the_host_and_no_more_of_the_url(
     make_webhooks: MakeWebhooks, receiver: Receiver, caplog: pytest.LogCaptureFixture, code: int, action: str
 ) -> None:

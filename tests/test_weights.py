@@ -389,7 +389,7 @@ def test_good_weights_are_good_where_no_note_can_be_kept(tmp_path: Path, caplog:
     locked = lock.describe(path)
     assert hashed_bytes(path, locked) == 7
     assert hashed_bytes(path, locked) == 7
-    assert {vars(record)["action"] for record in caplog.records} == {"note_not_kept"}
+    assert {vars(record)["action"] for record in caplog.records} == {"hash_not_cached"}
 
 
 def test_changed_content_is_found(verified: tuple[Path, lock.LockedFile]) -> None:

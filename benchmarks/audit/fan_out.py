@@ -115,7 +115,7 @@ class FanOut:
         try:
             counts = await self._replicas.counts()
         except FluxFillError as e:
-            log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
+            log.warning("Replicas could not be counted: %s", e, extra={"action": "replica_count_failed"})
             return
         for name in self._wave.wanted:
             self._note(name, counts[name].running if name in counts else 0)

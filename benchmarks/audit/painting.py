@@ -96,7 +96,7 @@ class Easel:
             await self.store.keep_cell(self.run_id, self.attempt, result)
         except FluxFillError as e:
             log.warning(
-                "A failed cell could not be noted: %s", e, extra={"action": "audit_cell_not_kept", "cell": name}
+                "A failed cell could not be noted: %s", e, extra={"action": "audit_cell_not_stored", "cell": name}
             )
         return result
 

@@ -150,7 +150,7 @@ class Auditor:
                 await verdicts.compare()
             verdicts.recommend()
         except TimeoutError:
-            log.warning("The pictures were not all compared", extra={"action": "audit_not_judged"})
+            log.warning("The pictures were not all compared", extra={"action": "audit_not_compared"})
         await self._publish(run, audit.model_copy(update={"recommended": run.record.audit.recommended}))
 
     async def _work(self, run: _Run) -> AuditStatus:

@@ -66,7 +66,7 @@ class Settling:
         used_bytes = sum(used.get(device, 0) for device in self._floor_bytes) if self._floor_bytes else None
         floor_bytes = sum(self._floor_bytes.values()) if self._floor_bytes else None
         reading = MemoryReading(after=after, used_bytes=used_bytes, floor_bytes=floor_bytes, waited_s=waited_s)
-        extra = {"action": "audit_settled", **reading.model_dump()}
+        extra = {"action": "audit_gpus_free", **reading.model_dump()}
         log.info("GPUs after %s: waited %.1f s", after or "nothing", waited_s, extra=extra)
         return reading, error
 
@@ -74,7 +74,7 @@ class Settling:
         try:
             counts = await self._replicas.counts()
         except FluxFillError as e:
-            log.warning("Replicas could not be counted: %s", e, extra={"action": "audit_count_failed"})
+            log.warning("Replicas could not be counted: %s", e, extra={"action": "replica_count_failed"})
             self._in_the_way = {"replicas that nobody can count": 0}
             return False
         held = {name: max(kept, counts.get(name, ReplicaCounts()).total) for name, kept in self._kept.items()}

@@ -94,7 +94,7 @@ def _made() -> firebase_admin.App | None:
 def _start() -> firebase_admin.App:
     credential, project, source = _credentials(Secrets.from_environment().firebase_credentials)
     app = firebase_admin.initialize_app(credential, {"projectId": project} if project else {}, NAME)
-    log.info("Google's services are used with %s", source, extra={"action": "google_credentials", "source": source})
+    log.info("Using Google's services with %s", source, extra={"action": "google_credentials", "source": source})
     return app
 
 

@@ -61,4 +61,4 @@ def read_all(page: Callable[[int], Sequence[Row]], read: Callable[[Row], Job], l
 @lru_cache(1024)
 def _log_unreadable(job_id: str, reason: str) -> None:
     # Once in a process: what is owed is listed every other second.
-    log.warning("A job is left out: %s", reason, extra={"action": "record_unreadable", "job_id": job_id})
+    log.warning("Skipped an unreadable job record: %s", reason, extra={"action": "record_unreadable", "job_id": job_id})

@@ -190,7 +190,7 @@ class PubSubSource:
         error = state.outcome.exception() if state.outcome else None
         self._errors[name] = str(error)
         extra = {"action": "pull_failed", "subscription": name}
-        log.warning("Pulling again: %s", error, extra=extra)
+        log.warning("Could not pull, trying again: %s", error, extra=extra)
 
     async def _sleep(self, delay_s: float) -> None:
         with suppress(TimeoutError):
@@ -238,7 +238,11 @@ class PubSubSource:
             await self._subscriber.set_deadline(held.subscription, [held.received.ack_id], seconds)
         except BrokerUnavailable as e:
             # Nothing is lost: a message that is not settled comes again when its lease ends.
-            log.warning("Pub/Sub did not take an answer: %s", e, extra={"action": "answer_lost"})
+            log.warning(
+                "Could not acknowledge or defer a message, which is delivered again: %s",
+                e,
+                extra={"action": "ack_lost"},
+            )
         finally:
             self._in_flight.pop(held.received.ack_id, None)
 
@@ -264,7 +268,7 @@ class PubSubSource:
             self._lease_errors[name] = ""
         except BrokerUnavailable as e:
             self._lease_errors[name] = str(e)
-            log.warning("Leases were not extended: %s", e, extra={"action": "leases_not_extended"})
+            log.warning("Could not extend leases: %s", e, extra={"action": "leases_not_extended"})
 
     def _give_back(self, unplaced: Sequence[_InFlight]) -> None:
         for held in unplaced:
@@ -287,5 +291,9 @@ class PubSubSource:
             for task in late:
                 task.cancel()
             if late:
-                log.warning("Ended with %d messages that were not answered", len(late), extra={"action": "answer_lost"})
+                log.warning(
+                    "Stopped with %d messages neither acknowledged nor deferred",
+                    len(late),
+                    extra={"action": "ack_lost"},
+                )
         self._in_flight.clear()

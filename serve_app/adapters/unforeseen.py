@@ -11,6 +11,6 @@ E = TypeVar("E", bound=Exception)
 
 def unforeseen(kind: Callable[[str], E], what: str, error: Exception) -> E:
     """An error of `kind`, to be raised from `error`. `what` says whose answer it was."""
-    sentence = f"{what}: an answer that cannot be used: {type(error).__name__}: {error}"
-    log.warning("%s", sentence, exc_info=error, extra={"action": "answer_unforeseen"})
+    sentence = f"{what}: an unexpected response: {type(error).__name__}: {error}"
+    log.warning("%s", sentence, exc_info=error, extra={"action": "unexpected_response"})
     return kind(sentence)

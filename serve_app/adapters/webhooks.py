@@ -53,9 +53,17 @@ class Webhooks:
         host = _authority(url)
         status = await self._post(self._request(url, job), host)
         if status == 410:
-            log.info("%s is gone", host, extra={"action": "webhook_gone", "host": host, **job.log_context()})
+            log.info(
+                "%s answered 410: not called again for this job",
+                host,
+                extra={"action": "webhook_gone", "host": host, **job.log_context()},
+            )
         elif 200 <= status < 300:
-            log.info("Called %s", host, extra={"action": "webhook_told", "host": host, **job.log_context()})
+            log.info(
+                "Delivered a webhook to %s",
+                host,
+                extra={"action": "webhook_delivered", "host": host, **job.log_context()},
+            )
         else:
             raise WebhookFailed(f"{host} answered {status}", host=host, status=status)
 

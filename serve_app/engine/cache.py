@@ -89,7 +89,7 @@ async def cached(need: Need, sources: Sources, on_file: OnFile = silent) -> Path
             return folder
         if need.revision == UNPINNED:
             log.warning(
-                "%s is not pinned: what its owner published last is used. `fluxfill weights pull --pin` pins it.",
+                "%s is not pinned: its latest revision is used. `fluxfill weights pull --pin` pins it.",
                 need.repo,
                 extra={"action": "weights_unpinned", "repo": need.repo},
             )
@@ -98,7 +98,9 @@ async def cached(need: Need, sources: Sources, on_file: OnFile = silent) -> Path
                 await download(need, sources.mirror, folder, sources.locked, on_file)
                 return folder
             except (WeightsError, Unavailable) as e:
-                log.warning("The mirror did not help: %s", e, extra={"action": "mirror_failed", "repo": need.repo})
+                log.warning(
+                    "The mirror failed, trying the hub: %s", e, extra={"action": "mirror_failed", "repo": need.repo}
+                )
         await download(need, sources.hub(), folder, sources.locked, on_file)
     return folder
 
@@ -114,7 +116,9 @@ def _is_whole(need: Need, folder: Path, locked: lock.Lock) -> bool:
         for file in files:
             _check(folder / file, known.get(file))
     except CorruptWeights as e:
-        log.warning("Fetching again: %s", e, extra={"action": "weights_corrupt", "repo": need.repo})
+        log.warning(
+            "A cached file is corrupt, fetching it again: %s", e, extra={"action": "weights_corrupt", "repo": need.repo}
+        )
         return False
     return True
 

@@ -122,7 +122,7 @@ def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Cal
     try:
         return paint()
     except OutOfMemory as e:
-        log.warning("Painting once more with memory freed: %s", e.message, extra={"action": "out_of_memory"})
+        log.warning("Freed memory, painting again: %s", e.message, extra={"action": "out_of_memory"})
     # Outside the handler: the error held what was painted so far.
     on_out_of_memory()
     engine.free_memory()

@@ -117,8 +117,8 @@ class CompileCache:
             # Code runs from this folder: only its owner may write there.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as e:
-            extra = {"action": "compiled_not_kept", "fingerprint": self.fingerprint}
-            log.warning("What is compiled is not kept for the next replica: %s", e, extra=extra)
+            extra = {"action": "compile_cache_unwritable", "fingerprint": self.fingerprint}
+            log.warning("The compile cache is not writable; the next replica compiles again: %s", e, extra=extra)
             folder = Path(tempfile.mkdtemp())
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
@@ -134,8 +134,8 @@ class CompileCache:
             raise
         except Exception as e:
             # What damaged or foreign code raises when it is loaded or run can be anything.
-            extra = {"action": "compiled_refused", "fingerprint": self.fingerprint}
-            log.warning("What was compiled before is of no use: %r. It is compiled anew.", e, extra=extra)
+            extra = {"action": "compile_cache_unusable", "fingerprint": self.fingerprint}
+            log.warning("The compile cache is unusable, compiling again: %r", e, extra=extra)
             self._start_over()
             return False
         return True
@@ -157,33 +157,33 @@ class CompileCache:
         """Whether the mirror had something that torch takes."""
         if self.mirror is None:
             return False
-        extra = {"action": "compiled_not_fetched", "fingerprint": self.fingerprint}
+        extra = {"action": "compile_cache_fetch_failed", "fingerprint": self.fingerprint}
         try:
             asyncio.run(self.mirror.download(_FOLDER, self.fingerprint, _FILE, self._folder))
             found = torch.compiler.load_cache_artifacts((self._folder / _FILE).read_bytes())
         except Exception as e:
             # Of the mirror, or of what reads a damaged file.
-            log.info("Nothing compiled came from the mirror: %r", e, extra=extra)
+            log.info("Could not fetch compiled graphs from the mirror: %r", e, extra=extra)
             return False
         if found is None:
-            log.info("What came from the mirror is damaged, or another version's", extra=extra)
+            log.info("The mirror's compiled graphs are damaged, or from another version", extra=extra)
             return False
-        log.info("What another machine compiled is here", extra={"action": "compiled_fetched"})
+        log.info("Fetched compiled graphs from the mirror", extra={"action": "compile_cache_fetched"})
         return True
 
     def _share(self) -> None:
         if self.mirror is None or (artifacts := torch.compiler.save_cache_artifacts()) is None:
             return
-        extra = {"action": "compiled_not_shared", "fingerprint": self.fingerprint}
+        extra = {"action": "compile_cache_share_failed", "fingerprint": self.fingerprint}
         try:
             part = self._folder / f".{_FILE}-{os.getpid()}"
             part.write_bytes(artifacts[0])
             part.replace(self._folder / _FILE)
             asyncio.run(self.mirror.upload(_FOLDER, self.fingerprint, _FILE, self._folder))
         except (FluxFillError, OSError) as e:
-            log.warning("What was compiled is not in the mirror for other machines: %s", e, extra=extra)
+            log.warning("Could not upload compiled graphs to the mirror: %s", e, extra=extra)
             return
-        log.info("What was compiled is in the mirror", extra={"action": "compiled_shared"})
+        log.info("Uploaded compiled graphs to the mirror", extra={"action": "compile_cache_shared"})
 
 
 def _misses() -> int:

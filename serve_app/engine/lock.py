@@ -93,5 +93,9 @@ def _keep(note: Path, found_good: bytes) -> None:
         beside.write_bytes(found_good)
         beside.replace(note)
     except OSError as e:
-        extra = {"action": "note_not_kept", "file": str(note)}
-        log.warning("Weights are good, and will be hashed again at the next load: %s", e, extra=extra)
+        extra = {"action": "hash_not_cached", "file": str(note)}
+        log.warning(
+            "The weights match their hash, but it could not be cached: the next load hashes them again: %s",
+            e,
+            extra=extra,
+        )

@@ -132,10 +132,10 @@ class PromptCache:
         except BlobNotFound:
             return None
         except (BlobError, StoreUnavailable) as e:
-            log.warning("A prompt's embeddings cannot be read: %s", e, extra={"action": "prompt_cache_read_failed"})
+            log.warning("Could not read a prompt's embeddings: %s", e, extra={"action": "prompt_cache_read_failed"})
             return None
         if not is_sound(data, tokens=tokens):
-            log.warning("The embeddings at %s are damaged.", _path(key), extra={"action": "prompt_cache_corrupt"})
+            log.warning("The embeddings at %s are damaged", _path(key), extra={"action": "prompt_cache_corrupt"})
             return None
         return data
 
@@ -143,7 +143,7 @@ class PromptCache:
         try:
             await self._blobs.put(_path(key), data, content_type=_CONTENT_TYPE)
         except (BlobError, StoreUnavailable) as e:
-            log.warning("A prompt's embeddings cannot be kept: %s", e, extra={"action": "prompt_cache_write_failed"})
+            log.warning("Could not store a prompt's embeddings: %s", e, extra={"action": "prompt_cache_write_failed"})
 
 
 def _path(key: str) -> str:
