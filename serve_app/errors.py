@@ -1,15 +1,15 @@
-"""Every error this service raises on purpose: a stable code, an HTTP status, and what happens to the message.
+"""Every error that this service raises on purpose, with a stable code, an HTTP status and the fate of its message.
 
     FluxFillError
     ├── InputError                 the request itself is wrong; trying again changes nothing
-    │   ├── MalformedMessage       not a message of ours: no job can be made of it
+    │   ├── MalformedMessage       the message cannot be read: it becomes no job
     │   ├── MissingInput           original or mask is not in the blob store
-    │   ├── InvalidImage           not a picture, damaged, or of a kind we do not read
+    │   ├── InvalidImage           not a picture, damaged, or of an unsupported kind
     │   ├── ImageTooLarge          over the limit on bytes, pixels or side
     │   ├── BodyTooLarge           an HTTP body over its limit
-    │   ├── BodyTimeout            an HTTP body that did not come whole in time
+    │   ├── BodyTimeout            an HTTP body that was not complete in time
     │   ├── UnsupportedMediaType   an HTTP body that is not JSON
-    │   ├── MaskMismatch           the mask's shape does not fit the photo's
+    │   ├── MaskMismatch           the mask's shape does not match the photo's
     │   ├── MaskUnclear            the mask does not say what to edit: no bright pixels, or a photo
     │   ├── CallbackRefused        a callbackUrl that this app may not call
     │   └── UnknownVariant         a variant this app does not serve
@@ -18,51 +18,51 @@
     │   ├── GpuLost                the GPU failed for good: its replica is replaced
     │   ├── InferenceTimeout       painting took longer than its limit
     │   └── OutOfMemory            the device had no memory left
-    ├── Unavailable                something outside is down: wait, no attempt is used
+    ├── Unavailable                an outside system is down: wait, no attempt is used
     │   ├── StoreUnavailable       blob or job store
-    │   │   └── StoreDenied        it answers, and refuses this service: a permission, a retention policy, a full disk
+    │   │   └── StoreDenied        the store answers and refuses: a permission, a retention policy, a full disk
     │   ├── BrokerUnavailable      Pub/Sub
-    │   ├── WebhookFailed          a publisher's URL did not take the call
-    │   ├── VariantNotReady        no replica of the variant paints yet
-    │   ├── VariantLoadFailed      the variant's weights did not load; they are tried again in the background
-    │   ├── ReplicaTaken           the replica has as many audit cells in hand as it may
-    │   └── JobsUnavailable        Ray does not take jobs
-    ├── MessageRefused             the broker will not take what is published, however often
-    ├── AuthError                  the caller of an HTTP route may not
-    │   ├── Unauthorized           no token, or none that holds
-    │   ├── Forbidden              a good token of somebody else
-    │   ├── ForeignHost            a request to a name that is not this app's
-    │   └── ForeignOrigin          a request of another site's web page
+    │   ├── WebhookFailed          a publisher's URL did not accept the call
+    │   ├── VariantNotReady        no replica of the variant can take the job now
+    │   ├── VariantLoadFailed      the variant's weights did not load; the load is retried in the background
+    │   ├── ReplicaTaken           the replica has as many audit cells in flight as it may
+    │   └── JobsUnavailable        Ray accepts no jobs
+    ├── MessageRefused             the broker refuses what is published, and always will
+    ├── AuthError                  the caller may not use this HTTP route
+    │   ├── Unauthorized           no credential, or an invalid one
+    │   ├── Forbidden              a valid token of another account, or a key without the scope
+    │   ├── ForeignHost            a request to a host name that is not this app's
+    │   └── ForeignOrigin          a request from a web page of another site
     ├── Interrupted                the job was stopped on purpose
-    │   ├── Canceled               a user asked
+    │   ├── Canceled               a user canceled it
     │   └── DeadlineExceeded       its deadline passed
-    ├── ClaimError                 somebody else has, or had, the right to this job
-    │   ├── Busy                   a live lease, on the job or on its session, or the job's backoff
-    │   ├── OtherVariant           the stored job is of another variant than its message names today
+    ├── ClaimError                 another worker has, or had, the claim
+    │   ├── Busy                   a live lease on the job or its session, or the job's backoff
+    │   ├── OtherVariant           the stored job has another variant than its message names today
     │   ├── UnknownJob             there is no such job
     │   ├── StaleClaim             a write with an old fencing number
     │   └── IllegalTransition      the state machine has no such edge
-    ├── BlobError                  what a blob store answers
+    ├── BlobError                  a blob store's error
     │   ├── BlobNotFound
     │   ├── BlobTooLarge
     │   ├── BlobConflict           the blob changed since the version that was named
     │   ├── ResultReplaced         a later edit of the session wrote over the job's picture
     │   ├── UnsafePath             a path that is not below the store's root
-    │   └── InvalidLink            a signed link that has expired, or that nobody here signed
+    │   └── InvalidLink            a signed link that has expired, or that this app did not sign
     ├── WeightsError               loading weights failed
-    │   ├── MissingToken           the hub wants HF_TOKEN
+    │   ├── MissingToken           the hub needs HF_TOKEN
     │   ├── GatedRepo              the token's owner has not accepted the licence
     │   ├── UnknownWeights         no such repository, revision or file
-    │   └── CorruptWeights         the file is there and is not what it should be
+    │   └── CorruptWeights         the file exists, but its content is wrong
     ├── AuditError                 an audit cannot be done as asked
     │   ├── UnknownAudit           there is no such run
-    │   ├── AuditExists            the run id is taken, and it is no resume
+    │   ├── AuditExists            the run id is taken, and the request is not to resume it
     │   ├── AuditRunning           another audit runs on this app
     │   └── AuditImpossible        no GPU can become free for a variant
     └── SettingsError              the configuration is wrong
-        └── InvalidCredentials     credentials were given and are none
+        └── InvalidCredentials     the given credentials are invalid
 
-Every one pickles, because it crosses Ray; tests hold each to a code, a status and a disposition.
+Each one pickles, because it crosses Ray; tests check that each has a code, a status and a disposition.
 """
 
 from enum import StrEnum
@@ -70,20 +70,20 @@ from typing import Any, ClassVar
 
 
 class Disposition(StrEnum):
-    """What the worker does with the message when a job ends in this error."""
+    """What the worker does with the message when an attempt raises this error."""
 
-    #: The job is at its end: acknowledge.
+    #: The job has ended: acknowledge.
     ACK = "ack"
     #: The input is at fault: fail the job, copy the message to the dead-letter topic, acknowledge.
     DEAD_LETTER = "dead_letter"
-    #: Queue the job again, count the attempt, hold the message back with exponential backoff.
+    #: Requeue the job, count the attempt, defer the message with exponential backoff.
     RETRY = "retry"
-    #: Hold the message back with backoff; no attempt is used.
+    #: Defer the message with backoff; no attempt is used.
     WAIT = "wait"
 
 
 class FluxFillError(Exception):
-    """Base of the tree. `message` is one sentence for a person; `details` are plain values for a program."""
+    """Root of the tree. `message` is one sentence for people; `details` are plain values for programs."""
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
@@ -95,7 +95,7 @@ class FluxFillError(Exception):
         self.details = details
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own __reduce__ drops keyword arguments, and these cross process borders.
+        # Exception's own __reduce__ drops keyword arguments, and these errors cross processes.
         return _rebuild, (type(self), self.message, self.details)
 
 
@@ -271,7 +271,7 @@ class ClaimError(FluxFillError):
 
 
 class Busy(ClaimError):
-    """`details["retry_after_s"]`: seconds until the lease that is in the way can have run out."""
+    """`details["retry_after_s"]`: seconds until the lease in the way can have ended."""
 
     code = "busy"
 
@@ -370,7 +370,7 @@ class AuditExists(AuditError):
 
 
 class AuditRunning(AuditError):
-    """`details["run_id"]`: the one that runs."""
+    """`details["run_id"]`: the run that is running."""
 
     code = "audit_running"
 
