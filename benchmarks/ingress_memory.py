@@ -24,7 +24,7 @@ from PIL import Image
 from serve_app import edit
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.edit import Editor, session_path
-from serve_app.jobs import Job, Parameters, Progress
+from serve_app.jobs import EditParameters, Job, Progress
 from serve_app.kinds import Attempt
 from serve_app.messages import CropStrategy
 from serve_app.ports import OnProgress, Painted, PaintRequest, utc_now
@@ -101,9 +101,9 @@ def files(megapixels: float) -> dict[str, bytes]:
 
 
 def job_of(session: str) -> Job:
-    asked = Parameters(prompt="", guidance_scale=30, steps=1, crop_strategy=CropStrategy.AUTO)
-    ids = {"id": session, "user_id": "u", "session_id": session}
-    return Job(**ids, type="inpaint", variant="telea", parameters=asked, seed=0, created_at=utc_now())
+    asked = EditParameters(prompt="", guidance_scale=30, steps=1, crop_strategy=CropStrategy.AUTO)
+    ids = {"id": session, "user_id": "u", "session_id": session, "lock_key": f"u/{session}"}
+    return Job(**ids, variant="telea", parameters=asked, seed=0, created_at=utc_now())
 
 
 async def measured(sessions: int, megapixels: float, settings: Settings) -> dict[str, float]:

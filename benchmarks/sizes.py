@@ -138,7 +138,6 @@ async def _edit(note: Any) -> None:
     store, blobs = adapters.job_store(settings.jobs), adapters.blob_store(settings.blobs)
     publisher = adapters.publisher(settings.messages)
     webhooks = Webhooks(settings.webhooks, Secrets())
-    courier = Courier(job_store=store, mirror=store, publisher=publisher, webhooks=webhooks, settings=settings)
     engine = create("telea", settings.variant("telea"), None, settings.variants["telea"])
     painter = LocalPainter({"telea": engine})
     editor = Editor(
@@ -147,6 +146,14 @@ async def _edit(note: Any) -> None:
         prompts=_NoPrompts(),
         settings=settings,
         defaults=lambda: Inference(variant="telea"),
+    )
+    courier = Courier(
+        kinds=[editor],
+        job_store=store,
+        mirror=store,
+        publisher=publisher,
+        webhooks=webhooks,
+        settings=settings,
     )
     worker = Worker(
         kinds=[editor],

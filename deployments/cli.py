@@ -160,7 +160,7 @@ def _show(job: Job) -> None:
     timings = {name: f"{value:.3f}" for name, value in job.timings.model_dump(exclude_none=True).items()}
     rows: dict[str, Any] = {
         "status": job.status,
-        "session": job.session_key,
+        "session": job.lock_key,
         "variant": job.variant,
         **job.parameters.model_dump(mode="json"),
         "seed": job.seed,
@@ -168,7 +168,7 @@ def _show(job: Job) -> None:
         "progress": f"{job.progress.step}/{job.progress.steps}",
         **({"error": f"{job.error.code}: {job.error.message}"} if job.error else {}),
         **timings,
-        **job.artifacts,
+        **job.paths,
         "created": job.created_at,
         "finished": job.finished_at,
     }
@@ -196,7 +196,7 @@ def jobs(
         state = f"{job.status} {job.progress.fraction:.0%}" if job.status == State.RUNNING else job.status
         why = f"\n{job.error.code}" if job.error else ""
         when = job.created_at.astimezone().strftime("%m-%d %H:%M")
-        table.add_row(Text(f"{job.id}\n{job.session_key}"), f"{state}{why}", job.variant, when)
+        table.add_row(Text(f"{job.id}\n{job.lock_key}"), f"{state}{why}", job.variant, when)
     out.print(table)
 
 

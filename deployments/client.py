@@ -11,9 +11,9 @@ from serve_app import adapters, jobs
 from serve_app.adapters.pubsub_client import address_of, check_speaks
 from serve_app.cancel import Canceler
 from serve_app.containers import content_type
-from serve_app.edit import INPUTS, edit_job_id, session_path
+from serve_app.edit import INPUTS, edit_job_id, session_document, session_path
 from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable
-from serve_app.jobs import Cause, Job
+from serve_app.jobs import Artifact, Cause, Job
 from serve_app.messages import EditMessage
 from serve_app.ports import BlobInfo
 from serve_app.settings import MessagesSettings, Settings
@@ -98,10 +98,10 @@ class Client:
     async def fetch(self, job: Job, folder: Path) -> list[Path]:
         """Write the job's artifacts into `folder`. Raises ResultReplaced, and then nothing is written."""
         files = {}
-        for role, path in job.artifacts.items():
-            data, info = await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
-            _check_own(job, role, info)
-            files[folder / Path(path).name] = data
+        for artifact in job.artifacts:
+            data, info = await self._blobs.get(artifact.path, max_bytes=self._settings.limits.stored_bytes)
+            _check_own(job, artifact, info)
+            files[folder / Path(artifact.path).name] = data
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         for to, data in files.items():
             await asyncio.to_thread(to.write_bytes, data)
@@ -130,18 +130,18 @@ class Client:
         mirror = adapters.session_mirror(self._settings, self._jobs)
         for job in canceled:
             with suppress(StoreUnavailable):
-                await mirror.write_session(job, jobs.session_document(job))
+                await mirror.write_session(job, session_document(job))
 
     async def links(self, job: Job, *, expires_s: int) -> dict[str, str]:
         """Signed links to the job's artifacts, by role. Raises ResultReplaced; a later edit replaces what they show."""
-        for role, path in job.artifacts.items():
-            _check_own(job, role, await self._blobs.head(path))
-        return {role: await self._blobs.link(path, expires_s=expires_s) for role, path in job.artifacts.items()}
+        for artifact in job.artifacts:
+            _check_own(job, artifact, await self._blobs.head(artifact.path))
+        return {role: await self._blobs.link(path, expires_s=expires_s) for role, path in job.paths.items()}
 
 
-def _check_own(job: Job, role: str, stored: BlobInfo) -> None:
+def _check_own(job: Job, artifact: Artifact, stored: BlobInfo) -> None:
     """Raises ResultReplaced where `stored` is not what the job wrote."""
-    if job.versions.get(role) != stored.version:
+    if artifact.version != stored.version:
         raise ResultReplaced(
             f"{stored.path} was overwritten by a later edit of the session, and the picture of job {job.id} is gone: "
             "`fluxfill submit --again` does the edit anew, as any other idempotency key does",

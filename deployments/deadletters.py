@@ -93,10 +93,10 @@ class Replay:
             raise MessageRefused("only its beginning was kept")
         self._sent.add(_content(letter))
         if job_id := attributes.get("deadLetterJobId"):
-            session_key = session_of(letter, max_bytes=self._max_bytes)
+            lock_key = session_of(letter, max_bytes=self._max_bytes)
             # The job may be gone; its message makes it anew.
             with suppress(UnknownJob):
-                job = await self._jobs.update(job_id, session_key, jobs.replay)
+                job = await self._jobs.update(job_id, lock_key, jobs.replay)
                 if job.status == State.CANCELED:
                     return False
         await self._publisher.publish("sessions", letter.delivery.data, messages.without_reasons(attributes))

@@ -120,7 +120,10 @@ class Ingress:
         mirror = adapters.session_mirror(settings, job_store)
         publisher = adapters.publisher(settings.messages)
         self._webhooks = Webhooks(settings.webhooks, secrets)
+        painter = RemotePainter(painters, self._watch)
+        kinds = [self._editor(painter, encoders)]
         self._courier = Courier(
+            kinds=kinds,
             job_store=job_store,
             mirror=mirror,
             publisher=publisher,
@@ -130,9 +133,8 @@ class Ingress:
         )
         self._broker = BrokerWatch(broker)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
-        painter = RemotePainter(painters, self._watch)
         self._worker = Worker(
-            kinds=[self._editor(painter, encoders)],
+            kinds=kinds,
             job_store=job_store,
             mirror=mirror,
             publisher=publisher,

@@ -113,6 +113,7 @@ class AuditRequest(_Frozen):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    type: Literal["audit"] = "audit"
     user_id: Id
     session_id: Id
     matrix: Matrix = Matrix()

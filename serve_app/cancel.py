@@ -21,7 +21,7 @@ class Canceler:
         stored = await self._jobs.get(job_id)
         if stored is None:
             raise UnknownJob(f"there is no job {job_id}")
-        return await self._jobs.update(job_id, stored.session_key, jobs.cancel)
+        return await self._jobs.update(job_id, stored.lock_key, jobs.cancel)
 
     async def session(self, user_id: str, session_id: str) -> Sequence[Job]:
         """Stop every job of the session that is not over, and have its messages published up to now end canceled when
@@ -30,7 +30,7 @@ class Canceler:
         # First: a worker claims first and looks here then, so one of the two sees the other.
         await self._jobs.cancel_until(key, await self._jobs.now())
         canceled = []
-        for job in await self._jobs.list(session_key=key):
+        for job in await self._jobs.list(lock_key=key):
             if not job.status.is_final:
                 with suppress(IllegalTransition):
                     canceled.append(await self._jobs.update(job.id, key, jobs.cancel))

@@ -21,7 +21,7 @@ from .errors import (
     VariantNotReady,
 )
 from .images import Photo, Pixels
-from .jobs import Job, JobType, Message, Parameters, Progress, Timings
+from .jobs import EditParameters, Job, JobType, Message, Progress, State, Timings
 from .kinds import Asked, Attempt, Result
 from .messages import CropStrategy, EditMessage, parse_edit
 from .outputs import Outputs, Painting
@@ -33,6 +33,11 @@ T = TypeVar("T")
 #: Roles of what an edit writes, and their file names; see docs/architecture.md.
 OUTPUTS = {"edited": "edited.jpg", "preview": "preview.jpg"}
 INPUTS = {"original": "original.jpg", "mask": "mask_auto.png"}
+
+
+def lock_key(user_id: str, session_id: str) -> str:
+    """A session's jobs run one at a time: they write the same blobs."""
+    return f"{user_id}/{session_id}"
 
 
 def session_path(user_id: str, session_id: str, name: str) -> str:
@@ -193,13 +198,13 @@ class Editor:
         explicit.pop("variant", None)
         return Job(
             id=job_id,
-            type=self.type,
             user_id=message.user_id,
             session_id=message.session_id,
+            lock_key=lock_key(message.user_id, message.session_id),
             variant=variant,
             seed=explicit.pop("seed", seed_of(job_id)),
             request=edit_request(message, idempotency_key=idempotency_key),
-            parameters=Parameters(**(self._defaults().model_dump(exclude={"variant"}) | explicit)),
+            parameters=EditParameters(**(self._defaults().model_dump(exclude={"variant"}) | explicit)),
             deadline=message.deadline,
             callback_url=str(message.callback_url or ""),
             message=Message(data=message.model_dump_json(by_alias=True, exclude_none=True), attributes={}),
@@ -231,7 +236,10 @@ class Editor:
             self._outputs.keep(job, inputs, painting)
             raise
         timings = Timings(**{**painting.seconds, **clock.seconds}, gpu_ms=painting.gpu_ms)
-        return Result(artifacts=paths, versions=written, timings=timings)
+        return Result(artifacts=written, timings=timings)
+
+    def document(self, job: Job) -> Mapping[str, Any]:
+        return session_document(job)
 
     async def _read(self, job: Job, role: str) -> tuple[bytes, BlobInfo]:
         return await read_input(self._blobs, job.user_id, job.session_id, role, self._settings.limits)
@@ -239,7 +247,7 @@ class Editor:
     async def _painting(self, job: Job, original: bytes, mask: bytes, attempt: Attempt, clock: _Clock) -> Painting:
         in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
         with clock.stage("prepare_s"):
-            prepared = await in_pool(self._prepare, original, mask, job.parameters.crop_strategy)
+            prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy)
         with self._in_memory(prepared):
             painted = await self._paint(job, prepared, attempt.on_progress, clock)
             with clock.stage("encode_s"):
@@ -260,7 +268,7 @@ class Editor:
 
     async def _embeddings(self, job: Job) -> bytes | None:
         wait_s = self._settings.work.replica_wait_s
-        return await encode_within(self._prompts, job.variant, job.parameters.prompt, wait_s)
+        return await encode_within(self._prompts, job.variant, _asked(job).prompt, wait_s)
 
     def _decode(self, original: bytes, mask: bytes) -> tuple[Photo, Pixels]:
         photo = images.decode_photo(original, self._settings.limits)
@@ -285,8 +293,8 @@ class Editor:
             canvas=prepared.canvas,
             mask=prepared.canvas_mask,
             windows=prepared.plan.windows,
-            steps=job.parameters.steps,
-            guidance_scale=job.parameters.guidance_scale,
+            steps=_asked(job).steps,
+            guidance_scale=_asked(job).guidance_scale,
             seed=job.seed,
             traceparent=job.traceparent,
             embeddings=embeddings,
@@ -310,5 +318,36 @@ class Editor:
         return {"preview": (preview, "image/jpeg"), "edited": (edited, "image/jpeg")}
 
 
+def _asked(job: Job) -> EditParameters:
+    assert isinstance(job.parameters, EditParameters), "the worker gives each kind its own jobs"
+    return job.parameters
+
+
 def _paths(job: Job) -> dict[str, str]:
     return {role: session_path(job.user_id, job.session_id, name) for role, name in OUTPUTS.items()}
+
+
+def session_document(job: Job) -> dict[str, Any]:
+    """What the session document says of `job`: camelCase fields as the app reads them."""
+    status = {
+        State.SUCCEEDED: "completed",
+        State.FAILED: "failed",
+        State.EXPIRED: "failed",
+        State.CANCELED: "canceled",
+    }.get(job.status, "processing")
+    failed = status == "failed" and job.error is not None
+    document: dict[str, Any] = {
+        "jobId": job.id,
+        "processingStatus": status,
+        "processingError": job.error.model_dump() if failed and job.error else None,
+    }
+    if job.status == State.SUCCEEDED:
+        document |= {
+            "processingProgress": 1.0,
+            "editedPath": job.paths.get("edited"),
+            "previewPath": job.paths.get("preview"),
+            "editedAt": job.finished_at.isoformat() if job.finished_at else None,
+        }
+    elif not job.status.is_final:
+        document["processingProgress"] = round(job.progress.fraction, 3)
+    return document

@@ -20,11 +20,12 @@ owes its message (`dispatch`), should the broker have lost it. `outbox.py` pays.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
+from .audits import AuditRequest
 from .errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
 from .messages import CropStrategy
 
@@ -99,14 +100,32 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Parameters(_Value):
-    """How to paint, resolved at the first claim and the same for every attempt."""
+class EditParameters(_Value):
+    """How to paint an edit, resolved at the first claim and the same for every attempt."""
 
+    type: Literal["inpaint"] = "inpaint"
     prompt: str
     guidance_scale: float
     #: Denoising steps.
     steps: int
     crop_strategy: CropStrategy
+
+
+#: What a job is to do, by its type.
+Parameters = Annotated[EditParameters | AuditRequest, Field(discriminator="type")]
+
+
+class Artifact(_Value):
+    """A blob that a job wrote."""
+
+    #: `edited`, `preview`.
+    role: str
+    path: str
+    #: As written: a later job of the session may write to the same path. Empty in records that kept none.
+    version: str = ""
+    content_type: str = ""
+    #: None in records that kept none.
+    size_bytes: int | None = None
 
 
 class Progress(_Value):
@@ -182,14 +201,16 @@ class Job(_Value):
     """One stored record. Records are immutable: `evolve` makes the next one."""
 
     id: str
-    type: JobType
     status: State = State.QUEUED
     #: Whose photo, and which session; empty for jobs that have none.
     user_id: str = ""
     session_id: str = ""
-    variant: str
+    #: Jobs of one key run one at a time; empty: beside any other.
+    lock_key: str = ""
+    #: Empty for jobs of several variants.
+    variant: str = ""
     parameters: Parameters
-    seed: int
+    seed: int = 0
     #: What was asked for, whatever photo was stored then; empty where the job's id depends on no stored versions.
     request: str = ""
     #: Attempts used, the running one included.
@@ -207,10 +228,7 @@ class Job(_Value):
     progress: Progress = Progress()
     error: JobError | None = None
     timings: Timings = Timings()
-    #: Blob paths of what the job wrote, by role: `edited`, `preview`.
-    artifacts: dict[str, str] = Field(default_factory=dict)
-    #: Their versions, by role: the session's next edit writes to the same paths.
-    versions: dict[str, str] = Field(default_factory=dict)
+    artifacts: tuple[Artifact, ...] = ()
     #: Whether its message was copied to the dead-letter topic.
     dead_lettered: bool = False
     #: What is still to be told.
@@ -231,10 +249,31 @@ class Job(_Value):
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_older_record(cls, record: Any) -> Any:
+        """Records of version 0.1 have the type beside the parameters, paths and versions of artifacts in two mappings,
+        and no lock key."""
+        match record:
+            case {"type": str(of), "parameters": dict(parameters), "user_id": user, "session_id": session, **rest}:
+                ids = {"user_id": user, "session_id": session, "lock_key": f"{user}/{session}" if session else ""}
+                paths, versions = rest.get("artifacts", {}), rest.get("versions", {})
+                if isinstance(paths, dict) and isinstance(versions, dict):
+                    rest.pop("versions", None)
+                    rest["artifacts"] = [
+                        {"role": role, "path": path, "version": versions.get(role, "")} for role, path in paths.items()
+                    ]
+                return {**rest, **ids, "parameters": {**parameters, "type": of}}
+        return record
+
     @property
-    def session_key(self) -> str:
-        """Jobs of one key run one at a time."""
-        return f"{self.user_id}/{self.session_id}" if self.session_id else ""
+    def type(self) -> JobType:
+        return self.parameters.type
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Blob paths of its artifacts, by role."""
+        return {artifact.role: artifact.path for artifact in self.artifacts}
 
     @property
     def owes_at(self) -> datetime | None:
@@ -265,7 +304,7 @@ class Job(_Value):
     def log_context(self) -> dict[str, Any]:
         return {
             "job_id": self.id,
-            "session_key": self.session_key,
+            "lock_key": self.lock_key,
             "variant": self.variant,
             "attempt": self.attempt,
             "fence": self.fence,
@@ -304,12 +343,12 @@ class Claim(_Value):
     """The right to work on a job, as long as its fencing number is the job's and its lease is renewed."""
 
     job_id: str
-    session_key: str
+    lock_key: str
     fence: int
 
 
 def claim_of(job: Job) -> Claim:
-    return Claim(job_id=job.id, session_key=job.session_key, fence=job.fence)
+    return Claim(job_id=job.id, lock_key=job.lock_key, fence=job.fence)
 
 
 #: From the job's stored record (None: no such job), the session's other jobs that are not over, and the store's present
@@ -566,29 +605,3 @@ def _exhausted(job: Job, now: datetime, **changes: Any) -> Job:
 
 def _too_late(job: Job) -> JobError:
     return JobError(code="deadline_exceeded", message=f"its deadline {job.deadline} passed before it was painted")
-
-
-def session_document(job: Job) -> dict[str, Any]:
-    """What the session document says of `job`: camelCase fields as the app reads them."""
-    status = {
-        State.SUCCEEDED: "completed",
-        State.FAILED: "failed",
-        State.EXPIRED: "failed",
-        State.CANCELED: "canceled",
-    }.get(job.status, "processing")
-    failed = status == "failed" and job.error is not None
-    document: dict[str, Any] = {
-        "jobId": job.id,
-        "processingStatus": status,
-        "processingError": job.error.model_dump() if failed and job.error else None,
-    }
-    if job.status == State.SUCCEEDED:
-        document |= {
-            "processingProgress": 1.0,
-            "editedPath": job.artifacts.get("edited"),
-            "previewPath": job.artifacts.get("preview"),
-            "editedAt": job.finished_at.isoformat() if job.finished_at else None,
-        }
-    elif not job.status.is_final:
-        document["processingProgress"] = round(job.progress.fraction, 3)
-    return document

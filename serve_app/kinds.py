@@ -1,11 +1,11 @@
 """What a kind of job supplies. The worker claims, keeps, ends and reports jobs of every kind, and knows none."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .jobs import Job, JobType, Timings
+from .jobs import Artifact, Job, JobType, Timings
 from .ports import OnProgress
 
 
@@ -34,10 +34,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    #: Blob paths by role.
-    artifacts: dict[str, str]
-    #: The versions that were written there.
-    versions: dict[str, str]
+    artifacts: tuple[Artifact, ...]
     timings: Timings
 
 
@@ -56,3 +53,6 @@ class Kind(Protocol):
 
     async def run(self, job: Job, attempt: Attempt) -> Result:
         """One attempt. What it raises, the error's disposition decides about."""
+
+    def document(self, job: Job) -> Mapping[str, Any]:
+        """The job as those see it who are told of it: fields in camelCase, `jobId` among them."""

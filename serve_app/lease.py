@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, s
 from . import jobs
 from .errors import Canceled, DeadlineExceeded, FluxFillError, StaleClaim, StoreUnavailable
 from .jobs import Job, Progress, State
-from .ports import JobStore, SessionMirror
+from .ports import JobStore
 from .settings import Work
 
 log = logging.getLogger(__name__)
@@ -43,14 +43,15 @@ class Lease:
         job: Job,
         *,
         store: JobStore,
-        mirror: SessionMirror,
         work: Work,
         claimed_at: float,
+        show: Callable[[Job], Awaitable[None]] | None = None,
         pace: Pace | None = None,
     ) -> None:
-        """`claimed_at` is the moment on the monotonic clock before the store was asked for the claim."""
+        """`claimed_at` is the moment on the monotonic clock before the store was asked for the claim. `show` is given
+        the job with its progress at the start, and then at its own pace."""
         self._job, self._claim = job, jobs.claim_of(job)
-        self._store, self._mirror, self._work, self._pace = store, mirror, work, pace or Pace()
+        self._store, self._show_job, self._work, self._pace = store, show, work, pace or Pace()
         self._claimed_at = claimed_at
         self._latest = self._reported = self._mirrored = Progress()
         #: On the monotonic clock, before the store was asked: its lease ends no earlier than `lease_s` after it.
@@ -127,7 +128,7 @@ class Lease:
     async def _renew(self) -> None:
         change, asked_at = jobs.renew(self._claim, lease_s=self._work.lease_s), time.monotonic()
         try:
-            await self._store.update(self._claim.job_id, self._claim.session_key, change)
+            await self._store.update(self._claim.job_id, self._claim.lock_key, change)
         except StaleClaim as e:
             raise _why(e) from e
         self._renewed_at = asked_at
@@ -144,12 +145,13 @@ class Lease:
             await self._store.report(self._claim, self._reported)
 
     async def _show(self) -> None:
-        """Have the session say that the job runs, and how far it is. Beside the keeping: a mirror that hangs or is down
+        """Show that the job runs, and how far it is. Beside the keeping: a mirror that hangs or is down
         costs no lease, and what it missed is in the next write."""
         self._mirrored = self._latest
-        document = jobs.session_document(self._job.evolve(progress=self._mirrored))
+        if self._show_job is None:
+            return
         try:
-            await self._mirror.write_session(self._job, document)
+            await self._show_job(self._job.evolve(progress=self._mirrored))
         except FluxFillError as e:
             log.info(
                 "Could not write progress to the session document: %s", e, extra={"action": "progress_not_written"}
@@ -181,7 +183,7 @@ class Orphans:
         return len(self._claims)
 
     def add(self, job: Job, claimer: str) -> None:
-        self._claims[job.id, claimer] = job.session_key
+        self._claims[job.id, claimer] = job.lock_key
         if len(self._claims) > self._at_most:
             self._claims.popitem(last=False)
         if self._giving_back is None or self._giving_back.done():
@@ -193,8 +195,8 @@ class Orphans:
 
     async def _give_back(self) -> None:
         while self._claims:
-            (job_id, claimer), session_key = next(iter(self._claims.items()))
-            update = partial(self._jobs.update, job_id, session_key, jobs.disown(claimer))
+            (job_id, claimer), lock_key = next(iter(self._claims.items()))
+            update = partial(self._jobs.update, job_id, lock_key, jobs.disown(claimer))
             with suppress(FluxFillError):
                 # A claim that never was stored has no job.
                 await insist(update)

@@ -14,13 +14,14 @@ import logging
 import random
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 from . import jobs
 from .errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
-from .jobs import Debt, Job, receiver_of
+from .jobs import Debt, Job, JobType, receiver_of
+from .kinds import Kind
 from .messages import ASKED_AT
 from .ports import JobStore, Publisher, SessionMirror
 from .settings import Settings
@@ -51,14 +52,15 @@ class Webhooks(Protocol):
     def check(self, url: str) -> None:
         """Raises CallbackRefused for a URL that may not be called."""
 
-    async def call(self, job: Job) -> None:
-        """Tell `job.callback_url`. Raises WebhookFailed, which is worth another try; CallbackRefused."""
+    async def call(self, job: Job, document: Mapping[str, Any]) -> None:
+        """Send `document` to `job.callback_url`. Raises WebhookFailed, which is worth another try; CallbackRefused."""
 
 
 class Courier:
     def __init__(
         self,
         *,
+        kinds: Sequence[Kind],
         job_store: JobStore,
         mirror: SessionMirror,
         publisher: Publisher,
@@ -67,6 +69,7 @@ class Courier:
         metrics: Metrics | None = None,
         poll_s: float = POLL_S,
     ) -> None:
+        self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
         self._jobs, self._mirror, self._publisher, self._webhooks = job_store, mirror, publisher, webhooks
         self._settings, self._metrics, self._poll_s = settings, metrics or NoMetrics(), poll_s
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,7 +84,7 @@ class Courier:
         self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
             "session": self._write_session,
             "completion": self._publish_completion,
-            "webhook": webhooks.call,
+            "webhook": self._call_webhook,
             "dispatch": self._dispatch,
         }
 
@@ -157,7 +160,7 @@ class Courier:
         task.add_done_callback(self._tasks.discard)
 
     async def _tell(self, job: Job, debts: list[Debt]) -> None:
-        with logged_with(job_id=job.id, session_key=job.session_key, trace_id=trace_id(job.traceparent)):
+        with logged_with(job_id=job.id, lock_key=job.lock_key, trace_id=trace_id(job.traceparent)):
             telling = {asyncio.create_task(self._is_told(job, debt)): debt for debt in debts}
         try:
             await asyncio.wait(telling, timeout=TOGETHER_S)
@@ -234,16 +237,19 @@ class Courier:
             raise late(f"no answer within {TELL_S[debt]:g} s") from e
 
     async def _write_session(self, job: Job) -> None:
-        await self._mirror.write_session(job, jobs.session_document(job))
+        await self._mirror.write_session(job, self._kinds[job.type].document(job))
 
     async def _publish_completion(self, job: Job) -> None:
         if not self._settings.messages.completion_topic:
             return
         ids = {"userId": job.user_id, "sessionId": job.session_id}
-        body = {**ids, "type": job.type, "variant": job.variant, **jobs.session_document(job)}
+        body = {**ids, "type": job.type, "variant": job.variant, **self._kinds[job.type].document(job)}
         attributes = {"jobId": job.id, **ids, "status": job.status.value, "traceparent": job.traceparent}
         named = {name: value for name, value in attributes.items() if value}
         await self._publisher.publish("completed", json.dumps(body).encode(), named)
+
+    async def _call_webhook(self, job: Job) -> None:
+        await self._webhooks.call(job, self._kinds[job.type].document(job))
 
     async def _dispatch(self, job: Job) -> None:
         """The copy is the same message to the rules of asking again: it carries the moment of the first."""

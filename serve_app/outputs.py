@@ -17,7 +17,7 @@ from functools import partial
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from .errors import BlobConflict, BlobNotFound, FluxFillError, StoreDenied, StoreUnavailable
-from .jobs import Job
+from .jobs import Artifact, Job
 from .ports import ANY_VERSION, BlobInfo, BlobStore
 
 log = logging.getLogger(__name__)
@@ -78,20 +78,22 @@ class Outputs:
         paths: Mapping[str, str],
         versions: Mapping[str, str],
         confirm: Callable[[], Awaitable[None]],
-    ) -> dict[str, str]:
+    ) -> tuple[Artifact, ...]:
         """Write each output to its path, over the one of `versions`, so that a stale worker's late write is either
-        refused or written over. `confirm` is awaited before each write. Returns the version of each that was written.
+        refused or written over. `confirm` is awaited before each write.
 
         Raises BlobConflict where others keep writing; StoreUnavailable after `upload_s`, and its StoreDenied at once;
         what `confirm` raises.
         """
-        written = {}
+        written: list[Artifact] = []
         for role, (data, content_type) in painting.files.items():
             path, version = paths[role], versions[role]
             for _ in range(CONFLICTS):
                 write = partial(self._write, path, data, content_type=content_type, if_version=version)
                 try:
-                    written[role] = (await self._insist(write, confirm)).version
+                    info = await self._insist(write, confirm)
+                    of = {"path": path, "version": info.version, "content_type": content_type, "size_bytes": len(data)}
+                    written.append(Artifact(role=role, **of))
                     break
                 except BlobConflict:
                     version = await self._version(path)
@@ -99,7 +101,7 @@ class Outputs:
                 raise BlobConflict(
                     f"{path} was written {CONFLICTS} times by others while it was to be stored", path=path
                 )
-        return written
+        return tuple(written)
 
     def keep(self, job: Job, inputs: Sequence[str], painting: Painting) -> None:
         """Keep what could not be stored; `inputs` are the versions it was painted from."""

@@ -91,7 +91,7 @@ class JobStore(Protocol):
     async def get(self, job_id: str) -> Job | None:
         """The record with its latest reported progress."""
 
-    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
+    async def update(self, job_id: str, lock_key: str, change: Change) -> Job:
         """Run `change` on the stored record, the session's other jobs that are not over and the store's present time,
         and store what it returns.
 
@@ -107,24 +107,24 @@ class JobStore(Protocol):
         self,
         *,
         status: State | None = None,
-        session_key: str | None = None,
+        lock_key: str | None = None,
         owes_by: datetime | None = None,
         debt: Debt | None = None,
         receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Newest first by `created_at`. With `owes_by` (and then neither `status` nor `session_key`) those that owe
+        """Newest first by `created_at`. With `owes_by` (and then neither `status` nor `lock_key`) those that owe
         something due by then, earliest due first; with `debt` too, those that owe this by then; with a `receiver`
         (`Job.receiver`) beside the debt `webhook`, those that owe it to this one."""
 
     async def delete(self, job_id: str) -> None:
         """Deleting what is not there is no error."""
 
-    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+    async def cancel_until(self, lock_key: str, moment: datetime) -> None:
         """The session's messages published up to `moment` are canceled: those that wait are not to be started. An
         earlier moment than the stored one changes nothing."""
 
-    async def canceled_until(self, session_key: str) -> datetime | None: ...
+    async def canceled_until(self, lock_key: str) -> datetime | None: ...
 
 
 class SessionMirror(Protocol):

@@ -162,7 +162,7 @@ class Worker:
         return await self._settle(job, delivery)
 
     async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
-        with logged_with(job_id=new.id, session_key=new.session_key):
+        with logged_with(job_id=new.id, lock_key=new.lock_key):
             claimer, claimed_at = _claimer(), time.monotonic()
             job = await self._claim(new, claimer)
             if job.status.is_final:
@@ -191,7 +191,7 @@ class Worker:
     async def _claim(self, new: Job, claimer: str) -> Job:
         work = self._settings.work
         change = jobs.claim(new, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer)
-        claiming = asyncio.ensure_future(self._jobs.update(new.id, new.session_key, change))
+        claiming = asyncio.ensure_future(self._jobs.update(new.id, new.lock_key, change))
         try:
             return await asyncio.shield(claiming)
         except StoreUnavailable:
@@ -220,7 +220,7 @@ class Worker:
                 change = jobs.finish(jobs.claim_of(job), Cause.CANCELED, error=error)
                 return await self._settle(await self._update(job, change), delivery)
             result = await self._attempt(job, delivery, claimed_at)
-            done = {"artifacts": result.artifacts, "versions": result.versions, "timings": result.timings}
+            done = {"artifacts": result.artifacts, "timings": result.timings}
             change = jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED, **done)
             return await self._settle(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):
@@ -239,7 +239,7 @@ class Worker:
 
     async def _is_canceled(self, job: Job) -> bool:
         """Whether the session was canceled after the job was last asked for. Asked after the claim: see cancel.py."""
-        until = await self._jobs.canceled_until(job.session_key)
+        until = await self._jobs.canceled_until(job.lock_key)
         return until is not None and job.asked_at is not None and job.asked_at <= until
 
     def _queued_s(self, job: Job, delivery: Delivery) -> float:
@@ -247,15 +247,16 @@ class Worker:
         return (started - min(delivery.publish_time or job.created_at, started)).total_seconds()
 
     async def _attempt(self, job: Job, delivery: Delivery, claimed_at: float) -> Result:
-        work, pace = self._settings.work, self._pace
-        lease = Lease(job, store=self._jobs, mirror=self._mirror, work=work, claimed_at=claimed_at, pace=pace)
+        kind, work, pace = self._kinds[job.type], self._settings.work, self._pace
+        show = partial(self._mirrored, kind)
+        lease = Lease(job, store=self._jobs, show=show, work=work, claimed_at=claimed_at, pace=pace)
         if job.variant not in self._settings.variants:
             known = ", ".join(self._settings.variants)
             raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")
         if job.callback_url:
             self._webhooks.check(job.callback_url)
         attempt = Attempt(on_progress=lease.note, confirm=lease.confirm, pool=self._pool)
-        result = await lease.hold(self._kinds[job.type].run(job, attempt))
+        result = await lease.hold(kind.run(job, attempt))
         timings = result.timings.model_copy(
             update={
                 "queued_s": self._queued_s(job, delivery),
@@ -264,6 +265,9 @@ class Worker:
         )
         self._measure(job, timings)
         return replace(result, timings=timings)
+
+    async def _mirrored(self, kind: Kind, job: Job) -> None:
+        await self._mirror.write_session(job, kind.document(job))
 
     def _measure(self, job: Job, timings: Timings) -> None:
         variant = self._label(job)
@@ -309,7 +313,7 @@ class Worker:
 
     async def _update(self, job: Job, change: Change) -> Job:
         """A write that must not be lost to a hiccup: tried again for as long as the lease can last."""
-        return await insist(partial(self._jobs.update, job.id, job.session_key, change), self._settings.work.lease_s)
+        return await insist(partial(self._jobs.update, job.id, job.lock_key, change), self._settings.work.lease_s)
 
     # -- after the end
 
@@ -320,7 +324,7 @@ class Worker:
         if job.status == State.FAILED and not job.dead_lettered:
             error = job.error or JobError(code="internal_error", message="")
             await self._dead_letter(delivery, error.code, error.message, job)
-            await self._jobs.update(job.id, job.session_key, jobs.mark_dead_lettered(job))
+            await self._jobs.update(job.id, job.lock_key, jobs.mark_dead_lettered(job))
         log.info("A job ended: %s", job.status, extra={"action": "ended", "status": job.status, **job.log_context()})
         return Verdict(action="ack", reason=job.error.code if job.error else job.status)
 

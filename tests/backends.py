@@ -26,7 +26,7 @@ from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters.pubsub_client import subscription_path, topic_path
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.jobs import Job, Parameters
+from serve_app.jobs import EditParameters, Job
 from serve_app.messages import CropStrategy
 from serve_app.ports import Delivery, Handler, MessageSource, Publisher, SourceStatus, Verdict
 from serve_app.settings import MessagesSettings, SubscriptionSettings
@@ -52,15 +52,16 @@ def at(second: float) -> datetime:
 def make_job(id: str = "edit-1", **changes: object) -> Job:
     job = Job(
         id=id,
-        type="inpaint",
         user_id="u",
         session_id="s",
+        lock_key="u/s",
         variant="telea",
-        parameters=Parameters(prompt="p", guidance_scale=30.0, steps=28, crop_strategy=CropStrategy.AUTO),
+        parameters=EditParameters(prompt="p", guidance_scale=30.0, steps=28, crop_strategy=CropStrategy.AUTO),
         seed=1,
         created_at=at(0),
     )
-    return job.evolve(**changes)
+    job = job.evolve(**changes)
+    return job.evolve(lock_key=f"{job.user_id}/{job.session_id}" if job.session_id else "")
 
 
 def run_python(script: str, *arguments: object) -> subprocess.Popen[str]:

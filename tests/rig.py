@@ -175,7 +175,7 @@ class Receivers:
         if not url.startswith("https://example.org/"):
             raise CallbackRefused(f"{url} may not be called")
 
-    async def call(self, job: Job) -> None:
+    async def call(self, job: Job, _document: Mapping[str, Any]) -> None:
         self.check(job.callback_url)
         if self.is_down:
             raise WebhookFailed("nobody answers")
@@ -271,7 +271,15 @@ class Rig:
         self.receivers = Receivers()
         self.metrics = Counters()
         self.painter = Painter({"telea": self.engine})
+        self.editor = Editor(
+            blobs=self.blobs,
+            painter=self.painter,
+            prompts=Prompts(),
+            settings=self.settings,
+            defaults=lambda: self.inference,
+        )
         self.courier = Courier(
+            kinds=[self.editor],
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
@@ -279,13 +287,6 @@ class Rig:
             settings=self.settings,
             metrics=self.metrics,
             poll_s=0.01,
-        )
-        self.editor = Editor(
-            blobs=self.blobs,
-            painter=self.painter,
-            prompts=Prompts(),
-            settings=self.settings,
-            defaults=lambda: self.inference,
         )
         self.worker = Worker(
             kinds=[self.editor],

@@ -30,7 +30,7 @@ from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
 from serve_app.edit import Editor, edit_job_id
 from serve_app.engine.canvas import LocalPainter
 from serve_app.engine.tiny import TinyWeights
-from serve_app.jobs import Job, JobError, State, Timings
+from serve_app.jobs import Artifact, Job, JobError, State, Timings
 from serve_app.lease import Pace
 from serve_app.messages import EditMessage
 from serve_app.outbox import Courier
@@ -106,7 +106,6 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     job_store = adapters.job_store(settings.jobs)
     mirror = adapters.session_mirror(settings, job_store)
     publisher, receivers = adapters.publisher(settings.messages), Receivers()
-    courier = Courier(job_store=job_store, mirror=mirror, publisher=publisher, webhooks=receivers, settings=settings)
     painter = LocalPainter(engines)
     editor = Editor(
         blobs=adapters.blob_store(settings.blobs),
@@ -114,6 +113,14 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
         prompts=Prompts(),
         settings=settings,
         defaults=lambda: Inference(variant="telea", steps=4),
+    )
+    courier = Courier(
+        kinds=[editor],
+        job_store=job_store,
+        mirror=mirror,
+        publisher=publisher,
+        webhooks=receivers,
+        settings=settings,
     )
     worker = Worker(
         kinds=[editor],
@@ -406,8 +413,8 @@ def jobs(tmp_path: Path) -> Path:
     timings = Timings(engine_s=1.25)
     artifacts = {"edited": "users/u/sessions/d/edited.jpg", "preview": "users/u/sessions/d/preview.jpg"}
     done = make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings)
-    versions = {role: write_blob(config, path) for role, path in artifacts.items()}
-    put(config, done.evolve(artifacts=artifacts, versions=versions))
+    written = [Artifact(role=role, path=path, version=write_blob(config, path)) for role, path in artifacts.items()]
+    put(config, done.evolve(artifacts=tuple(written)))
     return config
 
 
@@ -418,7 +425,7 @@ def write_blob(config: Path, path: str) -> str:
 
 
 def put(config: Path, job: Job) -> None:
-    asyncio.run(adapters.job_store(settings_in(config).jobs).update(job.id, job.session_key, lambda *_: (job,)))
+    asyncio.run(adapters.job_store(settings_in(config).jobs).update(job.id, job.lock_key, lambda *_: (job,)))
 
 
 def listed(ended: Ended) -> list[str]:
@@ -482,12 +489,12 @@ def test_a_job_that_waits_is_canceled(fluxfill: Command, jobs: Path) -> None:
 
 def test_a_session_is_canceled_with_what_waits(fluxfill: Command, jobs: Path) -> None:
     [queued] = [job for job in _stored(jobs) if job.id == "edit-queued"]
-    ended = fluxfill("jobs", "cancel", "--session", queued.session_key, "-c", jobs)
+    ended = fluxfill("jobs", "cancel", "--session", queued.lock_key, "-c", jobs)
     assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
-    again = fluxfill("jobs", "cancel", "--session", queued.session_key, "-c", jobs)
+    again = fluxfill("jobs", "cancel", "--session", queued.lock_key, "-c", jobs)
     assert (again.status, again.out) == (0, "no job had begun; what waits will not start\n")
     store = adapters.job_store(settings_in(jobs).jobs)
-    assert asyncio.run(store.canceled_until(queued.session_key)) is not None
+    assert asyncio.run(store.canceled_until(queued.lock_key)) is not None
 
 
 def _stored(config: Path) -> list[Job]:
@@ -506,13 +513,14 @@ def test_links_to_a_jobs_pictures(fluxfill: Command, jobs: Path) -> None:
     local = adapters.local_links(settings_in(jobs))
     assert local is not None and ended.status == 0
     read = dict(line.split(": ", 1) for line in ended.out.splitlines())
-    assert {role: local.path_of(url.rpartition("/")[2]) for role, url in read.items()} == done.artifacts
+    assert {role: local.path_of(url.rpartition("/")[2]) for role, url in read.items()} == done.paths
 
 
 def test_there_are_no_links_to_another_edits_pictures(fluxfill: Command, jobs: Path) -> None:
     [done] = [job for job in _stored(jobs) if job.id == "edit-done"]
-    put(jobs, done.evolve(id="edit-unsure", versions={}))
-    write_blob(jobs, done.artifacts["preview"])
+    unsure = tuple(artifact.model_copy(update={"version": ""}) for artifact in done.artifacts)
+    put(jobs, done.evolve(id="edit-unsure", artifacts=unsure))
+    write_blob(jobs, done.paths["preview"])
     for job_id in ("edit-done", "edit-unsure"):
         ended = fluxfill("jobs", "links", job_id, "-c", jobs)
         assert (ended.status, ended.out) == (1, "")

@@ -79,10 +79,10 @@ async def unreadable(store: JobStore) -> None:
     """The job `bad` cannot be read, and `good` can."""
     with pytest.raises(StoreUnavailable, match="record of job bad"):
         await store.get("bad")
-    for session_key in (KEY, ""):
+    for lock_key in (KEY, ""):
         with pytest.raises(StoreUnavailable, match="record of job bad"):
-            await store.update("bad", session_key, put())
-    for query in ({}, {"session_key": KEY}, {"owes_by": at(9)}):
+            await store.update("bad", lock_key, put())
+    for query in ({}, {"lock_key": KEY}, {"owes_by": at(9)}):
         assert [job.id for job in await store.list(**query)] == ["good"]
 
 

@@ -205,7 +205,7 @@ class Bench:
         await self.store(job)
 
     async def store(self, job: Job) -> None:
-        await self.jobs.update(job.id, job.session_key, lambda _job, _rivals, _now: (job,))
+        await self.jobs.update(job.id, job.lock_key, lambda _job, _rivals, _now: (job,))
 
     async def replay(self, **wanted: str) -> Replayed:
         replay = Replay(self.letters, self.jobs, self.broker.publisher, max_bytes=MAX_BYTES)
@@ -303,7 +303,7 @@ class Down:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jobs, name)
 
-    async def update(self, _job_id: str, _session_key: str, _change: Change) -> Job:
+    async def update(self, _job_id: str, _lock_key: str, _change: Change) -> Job:
         raise StoreUnavailable("the job store is away")
 
 

@@ -164,7 +164,7 @@ async def gated(firestore_url: str, firestore_address: str, monkeypatch: pytest.
 
 async def refused(store: JobStore) -> list[type]:
     """What each kind of call raises."""
-    claim = jobs.Claim(job_id="edit-1", session_key=KEY, fence=1)
+    claim = jobs.Claim(job_id="edit-1", lock_key=KEY, fence=1)
     outcomes = await asyncio.gather(
         store.get("edit-1"),
         store.list(status=State.RUNNING),

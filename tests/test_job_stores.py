@@ -12,7 +12,7 @@ import pytest
 from serve_app import adapters, jobs
 from serve_app.adapters.sql import SqlJobStore
 from serve_app.errors import Busy, StaleClaim, UnknownJob
-from serve_app.jobs import Cause, Change, Job, Owed, Progress, State
+from serve_app.jobs import Artifact, Cause, Change, Job, Owed, Progress, State
 from serve_app.ports import JobStore, SessionMirror, utc_now
 
 from .backends import at, make_job
@@ -65,14 +65,14 @@ class Slow:
 
 async def claimed(store: JobStore, job: Job, second: float = 10) -> Job:
     change = jobs.claim(job, lease_s=60, max_attempts=5)
-    return await store.update(job.id, job.session_key, dated(change, second))
+    return await store.update(job.id, job.lock_key, dated(change, second))
 
 
 async def test_what_was_stored_is_there(store: JobStore) -> None:
     job = make_job(
         seed=2**63 - 1,
         deadline=at(99.123456),
-        artifacts={"edited": "users/ü"},
+        artifacts=(Artifact(role="edited", path="users/ü"),),
         error=jobs.JobError(code="x", message="y"),
         timings=jobs.Timings(gpu_ms=0.1),
     )
@@ -276,7 +276,7 @@ async def test_list_is_newest_first_and_filtered(store: JobStore) -> None:
     assert [job.id for job in await store.list()] == ["c", "b", "b2", "a", "d"]
     assert [job.id for job in await store.list(limit=2)] == ["c", "b"]
     assert [job.id for job in await store.list(status=State.FAILED)] == ["d"]
-    assert [job.id for job in await store.list(session_key=KEY, status=State.QUEUED, limit=1)] == ["c"]
+    assert [job.id for job in await store.list(lock_key=KEY, status=State.QUEUED, limit=1)] == ["c"]
     assert list(await store.list(status=State.SUCCEEDED)) == []
 
 
@@ -400,7 +400,7 @@ async def test_a_lease_is_as_long_for_every_host(hosts: Sequence[JobStore]) -> N
         while await hosts[0].now() <= job.lease_until:
             await asyncio.sleep(0.005)
         for other in hosts:
-            job = await other.update(job.id, job.session_key, change)
+            job = await other.update(job.id, job.lock_key, change)
             assert job.lease_until
             while await other.now() <= job.lease_until:
                 await asyncio.sleep(0.005)

@@ -1,16 +1,24 @@
 """What a job store does with records of a newer version of this service, which it shares the store with."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from serve_app import adapters
 from serve_app.adapters import job_records
-from serve_app.errors import StoreUnavailable
-from serve_app.jobs import Message, State
+from serve_app.errors import Busy, StoreUnavailable
+from serve_app.jobs import EditParameters, Job, Message, State
+from serve_app.messages import CropStrategy
 from serve_app.ports import JobStore
 
 from .backends import at, make_job
 from .job_servers import Opened, add_field, set_record
 from .test_job_stores import KEY, claimed, owing, put
+
+#: Records of version 0.1.
+RECORDS = Path(__file__).parent / "records"
+OTHERS = EditParameters(prompt="q", guidance_scale=2.0, steps=4, crop_strategy=CropStrategy.CROP)
 
 
 @pytest.fixture
@@ -27,7 +35,7 @@ async def test_a_record_that_cannot_be_read_is_left_out_of_lists(
     shared: JobStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     job_records._log_unreadable.cache_clear()
-    for query in ({}, {"limit": 1}, {"session_key": KEY, "limit": 1}, {"owes_by": at(9)}):
+    for query in ({}, {"limit": 1}, {"lock_key": KEY, "limit": 1}, {"owes_by": at(9)}):
         assert [job.id for job in await shared.list(**query)] == ["older"]
     (line,) = [line for line in caplog.records if "newer" in line.getMessage()]
     assert vars(line)["action"] == "record_unreadable" and vars(line)["job_id"] == "newer"
@@ -37,9 +45,9 @@ async def test_a_record_that_cannot_be_read_is_named(shared: JobStore) -> None:
     by_another = "job newer was written by another version .* cannot read hue"
     with pytest.raises(StoreUnavailable, match=by_another):
         await shared.get("newer")
-    for id, session_key in (("newer", KEY), ("newer", "")):
+    for id, lock_key in (("newer", KEY), ("newer", "")):
         with pytest.raises(StoreUnavailable, match=by_another):
-            await shared.update(id, session_key, put())
+            await shared.update(id, lock_key, put())
     await shared.delete("newer")
     assert await shared.get("newer") is None
 
@@ -54,10 +62,46 @@ async def test_nothing_runs_beside_a_job_that_cannot_be_read(shared: JobStore) -
 async def test_a_record_of_a_version_that_kept_no_message_is_read(kept_url: str, opened: Opened) -> None:
     """As it was written before jobs kept their messages."""
     store = opened(adapters.job_store(kept_url))
-    new_fields = {"message", "redispatch_s", "asked_at", "not_before", "waiting_since", "versions"}
+    new_fields = {"message", "redispatch_s", "asked_at", "not_before", "waiting_since"}
     old = make_job("old", status=State.RUNNING, fence=1, attempt=1, lease_until=at(5), started_at=at(1))
     await store.update("old", KEY, put(old))
     set_record(kept_url, "old", old.model_dump_json(exclude=new_fields))
     assert await store.get("old") == old
     again = await claimed(store, make_job("old", message=Message(data="{}", attributes={}), asked_at=at(3)), 10)
     assert (again.attempt, again.message and again.message.data, again.owed.keys()) == (2, "{}", {"dispatch"})
+
+
+@pytest.mark.parametrize("name", ["running", "succeeded"])
+def test_a_record_is_read_as_it_was_stored_before_jobs_had_kinds(name: str) -> None:
+    job = Job.model_validate_json((RECORDS / f"{name}.json").read_text())
+    assert (job.type, job.lock_key, job.parameters) == ("inpaint", KEY, make_job().parameters)
+    assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+async def test_a_job_that_runs_while_the_service_is_replaced_goes_on(kept_url: str, opened: Opened) -> None:
+    """As an older version stored it: its lease holds, and is followed by the next attempt of the same parameters."""
+    store = opened(adapters.job_store(kept_url))
+    for id, name, status in (("edit-1", "running", State.RUNNING), ("edit-2", "succeeded", State.SUCCEEDED)):
+        await store.update(id, KEY, put(make_job(id, status=status, fence=1)))
+        set_record(kept_url, id, (RECORDS / f"{name}.json").read_text())
+    with pytest.raises(Busy, match="edit-1 is running"):
+        await claimed(store, make_job("edit-3"), 3)
+    again = await claimed(store, make_job(parameters=OTHERS), 6)
+    assert (again.attempt, again.fence, again.parameters) == (2, 2, make_job().parameters)
+    assert await store.get("edit-1") == again
+    done = await store.get("edit-2")
+    assert done is not None and [(one.role, one.version) for one in done.artifacts] == [
+        ("edited", "7"),
+        ("preview", ""),
+    ]
+    assert done.paths["edited"] == "users/u/sessions/s/edited.jpg"
+    assert {job.id for job in await store.list(lock_key=KEY)} == {"edit-1", "edit-2"}
+
+
+@pytest.mark.parametrize("damage", ['"artifacts": 5', '"versions": []', '"parameters": []', '"session_id": 5'])
+def test_an_older_record_that_is_damaged_is_refused(damage: str) -> None:
+    field = damage.partition(":")[0]
+    record = (RECORDS / "succeeded.json").read_text()
+    whole = json.loads(record) | json.loads(f"{{{damage}}}")
+    with pytest.raises(StoreUnavailable, match=f"cannot read .*{field.strip(chr(34))}"):
+        job_records.read_record("edit-2", json.dumps(whole))

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from serve_app import jobs
 from serve_app.edit import edit_job_id, seed_of
 from serve_app.errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
-from serve_app.jobs import TRANSITIONS, Cause, Change, Job, JobError, Progress, State, claim_of
+from serve_app.jobs import TRANSITIONS, Artifact, Cause, Change, Job, JobError, Progress, State, claim_of
 from serve_app.messages import CropStrategy, EditMessage
 
 from .backends import at, make_job
 
+EDITED = Artifact(role="edited", path="e")
 ALL_EDGES = list(itertools.product(State, Cause))
 LEASE_S = 60
 ERROR = JobError(code="x", message="y")
@@ -372,8 +373,8 @@ def test_renewing_extends_the_lease() -> None:
 @pytest.mark.parametrize("cause", [Cause.SUCCEEDED, Cause.REJECTED, Cause.EXHAUSTED, Cause.EXPIRED])
 def test_finishing(cause: Cause) -> None:
     job = claimed()
-    done = one(jobs.finish(claim_of(job), cause, artifacts={"edited": "e"})(job, (), at(9)))
-    assert done.status.is_final and done.finished_at == at(9) and done.artifacts == {"edited": "e"}
+    done = one(jobs.finish(claim_of(job), cause, artifacts=(EDITED,))(job, (), at(9)))
+    assert done.status.is_final and done.finished_at == at(9) and done.artifacts == (EDITED,)
     assert done.lease_until is None
 
 
@@ -519,7 +520,7 @@ def test_progress_as_a_fraction() -> None:
 def test_log_context_names_the_job() -> None:
     assert claimed().log_context() == {
         "job_id": "edit-1",
-        "session_key": "u/s",
+        "lock_key": "u/s",
         "variant": "telea",
         "attempt": 1,
         "fence": 1,

@@ -12,6 +12,7 @@ import pytest
 
 from serve_app import jobs, lease
 from serve_app.adapters.memory import MemoryJobStore
+from serve_app.edit import session_document
 from serve_app.errors import Busy, Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
 from serve_app.jobs import Job, Progress
 from serve_app.lease import Lease
@@ -43,12 +44,15 @@ class Host:
 
     async def claim(self, **changes: Any) -> Job:
         job = make_job(**changes)
-        found: Job = await self.jobs.update(job.id, job.session_key, jobs.claim(job, lease_s=600, max_attempts=5))
+        found: Job = await self.jobs.update(job.id, job.lock_key, jobs.claim(job, lease_s=600, max_attempts=5))
         return found
 
     def keeper(self, job: Job, claimed_at: float | None = None) -> Lease:
         at = self.monotonic() if claimed_at is None else claimed_at
-        return Lease(job, store=self.jobs, mirror=self.mirror, work=WORK, claimed_at=at, pace=QUICK)
+        return Lease(job, store=self.jobs, show=self.show, work=WORK, claimed_at=at, pace=QUICK)
+
+    async def show(self, job: Job) -> None:
+        await self.mirror.write_session(job, session_document(job))
 
     async def looks(self, method: str, times: int = 2) -> None:
         """Wait until the keeper has called the store's method so many times more."""
@@ -174,7 +178,7 @@ async def test_a_cancellation_is_seen_between_renewals(host: Host) -> None:
     job, painting = await host.claim(), Painting()
     holding = asyncio.create_task(host.keeper(job).hold(painting()))
     await host.looks("get", 1)
-    await host.jobs.update(job.id, job.session_key, jobs.cancel)
+    await host.jobs.update(job.id, job.lock_key, jobs.cancel)
     with pytest.raises(Canceled):
         async with asyncio.timeout(10):
             await holding

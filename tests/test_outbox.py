@@ -1,7 +1,7 @@
 """What others are told of a job's end, whatever dies or is down meanwhile."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import get_args
@@ -10,7 +10,7 @@ import pytest
 
 from serve_app import adapters, jobs, outbox
 from serve_app.errors import StoreUnavailable, WebhookFailed
-from serve_app.jobs import Cause, Job, State
+from serve_app.jobs import Artifact, Cause, Job, State
 from serve_app.outbox import Courier
 from serve_app.settings import Settings, WebhookSettings
 
@@ -44,7 +44,7 @@ async def test_every_end_is_told_to_the_session_the_topic_and_the_url(rig: Rig) 
     assert (await rig.document())["processingStatus"] == "completed"
     [(body, attributes)] = rig.topics.completed
     assert body["processingStatus"] == "completed"
-    assert body["editedPath"] == job.artifacts["edited"]
+    assert body["editedPath"] == job.paths["edited"]
     ids = {"jobId": job.id, "userId": USER, "sessionId": SESSION}
     assert attributes == {**ids, "status": "succeeded", "traceparent": TRACE}
     assert [called.id for called in rig.receivers.called] == [job.id]
@@ -87,9 +87,9 @@ async def test_a_process_that_dies_after_the_last_write_loses_nothing(rig: Rig) 
     await rig.work()
     job = await rig.job()
     died = jobs.claim(make_job("edit-2", user_id=USER, session_id=SESSION), lease_s=9, max_attempts=5)
-    claimed = await rig.jobs.update("edit-2", job.session_key, died)
-    done = jobs.finish(jobs.claim_of(claimed), Cause.SUCCEEDED, artifacts={"edited": "e"})
-    await rig.jobs.update("edit-2", job.session_key, done)
+    claimed = await rig.jobs.update("edit-2", job.lock_key, died)
+    done = jobs.finish(jobs.claim_of(claimed), Cause.SUCCEEDED, artifacts=(Artifact(role="edited", path="e"),))
+    await rig.jobs.update("edit-2", job.lock_key, done)
     await told_later(rig, jobs.HEAD_START_S["session"] - 1)
     assert (await rig.document())["jobId"] == job.id, "the process that ended it has a head start"
     await told_later(rig, 2)
@@ -220,7 +220,7 @@ class Held:
 
     def check(self, url: str) -> None: ...
 
-    async def call(self, job: Job) -> None:
+    async def call(self, job: Job, _document: Mapping[str, object]) -> None:
         self.called.append(job)
         self.at_once += 1
         await self.go_on.wait()
@@ -235,12 +235,12 @@ async def over(rig: Rig, number: int, url: str, owes: Sequence[jobs.Debt] = get_
     ended = make_job(f"edit-{number}", session_id=f"s{number}", status=State.RUNNING, fence=1, callback_url=url)
     job = ended.after(Cause.REJECTED, rig.clock())
     job = job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt in owes})
-    await rig.jobs.update(job.id, job.session_key, lambda *_: (job,))
+    await rig.jobs.update(job.id, job.lock_key, lambda *_: (job,))
 
 
 async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made(rig: Rig) -> None:
     held = Held()
-    rig.courier._ways = {**rig.courier._ways, "webhook": held.call}
+    rig.courier._webhooks = held
     for number in range(20):
         await over(rig, number, "https://dead.example/")
     await over(rig, 99, "https://live.example/")
@@ -266,6 +266,7 @@ async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: R
     """Everything else is told at the first look, whatever is older and in whatever number."""
     held = Held()
     courier = Courier(
+        kinds=[rig.editor],
         job_store=rig.jobs,
         mirror=rig.mirror,
         publisher=rig.broker,
@@ -312,7 +313,7 @@ async def test_a_dead_mirror_or_topic_holds_up_what_it_is_owed_only(rig: Rig, ow
 
 async def test_what_is_still_being_told_is_not_told_again(rig: Rig) -> None:
     held = Held()
-    rig.courier._ways = {**rig.courier._ways, "webhook": held.call}
+    rig.courier._webhooks = held
     await rig.worker.work(delivery(callbackUrl=URL))
     async with asyncio.timeout(10):
         while not held.called:
@@ -377,7 +378,7 @@ async def test_a_job_that_is_deleted_meanwhile_is_told_to_nobody(rig: Rig) -> No
 
 async def test_a_place_is_left_of_a_job_that_is_gone(rig: Rig) -> None:
     held = Held()
-    rig.courier._ways = {**rig.courier._ways, "webhook": held.call}
+    rig.courier._webhooks = held
     for number in range(AT_ONCE):
         await over(rig, number, URL, owes=["webhook"])
         rig.clock.advance(HEAD_START_S + 1)

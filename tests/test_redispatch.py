@@ -141,7 +141,7 @@ async def test_a_copy_asks_for_nothing_that_was_canceled_meanwhile(rig: Rig) -> 
     await rig.take(published(rig))
     [copy] = await look(rig, HOUR_S)
     job = await rig.job()
-    await rig.jobs.update(job.id, job.session_key, jobs.cancel)
+    await rig.jobs.update(job.id, job.lock_key, jobs.cancel)
     rig.clock.advance(5)
     assert (await rig.take(replace(copy, publish_time=rig.clock()))).reason == "canceled"
     assert (await rig.take(published(rig))).reason == "replica_lost", "a message of the user's own does"
@@ -151,7 +151,7 @@ async def stored(rig: Rig, **changes: object) -> Job:
     """A claimed job whose message nobody has."""
     job = make_job(**{"user_id": USER, "session_id": SESSION, **changes})
     claim = jobs.claim(job, lease_s=1, max_attempts=5)
-    claimed: Job = await rig.jobs.update(job.id, job.session_key, claim)
+    claimed: Job = await rig.jobs.update(job.id, job.lock_key, claim)
     return claimed
 
 

@@ -115,7 +115,7 @@ async def test_a_picture_is_seen_by_a_signed_link(app: App) -> None:
     async with httpx.AsyncClient() as http:
         answer = await http.get(links["edited"])
         altered = await http.get(links["edited"][:-4] + "AAAA")
-    stored, _ = await adapters.blob_store(app.settings.blobs).get(job.artifacts["edited"], max_bytes=10**7)
+    stored, _ = await adapters.blob_store(app.settings.blobs).get(job.paths["edited"], max_bytes=10**7)
     assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "image/jpeg", stored)
     assert (altered.status_code, altered.json()["code"]) == (403, "invalid_link")
 
@@ -132,7 +132,7 @@ async def test_a_session_is_canceled_over_http_and_its_waiting_message_never_sta
     assert (again.status_code, unknown.status_code) == (409, 404)
     for job_id in (running_job, waiting):
         job = await app.finished(job_id)
-        assert (job.status, job.artifacts) == (State.CANCELED, {})
+        assert (job.status, job.artifacts) == (State.CANCELED, ())
 
 
 async def test_the_real_pipeline_wakes_from_zero_and_encodes_a_prompt_once(app: App) -> None:
@@ -203,7 +203,7 @@ async def test_a_running_job_is_canceled_and_its_replica_goes_on(app: App) -> No
     following = await app.submit(variant="endless", steps=100)
     await painted_a_step(app, following)
     canceled = await app.client.get(job_id)
-    assert canceled is not None and (canceled.status, canceled.artifacts) == (State.CANCELED, {})
+    assert canceled is not None and (canceled.status, canceled.artifacts) == (State.CANCELED, ())
     await app.client.cancel((await state_of(app, following, State.RUNNING)).id)
     assert (await app.finished(following)).status == State.CANCELED
 
@@ -225,7 +225,7 @@ async def test_a_running_job_is_stopped_at_its_deadline(app: App) -> None:
     soon = (datetime.now(UTC) + timedelta(seconds=2)).isoformat()
     job = await app.finished(await app.submit(variant="slow", steps=30, deadline=soon))
     assert job.status == State.EXPIRED
-    assert job.started_at is not None and job.artifacts == {}
+    assert job.started_at is not None and job.artifacts == ()
 
 
 async def test_bad_pixels_fail_the_job_and_reach_the_dead_letter_topic(app: App, tmp_path: Path) -> None:

@@ -421,7 +421,7 @@ async def test_several_write_at_once(postgresql_url: str, opened: Opened) -> Non
 
         return change
 
-    await asyncio.gather(*(store.update(job.id, job.session_key, together(job)) for job in jobs))
+    await asyncio.gather(*(store.update(job.id, job.lock_key, together(job)) for job in jobs))
     assert len(await store.list()) == 2
 
 

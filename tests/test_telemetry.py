@@ -43,7 +43,7 @@ async def test_every_line_of_an_edit_carries_its_ids(lines: Callable[[], list[di
     made = delivery("m7", attributes={"traceparent": TRACE}, callbackUrl="https://example.org/hook")
     await rig.take(Delivery(data=made.data, attributes=made.attributes, message_id="m7", publish_time=rig.clock()))
     job = await rig.job()
-    ids = {"job_id": job.id, "session_key": f"{USER}/{SESSION}", "trace_id": "ab" * 16}
+    ids = {"job_id": job.id, "lock_key": f"{USER}/{SESSION}", "trace_id": "ab" * 16}
     written = lines()
     assert {"claimed", "attempt_failed", "dead_lettered", "ended"} <= {line["action"] for line in written}
     for line in written:

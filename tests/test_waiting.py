@@ -475,7 +475,7 @@ class SlowStore:
     def __init__(self) -> None:
         self.is_down, self.asking, self.most, self.asked = True, 0, 0, 0
 
-    async def update(self, job_id: str, session_key: str, change: jobs.Change) -> None:
+    async def update(self, job_id: str, lock_key: str, change: jobs.Change) -> None:
         self.asking += 1
         self.most, self.asked = max(self.most, self.asking), self.asked + 1
         await asyncio.sleep(0)

@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +23,9 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from serve_app.adapters.webhooks import Webhooks
+from serve_app.edit import session_document
 from serve_app.errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
-from serve_app.jobs import Job, JobError, State
+from serve_app.jobs import Artifact, Job, JobError, State
 from serve_app.settings import Secrets, WebhookSettings
 
 from . import webhook_receiver as receivers
@@ -72,6 +73,11 @@ def over(authority: str, status: State = State.SUCCEEDED, *, scheme: str = "http
     return make_job(status=status, callback_url=url, error=error, finished_at=at(60), fence=3).evolve(**changes)
 
 
+def told_of(authority: str, status: State = State.SUCCEEDED, **changes: Any) -> tuple[Job, Mapping[str, Any]]:
+    job = over(authority, status, **changes)
+    return job, session_document(job)
+
+
 @pytest.mark.parametrize(
     ("status", "told", "error"),
     [
@@ -84,7 +90,7 @@ def over(authority: str, status: State = State.SUCCEEDED, *, scheme: str = "http
 async def test_it_tells_what_became_of_the_job(
     make_webhooks: MakeWebhooks, receiver: Receiver, status: State, told: str, error: object
 ) -> None:
-    await make_webhooks(receiver.authority).call(over(receiver.authority, status))
+    await make_webhooks(receiver.authority).call(*told_of(receiver.authority, status))
     (request,) = receiver.requests
     assert request.line == f"POST /hooks?token={TOKEN} HTTP/1.1"
     assert request.headers["content-type"] == "application/json"
@@ -97,20 +103,20 @@ async def test_it_tells_what_became_of_the_job(
 
 @pytest.mark.parametrize("traceparent", [TRACEPARENT, ""])
 async def test_it_carries_the_trace(make_webhooks: MakeWebhooks, receiver: Receiver, traceparent: str) -> None:
-    await make_webhooks(receiver.authority).call(over(receiver.authority, traceparent=traceparent))
+    await make_webhooks(receiver.authority).call(*told_of(receiver.authority, traceparent=traceparent))
     assert receiver.requests[0].headers.get("traceparent") == (traceparent or None)
 
 
 async def test_the_id_is_the_outcomes_whatever_the_try(make_webhooks: MakeWebhooks, receiver: Receiver) -> None:
     job = over(receiver.authority)
     for told in (job, job, job.evolve(fence=4)):
-        await make_webhooks(receiver.authority).call(told)
+        await make_webhooks(receiver.authority).call(told, session_document(told))
     first, again, another = (request.headers["webhook-id"] for request in receiver.requests)
     assert first == again != another
 
 
 async def test_it_signs_by_every_secret(make_webhooks: MakeWebhooks, receiver: Receiver) -> None:
-    await make_webhooks(receiver.authority, key=f"{NEW}  {OLD}").call(over(receiver.authority))
+    await make_webhooks(receiver.authority, key=f"{NEW}  {OLD}").call(*told_of(receiver.authority))
     (request,) = receiver.requests
     for known in (OLD, NEW):
         assert Webhook(known).verify(request.body, request.headers)
@@ -121,7 +127,7 @@ async def test_it_signs_by_every_secret(make_webhooks: MakeWebhooks, receiver: R
 @pytest.mark.parametrize("code", [200, 201, 202, 204, 299, 410])
 async def test_it_is_told(make_webhooks: MakeWebhooks, receiver: Receiver, code: int) -> None:
     receiver.answer = receivers.status(code)
-    await make_webhooks(receiver.authority).call(over(receiver.authority))
+    await make_webhooks(receiver.authority).call(*told_of(receiver.authority))
     assert len(receiver.requests) == 1
 
 
@@ -130,7 +136,7 @@ async def test_it_is_not_told_and_goes_nowhere_else(make_webhooks: MakeWebhooks,
     elsewhere = f"Location: http://{receiver.authority}/elsewhere"
     receiver.answer = receivers.status(code, elsewhere, body=b"told-nobody")
     with pytest.raises(WebhookFailed, match=f"answered {code}") as caught:
-        await make_webhooks(receiver.authority).call(over(receiver.authority))
+        await make_webhooks(receiver.authority).call(*told_of(receiver.authority))
     assert caught.value.details == {"host": receiver.authority, "status": code}
     assert "told-nobody" not in str(caught.value)
     assert len(receiver.requests) == 1
@@ -140,19 +146,19 @@ async def test_it_is_not_told_and_goes_nowhere_else(make_webhooks: MakeWebhooks,
 async def test_a_slow_receiver_is_left(make_webhooks: MakeWebhooks, receiver: Receiver, answer: Answer) -> None:
     receiver.answer = answer
     with pytest.raises(WebhookFailed, match=r"within 0\.2 s"):
-        await make_webhooks(receiver.authority, timeout_s=0.2).call(over(receiver.authority))
+        await make_webhooks(receiver.authority, timeout_s=0.2).call(*told_of(receiver.authority))
 
 
 async def test_the_body_of_an_answer_is_not_read(make_webhooks: MakeWebhooks, receiver: Receiver) -> None:
     receiver.answer = receivers.endless_body
-    await make_webhooks(receiver.authority).call(over(receiver.authority))
+    await make_webhooks(receiver.authority).call(*told_of(receiver.authority))
 
 
 @pytest.mark.parametrize("answer", [b"", b"sesame and no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nsesame\r\n\r\n"])
 async def test_what_is_no_answer_is_not_quoted(make_webhooks: MakeWebhooks, receiver: Receiver, answer: bytes) -> None:
     receiver.answer = receivers.text(answer)
     with pytest.raises(WebhookFailed, match="gave no answer") as caught:
-        await make_webhooks(receiver.authority).call(over(receiver.authority))
+        await make_webhooks(receiver.authority).call(*told_of(receiver.authority))
     assert TOKEN not in str(caught.value)
 
 
@@ -161,14 +167,14 @@ async def test_nobody_listens(make_webhooks: MakeWebhooks) -> None:
         bound.bind(("127.0.0.1", 0))
         authority = f"127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(WebhookFailed, match=f"{authority} cannot be reached"):
-            await make_webhooks(authority).call(over(authority))
+            await make_webhooks(authority).call(*told_of(authority))
 
 
 async def test_cookies_are_not_kept(make_webhooks: MakeWebhooks, receiver: Receiver) -> None:
     receiver.answer = receivers.status(200, "Set-Cookie: a=b")
     webhooks = make_webhooks(receiver.authority)
     for _ in range(2):
-        await webhooks.call(over(receiver.authority))
+        await webhooks.call(*told_of(receiver.authority))
     assert ["cookie" in request.headers for request in receiver.requests] == [False, False]
 
 
@@ -179,7 +185,7 @@ async def test_proxies_of_the_environment_are_not_used(
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    await make_webhooks(receiver.authority).call(over(receiver.authority))
+    await make_webhooks(receiver.authority).call(*told_of(receiver.authority))
     assert len(receiver.requests) == 1
 
 
@@ -215,10 +221,10 @@ async def test_certificates_are_verified(
         webhooks = make_webhooks(receiver.authority, allow_http=False)
         job = over(receiver.authority, scheme="https")
         if is_trusted:
-            await webhooks.call(job)
+            await webhooks.call(job, session_document(job))
         else:
             with pytest.raises(WebhookFailed, match="CERTIFICATE_VERIFY_FAILED"):
-                await webhooks.call(job)
+                await webhooks.call(job, session_document(job))
         assert len(receiver.requests) == is_trusted
 
 
@@ -290,7 +296,7 @@ async def test_nothing_is_called_without_a_secret(make_webhooks: MakeWebhooks, k
 
 async def test_what_is_refused_is_not_called(make_webhooks: MakeWebhooks, receiver: Receiver) -> None:
     with pytest.raises(CallbackRefused, match="not listed"):
-        await make_webhooks("hooks.example.com").call(over(receiver.authority))
+        await make_webhooks("hooks.example.com").call(*told_of(receiver.authority))
     assert receiver.requests == []
 
 
@@ -319,7 +325,7 @@ async def test_a_malformed_secret_is_named_and_not_shown(make_webhooks: MakeWebh
 @pytest.mark.parametrize("size", [24, 25, 64])
 async def test_a_secret_may_go_without_its_padding(make_webhooks: MakeWebhooks, receiver: Receiver, size: int) -> None:
     bare = secret("s", size).rstrip("=")
-    await make_webhooks(receiver.authority, key=bare).call(over(receiver.authority))
+    await make_webhooks(receiver.authority, key=bare).call(*told_of(receiver.authority))
     assert Webhook(bare).verify(receiver.requests[0].body, receiver.requests[0].headers)
 
 
@@ -329,7 +335,7 @@ async def test_the_log_tells_the_host_and_no_more_of_the_url(
 ) -> None:
     receiver.answer = receivers.status(code)
     with caplog.at_level(logging.DEBUG):
-        await make_webhooks(receiver.authority).call(over(receiver.authority))
+        await make_webhooks(receiver.authority).call(*told_of(receiver.authority))
     (record,) = [vars(record) for record in caplog.records if record.name == "serve_app.adapters.webhooks"]
     assert (record["action"], record["host"], record["job_id"]) == (action, receiver.authority, "edit-1")
     signature = receiver.requests[0].headers["webhook-signature"]
@@ -359,9 +365,9 @@ async def test_the_documented_receiver_verifies_and_takes_an_event_once(
     with documented_receiver() as authority:
         webhooks = make_webhooks(authority, key=f"{OLD} {NEW}")
         for _ in range(2):
-            await webhooks.call(over(authority))
+            await webhooks.call(*told_of(authority))
         with pytest.raises(WebhookFailed, match="answered 401"):
-            await make_webhooks(authority, key=OLD).call(over(authority))
+            await make_webhooks(authority, key=OLD).call(*told_of(authority))
     assert capsys.readouterr().out == "edit.succeeded s\n"
 
 
@@ -374,10 +380,10 @@ async def test_the_documented_event_is_what_arrives(make_webhooks: MakeWebhooks,
         user_id=data["userId"],
         session_id=data["sessionId"],
         finished_at=example["timestamp"],
-        artifacts={"edited": data["editedPath"], "preview": data["previewPath"]},
+        artifacts=tuple(Artifact(role=role, path=data[f"{role}Path"]) for role in ("edited", "preview")),
         traceparent=TRACEPARENT,
     )
-    await make_webhooks(receiver.authority).call(job)
+    await make_webhooks(receiver.authority).call(job, session_document(job))
     (request,) = receiver.requests
     assert json.loads(request.body) == example
     missing = {f"{name}:" for name in request.headers if name.startswith(("webhook-", "traceparent"))}

@@ -69,8 +69,14 @@ async def test_an_edit_is_stored_and_acknowledged(rig: Rig) -> None:
     job = await rig.job()
     assert verdict == Verdict(action="ack", reason="succeeded")
     assert (job.status, job.attempt, job.fence, job.lease_until) == (State.SUCCEEDED, 1, 1, None)
-    assert job.artifacts == {role: f"users/{USER}/sessions/{SESSION}/{role}.jpg" for role in ("edited", "preview")}
-    assert job.versions == {role: (await rig.blobs.head(path)).version for role, path in job.artifacts.items()}
+    assert job.paths == {role: f"users/{USER}/sessions/{SESSION}/{role}.jpg" for role in ("edited", "preview")}
+    for artifact in job.artifacts:
+        stored = await rig.blobs.head(artifact.path)
+        assert (artifact.version, artifact.content_type, artifact.size_bytes) == (
+            stored.version,
+            "image/jpeg",
+            stored.size,
+        )
     edited = cv2.imdecode(np.frombuffer(await rig.blob("edited.jpg"), np.uint8), cv2.IMREAD_COLOR)
     assert edited.shape == (80, 96, 3)
     assert cv2.imdecode(np.frombuffer(await rig.blob("preview.jpg"), np.uint8), cv2.IMREAD_COLOR) is not None
@@ -87,8 +93,8 @@ async def test_the_session_document_follows_the_job(rig: Rig, held: Held) -> Non
     assert document["processingStatus"] == "completed"
     assert document["processingProgress"] == 1.0
     assert document["processingError"] is None
-    assert document["editedPath"] == job.artifacts["edited"]
-    assert document["previewPath"] == job.artifacts["preview"]
+    assert document["editedPath"] == job.paths["edited"]
+    assert document["previewPath"] == job.paths["preview"]
     assert document["jobId"] == job.id
     assert document["editedAt"]
 
@@ -907,7 +913,7 @@ async def test_a_letter_that_is_replayed_before_it_is_marked_does_not_hide_the_n
 
     async def replay() -> None:
         job = await rig.job()
-        await rig.jobs.update(job.id, job.session_key, jobs.replay)
+        await rig.jobs.update(job.id, job.lock_key, jobs.replay)
 
     rig.broker.after["publish"] = replay
     await rig.work()
@@ -952,7 +958,7 @@ def _raise(error: Exception) -> Callable[[], None]:
 
 async def _cancel(rig: Rig) -> None:
     job = await rig.job()
-    await MemoryJobStore(rig.settings.jobs).update(job.id, job.session_key, jobs.cancel)
+    await MemoryJobStore(rig.settings.jobs).update(job.id, job.lock_key, jobs.cancel)
 
 
 async def _claim_and_die(rig: Rig) -> None:

@@ -38,8 +38,8 @@ class FirestoreJobStore:
     async def get(self, job_id: str) -> Job | None:
         return await self._database.run(lambda: self._get(job_id))
 
-    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
-        return await self._database.transact(lambda t: self._update(t, job_id, session_key, change))
+    async def update(self, job_id: str, lock_key: str, change: Change) -> Job:
+        return await self._database.transact(lambda t: self._update(t, job_id, lock_key, change))
 
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.transact(lambda t: self._report(t, claim, progress))
@@ -48,7 +48,7 @@ class FirestoreJobStore:
         self,
         *,
         status: State | None = None,
-        session_key: str | None = None,
+        lock_key: str | None = None,
         owes_by: datetime | None = None,
         debt: Debt | None = None,
         receiver: str | None = None,
@@ -57,7 +57,7 @@ class FirestoreJobStore:
         def query() -> Sequence[Job]:
             if owes_by is not None:
                 return self._owing(owes_by, debt, receiver, limit)
-            return self._newest({"status": status, "sessionKey": session_key}, limit)
+            return self._newest({"status": status, "sessionKey": lock_key}, limit)
 
         return await self._database.run(query)
 
@@ -68,17 +68,17 @@ class FirestoreJobStore:
 
         await self._database.transact(both)
 
-    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+    async def cancel_until(self, lock_key: str, moment: datetime) -> None:
         def later(transaction: Transaction) -> None:
-            document = self._document("cancellations", session_key)
+            document = self._document("cancellations", lock_key)
             until = _until(document.get(transaction=transaction))
             if until is None or until < moment:
                 transaction.set(document, {"until": moment})
 
         await self._database.transact(later)
 
-    async def canceled_until(self, session_key: str) -> datetime | None:
-        return await self._database.run(lambda: _until(self._document("cancellations", session_key).get()))
+    async def canceled_until(self, lock_key: str) -> datetime | None:
+        return await self._database.run(lambda: _until(self._document("cancellations", lock_key).get()))
 
     async def write_session(self, job: Job, document: Mapping[str, Any]) -> None:
         await self._database.transact(lambda t: self._write_session(t, job, document))
@@ -98,10 +98,10 @@ class FirestoreJobStore:
         stored = self._document("jobs", job_id).get()
         return next(self._with_progress([_record(stored)])) if stored.exists else None
 
-    def _update(self, transaction: Transaction, job_id: str, session_key: str, change: Change) -> Job:
+    def _update(self, transaction: Transaction, job_id: str, lock_key: str, change: Change) -> Job:
         stored = self._document("jobs", job_id).get(transaction=transaction)
         job = _record(stored) if stored.exists else None
-        rivals = self._rivals(transaction, job_id, session_key)
+        rivals = self._rivals(transaction, job_id, lock_key)
         now = _read_at(stored)
         changed = {after.id: after for after in current_call().callers(lambda: change(job, rivals, now))}
         for after in changed.values():
@@ -111,11 +111,11 @@ class FirestoreJobStore:
             raise UnknownJob(f"there is no job {job_id}")
         return job
 
-    def _rivals(self, transaction: Transaction, job_id: str, session_key: str) -> Sequence[Job]:
-        if not session_key:
+    def _rivals(self, transaction: Transaction, job_id: str, lock_key: str) -> Sequence[Job]:
+        if not lock_key:
             return ()
         unfinished = [state for state in State if not state.is_final]
-        session = self._where("sessionKey", "==", session_key).where(filter=FieldFilter("status", "in", unfinished))
+        session = self._where("sessionKey", "==", lock_key).where(filter=FieldFilter("status", "in", unfinished))
         found = map(_record, session.get(transaction=transaction, **ONCE))
         return tuple(job for job in found if job.id != job_id)
 
@@ -175,7 +175,7 @@ class FirestoreJobStore:
 def _columns(job: Job) -> Mapping[str, Any]:
     return {
         "status": job.status,
-        "sessionKey": job.session_key,
+        "sessionKey": job.lock_key,
         "createdAt": job.created_at,
         "owesAt": job.owes_at,
         "owes": {debt: owed.due_at for debt, owed in job.owed.items()},

@@ -117,10 +117,10 @@ class MemoryJobStore:
             job = self._content.jobs.get(job_id)
             return self._with_progress(job) if job else None
 
-    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
+    async def update(self, job_id: str, lock_key: str, change: Change) -> Job:
         with self._content.lock:
             jobs = self._content.jobs
-            for job in change(jobs.get(job_id), self._rivals(job_id, session_key), self._content.clock()):
+            for job in change(jobs.get(job_id), self._rivals(job_id, lock_key), self._content.clock()):
                 jobs[job.id] = job
             if job_id not in jobs:
                 raise UnknownJob(f"there is no job {job_id}")
@@ -136,7 +136,7 @@ class MemoryJobStore:
         self,
         *,
         status: State | None = None,
-        session_key: str | None = None,
+        lock_key: str | None = None,
         owes_by: datetime | None = None,
         debt: Debt | None = None,
         receiver: str | None = None,
@@ -148,7 +148,7 @@ class MemoryJobStore:
             found = [
                 self._with_progress(job)
                 for job in self._content.jobs.values()
-                if status in (None, job.status) and session_key in (None, job.session_key)
+                if status in (None, job.status) and lock_key in (None, job.lock_key)
             ]
         return sorted(found, key=lambda job: job.created_at, reverse=True)[:limit]
 
@@ -157,13 +157,13 @@ class MemoryJobStore:
             self._content.jobs.pop(job_id, None)
             self._content.progress.pop(job_id, None)
 
-    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+    async def cancel_until(self, lock_key: str, moment: datetime) -> None:
         with self._content.lock:
-            stored = self._content.cancellations.get(session_key, moment)
-            self._content.cancellations[session_key] = max(stored, moment)
+            stored = self._content.cancellations.get(lock_key, moment)
+            self._content.cancellations[lock_key] = max(stored, moment)
 
-    async def canceled_until(self, session_key: str) -> datetime | None:
-        return self._content.cancellations.get(session_key)
+    async def canceled_until(self, lock_key: str) -> datetime | None:
+        return self._content.cancellations.get(lock_key)
 
     async def write_session(self, job: Job, document: Mapping[str, Any]) -> None:
         with self._content.lock:
@@ -187,11 +187,11 @@ class MemoryJobStore:
         ]
         return [job for due_at, job in sorted(owing, key=lambda pair: pair[0]) if due_at <= by]
 
-    def _rivals(self, job_id: str, session_key: str) -> Sequence[Job]:
+    def _rivals(self, job_id: str, lock_key: str) -> Sequence[Job]:
         return [
             job
             for job in self._content.jobs.values()
-            if session_key and job.session_key == session_key and not job.status.is_final and job.id != job_id
+            if lock_key and job.lock_key == lock_key and not job.status.is_final and job.id != job_id
         ]
 
     def _with_progress(self, job: Job) -> Job:

@@ -29,8 +29,8 @@ class SqlJobStore:
     async def get(self, job_id: str) -> Job | None:
         return await self._database.read(lambda c: _get(c, job_id))
 
-    async def update(self, job_id: str, session_key: str, change: Change) -> Job:
-        return await self._database.write(lambda c: _update(c, job_id, session_key, change, self._clock))
+    async def update(self, job_id: str, lock_key: str, change: Change) -> Job:
+        return await self._database.write(lambda c: _update(c, job_id, lock_key, change, self._clock))
 
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.write(lambda c: _report(c, claim, progress))
@@ -39,7 +39,7 @@ class SqlJobStore:
         self,
         *,
         status: State | None = None,
-        session_key: str | None = None,
+        lock_key: str | None = None,
         owes_by: datetime | None = None,
         debt: Debt | None = None,
         receiver: str | None = None,
@@ -50,7 +50,7 @@ class SqlJobStore:
             query = _JOBS.where(due_at <= seconds(owes_by)).order_by(due_at)
             query = query if receiver is None else query.where(JOBS.c.receiver == receiver)
         else:
-            wanted = {JOBS.c.status: status, JOBS.c.session_key: session_key}
+            wanted = {JOBS.c.status: status, JOBS.c.lock_key: lock_key}
             query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
             query = query.order_by(JOBS.c.created_at.desc())
         return await self._database.read(lambda c: _list(c, query.limit(limit), limit))
@@ -62,18 +62,18 @@ class SqlJobStore:
 
         await self._database.write(both)
 
-    async def cancel_until(self, session_key: str, moment: datetime) -> None:
+    async def cancel_until(self, lock_key: str, moment: datetime) -> None:
         def later(connection: sa.Connection) -> None:
-            lock(connection, f"cancellations/{session_key}")
-            stored = connection.scalar(_until(session_key))
+            lock(connection, f"cancellations/{lock_key}")
+            stored = connection.scalar(_until(lock_key))
             if stored is None or stored < moment.timestamp():
-                _put(connection, CANCELLATIONS, {"session_key": session_key}, {"until": seconds(moment)})
+                _put(connection, CANCELLATIONS, {"lock_key": lock_key}, {"until": seconds(moment)})
 
         await self._database.write(later)
 
-    async def canceled_until(self, session_key: str) -> datetime | None:
+    async def canceled_until(self, lock_key: str) -> datetime | None:
         def read(connection: sa.Connection) -> datetime | None:
-            until = connection.scalar(_until(session_key))
+            until = connection.scalar(_until(lock_key))
             return None if until is None else datetime.fromtimestamp(until, UTC)
 
         return await self._database.read(read)
@@ -109,15 +109,15 @@ def _job(row: Any) -> Job:
     return job if row.step is None else with_progress(job, {"step": row.step, "steps": row.steps})
 
 
-def _update(connection: sa.Connection, job_id: str, session_key: str, change: Change, clock: Clock) -> Job:
+def _update(connection: sa.Connection, job_id: str, lock_key: str, change: Change, clock: Clock) -> Job:
     # Rows that are not there yet cannot be locked: two new jobs of one session would not see each other.
-    now = lock(connection, f"jobs/{session_key or job_id}") or clock()
-    stored, rivals = _record(connection, job_id), _rivals(connection, job_id, session_key)
+    now = lock(connection, f"jobs/{lock_key or job_id}") or clock()
+    stored, rivals = _record(connection, job_id), _rivals(connection, job_id, lock_key)
     for job in current_call().callers(lambda: change(stored, rivals, now)):
         columns = {
             "type": job.type,
             "status": job.status,
-            "session_key": job.session_key,
+            "lock_key": job.lock_key,
             "created_at": job.created_at.timestamp(),
             **owed_columns(job),
             "fence": job.fence,
@@ -135,11 +135,11 @@ def _record(connection: sa.Connection, job_id: str) -> Job | None:
     return None if record is None else read_record(job_id, record)
 
 
-def _rivals(connection: sa.Connection, job_id: str, session_key: str) -> Sequence[Job]:
-    if not session_key:
+def _rivals(connection: sa.Connection, job_id: str, lock_key: str) -> Sequence[Job]:
+    if not lock_key:
         return ()
     final = [state for state in State if state.is_final]
-    where = (JOBS.c.session_key == session_key, JOBS.c.status.not_in(final), JOBS.c.id != job_id)
+    where = (JOBS.c.lock_key == lock_key, JOBS.c.status.not_in(final), JOBS.c.id != job_id)
     query = sa.select(JOBS.c.id, JOBS.c.record).where(*where).order_by(JOBS.c.id).with_for_update()
     return tuple(read_record(row.id, row.record) for row in connection.execute(query))
 
@@ -153,8 +153,8 @@ def _report(connection: sa.Connection, claim: Claim, progress: Progress) -> None
         _put(connection, PROGRESS, {"job_id": claim.job_id}, {"fence": claim.fence, **progress.model_dump()})
 
 
-def _until(session_key: str) -> sa.Select[float]:
-    return sa.select(CANCELLATIONS.c.until).where(CANCELLATIONS.c.session_key == session_key)
+def _until(lock_key: str) -> sa.Select[float]:
+    return sa.select(CANCELLATIONS.c.until).where(CANCELLATIONS.c.lock_key == lock_key)
 
 
 def _document(user_id: str, session_id: str) -> sa.Select[str]:
@@ -167,7 +167,7 @@ def _mirrored(connection: sa.Connection, query: sa.Select[str]) -> SessionDocume
 
 
 def _mirror(connection: sa.Connection, job: Job, document: Mapping[str, Any]) -> None:
-    lock(connection, f"sessions/{job.session_key}")
+    lock(connection, f"sessions/{job.lock_key}")
     stored = _mirrored(connection, _document(job.user_id, job.session_id))
     after = written(stored, job, document)
     if after is not None:

@@ -1,6 +1,7 @@
 """The tables of a job database, and how an older version's become the present ones.
 
-A record is kept as JSON beside the columns that queries need.
+A record is kept as JSON beside the columns that queries need. Columns keep their names, because two versions of the
+service share a database while one replaces the other.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ JOBS = sa.Table(
     sa.Column("id", sa.String(256), primary_key=True),
     sa.Column("type", sa.String(16), nullable=False, index=True),
     sa.Column("status", sa.String(16), nullable=False, index=True),
-    sa.Column("session_key", sa.String(512), nullable=False, index=True),
+    sa.Column("session_key", sa.String(512), nullable=False, index=True, key="lock_key"),
     sa.Column("created_at", sa.Double, nullable=False, index=True),
     sa.Column("fence", sa.Integer, nullable=False),
     sa.Column("record", sa.Text, nullable=False),
@@ -56,7 +57,7 @@ PROGRESS = sa.Table(
 CANCELLATIONS = sa.Table(
     "cancellations",
     _METADATA,
-    sa.Column("session_key", sa.String(512), primary_key=True),
+    sa.Column("session_key", sa.String(512), primary_key=True, key="lock_key"),
     sa.Column("until", sa.Double, nullable=False),
 )
 SESSIONS = sa.Table(

@@ -6,6 +6,7 @@ import binascii
 import json
 import logging
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook
 
 from ..errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
-from ..jobs import Job, session_document
+from ..jobs import Job
 from ..settings import Secrets, WebhookSettings
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class Webhooks:
         """Raises CallbackRefused for a URL that may not be called, and says why."""
         self._allowed(url)
 
-    async def call(self, job: Job) -> None:
-        """Tell `job.callback_url` what became of `job`, which is over. 410 Gone counts as told.
+    async def call(self, job: Job, document: Mapping[str, Any]) -> None:
+        """Send `document`, which says what became of `job`, to `job.callback_url`. 410 Gone counts as told.
 
         The event's id, of job and fence, is the same in every try; its timestamp is this try's.
 
@@ -51,7 +52,7 @@ class Webhooks:
         """
         url = self._allowed(job.callback_url)
         host = _authority(url)
-        status = await self._post(self._request(url, job), host)
+        status = await self._post(self._request(url, job, document), host)
         if status == 410:
             log.info(
                 "%s answered 410: not called again for this job",
@@ -89,8 +90,8 @@ class Webhooks:
             raise CallbackRefused(f"callbackUrl: {host!r} is not listed in webhooks.hosts", host=host)
         return url
 
-    def _request(self, url: httpx.URL, job: Job) -> httpx.Request:
-        event_id, now, body = f"{job.id}-{job.fence}", datetime.now(UTC), json.dumps(_event(job))
+    def _request(self, url: httpx.URL, job: Job, document: Mapping[str, Any]) -> httpx.Request:
+        event_id, now, body = f"{job.id}-{job.fence}", datetime.now(UTC), json.dumps(_event(job, document))
         headers = {
             "content-type": "application/json",
             "user-agent": "flux-fill-serve",
@@ -118,11 +119,11 @@ class Webhooks:
         return response.status_code
 
 
-def _event(job: Job) -> dict[str, Any]:
+def _event(job: Job, document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": f"edit.{job.status}",
         "timestamp": job.finished_at.isoformat() if job.finished_at else None,
-        "data": {"userId": job.user_id, "sessionId": job.session_id, **session_document(job)},
+        "data": {"userId": job.user_id, "sessionId": job.session_id, **document},
     }
 
 
