@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 
 from deployments.own_ray import ray_environment
@@ -16,6 +17,10 @@ for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]
 # Ray reads these when it is first imported. It starts by no accident: tests say when.
 os.environ.update(ray_environment(), RAY_ENABLE_AUTO_CONNECT="0", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+# A slow machine is no fault.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures", "tests.browser"]
 pytest_plugins += ["tests.serving", "tests.file_times"]

@@ -214,7 +214,7 @@ def test_other_sizes_are_refused_by_name() -> None:
         measured(scene(), scene(), disc(), scene(160, 119))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(masks(60), st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 8]))
 def test_every_mask_has_figures_that_json_can_say(mask: Pixels, seed: int, feather_px: int) -> None:
     height, width = mask.shape

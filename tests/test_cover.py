@@ -79,7 +79,7 @@ def scattered(draw: st.DrawFn) -> Pixels:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mask=scattered())
 def test_a_cover_is_near_the_cheapest_of_all(mask: Pixels) -> None:
     best = cheapest_of_all(mask, TINY, context_px=1)
@@ -87,7 +87,7 @@ def test_a_cover_is_near_the_cheapest_of_all(mask: Pixels) -> None:
     assert best - 1e-9 <= spent <= 1.25 * best
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mask=masks(), scale=st.sampled_from([1.0, 0.77, 0.4]), context_px=st.sampled_from([0, 1, 8]))
 def test_windows_show_every_masked_pixel_with_its_context(mask: Pixels, scale: float, context_px: int) -> None:
     left = mask.copy()
@@ -102,7 +102,7 @@ def test_windows_show_every_masked_pixel_with_its_context(mask: Pixels, scale: f
     assert not left.any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(mask=masks(), context_px=st.sampled_from([0, 1, 8]))
 def test_a_cover_costs_no_more_than_the_cheapest_single_window(mask: Pixels, context_px: int) -> None:
     cells = Cells(mask, 0)
@@ -117,7 +117,7 @@ def test_a_cover_costs_no_more_than_the_cheapest_single_window(mask: Pixels, con
     assert price(found(mask, SMALL_PRICES, context_px), SMALL_PRICES) <= single
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(mask=masks(), data=st.data(), reach_px=st.sampled_from([0, 1, 5]))
 def test_a_part_of_the_grid_is_the_bounding_box_of_what_is_masked_in_it(
     mask: Pixels, data: st.DataObject, reach_px: int

@@ -19,7 +19,7 @@ def unpack(packed: q5_k.Bytes) -> Floats:
     scale=st.sampled_from([1e-3, 1.0, 50.0]),
     shift=st.sampled_from([-3.0, 0.0, 3.0]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_gguf_unpacks_is_near(seed: int, rows: int, blocks: int, scale: float, shift: float) -> None:
     weights = np.random.default_rng(seed).normal(shift, 1, (rows, 256 * blocks)).astype(np.float32) * np.float32(scale)
     packed = q5_k.pack(weights)

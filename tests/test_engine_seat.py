@@ -149,7 +149,7 @@ class Restless(Crowd):
                 self.painting, self.audits_painting = self.painting - 1, self.audits_painting - is_audit
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32))
 def test_the_place_is_not_lost_whoever_is_canceled_whenever(seed: int) -> None:
     async def run() -> None:

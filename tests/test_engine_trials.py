@@ -184,7 +184,9 @@ def test_the_real_pipeline_is_measured_and_repeats(tiny: TinyWeights, embeddings
     assert measured.repeats and len(measured.trials) == 2
     for one in measured.trials:
         assert one.gpu_ms is one.peak_bytes is None
-        assert min(one.stages.values()) > 0 and sum(one.stages.values()) <= one.wall_s
+        # Preparing is told from the first step by the other steps' median, which a busy machine may stretch beyond it.
+        assert min(one.stages["denoise_s"], one.stages["decode_s"]) > 0 <= one.stages["prepare_s"]
+        assert sum(one.stages.values()) <= one.wall_s
     assert measured.where["versions"]["torch"]
 
 
@@ -321,7 +323,7 @@ async def is_empty(seat: Seat) -> bool:
         return not (seat.audits or seat.jobs or seat._sitting or seat._audit_turn.locked())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_nothing_leaks_whoever_is_canceled_whenever(seed: int) -> None:
     async def run() -> None:

@@ -454,7 +454,7 @@ class TestDamage:
         good = encoded(Image.fromarray(MARKED), kind, exif=telling_exif(), icc_profile=SRGB, quality=60)
         place = st.one_of(st.integers(0, 63), st.integers(0, len(good) - 1))
 
-        @settings(max_examples=100, deadline=None)
+        @settings(max_examples=100)
         @given(changes=st.lists(st.tuples(place, st.integers(0, 255)), min_size=1, max_size=20))
         def decode(changes: list[tuple[int, int]]) -> None:
             data = bytearray(good)

@@ -38,7 +38,7 @@ def painted_magenta(canvas: Pixels, canvas_mask: Pixels, planned: Plan) -> Pixel
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mask=masks(), strategy=strategies, feather_px=feathers)
 def test_what_is_outside_the_dilated_mask_is_identical(mask: Pixels, strategy: CropStrategy, feather_px: int) -> None:
     photo, planned = noise(mask.shape[1], mask.shape[0]), made(mask, strategy, feather_px)
@@ -53,7 +53,7 @@ def test_what_is_outside_the_dilated_mask_is_identical(mask: Pixels, strategy: C
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mask=masks(), strategy=strategies, feather_px=feathers)
 def test_at_the_photos_scale_the_mask_shows_what_the_windows_painted(
     mask: Pixels, strategy: CropStrategy, feather_px: int
@@ -68,7 +68,7 @@ def test_at_the_photos_scale_the_mask_shows_what_the_windows_painted(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mask=masks(), strategy=strategies, feather_px=feathers)
 def test_every_masked_pixel_is_in_the_canvas_mask_and_in_a_window(
     mask: Pixels, strategy: CropStrategy, feather_px: int
@@ -92,7 +92,7 @@ def test_every_masked_pixel_is_in_the_canvas_mask_and_in_a_window(
     assert canvas_mask[canvas_rows, canvas_columns].all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(mask=masks(), feather_px=feathers, band_px=st.integers(1, 40))
 def test_a_photo_blended_in_bands_is_the_photo_blended_at_once(mask: Pixels, feather_px: int, band_px: int) -> None:
     photo, planned = noise(mask.shape[1], mask.shape[0]), made(mask, CropStrategy.AUTO, feather_px)
@@ -103,7 +103,7 @@ def test_a_photo_blended_in_bands_is_the_photo_blended_at_once(mask: Pixels, fea
         assert np.array_equal(paste(photo, painted, mask, planned, feather_px), at_once)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(mask=masks(longest_px=60), px=st.integers(0, 12))
 def test_grow_is_a_disc_round_every_pixel(mask: Pixels, px: int) -> None:
     masked = np.argwhere(mask)[:, None, None]
@@ -112,7 +112,7 @@ def test_grow_is_a_disc_round_every_pixel(mask: Pixels, px: int) -> None:
     assert np.array_equal(grow(mask, px) == 255, squared <= px**2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(mask=masks(), feather_px=feathers)
 def test_opacity_is_one_on_the_mask_and_nothing_beyond_the_feather(mask: Pixels, feather_px: int) -> None:
     opacity = soft_mask(mask, feather_px)
@@ -197,7 +197,7 @@ def test_a_flat_photo_painted_in_its_own_colour_stays_flat_at_any_scale() -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mask=masks(), feather_px=feathers)
 def test_every_masked_pixel_is_one_windows_own_and_shown_until_it_is_painted(mask: Pixels, feather_px: int) -> None:
     planned = made(mask, CropStrategy.AUTO, feather_px)

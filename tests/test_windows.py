@@ -65,7 +65,7 @@ def tflop(boxes: Iterable[Box]) -> float:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 @example(mask=spot(10_000, 1, 9_999, 0), strategy=ORIGINAL, window=DEFAULT)
 @example(mask=np.full((1, 10_000), 255, np.uint8), strategy=RESIZE, window=DEFAULT)
@@ -84,7 +84,7 @@ def test_every_plan_is_well_formed(mask: Pixels, strategy: CropStrategy, window:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mask=masks(), strategy=st.sampled_from([CROP, ORIGINAL, AUTO]), window=window_settings)
 def test_every_masked_pixel_is_shown_with_its_context(
     mask: Pixels, strategy: CropStrategy, window: WindowSettings
@@ -107,7 +107,7 @@ def test_every_masked_pixel_is_shown_with_its_context(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 def test_both_dimensions_have_one_scale_up_to_rounding(
     mask: Pixels, strategy: CropStrategy, window: WindowSettings
@@ -120,7 +120,7 @@ def test_both_dimensions_have_one_scale_up_to_rounding(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 def test_padding_only_where_the_photo_has_no_more(mask: Pixels, strategy: CropStrategy, window: WindowSettings) -> None:
     planned = made(mask, strategy, window)
@@ -256,7 +256,7 @@ class TestAuto:
         assert tflop(planned.windows) <= WHOLE_FRAME_TFLOP / 1.2
         assert [(box.x0, box.y0) for box in planned.windows] == sorted((box.x0, box.y0) for box in planned.windows)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         start=st.tuples(pixels, pixels),
         end=st.tuples(pixels, pixels),
@@ -284,7 +284,7 @@ class TestAuto:
         for figures in ([scale_of(planned) for planned in plans], [len(planned.windows) for planned in plans]):
             assert figures == sorted(figures, reverse=True) and figures[0] > figures[-1]
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(mask=masks(), window_overhead_tflop=further_tflop)
     def test_one_window_in_budget_is_taken_whatever_a_further_one_costs(
         self, mask: Pixels, window_overhead_tflop: float
@@ -306,7 +306,7 @@ class TestAuto:
         assert scales == sorted(scales) and scales[-1] == 1
 
     @pytest.mark.slow
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(mask=masks(), window=window_settings)
     def test_never_coarser_than_the_whole_frame(self, mask: Pixels, window: WindowSettings) -> None:
         auto, whole = made(mask, AUTO, window), made(mask, RESIZE, window)
@@ -314,7 +314,7 @@ class TestAuto:
         assert scale_of(auto) >= scale_of(whole) - rounding
 
     @pytest.mark.slow
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         mask=masks(),
         window=window_settings,
@@ -331,7 +331,7 @@ class TestAuto:
         spent = tflop(auto.windows) + window_overhead_tflop * (len(auto.windows) - 1)
         assert spent <= max(budget_tflop, tflop(whole.windows)) + 1e-6
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(mask=masks(longest_px=64))
     def test_at_the_recipes_scale_it_costs_no_more_than_one_window(self, mask: Pixels) -> None:
         # A photo no larger than the largest bucket has one scale only.
@@ -362,7 +362,7 @@ def test_two_specks_in_a_photo_of_12_megapixels_keep_its_scale(strategy: CropStr
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(mask=masks(), strategy=st.sampled_from(CropStrategy), window=window_settings)
 @example(mask=specks(64, 256, (18, 16), (18, 88), (8, 160)), strategy=AUTO, window=SMALL)
 @example(mask=specks(256, 64, (16, 18), (88, 18), (160, 8)), strategy=AUTO, window=SMALL)

@@ -203,7 +203,7 @@ def test_whatever_decodes_is_rewritten_to_the_same(kind: str) -> None:
     good = encoded(Image.fromarray(MARKED), kind, exif=telling_exif(), icc_profile=SRGB, quality=60)
     place = st.one_of(st.integers(0, 63), st.integers(0, len(good) - 1))
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(changes=st.lists(st.tuples(place, st.integers(0, 255)), min_size=1, max_size=5))
     def rewrite(changes: list[tuple[int, int]]) -> None:
         data = bytearray(good)
