@@ -28,9 +28,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Takes things out of photos with FLUX.1-Fill.",
+    help="Remove things from photos with FLUX.1-Fill.",
 )
-jobs_app = typer.Typer(help="Jobs: list them, look at one, cancel one.")
+jobs_app = typer.Typer(help="List, show and cancel jobs.")
 weights_app = typer.Typer(no_args_is_help=True, help="Model weights.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(weights_app, name="weights")
@@ -69,31 +69,33 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 @app.command()
 def submit(
     original: Annotated[Path, typer.Option(help="The photo.", exists=True, dir_okay=False)],
-    mask: Annotated[Path, typer.Option(help="White where the photo is to be filled.", exists=True, dir_okay=False)],
+    mask: Annotated[
+        Path, typer.Option(help="The mask: white where the photo is to be filled.", exists=True, dir_okay=False)
+    ],
     user: Annotated[str, typer.Option(help="User id.")] = "local",
-    session: Annotated[str | None, typer.Option(help="Session id; a new one when left out.")] = None,
+    session: Annotated[str | None, typer.Option(help="Session id; a new one by default.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant to paint with.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What is to be seen there.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the filled area should show.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, 0 to 100.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 100.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed; derived from the job when left out.")] = None,
-    crop: Annotated[CropStrategy | None, typer.Option(help="How much of the photo the model sees.")] = None,
-    priority: Annotated[str | None, typer.Option(help="For the subscriptions' filters: high, low.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; derived from the job by default.")] = None,
+    crop: Annotated[CropStrategy | None, typer.Option(help="How the photo is cropped for the model.")] = None,
+    priority: Annotated[str | None, typer.Option(help="For the subscriptions' filters: high or low.")] = None,
     key: Annotated[
-        str | None, typer.Option("--idempotency-key", help="What makes it the same edit, in place of the files.")
+        str | None, typer.Option("--idempotency-key", help="Identifies the edit, in place of the files' versions.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Do it anew, though it succeeded before.")] = False,
-    folder: Annotated[Path, typer.Option("--out", help="Where the result is written.", file_okay=False)] = Path("out"),
+    again: Annotated[bool, typer.Option("--again", help="Do the edit again even if it succeeded before.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the result.", file_okay=False)] = Path("out"),
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the result.")] = 900,
     config: ConfigOption = CONFIG,
 ) -> None:
     """Upload a photo and its mask, publish the message, follow the job, write the result.
 
-    An edit that succeeded before is not done twice: its result is written, or the exit status is 1 where a later edit
-    of the session has replaced it.
+    An edit that succeeded before is not done twice: its result is written, unless a later edit of the session has
+    replaced it; then the exit status is 1.
     """
     if again and key:
-        raise typer.BadParameter("--again makes a key: leave out --idempotency-key")
+        raise typer.BadParameter("--again makes its own key: leave out --idempotency-key")
     given = {
         "userId": user,
         "sessionId": session or f"cli-{uuid.uuid4().hex[:12]}",
@@ -181,11 +183,11 @@ def _show(job: Job) -> None:
 @jobs_app.callback(invoke_without_command=True)
 def jobs(
     context: typer.Context,
-    status: Annotated[State | None, typer.Option(help="Only those.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 20,
+    status: Annotated[State | None, typer.Option(help="Only jobs with this status.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=1000)] = 20,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """The newest jobs."""
+    """List the newest jobs."""
     if goes_to_subcommand(context):
         return
     from .client import Client
@@ -202,17 +204,17 @@ def jobs(
 
 @jobs_app.command("show")
 def jobs_show(job_id: str, config: ConfigOption = CONFIG) -> None:
-    """One job, its parameters, timings and error."""
+    """Show one job: its parameters, timings and error."""
     _show(_run(_job(job_id, config)))
 
 
 @jobs_app.command("cancel")
 def jobs_cancel(
-    job_id: Annotated[str | None, typer.Argument(help="One job.")] = None,
-    session: Annotated[str | None, typer.Option(help="USER/SESSION: its jobs and the messages that wait.")] = None,
+    job_id: Annotated[str | None, typer.Argument(help="The job's id.")] = None,
+    session: Annotated[str | None, typer.Option(help="USER/SESSION: all its jobs and waiting messages.")] = None,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Stop a job, or all that a session has: what waits never starts, what runs stops within a step."""
+    """Cancel a job, or all jobs of a session: waiting ones never start, running ones stop within a step."""
     from .client import Client
 
     if (job_id is None) == (session is None):
@@ -226,16 +228,16 @@ def jobs_cancel(
     for job in canceled:
         out.print(f"{job.id} {job.status}", highlight=False)
     if not canceled:
-        out.print("no job had begun; what waits will not start", highlight=False)
+        out.print("no job had started; waiting messages will not start", highlight=False)
 
 
 @jobs_app.command("links")
 def jobs_links(
     job_id: str,
-    hours: Annotated[float, typer.Option(help="How long they hold, up to 168.", min=0.01, max=168)] = 1,
+    hours: Annotated[float, typer.Option(help="How long the links are valid, up to 168.", min=0.01, max=168)] = 1,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Signed links to a job's pictures, for people without credentials."""
+    """Print signed links to a job's pictures, for people without credentials."""
     from .client import Client
 
     job = _run(_job(job_id, config))
@@ -255,7 +257,7 @@ async def _job(job_id: str, config: Path) -> Job:
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="A Serve config file.")] = CONFIG) -> None:
-    """Validate a config: say what is wrong in it and where, or what it will run."""
+    """Validate a config: print its problems with their lines, or what it will run."""
     from .config import check as problems_of
     from .config import load
 
@@ -278,12 +280,12 @@ def _summary(settings: Settings, file: Path) -> None:
         pinned = "" if not row.repo else "yes" if row.revision or row.repo in locked.repos else "NO"
         table.add_row(name, row.family, f"{served.min_replicas}..{served.max_replicas}", source, pinned)
     out.print(table)
-    out.print(f"{file} is sound.", highlight=False)
+    out.print(f"{file} is valid.", highlight=False)
 
 
 @weights_app.command("tiny")
 def weights_tiny(
-    to: Annotated[Path, typer.Option(help="Folder to write them in.")] = Path("var/weights/tiny"),
+    to: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("var/weights/tiny"),
 ) -> None:
     """Write the tiny random-weight checkpoints, as the tiny-* variants write them for themselves on first use."""
     from serve_app.engine import tiny
@@ -296,12 +298,14 @@ def weights_tiny(
 
 @weights_app.command("pull")
 def weights_pull(
-    variants: Annotated[list[str] | None, typer.Argument(help="Variants; all the config serves when left out.")] = None,
-    to: Annotated[str | None, typer.Option(help="Blob store URL of a mirror to fill, too.")] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Look revisions up and write them to the lock file.")] = False,
+    variants: Annotated[
+        list[str] | None, typer.Argument(help="Variants; by default all that the config serves.")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="Blob store URL of a mirror to fill as well.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Look up revisions and write them to the lock file.")] = False,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Bring weights into the cache, and into a mirror; pin what was looked up."""
+    """Download weights into the cache, and into a mirror; pin their revisions."""
     settings = _settings(config)
     rows = [_row(settings, name) for name in variants or settings.variants]
     if not any(row.repo for row in rows):
@@ -317,7 +321,7 @@ def _row(settings: Settings, name: str) -> Variant:
     if name in settings.variants:
         return settings.variant(name)
     if name not in BUILT_IN:
-        raise UnknownVariant(f"there is no variant {name}; built in are {', '.join(BUILT_IN)}")
+        raise UnknownVariant(f"there is no variant {name}; the built-in ones are {', '.join(BUILT_IN)}")
     return BUILT_IN[name]
 
 
@@ -349,10 +353,10 @@ async def _pull(rows: list[Variant], settings: Settings, to: str | None, pin: bo
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where the pictures go.", file_okay=False)] = Path("out/demo"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.", file_okay=False)] = Path("out/demo"),
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Start the app, edit a photo with two engines through Pub/Sub, write the pictures, stop everything."""
+    """Start the app, edit a photo with two engines through Pub/Sub, write the pictures, stop the app."""
     from .config import load
     from .demo import before_after, config_beside, draw_leash
     from .own_ray import serving

@@ -144,7 +144,7 @@ def _check_own(job: Job, artifact: Artifact, stored: BlobInfo) -> None:
     if artifact.version != stored.version:
         raise ResultReplaced(
             f"{stored.path} was overwritten by a later edit of the session, and the picture of job {job.id} is gone: "
-            "`fluxfill submit --again` does the edit anew, as any other idempotency key does",
+            "`fluxfill submit --again`, or a new idempotency key, does the edit again",
             path=stored.path,
         )
 
@@ -154,7 +154,7 @@ async def _check_listens(settings: MessagesSettings) -> None:
     try:
         _, writer = await asyncio.open_connection(*address_of(settings.url))
     except OSError as e:
-        what = f"nobody listens at {settings.url}; start the app first: `serve run` with this config"
+        what = f"nothing listens at {settings.url}; start the app first: `serve run` with this config"
         raise BrokerUnavailable(what, url=settings.url) from e
     writer.close()
     await check_speaks(settings, SPEAKS_S)

@@ -27,7 +27,9 @@ from .screen import Screen
 #: Letters in one pull: few enough to be worked on while they are in hand.
 BATCH = 100
 
-deadletters_app = typer.Typer(no_args_is_help=True, help="Messages that were given up: list them, send them again.")
+deadletters_app = typer.Typer(
+    no_args_is_help=True, help="List and replay dead letters, messages that could not be processed."
+)
 out = Screen()
 
 
@@ -145,10 +147,10 @@ ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve co
 
 @deadletters_app.command("list")
 def list_letters(
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=10_000)] = 20,
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=10_000)] = 20,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """The dead letters and why they are there. They stay."""
+    """List dead letters and their reasons, leaving them in place."""
     settings = _settings(config)
     table = Table("when", Column("reason, attempts", no_wrap=True), Column("job, session", no_wrap=True), "message")
     for letter in asyncio.run(_listed(settings, limit)):
@@ -165,12 +167,12 @@ def list_letters(
 
 @deadletters_app.command("replay")
 def replay_letters(
-    job: Annotated[str | None, typer.Option(help="Only that job's.")] = None,
-    reason: Annotated[str | None, typer.Option(help="Only those with that error code.")] = None,
+    job: Annotated[str | None, typer.Option(help="Only this job's.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Only those with this error code.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Send messages again, each with all its attempts. A letter goes when its message is published."""
+    """Send messages again, each with all its attempts. A letter is removed once its message is published."""
     if not (job or reason or everything):
         raise typer.BadParameter("say which: --job ID, --reason CODE or --all")
     wanted = {name: value for name, value in (("deadLetterJobId", job), ("deadLetterReason", reason)) if value}

@@ -65,7 +65,7 @@ class Pushes:
         """Raises Unavailable while as many are in hand as this replica can hold."""
         if len(self._tasks) >= self._limit:
             work.close()
-            raise Unavailable(f"{self._limit} pushes are being worked on already")
+            raise Unavailable(f"{self._limit} pushes are in flight already")
         # In a context of its own: Serve knows by the context which calls to replicas this request made, and cancels
         # them when its client disconnects.
         task = asyncio.create_task(work, context=Context())
@@ -226,7 +226,7 @@ class Ingress:
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
         if self._links is None:
-            raise InvalidLink("this app's blobs are not served by it: its links lead to the store itself")
+            raise InvalidLink("this app does not serve its blobs: its links lead to the store")
         path = self._links.path_of(token)
         return await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
 

@@ -156,7 +156,7 @@ class Inpainter:
 
     def _check(self, since: float | None, limit_s: float, what: str) -> None:
         if since is not None and time.monotonic() - since > limit_s:
-            raise RuntimeError(f"the engine of {self._name} {what} more than {limit_s:g} s ago and goes on")
+            raise RuntimeError(f"the engine of {self._name} {what} more than {limit_s:g} s ago and is still running")
 
     async def status(self) -> str:
         """Why the variant cannot paint here; empty when it can."""

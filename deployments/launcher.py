@@ -108,7 +108,7 @@ class RayJobs:
         except (OSError, RayError, RuntimeError) as e:
             # The head node may be another one by now.
             self._client = None
-            raise JobsUnavailable(f"Ray takes no jobs: {_first_line(e)}") from e
+            raise JobsUnavailable(f"Ray accepts no jobs: {_first_line(e)}") from e
 
     def _connected(self) -> JobSubmissionClient:
         if self._client is None:

@@ -148,7 +148,7 @@ def _wait(what: str, process: "subprocess.Popen[bytes]", is_ready: Callable[[], 
     @retry(stop=stop_after_delay(START_S), wait=wait_fixed(0.3), retry=retry_if_result(lambda ready: not ready))
     def ready() -> bool:
         if process.poll() is not None:
-            raise SettingsError(f"{what} ended at its start; the end of {log}:\n{_tail(log)}")
+            raise SettingsError(f"{what} exited while it started; the end of {log}:\n{_tail(log)}")
         return is_ready()
 
     try:

@@ -114,7 +114,7 @@ async def _last(stream: DeploymentResponseGenerator, variant: str, kind: type[T]
     except ReplicaLost as e:
         if began:
             raise
-        raise VariantNotReady(f"{e.message}; it had not begun") from e
+        raise VariantNotReady(f"{e.message}; it had not started the job") from e
     except asyncio.CancelledError:
         stream.cancel()
         raise

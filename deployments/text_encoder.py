@@ -75,7 +75,7 @@ class TextEncoder:
         self._loading.check_health()
         limit_s = self._work.inference_timeout_s + self._work.engine_stop_timeout_s
         if self._since is not None and time.monotonic() - self._since > limit_s:
-            raise RuntimeError(f"the text encoder has been at one prompt for more than {limit_s:g} s")
+            raise RuntimeError(f"the text encoder has been encoding one prompt for more than {limit_s:g} s")
 
     async def __del__(self) -> None:
         await self._loading.close()

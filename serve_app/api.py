@@ -36,7 +36,7 @@ VariantState = Literal["starting", "ready", "scaled_to_zero", "failed"]
 
 
 #: In place of a reason.
-WITHHELD = "an API key shows why"
+WITHHELD = "shown with an API key"
 
 
 class VariantReadiness(BaseModel):
@@ -161,7 +161,7 @@ def _push_routes(service: Services, bodies: Bodies) -> APIRouter:
     async def inpaint(request: Request) -> JSONResponse:
         """A Pub/Sub push: worked on now, answered when its result is stored. 2xx acknowledges."""
         if not service().access.takes_pushes:
-            raise HTTPException(404, "this app takes no pushes: push.enabled is false")
+            raise HTTPException(404, "this app accepts no pushes: push.enabled is false")
         try:
             return _answer(await _work_on_push(request, service(), bodies))
         except FluxFillError as e:
@@ -273,4 +273,4 @@ def _answer(verdict: Verdict) -> JSONResponse:
     if verdict.action == "ack":
         return JSONResponse({"outcome": verdict.reason})
     headers = {"Retry-After": str(max(1, round(verdict.delay_s)))}
-    return problem(503, "held_back", f"not done: {verdict.reason}", headers=headers)
+    return problem(503, "held_back", f"not done yet: {verdict.reason}", headers=headers)

@@ -54,7 +54,7 @@ class SigningKeys:
                 self._look = asyncio.create_task(self._fetch())
             await asyncio.shield(self._look)
         if not self._has(kid):
-            raise Unauthorized("the token was signed with a key that its issuer does not show")
+            raise Unauthorized("the token was signed with a key that its issuer does not publish")
         return self._keys[kid]
 
     def _has(self, kid: str) -> bool:
@@ -104,16 +104,16 @@ class PushVerifier:
                 options={"require": ["exp", "iat", "aud", "iss"], "strict_aud": True},
             )
         except jwt.PyJWTError as e:
-            raise Unauthorized(f"the token does not hold: {_sentence(e)}") from e
+            raise Unauthorized(f"the token is invalid: {_sentence(e)}") from e
         return claims
 
 
 #: PyJWT's own sentences may repeat what a token says.
 _SENTENCES: Mapping[type[jwt.PyJWTError], str] = {
     jwt.ExpiredSignatureError: "it has expired",
-    jwt.ImmatureSignatureError: "it is of the future",
-    jwt.InvalidAudienceError: "it is made out for another audience",
-    jwt.InvalidIssuerError: "it is of another issuer",
+    jwt.ImmatureSignatureError: "it is not valid yet",
+    jwt.InvalidAudienceError: "it is for another audience",
+    jwt.InvalidIssuerError: "it is from another issuer",
     jwt.InvalidSignatureError: "its signature is wrong",
     jwt.MissingRequiredClaimError: "it lacks one of exp, iat, aud and iss",
 }
@@ -133,7 +133,7 @@ def _key_id(token: str) -> str:
         raise Unauthorized(f"the token is not signed with {_ALGORITHM}")
     kid = header.get("kid")
     if not isinstance(kid, str):
-        raise Unauthorized("the token names no key")
+        raise Unauthorized("the token has no key id")
     return kid
 
 
@@ -145,7 +145,7 @@ def _bearer(authorization: str | None) -> str:
         raise Unauthorized(f"the Authorization header has more than {MAX_CREDENTIAL_CHARS} characters")
     scheme, _, credential = authorization.partition(" ")
     if scheme.lower() != "bearer" or not credential.strip():
-        raise Unauthorized("the Authorization header is not `Bearer` and a token")
+        raise Unauthorized("the Authorization header is not `Bearer` followed by a token")
     return credential.strip()
 
 
@@ -178,14 +178,14 @@ class ApiKeys:
         if self._is_open:
             return
         if not self._keys:
-            raise Forbidden("API_KEYS names no key: nobody may call this")
+            raise Forbidden("API_KEYS has no keys, so no client may call this")
         given = _digest(api_key if api_key is not None else _bearer(authorization))
         # Each is compared, so that the time taken does not tell which one it was.
         good = [scopes for digest, scopes in self._keys if hmac.compare_digest(given, digest)]
         if not good:
-            raise Unauthorized("the API key is not one of ours")
+            raise Unauthorized("the API key is unknown")
         if not any(scope in scopes for scopes in good):
-            raise Forbidden(f"the API key has not the scope {scope}")
+            raise Forbidden(f"the API key does not have the scope {scope}")
 
 
 def _key(entry: str, place: int, at_least: int) -> tuple[bytes, frozenset[str]]:
@@ -194,7 +194,9 @@ def _key(entry: str, place: int, at_least: int) -> tuple[bytes, frozenset[str]]:
     scopes = frozenset(named.split("+")) if colon else frozenset({"jobs"})
     # Not repeated, not even what follows the colon: it may be a part of the key.
     if not scopes <= set(_SCOPES):
-        raise SettingsError(f"API_KEYS, key {place}: what follows its last colon is not of {', '.join(_SCOPES)}")
+        raise SettingsError(
+            f"API_KEYS, key {place}: the scopes after its last colon must be among {', '.join(_SCOPES)}"
+        )
     if colon and not key:
         raise SettingsError(f"API_KEYS, key {place}: there is nothing before the colon")
     if len(secret := key if colon else entry) < at_least:

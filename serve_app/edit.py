@@ -65,7 +65,7 @@ async def encode_within(prompts: PromptEncoder, variant: str, prompt: str, wait_
         async with asyncio.timeout(wait_s):
             return await prompts.encode(variant, prompt)
     except TimeoutError as e:
-        raise VariantNotReady(f"the text encoder did not come to this prompt within {wait_s:g} s") from e
+        raise VariantNotReady(f"the text encoder did not start on this prompt within {wait_s:g} s") from e
 
 
 async def begun_within(
@@ -97,7 +97,7 @@ async def begun_within(
         if not timeout.expired():
             raise
         if not began:
-            raise VariantNotReady(f"no replica of {variant} began within {wait_s:g} s") from e
+            raise VariantNotReady(f"no replica of {variant} started within {wait_s:g} s") from e
         raise InferenceTimeout(f"painting on {variant} took longer than {limit_s:g} s", limit_s=limit_s) from e
 
 

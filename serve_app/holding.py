@@ -32,7 +32,7 @@ class Shares:
         if share is not None and self._in_hand[variant] >= share:
             # One that paints has room again soon, and must not wait for a message then.
             soon = {"retry_after_s": RETRY_S} if self._painter.is_ready(variant) else {}
-            raise VariantNotReady(f"variant {variant} has its share of messages in hand", **soon)
+            raise VariantNotReady(f"variant {variant} has its share of messages in flight", **soon)
         self._in_hand[variant] += 1
         try:
             yield

@@ -71,7 +71,7 @@ Prompt = Annotated[str, StringConstraints(max_length=2000)]
 def _written(value: object) -> object:
     if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
         return value
-    raise ValueError("not a moment in RFC 3339 with a time zone, such as 2030-01-01T00:00:00Z")
+    raise ValueError("not an RFC 3339 time with a time zone, such as 2030-01-01T00:00:00Z")
 
 
 def _in_utc(moment: datetime) -> datetime:

@@ -254,13 +254,13 @@ class Courier:
     async def _dispatch(self, job: Job) -> None:
         """The copy is the same message to the rules of asking again: it carries the moment of the first."""
         if job.message is None:
-            await self._lose(job, "its message is gone, and its record keeps none")
+            await self._lose(job, "its message is lost, and its record has no copy")
             return
         asked_at = {ASKED_AT: job.asked_at.isoformat()} if job.asked_at else {}
         try:
             await self._publisher.publish("sessions", job.message.data.encode(), {**job.message.attributes, **asked_at})
         except MessageRefused as e:
-            await self._lose(job, f"its message is gone, and the broker does not take it again: {e}")
+            await self._lose(job, f"its message is lost, and the broker refuses its copy: {e}")
             return
         log.warning("Published a job's message again", extra={"action": "redispatched", **job.log_context()})
 

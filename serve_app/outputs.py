@@ -99,7 +99,7 @@ class Outputs:
                     version = await self._version(path)
             else:
                 raise BlobConflict(
-                    f"{path} was written {CONFLICTS} times by others while it was to be stored", path=path
+                    f"other writers replaced {path} {CONFLICTS} times while it was being stored", path=path
                 )
         return tuple(written)
 

@@ -30,9 +30,9 @@ def check_page(method: str, headers: Mapping[str, str]) -> None:
     if method in _CHANGES_NOTHING:
         return
     if "origin" in headers and _authority(headers["origin"]) != host:
-        raise ForeignOrigin("a page of another site may not do this")
+        raise ForeignOrigin("the request comes from a web page of another site")
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise ForeignOrigin("a page of another site may not do this")
+        raise ForeignOrigin("the request comes from a web page of another site")
     if _has_body(headers) and headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
         raise UnsupportedMediaType(f"a body must be {_JSON}")
 

@@ -52,13 +52,13 @@ class Bodies:
         """Reads no more than `max_bytes`, whatever the Content-Length says. Raises BodyTooLarge; BodyTimeout;
         Unavailable while others take all places."""
         if not self._places:
-            raise Unavailable("too many bodies are being sent; try again")
+            raise Unavailable("too many requests are sending bodies; try again")
         self._places -= 1
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await _read(request, max_bytes)
         except TimeoutError:
-            raise BodyTimeout(f"the body was not whole after {self._timeout_s:g} s") from None
+            raise BodyTimeout(f"the body was not complete after {self._timeout_s:g} s") from None
         finally:
             self._places += 1
 
@@ -113,4 +113,4 @@ async def _invalid_request(_request: Request, e: Exception) -> Response:
 
 async def _internal_error(_request: Request, _e: Exception) -> Response:
     # What happened is raised on, and logged by the server.
-    return problem(500, FluxFillError.code, "something went wrong here; the log says what")
+    return problem(500, FluxFillError.code, "an internal error; see the log")

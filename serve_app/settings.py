@@ -148,10 +148,12 @@ class MessagesSettings(_Frozen):
     @model_validator(mode="after")
     def _apart(self) -> "MessagesSettings":
         if self.dead_letter_subscription in self.subscriptions:
-            raise ValueError(f"dead_letter_subscription: {self.dead_letter_subscription} is among the subscriptions")
+            raise ValueError(
+                f"dead_letter_subscription: {self.dead_letter_subscription} must not be among the subscriptions"
+            )
         topics = [self.topic, self.dead_letter_topic, *([self.completion_topic] if self.completion_topic else [])]
         if len(set(topics)) < len(topics):
-            raise ValueError("topic, dead_letter_topic and completion_topic must be different ones")
+            raise ValueError("topic, dead_letter_topic and completion_topic must differ")
         return self
 
     @property
@@ -187,7 +189,7 @@ class PushSettings(_Frozen):
     @model_validator(mode="after")
     def _whole(self) -> "PushSettings":
         if bool(self.audience) != bool(self.service_account):
-            raise ValueError("audience and service_account go together: a token is checked for both")
+            raise ValueError("set both audience and service_account, or neither: a token is checked for both")
         return self
 
 

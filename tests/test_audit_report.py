@@ -380,7 +380,7 @@ async def test_a_picture_that_cannot_be_read_back_is_named_and_stops_nothing() -
     for text, name in ((page, "<strong>{}</strong>"), (markdown, "`{}`: ")):
         for result in results[:3]:
             assert name.format(result.name) in text.replace("\n", " ")
-    assert "is not there" in page and "the picture is 240x179, the photo 240x180" in page
+    assert "does not exist" in page and "the picture is 240x179, the photo 240x180" in page
     assert page.count("Picture unreadable") == 3
     assert page.count("data:image/jpeg") == len(results) - 3 + 2
 

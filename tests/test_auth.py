@@ -361,7 +361,7 @@ def test_a_key_is_good_for_its_scopes_and_no_other(key: str, scopes: set[str]) -
             keys.check(f"Bearer {long(key)}", None, scope=scope)
             keys.check(None, long(key), scope=scope)
         else:
-            with pytest.raises(Forbidden, match=f"the API key has not the scope {scope}"):
+            with pytest.raises(Forbidden, match=f"the API key does not have the scope {scope}"):
                 keys.check(f"Bearer {long(key)}", None, scope=scope)
 
 
@@ -392,7 +392,7 @@ def test_production_takes_no_key_that_may_be_guessed(entry: str) -> None:
 def test_without_keys_everybody_has_every_scope_where_nobody_else_can_call() -> None:
     for scope in get_args(Scope):
         ApiKeys(None, is_production=False).check(None, None, scope=scope)
-        with pytest.raises(Forbidden, match="names no key"):
+        with pytest.raises(Forbidden, match="has no keys"):
             ApiKeys(None, is_production=True).check(None, None, scope=scope)
 
 
@@ -408,7 +408,7 @@ def test_where_strangers_may_reach_it_the_app_is_in_production(host: str) -> Non
         Access(settings(), Secrets(), host=host)
     access = Access(settings(enabled=False), Secrets(), host=host)
     for scope in get_args(Scope):
-        with pytest.raises(Forbidden, match="names no key"):
+        with pytest.raises(Forbidden, match="has no keys"):
             access.check_client(None, None, scope=scope)
     with pytest.raises(SettingsError, match="at least 20 characters"):
         Access(settings(enabled=False), Secrets(api_keys=SecretStr("short")), host=host)

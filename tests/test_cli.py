@@ -337,7 +337,8 @@ def test_without_a_broker_it_says_at_once_what_to_start(submit: Command, tmp_pat
     assert (ended.status, ended.out) == (1, "")
     url = settings_in(config).messages.url
     assert (
-        ended.err == f"broker_unavailable: nobody listens at {url}; start the app first: `serve run` with this config\n"
+        ended.err
+        == f"broker_unavailable: nothing listens at {url}; start the app first: `serve run` with this config\n"
     )
     assert not (tmp_path / "blobs").exists() or not any((tmp_path / "blobs").rglob("*.jpg"))
 
@@ -492,7 +493,7 @@ def test_a_session_is_canceled_with_what_waits(fluxfill: Command, jobs: Path) ->
     ended = fluxfill("jobs", "cancel", "--session", queued.lock_key, "-c", jobs)
     assert (ended.status, ended.out) == (0, "edit-queued canceled\n")
     again = fluxfill("jobs", "cancel", "--session", queued.lock_key, "-c", jobs)
-    assert (again.status, again.out) == (0, "no job had begun; what waits will not start\n")
+    assert (again.status, again.out) == (0, "no job had started; waiting messages will not start\n")
     store = adapters.job_store(settings_in(jobs).jobs)
     assert asyncio.run(store.canceled_until(queued.lock_key)) is not None
 
@@ -548,7 +549,7 @@ def test_check_tells_what_a_sound_config_runs(fluxfill: Command) -> None:
     assert (ended.status, ended.err) == (0, "")
     assert re.search(r"telea .* telea .* 1\.\.2 .* none", ended.out)
     assert re.search(r"tiny-Q4_0 .* flux-fill .* 0\.\.1 .* tiny:flux1-fill-dev-Q4_0\.gguf", ended.out)
-    assert f"{SOUND} is sound." in ended.out
+    assert f"{SOUND} is valid." in ended.out
 
 
 def test_check_tells_which_repositories_are_not_pinned(fluxfill: Command, tmp_path: Path) -> None:
@@ -573,13 +574,13 @@ def test_check_tells_every_problem_with_its_line(fluxfill: Command, tmp_path: Pa
 @pytest.mark.parametrize(
     ("old", "new", "where", "what"),
     [
-        ("blobs: files:", "blobs: fles:", "blobs", "the scheme 'fles' is none of files:, "),
-        ("blobs: files:", "blobs: ", "blobs", "its scheme is none of"),
-        ("jobs: sqlite:", "jobs: mysql:", "jobs", "none of sqlite:, "),
-        ("embedded://", "rabbit://", "messages.url", "none of embedded:, pubsub:, "),
+        ("blobs: files:", "blobs: fles:", "blobs", "the scheme 'fles' is not one of files:, "),
+        ("blobs: files:", "blobs: ", "blobs", "its scheme is not one of"),
+        ("jobs: sqlite:", "jobs: mysql:", "jobs", "not one of sqlite:, "),
+        ("embedded://", "rabbit://", "messages.url", "not one of embedded:, pubsub:, "),
         ("embedded://127.0.0.1", "embedded://0.0.0.0", "messages.url", "on loopback only, not on 0.0.0.0"),
         ("embedded://127.0.0.1:8085", "embedded://127.0.0.1", "messages.url", "is not embedded://HOST:PORT"),
-        ("text_encoder:", "weights: {mirror: nowhere}\n      text_encoder:", "weights.mirror", "none of files:, "),
+        ("text_encoder:", "weights: {mirror: nowhere}\n      text_encoder:", "weights.mirror", "not one of files:, "),
     ],
 )
 def test_an_address_that_no_adapter_takes_is_found_before_the_app_starts(
@@ -600,7 +601,7 @@ def test_a_lock_file_that_is_none_is_an_error_not_a_traceback(fluxfill: Command,
         ended = fluxfill(*command)
         assert ended.status == 1
         assert ended.err.startswith("invalid_settings: ")
-        assert "weights.lock.json is no weights lock file: " in ended.err
+        assert "weights.lock.json is not a weights lock file: " in ended.err
 
 
 # -- weights
@@ -680,7 +681,7 @@ def test_pull_without_the_token_a_repository_wants_says_so(
 def test_pull_refuses_a_variant_nobody_knows(fluxfill: Command, from_hub: Path) -> None:
     ended = fluxfill("weights", "pull", "theirs", "-c", from_hub)
     assert ended.status == 1
-    assert ended.err.startswith("unknown_variant: there is no variant theirs; built in are Q4_0, ")
+    assert ended.err.startswith("unknown_variant: there is no variant theirs; the built-in ones are Q4_0, ")
 
 
 def test_a_mirror_that_is_none_is_refused_before_anything_is_fetched(
@@ -688,7 +689,7 @@ def test_a_mirror_that_is_none_is_refused_before_anything_is_fetched(
 ) -> None:
     ended = fluxfill("weights", "pull", "--to", "nowhere", "-c", from_hub)
     assert ended.status == 1
-    assert ended.err.startswith("invalid_settings: blob store 'nowhere': its scheme is none of files:, ")
+    assert ended.err.startswith("invalid_settings: blob store 'nowhere': its scheme is not one of files:, ")
     assert hub.requests == []
 
 

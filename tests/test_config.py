@@ -74,7 +74,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
             "the scheme 'firebase' is not one",
         ),
         ("url: embedded://127.0.0.1:8085", "url: 'pubsub:'", "push.audience"),
-        ("topic: session-completed", "topic: session-processing", "must be different ones"),
+        ("topic: session-completed", "topic: session-processing", "must differ"),
         ("port: 8000", "port: 8085", "port 8085 is already the HTTP port"),
         ("  host: 127.0.0.1\n", "", "without it Serve listens on every address"),
         ("public_url: http://127.0.0.1:8000", "public_url: https://app.example.org", "push.audience"),

@@ -504,8 +504,8 @@ async def test_a_cell_s_figures_come_through_a_handle_and_a_refusal_is_raised_he
 
     assert (await measure("v", Progress(step=1, steps=2), MEASURED)).repeats
     assert told == [Progress(step=1, steps=2)]
-    with pytest.raises(ReplicaTaken, match=r"^audit cells in hand here: 1$"):
-        await measure("v", ReplicaTaken("audit cells in hand here: 1"))
+    with pytest.raises(ReplicaTaken, match=r"^audit cells in flight here: 1$"):
+        await measure("v", ReplicaTaken("audit cells in flight here: 1"))
     with pytest.raises(UnknownVariant, match=r"^variant 'w' is not served here; there are v$"):
         await measure("w", MEASURED)
 

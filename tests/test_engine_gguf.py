@@ -66,7 +66,7 @@ def test_every_shorter_file_is_refused(file: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     for length in range(last):
         short.write_bytes(whole[:length])
-        with pytest.raises(CorruptWeights, match=r"short\.gguf is no sound GGUF file"):
+        with pytest.raises(CorruptWeights, match=r"short\.gguf is not a valid GGUF file"):
             gguf_file.check(short)
 
 
@@ -76,7 +76,7 @@ def test_every_shorter_file_is_refused(file: Path, tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "starts with b'<!DO'"),
         (b"", "starts with b''"),
         (b"GGUF" + struct.pack("<I", 99), "its version is 99"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "holds no tensor"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "has no tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "wants 8 more bytes"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 2**60), "wants 8 more bytes"),
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 1, 1, 1, b"k", 9, 4, 2**60), "more bytes"),
@@ -86,7 +86,7 @@ def test_every_shorter_file_is_refused(file: Path, tmp_path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0), "tensor t is empty"),
         (b"GGUF" + struct.pack("<IQQ" + "Q1sIQIQ" * 2, 3, 2, 0, *(1, b"t", 1, 8, 0, 0) * 2), "several .* called t"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 256, 16, 0), "has type 16"),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 100, 13, 0), "no multiple of 256"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 100, 13, 0), "not a multiple of 256"),
         (b"GGUF" + struct.pack("<IQQQ1s", 3, 1, 0, 1, b"\xff"), "utf-8"),
         (b"GGUF" + struct.pack("<IQQQ17sII", 3, 1, 1, 17, b"general.alignment", 4, 3), "alignment is 3"),
     ],

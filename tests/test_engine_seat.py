@@ -74,7 +74,7 @@ async def test_no_more_audit_cells_are_in_hand_than_may_be(most: int) -> None:
     crowd = Crowd()
     tasks = [await crowd.start(str(number), audits=most) for number in range(most)]
     assert crowd.seat.audits == most
-    with pytest.raises(ReplicaTaken, match=f"^audit cells in hand here: {most}$"):
+    with pytest.raises(ReplicaTaken, match=f"^audit cells in flight here: {most}$"):
         await crowd.use("too many", most)
     tasks.pop().cancel()
     await asyncio.sleep(0)
@@ -89,7 +89,7 @@ async def test_the_slot_that_the_next_job_comes_into_is_given_to_no_cell(jobs: i
     crowd = Crowd()
     tasks = [await crowd.start(f"job {number}") for number in range(jobs)]
     tasks += [await crowd.start(f"cell {number}", audits=3) for number in range(cells)]
-    with pytest.raises(ReplicaTaken, match=f"^audit cells in hand here: {cells}$"):
+    with pytest.raises(ReplicaTaken, match=f"^audit cells in flight here: {cells}$"):
         await crowd.use("too many", 3)
     # A replica has a slot for the job that is painted, one for the next job, and one for a cell.
     assert jobs + cells <= 2 or jobs > 1

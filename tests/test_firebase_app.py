@@ -141,7 +141,7 @@ MALFORMED = {
     "has no project_id, client_email, token_uri": encoded({"type": "service_account", "private_key": SECRET}),
     "has no private_key": encoded({**service_account(), "private_key": None}),
     "type is not service_account": encoded({**service_account(), "type": "authorized_user"}),
-    "private_key cannot be read": encoded({**service_account(), "private_key": SECRET}),
+    "private_key is not": encoded({**service_account(), "private_key": SECRET}),
 }
 
 

@@ -169,7 +169,7 @@ def says(status: str, body: str) -> Answer:
 async def test_a_server_that_takes_no_jobs_is_unavailable(status: str, body: str) -> None:
     async with answering(says(status, body)) as port:
         message = await refused(f"http://127.0.0.1:{port}")
-    assert message.startswith("Ray takes no jobs: ")
+    assert message.startswith("Ray accepts no jobs: ")
     assert "\n" not in message
 
 

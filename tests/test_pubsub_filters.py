@@ -48,7 +48,7 @@ def test_what_a_filter_lets_through(text: str, matches: list[dict[str, str]]) ->
     ],
 )
 def test_what_is_not_understood_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"understood are attributes:NAME"):
+    with pytest.raises(ValueError, match=r"supported are attributes:NAME"):
         Filter(text)
 
 

@@ -192,7 +192,7 @@ def test_production_does_not_start_with_pushes_that_nobody_verifies(where: dict[
 
 @pytest.mark.parametrize("half", VERIFIED)
 def test_a_push_token_is_checked_for_both_or_for_neither(half: str) -> None:
-    with pytest.raises(ValidationError, match="go together"):
+    with pytest.raises(ValidationError, match="or neither"):
         Settings(variants={"telea": {}}, push={half: VERIFIED[half]})
 
 
@@ -279,8 +279,8 @@ def test_weights_beside_the_photos_are_fine(changes: dict[str, Any]) -> None:
     ("messages", "named"),
     [
         ({"dead_letter_subscription": "session-processing"}, "dead_letter_subscription"),
-        ({"dead_letter_topic": "session-processing"}, "must be different"),
-        ({"completion_topic": "session-processing"}, "must be different"),
+        ({"dead_letter_topic": "session-processing"}, "must differ"),
+        ({"completion_topic": "session-processing"}, "must differ"),
     ],
 )
 def test_messages_never_go_in_a_circle(messages: dict[str, str], named: str) -> None:

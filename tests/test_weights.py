@@ -153,7 +153,7 @@ async def test_a_download_that_broke_off_is_taken_up_again(hub: HubServer, sourc
         (Repo({"q.gguf": b""}, token="ours", listed=True, gated=True), "ours", GatedRepo, "licence of o/gguf"),
         (Repo({}, commit="d" * 40), None, UnknownWeights, "o/gguf at c"),
         (Repo({"x.gguf": b""}), None, UnknownWeights, r"o/gguf at c+ has no q\.gguf"),
-        (Repo({"q.gguf": b"<html>Sign in</html>"}), None, CorruptWeights, r"q\.gguf is no sound GGUF file"),
+        (Repo({"q.gguf": b"<html>Sign in</html>"}), None, CorruptWeights, r"q\.gguf is not a valid GGUF file"),
     ],
 )
 async def test_each_refusal_has_its_error(
@@ -264,7 +264,7 @@ async def test_a_name_that_would_leave_the_cache_is_refused(sources: Sources) ->
 
     store = Hostile(uuid4().hex)
     await store.put(f"models/o--gguf/{COMMIT}/q.gguf", b"", content_type="application/octet-stream")
-    with pytest.raises(UnsafePath, match="no safe name"):
+    with pytest.raises(UnsafePath, match="not a safe name"):
         await weights.fetch(PINNED, replace(sources, mirror=Mirror(store)))
     assert not list(sources.cache.parent.rglob("q.gguf"))
 
@@ -412,7 +412,7 @@ def test_a_note_vouches_for_no_other_hash_than_the_locks(verified: tuple[Path, l
 def test_a_file_of_another_size_is_not_hashed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"weights")
-    with pytest.raises(CorruptWeights, match=r"file has 7 bytes, and 8 by the lock file"):
+    with pytest.raises(CorruptWeights, match=r"file has 7 bytes, but the lock file says 8"):
         lock.verify(path, lock.LockedFile(size=8, sha256="0" * 64))
 
 
@@ -428,7 +428,7 @@ def test_a_file_of_another_size_is_not_hashed(tmp_path: Path) -> None:
 def test_a_lock_file_that_is_none(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "weights.lock.json"
     path.write_text(content)
-    with pytest.raises(SettingsError, match=rf"weights\.lock\.json is no weights lock file: .*{reason}"):
+    with pytest.raises(SettingsError, match=rf"weights\.lock\.json is not a weights lock file: .*{reason}"):
         lock.read(path)
 
 

@@ -112,7 +112,7 @@ def _adapter(table: Mapping[str, Row], url: str, what: str) -> Any:
     scheme, colon, _ = url.partition(":")
     if not colon or scheme not in table:
         known = ", ".join(f"{name}:" for name in table)
-        raise SettingsError(f"{what} {url!r}: its scheme is none of {known}", url=url)
+        raise SettingsError(f"{what} {url!r}: its scheme is not one of {known}", url=url)
     row = table[scheme]
     bypass_proxies()
     module, _, name = row.target.partition(":")

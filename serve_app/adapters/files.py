@@ -150,7 +150,7 @@ def _opened(path: str, target: Path) -> Iterator[tuple[BinaryIO, BlobInfo]]:
     try:
         file = target.open("rb")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-        raise BlobNotFound(f"blob {path} is not there", path=path) from e
+        raise BlobNotFound(f"blob {path} does not exist", path=path) from e
     with file:
         yield file, _info(path, file)
 

@@ -164,10 +164,10 @@ def _translated(path: str, work: Callable[[], T]) -> T:
         raise
     except NotFound as e:
         if _NO_BUCKET in e.message:
-            raise StoreUnavailable("the bucket is not there", path=path) from e
-        raise BlobNotFound(f"blob {path} is not there", path=path) from e
+            raise StoreUnavailable("the bucket does not exist", path=path) from e
+        raise BlobNotFound(f"blob {path} does not exist", path=path) from e
     except PreconditionFailed as e:
-        raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
+        raise BlobConflict(f"blob {path} is not at the expected version", path=path) from e
     except (Forbidden, Unauthorized) as e:
         raise StoreDenied(f"blob {path}: {e}", path=path) from e
     except (GoogleAPIError, GoogleAuthError, DataCorruption, requests.RequestException) as e:
@@ -268,7 +268,7 @@ def _signer() -> Any:
     if isinstance(who, Signing):
         return who
     if not getattr(who, "service_account_email", None):
-        raise StoreUnavailable("these credentials cannot sign links: they are no service account's")
+        raise StoreUnavailable("these credentials cannot sign links: they do not belong to a service account")
     request: Any = partial(Request(), timeout=SIGN_S)
     if not who.valid:
         # Until then Workload Identity's e-mail is "default".

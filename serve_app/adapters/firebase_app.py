@@ -154,7 +154,7 @@ def _certificate(value: str) -> credentials.Certificate:
     try:
         return credentials.Certificate(account)
     except ValueError:
-        raise _malformed("its private_key cannot be read: it is no PEM file of an RSA key") from None
+        raise _malformed("its private_key is not an RSA key in PEM") from None
 
 
 def _account(value: str) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ _KEYS_IN_MEMORY: dict[str, bytes] = {}
 def check_expiry(expires_s: int) -> None:
     """Raises ValueError for what no store signs."""
     if not 1 <= expires_s <= MAX_EXPIRES_S:
-        raise ValueError(f"expires_s is {expires_s}; a link is good for 1 to {MAX_EXPIRES_S} seconds")
+        raise ValueError(f"expires_s is {expires_s}; a link is valid for 1 to {MAX_EXPIRES_S} seconds")
 
 
 class LocalLinks:
@@ -61,7 +61,7 @@ class LocalLinks:
         except jwt.ExpiredSignatureError as e:
             raise InvalidLink("the link has expired") from e
         except (jwt.InvalidTokenError, UnicodeEncodeError) as e:
-            raise InvalidLink("the link was not signed here, or was altered") from e
+            raise InvalidLink("the link was not signed by this app, or was altered") from e
         return check_path(claims["sub"])
 
     @property

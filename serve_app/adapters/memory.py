@@ -98,7 +98,7 @@ class MemoryBlobStore:
     def _blob(self, path: str) -> _Blob:
         blob = self._content.blobs.get(check_path(path))
         if blob is None:
-            raise BlobNotFound(f"blob {path} is not there", path=path)
+            raise BlobNotFound(f"blob {path} does not exist", path=path)
         return blob
 
 

@@ -152,7 +152,7 @@ async def check_speaks(settings: MessagesSettings, limit_s: float) -> None:
                 await channel.channel_ready()
         except TimeoutError as e:
             what = "is no Pub/Sub server: another program has the port; see GET /ready, or name another in messages.url"
-            raise BrokerUnavailable(f"what listens at {settings.url} {what}", url=settings.url) from e
+            raise BrokerUnavailable(f"the server at {settings.url} {what}", url=settings.url) from e
 
 
 def _passes(error: Exception) -> bool:
@@ -347,7 +347,7 @@ class PubSubPublisher:
         try:
             response = await _called(self._opened.publish, self._timeout_s, topic=name, messages=[message])
         except InvalidArgument as e:
-            raise MessageRefused(f"{name} does not take the message: {e}", topic=name) from e
+            raise MessageRefused(f"{name} refuses the message: {e}", topic=name) from e
         except (GoogleAPIError, GoogleAuthError) as e:
             raise BrokerUnavailable(f"publishing to {name} failed: {e}", topic=name) from e
         if response is None or not response.message_ids:

@@ -30,7 +30,7 @@ class Filter:
             raise ValueError(f"a filter of {len(text.encode())} bytes; {MAX_BYTES} are allowed")
         if not _WHOLE.fullmatch(text):
             raise ValueError(
-                f'filter {text!r}: understood are attributes:NAME, attributes.NAME = "VALUE" and '
+                f'filter {text!r}: supported are attributes:NAME, attributes.NAME = "VALUE" and '
                 'attributes.NAME != "VALUE", with or without NOT, all joined by AND or all by OR'
             )
         self._terms = tuple(_PARTS.finditer(text))

@@ -223,10 +223,10 @@ def _translated(path: str) -> Iterator[None]:
         raise
     except FileNotFoundError as e:
         if _NO_BUCKET in str(e):
-            raise StoreUnavailable("the bucket is not there", path=path) from e
-        raise BlobNotFound(f"blob {path} is not there", path=path) from e
+            raise StoreUnavailable("the bucket does not exist", path=path) from e
+        raise BlobNotFound(f"blob {path} does not exist", path=path) from e
     except (AlreadyExistsError, PreconditionError) as e:
-        raise BlobConflict(f"blob {path} is not at the version that was named", path=path) from e
+        raise BlobConflict(f"blob {path} is not at the expected version", path=path) from e
     except (PermissionDeniedError, UnauthenticatedError) as e:
         raise StoreDenied(f"blob {path}: {_sentence(e)}", path=path) from e
     except BaseError as e:

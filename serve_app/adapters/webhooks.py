@@ -74,16 +74,16 @@ class Webhooks:
     def _allowed(self, text: str) -> httpx.URL:
         """What `text` is taken for, here and on the wire."""
         if not self._keys:
-            raise CallbackRefused("callbackUrl: nothing is called, because WEBHOOK_SECRET is not set")
+            raise CallbackRefused("callbackUrl: no URL is called while WEBHOOK_SECRET is not set")
         if len(text) > MAX_URL:
-            raise CallbackRefused(f"callbackUrl: {len(text)} characters; at most {MAX_URL} are taken")
+            raise CallbackRefused(f"callbackUrl: {len(text)} characters; at most {MAX_URL} are allowed")
         try:
             url = _canonical(text)
         except httpx.InvalidURL:
             # Without the reason, which may quote a password.
             raise CallbackRefused("callbackUrl: not a URL") from None
         if url.userinfo:
-            raise CallbackRefused("callbackUrl: a user name or a password does not belong in it")
+            raise CallbackRefused("callbackUrl: it must not contain a user name or a password")
         if url.scheme not in (("https", "http") if self._settings.allow_http else ("https",)):
             raise CallbackRefused(f"callbackUrl: its scheme is {url.scheme!r}, not https", scheme=url.scheme)
         if (host := _authority(url)) not in self._hosts:
@@ -115,7 +115,7 @@ class Webhooks:
             raise WebhookFailed(f"{host} cannot be reached: {e}", host=host) from e
         except Exception as e:
             # httpx documents HTTPError; a name's look-up has others. Only the kind: the text may quote the answer.
-            raise WebhookFailed(f"{host} gave no answer: {type(e).__name__}", host=host) from None
+            raise WebhookFailed(f"{host} did not answer: {type(e).__name__}", host=host) from None
         return response.status_code
 
 

@@ -27,7 +27,7 @@ class Device:
         Raises VariantLoadFailed where a GPU is wanted and torch sees none.
         """
         if wants_gpu and not torch.cuda.is_available():
-            raise VariantLoadFailed("the variant wants a GPU, and torch sees none")
+            raise VariantLoadFailed("the variant needs a GPU, but torch finds none")
         self.is_gpu = wants_gpu
         self.torch = torch.device("cuda" if wants_gpu else "cpu")
         self.capability = torch.cuda.get_device_capability() if wants_gpu else None

@@ -45,7 +45,7 @@ def check(path: Path) -> list[Tensor]:
         with path.open("rb") as file:
             return _Reader(file, path.stat().st_size).tensors()
     except (_Broken, UnicodeDecodeError) as e:
-        raise CorruptWeights(f"{path} is no sound GGUF file: {e}", file=str(path)) from e
+        raise CorruptWeights(f"{path} is not a valid GGUF file: {e}", file=str(path)) from e
 
 
 class _Broken(Exception):
@@ -70,7 +70,7 @@ class _Reader:
             self._metadata()
         found = [self._tensor() for _ in range(tensor_count)]
         if not found:
-            raise _Broken("it holds no tensor")
+            raise _Broken("it has no tensors")
         names = Counter(tensor.name for tensor in found)
         if len(names) < len(found):
             raise _Broken(f"several of its tensors are called {names.most_common(1)[0][0]}")
@@ -82,7 +82,7 @@ class _Reader:
         if key == "general.alignment" and kind == _UINT32:
             self._alignment = self._uint32()
             if self._alignment < 1 or self._alignment & (self._alignment - 1):
-                raise _Broken(f"its alignment is {self._alignment}, which is no power of two")
+                raise _Broken(f"its alignment is {self._alignment}, which is not a power of two")
         else:
             self._skip_value(kind)
 
@@ -121,7 +121,7 @@ class _Reader:
             raise _Broken(f"tensor {name} has type {kind}, which cannot be unpacked")
         if shape[0] % packing.block:
             raise _Broken(
-                f"tensor {name} has rows of {shape[0]}, no multiple of {packing.block} as {packing.name} needs"
+                f"tensor {name} has rows of {shape[0]}, not a multiple of {packing.block} as {packing.name} needs"
             )
         size = math.prod(shape) // packing.block * packing.block_bytes
         # GGUF names the innermost dimension first.

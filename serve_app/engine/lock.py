@@ -52,7 +52,7 @@ def read(path: Path) -> Lock:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise SettingsError(f"{path} is no weights lock file: {where}: {first['msg']}", file=str(path)) from e
+        raise SettingsError(f"{path} is not a weights lock file: {where}: {first['msg']}", file=str(path)) from e
 
 
 def write(path: Path, lock: Lock) -> None:
@@ -77,13 +77,13 @@ def verify(path: Path, locked: LockedFile) -> None:
     """
     stat, note = path.stat(), path.with_name(f".{path.name}.verified")
     if stat.st_size != locked.size:
-        raise CorruptWeights(f"{path} has {stat.st_size} bytes, and {locked.size} by the lock file", file=str(path))
+        raise CorruptWeights(f"{path} has {stat.st_size} bytes, but the lock file says {locked.size}", file=str(path))
     found_good = f"{locked.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode()
     if note.is_file() and note.read_bytes() == found_good:
         return
     sha256 = describe(path).sha256
     if sha256 != locked.sha256:
-        raise CorruptWeights(f"{path} has SHA-256 {sha256}, and {locked.sha256} by the lock file", file=str(path))
+        raise CorruptWeights(f"{path} has SHA-256 {sha256}, but the lock file says {locked.sha256}", file=str(path))
     _keep(note, found_good)
 
 

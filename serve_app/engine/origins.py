@@ -37,7 +37,7 @@ def check_file(file: str) -> None:
     """Raises UnsafePath for a file name that would not stay below the folder it is written to."""
     parts = file.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in file or not file.isprintable():
-        raise UnsafePath(f"{file!r} is no safe name for a file of weights")
+        raise UnsafePath(f"{file!r} is not a safe name for a weights file")
 
 
 class Mirror:

@@ -118,7 +118,7 @@ def _require(kind: Repacking, device: torch.device) -> None:
     capability = _capability(device)
     if kind == "fp8" and (capability is None or capability < _FP8_CAPABILITY):
         found = "a CPU" if capability is None else "one of {}.{}".format(*capability)
-        raise VariantLoadFailed(f"fp8 needs a GPU of compute capability 8.9 or more, and this is {found}")
+        raise VariantLoadFailed(f"fp8 needs a GPU of compute capability 8.9 or more, but this is {found}")
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

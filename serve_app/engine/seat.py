@@ -159,7 +159,7 @@ class Seat:
         are in hand as may be: up to `most` of what jobs leave of the place and one beside it, and one whatever jobs
         there are."""
         if self.audits >= min(most, max(1, 2 - self.jobs)):
-            raise ReplicaTaken(f"audit cells in hand here: {self.audits}")
+            raise ReplicaTaken(f"audit cells in flight here: {self.audits}")
         with ExitStack() as undo:
             self._count(audits=1)
             undo.callback(self._count, audits=-1)
