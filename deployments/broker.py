@@ -14,15 +14,15 @@ from serve_app.telemetry import configure_logging
 
 log = logging.getLogger(__name__)
 
-#: How often the server is asked whether it listens, in seconds.
+#: Between two checks whether the server listens, in seconds.
 POLL_S = 1.0
 #: How long it may take to answer.
 ANSWER_S = 5.0
 
 
 class PubSub:
-    """One replica. Keeps messages in memory: they go with it. One that cannot listen says why, and tries again whenever
-    it is asked."""
+    """One replica. Keeps messages in memory, so they are lost with it. If it cannot listen, it says why and retries at
+    each call of `status`."""
 
     def __init__(self, settings: MessagesSettings) -> None:
         configure_logging()
@@ -31,7 +31,7 @@ class PubSub:
         self.status()
 
     def status(self) -> str:
-        """Why it does not listen; empty where it does."""
+        """Why the server does not listen; empty if it does."""
         if self._error:
             try:
                 self._server.__enter__()
@@ -47,24 +47,24 @@ class PubSub:
 
 
 class BrokerWatch:
-    """What an ingress knows of the embedded server. Nothing may be pulled before `listens`: until then another
-    program's server may answer at its address, with other people's messages."""
+    """An ingress's view of the embedded server. Nothing may be pulled before `listens`: until then another program's
+    server may answer at its address, with other people's messages."""
 
     def __init__(self, handle: DeploymentHandle | None) -> None:
-        """Without a `handle` the broker is somebody else's."""
+        """Without a `handle` the broker is not part of the app."""
         self._ask = None if handle is None else handle.options(method_name="status")
-        #: Why there are no messages; empty where nothing is known to be wrong.
+        #: Why there are no messages; empty if no problem is known.
         self.error = "" if handle is None else "the embedded Pub/Sub server has not started yet"
         self.listens = asyncio.Event()
 
     async def run(self) -> None:
-        """Look every second, for ever."""
+        """Check every second, for ever."""
         while True:
             if self._ask is not None:
                 try:
                     self.error = await asyncio.wait_for(self._ask.remote(), ANSWER_S)
                 except (TimeoutError, RayError, RayServeException) as e:
-                    # Its replica starts, or is busy.
+                    # Its replica is starting, or busy.
                     log.debug(
                         "The embedded Pub/Sub server does not respond: %s", e, extra={"action": "pubsub_no_response"}
                     )

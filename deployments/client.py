@@ -1,4 +1,4 @@
-"""A publisher's side of the service: put a session's photo there, ask for the edit, follow it, fetch the result."""
+"""A publisher's view of the service: upload a session's photo, ask for the edit, follow it, fetch the result."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from serve_app.settings import MessagesSettings, Settings
 
 #: Seconds between two looks at a job.
 POLL_S = 0.2
-#: How long the embedded server may take to greet, in seconds.
+#: How long the embedded server may take for its greeting, in seconds.
 SPEAKS_S = 2.0
 
 
@@ -48,7 +48,7 @@ class Client:
         """Upload both files and publish, with Pub/Sub `attributes`.
 
         Raises OSError for a file that cannot be read; StoreUnavailable; BrokerUnavailable, before anything is
-        uploaded where nobody listens at the embedded server's address.
+        uploaded if nothing listens at the embedded server's address.
         """
         if self._settings.messages.is_embedded:
             # One look at a time: many submitters at once would open a channel each, and take each other's time.

@@ -1,8 +1,8 @@
 """Dead letters: `fluxfill deadletters list | replay`.
 
-A letter that is replayed is acknowledged last, after its job may run again and its message is published: a crash in
-between sends it twice, which a job is made for, and loses nothing. Where the job was asked for again meanwhile, the
-message is a duplicate; where a user has then canceled it, the message is not sent.
+A replayed letter is acknowledged last, after its job was requeued and its message published: a crash in between sends
+the message twice, which jobs allow for, and loses nothing. If the job was asked for again meanwhile, the message is a
+duplicate; if a user then canceled it, the message is not sent.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from serve_app.settings import Settings
 
 from .screen import Screen
 
-#: Letters in one pull: few enough to be worked on while they are in hand.
+#: Letters in one pull: few enough to be handled within their lease.
 BATCH = 100
 
 deadletters_app = typer.Typer(
@@ -35,14 +35,14 @@ out = Screen()
 
 @dataclass
 class Replayed:
-    """What became of the letters of one replay."""
+    """The outcome of one replay, in letters."""
 
     sent: int = 0
     #: Not chosen.
     left: int = 0
     #: Not sent, and gone: their jobs were asked for again by another message, and then canceled.
     canceled: int = 0
-    #: Of those that cannot be sent, why not.
+    #: The reasons of those that cannot be sent.
     refused: list[str] = field(default_factory=list)
     #: What ended it early.
     error: FluxFillError | None = None
@@ -50,16 +50,16 @@ class Replayed:
 
 class Replay:
     def __init__(self, letters: DeadLetters, job_store: JobStore, publisher: Publisher, *, max_bytes: int) -> None:
-        """`max_bytes` is the longest message that is one."""
+        """`max_bytes` is the length of the longest valid message."""
         self._letters = letters
         self._jobs = job_store
         self._publisher = publisher
         self._max_bytes = max_bytes
-        #: Job and data: a message that fails again at once comes back as a new letter, and is not sent for ever.
+        #: Job and data: a message that fails again at once returns as a new letter, and must not be sent for ever.
         self._sent: set[tuple[str, bytes]] = set()
 
     async def run(self, is_chosen: Callable[[DeadLetter], bool]) -> Replayed:
-        """Send the chosen letters' messages again; the others are given back."""
+        """Send the chosen letters' messages again, and nack the others."""
         done, kept = Replayed(), list[DeadLetter]()
         try:
             async for letter in each(self._letters):
@@ -73,7 +73,7 @@ class Replay:
         try:
             await self._letters.give_back(kept)
         except Unavailable as e:
-            # They come back by themselves when their time in hand is over.
+            # They are delivered again when their lease ends.
             done.error = done.error or e
         return done
 
@@ -96,7 +96,7 @@ class Replay:
         self._sent.add(_content(letter))
         if job_id := attributes.get("deadLetterJobId"):
             lock_key = session_of(letter, max_bytes=self._max_bytes)
-            # The job may be gone; its message makes it anew.
+            # The job may be gone; then its message creates it again.
             with suppress(UnknownJob):
                 job = await self._jobs.update(job_id, lock_key, jobs.replay)
                 if job.status == State.CANCELED:
@@ -106,11 +106,11 @@ class Replay:
 
 
 async def each(letters: DeadLetters, limit: int | None = None) -> AsyncIterator[DeadLetter]:
-    """Every letter once, in hand, until `limit` or until a pull brings none that is new."""
+    """Every letter once, leased, until `limit` or until a pull brings no new one."""
     seen: set[str] = set()
     while limit is None or len(seen) < limit:
         pulled = await letters.pull(BATCH if limit is None else min(BATCH, limit - len(seen)))
-        # A letter whose time in hand is over comes again.
+        # A letter whose lease has ended is delivered again.
         new = [letter for letter in pulled if letter.delivery.message_id not in seen]
         if not new:
             return
@@ -120,14 +120,14 @@ async def each(letters: DeadLetters, limit: int | None = None) -> AsyncIterator[
 
 
 async def first(letters: DeadLetters, limit: int) -> Sequence[DeadLetter]:
-    """Up to `limit` letters, which stay where they are."""
+    """Up to `limit` letters, which stay in the subscription."""
     found = [letter async for letter in each(letters, limit)]
     await letters.give_back(found)
     return found
 
 
 def session_of(letter: DeadLetter, *, max_bytes: int) -> str:
-    """USER/SESSION, as jobs have it; empty where the message cannot be read."""
+    """USER/SESSION, as in jobs; empty if the message cannot be read."""
     try:
         message, _ = messages.parse_edit(letter.delivery.data, max_bytes=max_bytes)
     except MalformedMessage:

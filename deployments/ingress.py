@@ -1,4 +1,4 @@
-"""The ingress: pulls messages, answers HTTP, and works on both through one worker."""
+"""The ingress: pulls messages and answers HTTP, and processes both with one worker."""
 
 import asyncio
 import logging
@@ -40,20 +40,20 @@ from .remote import RemotePainter, RemotePrompts
 
 log = logging.getLogger(__name__)
 
-#: How often the subscriptions' state goes into the metrics, in seconds.
+#: Between two updates of the subscriptions' metrics, in seconds.
 SHOW_S = 5.0
-#: On shutdown: how long what is being told may take, in seconds. What is not told stays owed.
+#: On shutdown, how long notifications may take, in seconds. Others are sent later, by any ingress.
 TELL_GRACE_S = 3.0
 
 
 def http() -> FastAPI:
-    """The routes, over whichever Ingress this process holds."""
+    """The routes, over this process's Ingress."""
     return create_app(lambda: serve.get_replica_context().servable_object)
 
 
 class Pushes:
-    """Pushes in hand: each is worked on to its end even when its sender hangs up, as Pub/Sub does before it sends the
-    message again, or is answered before that."""
+    """Pushes in flight. Each goes on to its end even if it was answered before, or its sender hangs up, as Pub/Sub does
+    before it sends the message again."""
 
     def __init__(self, limit: int, *, response_timeout_s: float) -> None:
         """A push is answered within `response_timeout_s`: Serve waits for requests before it tells a replica to stop,
@@ -62,21 +62,21 @@ class Pushes:
         self._tasks: set[asyncio.Task[Verdict]] = set()
 
     async def run(self, work: Coroutine[Any, Any, Verdict]) -> Verdict:
-        """Raises Unavailable while as many are in hand as this replica can hold."""
+        """Raises Unavailable while this replica has as many pushes in flight as it can hold."""
         if len(self._tasks) >= self._limit:
             work.close()
             raise Unavailable(f"{self._limit} pushes are in flight already")
-        # In a context of its own: Serve knows by the context which calls to replicas this request made, and cancels
-        # them when its client disconnects.
+        # In its own context: by the context Serve finds the calls that this request made to replicas, and cancels them
+        # when the client disconnects.
         task = asyncio.create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         done, _ = await asyncio.wait({task}, timeout=self._response_timeout_s)
-        # What is pushed again finds the job running, or done.
+        # Pushed again, the message finds its job running or done.
         return task.result() if done else Verdict(action="hold", delay_s=self._response_timeout_s, reason="running")
 
     async def end(self, *, grace_s: float) -> None:
-        """Wait for those in hand, then cancel what is left, which gives its jobs back."""
+        """Wait for the pushes in flight, then cancel the rest, which requeues their jobs."""
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=grace_s)
             for task in left:
@@ -85,7 +85,7 @@ class Pushes:
 
 
 class Ingress:
-    """Starts pulling once it has its inference defaults, which arrive as user_config."""
+    """Starts to pull when it has its inference defaults, which arrive as user_config."""
 
     def __init__(
         self,
@@ -159,10 +159,10 @@ class Ingress:
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take new inference defaults. Jobs already claimed keep the values they were claimed with.
+        """Take new inference defaults. Jobs that were claimed before keep their values.
 
-        The first ones must be right. Later wrong ones are refused and shown in /ready, and the old ones stay: an
-        exception here would make Serve take a working ingress down.
+        The first defaults must be valid. Later invalid ones are refused and shown in /ready, and the old ones stay: an
+        exception here would make Serve stop a working ingress.
         """
         try:
             inference = Inference.model_validate(user_config)
@@ -196,7 +196,7 @@ class Ingress:
         assert self._inference is not None, "no message arrives before reconfigure"
         return self._inference
 
-    # -- what the HTTP routes ask for
+    # -- for the HTTP routes
 
     async def work(self, delivery: Delivery) -> Verdict:
         return await self._pushes.run(self._worker.work(delivery))
@@ -230,13 +230,13 @@ class Ingress:
         path = self._links.path_of(token)
         return await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
 
-    # -- what an audit's job asks for, by handle
+    # -- for an audit's job, by handle
 
     async def settings(self) -> Settings:
-        """Those the app runs with, whatever its config file says by now."""
+        """The settings that the app runs with, even if its config file has changed since."""
         return self._settings
 
-    # -- life and death
+    # -- health and shutdown
 
     async def _show_subscriptions(self) -> None:
         while True:
@@ -256,7 +256,7 @@ class Ingress:
         grace_s = self._settings.work.shutdown_grace_s
         await asyncio.gather(self._source.close(grace_s=grace_s), self._pushes.end(grace_s=grace_s))
         if self._pulling is not None:
-            # What a pull brought at the last moment is given back, too.
+            # Messages of a last pull are nacked, too.
             await asyncio.wait({self._pulling}, timeout=1)
         for task in self._tasks:
             task.cancel()
@@ -267,20 +267,20 @@ class Ingress:
 
 
 def _http_host() -> str:
-    """Where Serve's proxies listen, whatever this app's config file says: an app that is deployed on a running Serve
-    changes nothing there. Serve has no public call that tells it inside a replica."""
+    """The address of Serve's proxies, which may differ from this app's config file: deploying an app on a running Serve
+    does not change it. Serve has no public call for it inside a replica."""
     return _get_global_client().http_config.host or ""
 
 
 def check_ray_token() -> None:
-    """Raises SettingsError where Ray's own ports, which run what they are sent, ask nobody for a token."""
+    """Raises SettingsError if Ray's own ports, which run what they are sent, need no token."""
     if not is_token_auth_enabled():
         raise SettingsError("in production Ray must run with RAY_AUTH_MODE=token; see docs/security.md")
 
 
 async def _an_ingress_stops() -> bool:
-    """Whether a replica is being stopped that may be this one: Serve waits for the requests in hand, and kills what is
-    not stopped by then."""
+    """Whether Serve is stopping an ingress replica, which may be this one: it waits for the requests in flight, and then
+    kills the replica if it has not stopped."""
     here = serve.get_replica_context()
     try:
         status = await asyncio.to_thread(serve.status)

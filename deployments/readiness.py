@@ -1,4 +1,4 @@
-"""Which variants can serve: asked of Serve, and of replicas that have not yet said that they loaded."""
+"""Which variants can serve, from Serve's status and from replicas that have not yet reported that they loaded."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ ANSWER_S = 5.0
 
 
 class VariantWatch:
-    """Keeps each variant's state. A variant that is ready is not asked again, so that asking never keeps it awake."""
+    """Keeps each variant's state. A ready variant is not asked again, so that it can scale down."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class VariantWatch:
         self.states = {name: VariantReadiness(state="starting") for name in handles}
 
     def doubt(self, name: str) -> None:
-        """A replica said that it cannot paint: ask again."""
+        """A replica reported that it cannot paint: ask again."""
         self.states[name] = VariantReadiness(state="starting")
 
     async def run(self) -> None:
-        """Look every second, for ever."""
+        """Check every second, for ever."""
         app = serve.get_replica_context().app_name
         while True:
             try:
@@ -76,6 +76,6 @@ class VariantWatch:
         try:
             error = await asyncio.wait_for(self._ask[name].remote(), timeout=ANSWER_S)
         except TimeoutError:
-            # Its slots are taken, so it paints.
+            # Its slots are taken, so it is painting.
             return VariantReadiness(state="ready")
         return VariantReadiness(state="failed", error=error) if error else VariantReadiness(state="ready")

@@ -25,23 +25,23 @@ from .telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-#: Pub/Sub's largest message, 10 MB, in base64, and room for the rest. A message over our own, smaller limit must be
-#: read to be acknowledged and dead-lettered: a refused push comes again for ever.
+#: Pub/Sub's largest message, 10 MB, in base64, with room for the envelope. A message over this app's own, smaller limit
+#: must be read to be acknowledged and dead-lettered: a refused push is delivered again for ever.
 MAX_ENVELOPE_BYTES = 14_000_000
 
-#: The value of a header that bears one.
+#: A header that carries a credential.
 Credential = Annotated[str | None, Header()]
 
 VariantState = Literal["starting", "ready", "scaled_to_zero", "failed"]
 
 
-#: In place of a reason.
+#: Replaces a reason.
 WITHHELD = "shown with an API key"
 
 
 class VariantReadiness(BaseModel):
     state: VariantState
-    #: Why, where the state is `failed`.
+    #: The reason if the state is `failed`.
     error: str = ""
 
     @property
@@ -54,16 +54,16 @@ class Readiness(BaseModel):
 
     ready: bool
     default_variant: str
-    #: What an edit uses where its message says nothing, but for the prompt.
+    #: The inference defaults, without the prompt.
     defaults: dict[str, Any] = {}
     variants: dict[str, VariantReadiness]
     #: `connected`, `error` and `held` of each subscription.
     messages: dict[str, dict[str, Any]] = {}
-    #: Why the last change of the inference defaults was not taken; empty where it was.
+    #: Why the last change of the inference defaults was refused; empty if it was not.
     defaults_error: str = ""
 
     def without_reasons(self) -> "Readiness":
-        """For those who are not known: reasons name files and hosts."""
+        """For callers without a key: reasons name files and hosts."""
         variants = {
             name: one.model_copy(update={"error": one.error and WITHHELD}) for name, one in self.variants.items()
         }
@@ -82,12 +82,12 @@ class CanceledJob(BaseModel):
 
 
 class CanceledSession(BaseModel):
-    #: Those that were stopped. Messages that still wait become no job.
+    #: Jobs that were stopped. Messages that still wait become no job.
     jobs: list[CanceledJob]
 
 
 class Service(Protocol):
-    """What the routes need of the ingress."""
+    """The part of the ingress that the routes use."""
 
     @property
     def access(self) -> Access: ...
@@ -112,16 +112,17 @@ class Service(Protocol):
         """The jobs that were stopped. Raises StoreUnavailable."""
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
-        """What a signed link of this app reads. Raises InvalidLink, BlobNotFound, BlobTooLarge, StoreUnavailable."""
+        """The blob of a signed link of this app. Raises InvalidLink, BlobNotFound, BlobTooLarge, StoreUnavailable."""
 
 
-#: Asked at each request, because Serve makes the app before the replica.
+#: Called at each request, because Serve makes the app before the replica.
 Services = Callable[[], Service]
 
 
 def create_app(service: Services, bodies: Bodies | None = None) -> FastAPI:
     def check(request: Request) -> None:
-        # In production every route wants what no browser adds by itself, and probes and proxies use many names.
+        # In production every route needs a credential that no browser adds by itself, and probes and proxies use many
+        # host names.
         if not service().access.is_production:
             check_page(request.method, request.headers)
 
@@ -140,13 +141,13 @@ def _state_routes(service: Services) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> dict[str, str]:
-        """The process answers. Says nothing of models or brokers; see /ready."""
+        """The process answers. Says nothing about models or brokers; see /ready."""
         return {"status": "ok"}
 
     @routes.get("/ready")
     async def ready(response: Response, authorization: Credential = None, x_api_key: Credential = None) -> Readiness:
-        """200 when the default variant can serve and an embedded Pub/Sub server listens, else 503; each variant's and
-        each subscription's state either way, and to clients why."""
+        """200 when the default variant can serve and an embedded Pub/Sub server listens, else 503; always with each
+        variant's and each subscription's state, and for clients with a key the reasons."""
         readiness = service().readiness()
         response.status_code = 200 if readiness.ready else 503
         return readiness if service().access.is_client(authorization, x_api_key) else readiness.without_reasons()
@@ -159,7 +160,7 @@ def _push_routes(service: Services, bodies: Bodies) -> APIRouter:
 
     @routes.post("/inpaint")
     async def inpaint(request: Request) -> JSONResponse:
-        """A Pub/Sub push: worked on now, answered when its result is stored. 2xx acknowledges."""
+        """A Pub/Sub push, answered when its result is stored. 2xx acknowledges it."""
         if not service().access.takes_pushes:
             raise HTTPException(404, "this app accepts no pushes: push.enabled is false")
         try:
@@ -173,7 +174,7 @@ def _push_routes(service: Services, bodies: Bodies) -> APIRouter:
 
 
 async def _work_on_push(request: Request, service: Service, bodies: Bodies) -> Verdict:
-    # Before the body is read: strangers cost a header.
+    # Before the body is read, so that a stranger's push costs only its headers.
     await service.access.check_push(request.headers.get("Authorization"))
     body = await bodies.read(request, MAX_ENVELOPE_BYTES)
     try:
@@ -181,7 +182,7 @@ async def _work_on_push(request: Request, service: Service, bodies: Bodies) -> V
     except MalformedMessage as e:
         if not service.access.verifies_pushes:
             raise
-        # Pub/Sub would send again what is refused, for ever; a client reads the answer.
+        # Pub/Sub would send a refused push again for ever; another client reads the answer.
         return await service.work(Delivery(data=body, attributes={}, message_id="", fault=e.message))
     _refuse_early(delivery, service.readiness(), service.limits)
     return await service.work(delivery)
@@ -206,29 +207,29 @@ def _job_routes(service: Services) -> APIRouter:
 
     @routes.post("/jobs/{id}/cancel")
     async def cancel_job(job_id: Annotated[str, Path(alias="id", pattern=ID_PATTERN)]) -> CanceledJob:
-        """Stop a job: a waiting one never starts, a running one stops within a step. 409 where it is over."""
+        """Cancel a job: a waiting one never starts, a running one stops within a step. 409 if it has ended."""
         return CanceledJob.of(await service().cancel_job(job_id))
 
     @routes.post("/sessions/{userId}/{sessionId}/cancel")
     async def cancel_session(
         user_id: Annotated[Id, Path(alias="userId")], session_id: Annotated[Id, Path(alias="sessionId")]
     ) -> CanceledSession:
-        """Stop a session's jobs, and the messages that wait. 200 where there are none, too."""
+        """Cancel a session's jobs and waiting messages. 200 even if there are none."""
         jobs = await service().cancel_session(user_id, session_id)
         return CanceledSession(jobs=[CanceledJob.of(job) for job in jobs])
 
     return routes
 
 
-#: A browser shows a blob and runs nothing in it, whatever it is.
+#: A browser shows a blob, and runs nothing in it.
 _BLOB_HEADERS: Mapping[str, str] = {
     "Cache-Control": "private, no-store",
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-#: An audit's page runs what it brings, in an origin of its own, and fetches nothing. Its name is one that only audits
-#: write: a user's blob is never such a page, whatever it says that it is.
+#: An audit's page runs its own scripts, in an origin of its own, and fetches nothing. Only audits write to its path: a
+#: user's blob is never such a page, whatever its content type.
 _PAGE_PATH = re.compile(rf"audit/[A-Za-z0-9_-]{{1,64}}/{re.escape(PAGE)}")
 _PAGE_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -241,7 +242,7 @@ def _blob_routes(service: Services) -> APIRouter:
 
     @routes.get("/blobs/{token}", response_class=Response)
     async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]) -> Response:
-        """The blob that a signed link of this app reads."""
+        """The blob of one of this app's signed links."""
         data, info = await service().blob(token)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
         headers = {**_BLOB_HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
@@ -257,8 +258,8 @@ def _is_page(info: BlobInfo) -> bool:
 
 
 def _refuse_early(delivery: Delivery, readiness: Readiness, limits: Limits) -> None:
-    """Raises VariantNotReady for a message whose variant cannot serve yet: pushed again, it finds it ready. What cannot
-    be read, or names a variant nobody serves, is the worker's to dead-letter."""
+    """Raises VariantNotReady for a message whose variant cannot serve yet: pushed again, it finds it ready. The worker
+    dead-letters a message that cannot be read or names an unknown variant."""
     try:
         message, _ = parse_edit(delivery.data, max_bytes=limits.message_bytes)
     except MalformedMessage:

@@ -1,6 +1,6 @@
 """Who may call: Pub/Sub's pushes by Google's OIDC token, clients by their keys.
 
-What is refused says why in one sentence, which never repeats any part of a token or a key.
+A refusal says why in one sentence, which never repeats any part of a token or a key.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ from .urls import is_loopback
 GOOGLE_JWKS_URL = "https://www.googleapis.com/oauth2/v3/certs"
 #: A Google token with its claims has about 1,000 characters, and servers commonly take 8 KiB of headers.
 MAX_CREDENTIAL_CHARS = 8192
-#: What a token's times may be wrong by, for clocks that disagree.
+#: Tolerance for a token's times, because clocks disagree.
 LEEWAY_S = 30.0
-#: Google shows new keys hours before they sign, and takes a key away as long after.
+#: Google publishes new keys hours before they sign, and removes a key as long after its last use.
 KEYS_LIFESPAN_S = 3600.0
-#: Between two looks for keys that are not known, so that forged key ids make no traffic.
+#: Between two fetches for an unknown key id, so that forged ids cause no traffic.
 KEYS_COOLDOWN_S = 10.0
 KEYS_TIMEOUT_S = 5.0
 
@@ -37,18 +37,18 @@ _ALGORITHM = "RS256"
 
 
 class SigningKeys:
-    """The public keys that a URL shows as a JWK set (RFC 7517), by their ids."""
+    """The public keys of a JWK set (RFC 7517) at a URL, by their ids."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = PyJWKClient(url, cache_jwk_set=False, timeout=KEYS_TIMEOUT_S)
         self._clock = clock
         self._keys: Mapping[str, PyJWK] = {}
         self._good_until = self._next_look = clock()
-        #: The last look, or the one going on: all who need a key that is not known await the same one.
+        #: The last fetch, or the running one: all callers with an unknown key await the same fetch.
         self._look: asyncio.Task[None] | None = None
 
     async def get(self, kid: str) -> PyJWK:
-        """Raises Unauthorized for a key that is not there; Unavailable, within KEYS_TIMEOUT_S, where none can."""
+        """Raises Unauthorized for an unknown key; Unavailable, within KEYS_TIMEOUT_S, if the keys cannot be fetched."""
         if not self._has(kid):
             if self._look is None or (self._look.done() and self._clock() >= self._next_look):
                 self._look = asyncio.create_task(self._fetch())
@@ -84,8 +84,8 @@ class PushVerifier:
     async def verify(self, authorization: str | None) -> None:
         """`authorization` is the header's value.
 
-        Raises Unauthorized without a token that holds; Forbidden for a good one of another account; Unavailable while
-        the keys to check it by cannot be had.
+        Raises Unauthorized without a valid token; Forbidden for a valid token of another account; Unavailable while the
+        keys that sign tokens cannot be fetched.
         """
         token = _bearer(authorization)
         claims = self._claims(token, await self._keys.get(_key_id(token)))
@@ -108,7 +108,7 @@ class PushVerifier:
         return claims
 
 
-#: PyJWT's own sentences may repeat what a token says.
+#: PyJWT's own sentences may repeat a token's content.
 _SENTENCES: Mapping[type[jwt.PyJWTError], str] = {
     jwt.ExpiredSignatureError: "it has expired",
     jwt.ImmatureSignatureError: "it is not valid yet",
@@ -124,7 +124,7 @@ def _sentence(e: jwt.PyJWTError) -> str:
 
 
 def _key_id(token: str) -> str:
-    """The id of the key that the token says it was signed with."""
+    """The id of the key with which the token claims to be signed."""
     try:
         header = jwt.get_unverified_header(token)
     except jwt.PyJWTError as e:
@@ -138,7 +138,7 @@ def _key_id(token: str) -> str:
 
 
 def _bearer(authorization: str | None) -> str:
-    """The credential in an Authorization header (RFC 6750, 2.1). Raises Unauthorized where there is none."""
+    """The credential in an Authorization header (RFC 6750, 2.1). Raises Unauthorized if there is none."""
     if not authorization:
         raise Unauthorized("there is no Authorization header")
     if len(authorization) > MAX_CREDENTIAL_CHARS:
@@ -149,38 +149,36 @@ def _bearer(authorization: str | None) -> str:
     return credential.strip()
 
 
-#: Of a key, in production: 20 characters of hexadecimal digits are 80 bits.
+#: The shortest key that production allows: 20 hexadecimal digits are 80 bits.
 MIN_KEY_CHARS = 20
 
-#: What a client's key may be good for: the jobs of `/v1`, and audits, which take GPUs for an hour.
+#: Scopes of a client's key: the jobs of `/v1`, and audits, which take GPUs for an hour.
 Scope = Literal["jobs", "audit"]
 _SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 class ApiKeys:
-    """The keys of clients, separated by commas: `KEY`, which is good for jobs, `KEY:audit` or `KEY:jobs+audit`. Without
-    any, everybody may call where nobody else can: not in production."""
+    """The keys of clients, separated by commas: `KEY`, which has the scope `jobs`, `KEY:audit` or `KEY:jobs+audit`.
+    Without keys any client may call, but not in production."""
 
     def __init__(self, keys: SecretStr | None, *, is_production: bool) -> None:
-        """Raises SettingsError for a key that is empty, or that is to be good for something else; in production, also
-        for one that may be guessed."""
+        """Raises SettingsError for an empty key or an unknown scope; in production, also for a key that is too short."""
         given = keys.get_secret_value().split(",") if keys else []
         at_least = MIN_KEY_CHARS if is_production else 1
         self._keys = [_key(entry.strip(), place, at_least) for place, entry in enumerate(given, 1) if entry.strip()]
         self._is_open = keys is None and not is_production
 
     def check(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
-        """The values of `Authorization: Bearer KEY` and `X-API-Key: KEY`; the second counts where both are there.
+        """The values of `Authorization: Bearer KEY` and `X-API-Key: KEY`; the second one counts if both are given.
 
-        Raises Unauthorized without a key that is one of ours; Forbidden for one of another scope, and where there is no
-        key that could be.
+        Raises Unauthorized without a known key; Forbidden for a key without the scope, and if there are no keys at all.
         """
         if self._is_open:
             return
         if not self._keys:
             raise Forbidden("API_KEYS has no keys, so no client may call this")
         given = _digest(api_key if api_key is not None else _bearer(authorization))
-        # Each is compared, so that the time taken does not tell which one it was.
+        # Every key is compared, so that the time taken does not reveal which one matched.
         good = [scopes for digest, scopes in self._keys if hmac.compare_digest(given, digest)]
         if not good:
             raise Unauthorized("the API key is unknown")
@@ -189,10 +187,10 @@ class ApiKeys:
 
 
 def _key(entry: str, place: int, at_least: int) -> tuple[bytes, frozenset[str]]:
-    """A key's digest, and its scopes. Digests have one length, so that comparing them tells nothing of the keys'."""
+    """A key's digest and its scopes. Digests have one length: comparing them does not reveal the key's."""
     key, colon, named = entry.rpartition(":")
     scopes = frozenset(named.split("+")) if colon else frozenset({"jobs"})
-    # Not repeated, not even what follows the colon: it may be a part of the key.
+    # The error repeats nothing of the key, not even the part after the colon, which may belong to it.
     if not scopes <= set(_SCOPES):
         raise SettingsError(
             f"API_KEYS, key {place}: the scopes after its last colon must be among {', '.join(_SCOPES)}"
@@ -209,24 +207,24 @@ def _digest(key: str) -> bytes:
 
 
 class Access:
-    """Both, as an app's settings and secrets want them, and the address that it listens on."""
+    """Who may call an app, by its settings, its secrets and the address that it listens on."""
 
     def __init__(
         self, settings: Settings, secrets: Secrets, *, host: str = "127.0.0.1", jwks_url: str = GOOGLE_JWKS_URL
     ) -> None:
-        """Raises SettingsError for what must not be open to strangers: `host` is where the HTTP server listens."""
-        #: Whether strangers may reach the app.
+        """`host` is the address of the HTTP server. Raises SettingsError if strangers could push unverified."""
+        #: Whether strangers can reach the app.
         self.is_production = settings.is_production or not is_loopback(host)
         if self.is_production and settings.push.is_open:
             raise SettingsError(f"push: {OPEN_PUSHES}. The HTTP server listens on {host or 'every address'}")
         self.takes_pushes = settings.push.enabled
-        #: Whether what passes `check_push` was sent by Pub/Sub.
+        #: Whether a push that passes `check_push` was sent by Pub/Sub.
         self.verifies_pushes = settings.push.is_verified
         self._pushes = PushVerifier(settings.push, jwks_url=jwks_url) if settings.push.is_verified else None
         self._keys = ApiKeys(secrets.api_keys, is_production=self.is_production)
 
     async def check_push(self, authorization: str | None) -> None:
-        """See `PushVerifier.verify`; where pushes are not verified, everybody may push."""
+        """See `PushVerifier.verify`; unverified pushes are open to anyone."""
         if self._pushes is not None:
             await self._pushes.verify(authorization)
 
@@ -235,7 +233,7 @@ class Access:
         self._keys.check(authorization, api_key, scope=scope)
 
     def is_client(self, authorization: str | None, api_key: str | None) -> bool:
-        """Whether the key is good for anything."""
+        """Whether the key has any scope."""
         for scope in _SCOPES:
             with suppress(AuthError):
                 self.check_client(authorization, api_key, scope=scope)

@@ -1,10 +1,10 @@
-"""What a web page may ask of an app that asks nobody for a key: nothing that changes anything, and nothing under a name
-that is not the app's.
+"""Refuses requests of web pages to an app without keys: those that change something, and those to a host name that is not
+the app's.
 
-On a machine of one's own any page in its browser reaches loopback. A page of another site is told apart by what its
-browser says and the page cannot change: `Host`, which names the page's own site where a name was made to point here
-(DNS rebinding), `Origin` and `Sec-Fetch-Site`. The type `application/json` is one that a page sends to another site
-only after it asked (CORS), which is never allowed.
+Any page in a browser on the app's machine can reach loopback. A page of another site is recognised by headers that its
+browser sets and the page cannot change: `Host`, which has the page's own site after DNS rebinding, `Origin` and
+`Sec-Fetch-Site`. A page may send `application/json` to another site only after a preflight (CORS), which is never
+allowed.
 """
 
 import re
@@ -15,7 +15,7 @@ from .errors import ForeignHost, ForeignOrigin, UnsupportedMediaType
 from .urls import is_loopback
 
 _CHANGES_NOTHING = ("GET", "HEAD", "OPTIONS")
-#: A name or an address, and the port behind it.
+#: A name or an address, and its port.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]+)?")
 
 
@@ -23,7 +23,7 @@ _JSON = "application/json"
 
 
 def check_page(method: str, headers: Mapping[str, str]) -> None:
-    """`headers` by their names in lower case. Raises ForeignHost, ForeignOrigin, UnsupportedMediaType."""
+    """`headers` have lower-case names. Raises ForeignHost, ForeignOrigin, UnsupportedMediaType."""
     host = headers.get("host", "").lower()
     if not _is_loopback(host):
         raise ForeignHost("this app answers to localhost and loopback addresses only; see docs/security.md")
@@ -43,7 +43,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _authority(url: str) -> str:
-    """Host and port, as a `Host` header writes them; empty where there is none."""
+    """Host and port, as in a `Host` header; empty if there is none."""
     try:
         return urlsplit(url).netloc.lower()
     except ValueError:

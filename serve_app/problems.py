@@ -1,4 +1,4 @@
-"""What all HTTP routes share: a body is read up to its limits, and whatever is wrong is a problem with a code."""
+"""Shared by all HTTP routes: bodies are read up to a limit, and every error is answered as a problem with a code."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import BodyTimeout, BodyTooLarge, FluxFillError, Unauthorized, Unavailable
 
-#: Bodies that come in at a time.
+#: Bodies that may be read at a time.
 BODIES_AT_ONCE = 32
 
 
 def answer_problems(app: FastAPI) -> None:
-    """Have `app` answer every error as `problem` does."""
+    """Have `app` answer every error with a `problem`."""
     app.add_exception_handler(FluxFillError, _problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _invalid_request)
@@ -25,8 +25,7 @@ def answer_problems(app: FastAPI) -> None:
 
 
 class Gate:
-    """ASGI middleware: a request for which `check` raises is answered with that problem, and nothing more of it is
-    read."""
+    """ASGI middleware: a request for which `check` raises is answered with that problem, without reading its body."""
 
     def __init__(self, app: ASGIApp, check: Callable[[Request], None]) -> None:
         self._app, self._check = app, check
@@ -42,15 +41,14 @@ class Gate:
 
 
 class Bodies:
-    """Bodies that come in: each up to its limit and in time, and so few at once that slow ones leave places for all
-    other requests."""
+    """Reads bodies, each up to its limit and in time, and so few at once that slow ones do not block other requests."""
 
     def __init__(self, *, at_once: int = BODIES_AT_ONCE, timeout_s: float = 15.0) -> None:
         self._places, self._timeout_s = at_once, timeout_s
 
     async def read(self, request: Request, max_bytes: int) -> bytes:
         """Reads no more than `max_bytes`, whatever the Content-Length says. Raises BodyTooLarge; BodyTimeout;
-        Unavailable while others take all places."""
+        Unavailable while too many others are being read."""
         if not self._places:
             raise Unavailable("too many requests are sending bodies; try again")
         self._places -= 1
@@ -82,7 +80,7 @@ def problem(
     )
 
 
-#: What an answer says besides. Whoever does not send a body whole gets no second request on its connection.
+#: Further headers of an answer. A connection whose body was not complete takes no second request.
 _HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
     Unauthorized: {"WWW-Authenticate": "Bearer"},
     BodyTimeout: {"Connection": "close"},
@@ -112,5 +110,5 @@ async def _invalid_request(_request: Request, e: Exception) -> Response:
 
 
 async def _internal_error(_request: Request, _e: Exception) -> Response:
-    # What happened is raised on, and logged by the server.
+    # The server logs the exception, which is raised again.
     return problem(500, FluxFillError.code, "an internal error; see the log")

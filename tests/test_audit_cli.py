@@ -451,7 +451,7 @@ def test_options_before_a_subcommand_are_not_dropped(fluxfill: Command, command:
     ended = fluxfill("audit", option, "prod.yaml", command, *(["r"] if command == "show" else []))
     assert (ended.status, ended.out) == (2, "")
     long = "--config" if option == "-c" else option
-    assert f"{long} must stand behind `{command}`" in ended.err
+    assert f"{long} must come after `{command}`" in ended.err
 
 
 def test_what_the_environment_says_is_no_option_before_a_subcommand(

@@ -477,7 +477,7 @@ def test_a_prompt_reaches_the_terminal_without_its_control_characters(fluxfill: 
 def test_options_before_a_subcommand_are_not_dropped(fluxfill: Command) -> None:
     ended = fluxfill("jobs", "-c", "prod.yaml", "show", "edit-done")
     assert (ended.status, ended.out) == (2, "")
-    assert "--config must stand behind `show`" in ended.err
+    assert "--config must come after `show`" in ended.err
 
 
 def test_a_job_that_waits_is_canceled(fluxfill: Command, jobs: Path) -> None:
