@@ -279,7 +279,7 @@ def check_ray_token() -> None:
 
 
 async def _an_ingress_stops() -> bool:
-    """Whether Serve is stopping an ingress replica, which may be this one: it waits for the requests in flight, and then
+    """Whether Serve is stopping an ingress replica, which may be this one: it waits for the requests in flight, then
     kills the replica if it has not stopped."""
     here = serve.get_replica_context()
     try:

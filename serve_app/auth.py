@@ -162,7 +162,7 @@ class ApiKeys:
     Without keys any client may call, but not in production."""
 
     def __init__(self, keys: SecretStr | None, *, is_production: bool) -> None:
-        """Raises SettingsError for an empty key or an unknown scope; in production, also for a key that is too short."""
+        """Raises SettingsError for an empty key or an unknown scope; in production, also for a short key."""
         given = keys.get_secret_value().split(",") if keys else []
         at_least = MIN_KEY_CHARS if is_production else 1
         self._keys = [_key(entry.strip(), place, at_least) for place, entry in enumerate(given, 1) if entry.strip()]

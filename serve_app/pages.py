@@ -1,5 +1,5 @@
-"""Refuses requests of web pages to an app without keys: those that change something, and those to a host name that is not
-the app's.
+"""Refuses requests of web pages to an app without keys: those that change something, and those to a host name that is
+not the app's.
 
 Any page in a browser on the app's machine can reach loopback. A page of another site is recognised by headers that its
 browser sets and the page cannot change: `Host`, which has the page's own site after DNS rebinding, `Origin` and
