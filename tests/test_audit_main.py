@@ -75,7 +75,7 @@ def test_every_axis_and_option_can_be_said() -> None:
 def test_every_field_of_a_request_can_be_said_or_is_a_setting() -> None:
     """A field that is added to the contract is not forgotten here."""
     options = {option.field for option in OPTIONS}
-    assert set(AuditRequest.model_fields) - {"matrix", "user_id", "session_id"} <= options | set(
+    assert set(AuditRequest.model_fields) - {"type", "matrix", "user_id", "session_id"} <= options | set(
         AuditSettings.model_fields
     )
     assert set(type(SETTINGS.audit.matrix).model_fields) <= options
