@@ -15,17 +15,17 @@ from .audit_screen import CONFIG, PLAIN, ConfigOption, err, out
 
 def compare(
     before: Annotated[str, typer.Argument(metavar="RUN_A", help="The earlier run's id, or its results.json.")],
-    after: Annotated[str, typer.Argument(metavar="RUN_B", help="The later run's.")],
-    max_slower_percent: Annotated[float, typer.Option(help="Slower than the earlier run.", min=0)] = 10.0,
-    max_ssim_drop: Annotated[float, typer.Option(help="Less like the reference.", min=0)] = 0.01,
-    max_psnr_drop_db: Annotated[float | None, typer.Option(min=0)] = None,
-    max_colour_shift_rise: Annotated[float, typer.Option(help="Along the seam, CIE76.", min=0)] = 2.3,
-    max_seam_gradient_rise: Annotated[float, typer.Option(help="Of |log2 gradient ratio|.", min=0)] = 0.5,
+    after: Annotated[str, typer.Argument(metavar="RUN_B", help="The later run's id, or its results.json.")],
+    max_slower_percent: Annotated[float, typer.Option(help="Largest increase in time.", min=0)] = 10.0,
+    max_ssim_drop: Annotated[float, typer.Option(help="Largest drop in SSIM.", min=0)] = 0.01,
+    max_psnr_drop_db: Annotated[float | None, typer.Option(help="Largest drop in PSNR.", min=0)] = None,
+    max_colour_shift_rise: Annotated[float, typer.Option(help="Largest rise along the seam, CIE76.", min=0)] = 2.3,
+    max_seam_gradient_rise: Annotated[float, typer.Option(help="Largest rise of |log2 gradient ratio|.", min=0)] = 0.5,
     allow_different: Annotated[bool, typer.Option(help="GPUs, sessions or references may differ.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Also what is within noise.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show changes within noise, too.")] = False,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """What got faster, slower, better or worse, beyond noise. Exit status 1 where a threshold is passed."""
+    """Show what got faster, slower, better or worse, beyond noise. Exit status 1 if a threshold is exceeded."""
     from . import audit_compare
 
     thresholds = audit_compare.Thresholds(

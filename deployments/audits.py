@@ -130,19 +130,21 @@ async def _tell(client: AuditClient, audit: Audit, options: str) -> None:
 
 @audit_app.command("list")
 def list_runs(
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)] = 20, config: ConfigOption = CONFIG
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=1000)] = 20, config: ConfigOption = CONFIG
 ) -> None:
-    """The newest runs."""
+    """List the newest runs."""
     out.print(list_table(_run(AuditClient(_settings(config)).store.list(limit))))
 
 
 @audit_app.command()
 def show(
     run: RunArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it is over, with a progress bar.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Follow the run to its end, with a progress bar.")
+    ] = False,
     config: ConfigOption = CONFIG,
 ) -> None:
-    """One run: how far it is, what failed, what it recommends, where its report is."""
+    """Show one run: its progress, failures, recommendation and report."""
     client = AuditClient(_settings(config))
     if follow:
         _followed(client, client.store.get(run), config)
@@ -156,7 +158,7 @@ async def _shown(client: AuditClient, run: str, options: str) -> None:
 
 @audit_app.command()
 def cancel(run: RunArgument, address: AddressOption = ADDRESS, config: ConfigOption = CONFIG) -> None:
-    """Stop a run: within a denoising step, and after half a minute by force. What is painted stays."""
+    """Cancel a run: it stops within a denoising step, or by force after half a minute. Finished cells stay."""
     _take_tokens()
     canceled = _run(AuditClient(_settings(config), _launcher(address)).cancel(run, CANCEL_S))
     if not canceled.status.is_over:
@@ -168,7 +170,7 @@ def cancel(run: RunArgument, address: AddressOption = ADDRESS, config: ConfigOpt
 @audit_app.command()
 def fetch(
     run: RunArgument,
-    folder: Annotated[Path, typer.Argument(help="Where the files go.", file_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.", file_okay=False)],
     config: ConfigOption = CONFIG,
 ) -> None:
     """Write a run's report and pictures into a folder."""
@@ -178,7 +180,7 @@ def fetch(
 
 @audit_app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where the report goes.", file_okay=False)] = Path("out/audit"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the report.", file_okay=False)] = Path("out/audit"),
     config: ConfigOption = CONFIG,
 ) -> None:
     """Start the app, audit three tiny variants at five guidance scales, bring the report here, stop everything."""

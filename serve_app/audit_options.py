@@ -48,8 +48,8 @@ def run_id(text: str) -> str:
 RUN = (
     Option("--user", "user_id", "User id.", metavar="U"),
     Option("--session", "session_id", "Session id: its photo and mask are in the blob store.", metavar="S"),
-    Option("--run-id", "run_id", "Of the new run; audit-{8 hex} when left out.", run_id, "RUN"),
-    Option("--resume", "resume", "Paint what a run that ended lacks.", run_id, "RUN"),
+    Option("--run-id", "run_id", "Id of the new run; audit-{8 hex} by default.", run_id, "RUN"),
+    Option("--resume", "resume", "Resume an ended run: paint its missing cells.", run_id, "RUN"),
 )
 #: What it paints, and how.
 OPTIONS = (
@@ -57,13 +57,13 @@ OPTIONS = (
     Option("--guidance", "guidance_scales", "Guidance scales.", _list_of(float), "2,4"),
     Option("--steps", "steps", "Denoising steps.", _list_of(int), "20,28"),
     Option("--seeds", "seeds", "Seeds.", _list_of(int), "0,1"),
-    Option("--prompt", "prompts", "What is to be seen there; may be given again.", is_repeated=True, metavar="P"),
-    Option("--crop", "crops", "How much is shown.", _list_of(CropStrategy), ",".join(CropStrategy)),
+    Option("--prompt", "prompts", "What the filled area should show; may be repeated.", is_repeated=True, metavar="P"),
+    Option("--crop", "crops", "Crop strategies.", _list_of(CropStrategy), ",".join(CropStrategy)),
     Option("--reference", "reference", "Variant that pictures are compared with.", metavar="V"),
     Option("--runs", "runs", "Paintings of each cell, the first of them cold.", int, "N"),
     Option("--compile", "compile_variants", "Variants to compile.", _variants_or_none, "A,B|none"),
-    Option("--link-hours", "link_hours", "How long the report's links hold.", float, "H"),
-    Option("--price-per-hour", "price_per_hour", "Of one replica's machine.", float, "X"),
+    Option("--link-hours", "link_hours", "How long the report's links are valid.", float, "H"),
+    Option("--price-per-hour", "price_per_hour", "Price of one replica's machine.", float, "X"),
     Option("--gpus", "gpus", "GPUs that the cluster can have.", int, "N", over_http=False),
 )
 
