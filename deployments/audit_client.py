@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from serve_app.audit_runs import Audits
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditStatus
 from serve_app.errors import AuditError, BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
-from serve_app.ports import AuditLauncher, LaunchState, utc_now
+from serve_app.ports import AuditLauncher, LaunchState
 from serve_app.settings import Settings
 
 #: Seconds between two looks at a run's record; every so many-th time its job is looked at, too.
@@ -27,19 +26,15 @@ _FILES = re.compile(r"[^/]+\.(md|html|csv|png)|" + re.escape(audits.RESULTS))
 
 
 class AuditClient:
-    """Over the blob store that the settings name."""
+    """Over the stores that the settings name."""
 
     def __init__(self, settings: Settings, launcher: AuditLauncher | None = None) -> None:
         """Without a `launcher` none can be started, and a job that died is known by its silence only."""
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._max_bytes = settings.limits.stored_bytes
-        self.store = AuditStore(self._blobs, utc_now)
-        self.runs = Audits(
-            blobs=self._blobs,
-            launcher=launcher or _NoJobs(),
-            settings=settings,
-            clock=utc_now,
-        )
+        job_store = adapters.job_store(settings.jobs)
+        self.store = AuditStore(job_store, self._blobs)
+        self.runs = Audits(blobs=self._blobs, job_store=job_store, launcher=launcher or _NoJobs(), settings=settings)
 
     async def resume(self, run_id: str) -> Audit:
         """A further attempt at a run that is over, or whose job has died. Raises as `Audits.resume`."""
@@ -62,14 +57,11 @@ class AuditClient:
             await asyncio.sleep(POLL_S)
         raise AssertionError("counting does not end")
 
-    async def cancel(self, run_id: str, patience_s: float) -> Audit:
-        """Ask the run to stop; the run when it is over, or as it is after `patience_s`. Raises UnknownAudit;
-        IllegalTransition where it is over already."""
+    async def cancel(self, run_id: str) -> Audit:
+        """The run, over, once its job has ended: by itself, or by force after GRACE_S. Raises UnknownAudit;
+        IllegalTransition where it was over before."""
         audit = await self.runs.cancel(run_id)
-        if not audit.status.is_over:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience_s):
-                    return await self.follow(run_id, lambda _: None)
+        await self.runs.stopped()
         return audit
 
     async def fetch(self, run_id: str, folder: Path) -> list[Path]:

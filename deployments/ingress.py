@@ -27,7 +27,7 @@ from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, SettingsError, Unavailable
 from serve_app.jobs import Job
 from serve_app.outbox import Courier
-from serve_app.ports import BlobInfo, Delivery, Verdict, utc_now
+from serve_app.ports import BlobInfo, Delivery, Verdict
 from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
 from serve_app.worker import Worker
@@ -108,14 +108,14 @@ class Ingress:
         self._watch = VariantWatch(painters, deployments, self.metrics)
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
+        job_store = adapters.job_store(settings.jobs)
         self.audits = Audits(
             blobs=self._blobs,
+            job_store=job_store,
             launcher=RayJobs(app=serve.get_replica_context().app_name),
             settings=settings,
-            clock=utc_now,
             is_stopping=_an_ingress_stops,
         )
-        job_store = adapters.job_store(settings.jobs)
         self._canceler = Canceler(job_store)
         mirror = adapters.session_mirror(settings, job_store)
         publisher = adapters.publisher(settings.messages)

@@ -15,7 +15,6 @@ from .edit import INPUTS, session_path
 from .errors import (
     AuditRunning,
     BlobNotFound,
-    ClaimError,
     InputError,
     JobsUnavailable,
     MissingInput,
@@ -24,7 +23,7 @@ from .errors import (
     UnknownAudit,
     UnknownVariant,
 )
-from .ports import AuditLauncher, BlobStore, Clock, LaunchState
+from .ports import AuditLauncher, BlobStore, JobStore, LaunchState
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,14 +59,14 @@ class Audits:
         self,
         *,
         blobs: BlobStore,
+        job_store: JobStore,
         launcher: AuditLauncher,
         settings: Settings,
-        clock: Clock,
         is_stopping: Callable[[], Awaitable[bool]] = _never,
     ) -> None:
         """`is_stopping`: whether this process is about to end, so that nobody may wait here any longer."""
-        self._store = AuditStore(blobs, clock)
-        self._blobs, self._launcher, self._clock = blobs, launcher, clock
+        self._store = AuditStore(job_store, blobs)
+        self._blobs, self._launcher = blobs, launcher
         self.settings, self._is_stopping = settings, is_stopping
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -98,12 +97,11 @@ class Audits:
             return audit
         state = await self._job_state(audit)
         if state in _ENDED:
-            return await self._end(audit, await self._how(audit), f"its job has {state} before the run was over")
-        # A job that runs and cannot write is not dead; nor is one that nobody knows here while it writes: it may have
-        # been submitted by hand.
-        if state not in _GOING and not audit.is_alive(self._clock()):
-            return await self._store.bury(run_id)
-        return audit
+            why = f"its job has {state} before the run was over; its log says more"
+            return await self._store.fail(run_id, audit.attempt, AuditFault(code=JOB_DIED, message=why))
+        # A job that runs and cannot write is not dead; nor is one that nobody knows here while it renews its lease: it
+        # may have been submitted by hand.
+        return audit if state in _GOING else await self._store.bury(run_id)
 
     async def wait(self, run_id: str) -> Audit:
         """The run when it is over, or as it is when this process is about to end."""
@@ -116,11 +114,17 @@ class Audits:
         return await self._store.list(limit)
 
     async def cancel(self, run_id: str) -> Audit:
-        """Ask the run's job to stop, and stop it where it does not. Raises IllegalTransition where the run is over."""
+        """The run, over: its job is given time to end by itself, and then stopped. Raises IllegalTransition where the
+        run was over before."""
+        has_begun = (await self._store.get(run_id)).status == AuditStatus.RUNNING
         audit = await self._store.cancel(run_id)
-        log.info("Canceling %s", run_id, extra={"action": "audit_canceled", "run_id": run_id})
-        self._spawn(self._stop(audit))
+        log.info("Canceled %s", run_id, extra={"action": "audit_canceled", "run_id": run_id})
+        self._spawn(self._stop(audit, GRACE_S if has_begun else 0.0))
         return audit
+
+    async def stopped(self) -> None:
+        """Returns when the jobs of canceled runs have ended, or could not be stopped."""
+        await asyncio.gather(*self._tasks)
 
     async def report(self, audit: Audit) -> Report | None:
         """None while the run is not over, and where it came to none: a canceled run has one of what was painted."""
@@ -179,7 +183,7 @@ class Audits:
         except JobsUnavailable as e:
             # Kept, because Ray may have taken the job and not said so: an attempt that is over begins nothing.
             fault = AuditFault(code=e.code, message=e.message)
-            await self._store.finish(audit.id, audit.attempt, AuditStatus.FAILED, fault)
+            await self._store.fail(audit.id, audit.attempt, fault)
             raise JobsUnavailable(f"{e.message}; {audit.id} has failed, and can be resumed", run_id=audit.id) from e
         extra = {"action": "audit_started", "run_id": audit.id, "attempt": audit.attempt, "cells": len(audit.cells)}
         log.info("Started the job of %s", audit.id, extra=extra)
@@ -194,12 +198,11 @@ class Audits:
             earlier = audit.model_copy(update={"attempt": attempt})
             if await self._launcher.state(earlier) in _GOING:
                 await self._launcher.stop(earlier)
-                await self._until_ended(earlier)
+                await self._until_ended(earlier, GRACE_S)
 
-    async def _until_ended(self, audit: Audit) -> None:
-        """GRACE_S at most."""
+    async def _until_ended(self, audit: Audit, limit_s: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
+            async with asyncio.timeout(limit_s):
                 while await self._launcher.state(audit) in _GOING:
                     await asyncio.sleep(POLL_S)
 
@@ -209,23 +212,11 @@ class Audits:
             return await self._launcher.state(audit)
         return None
 
-    async def _how(self, audit: Audit) -> AuditStatus:
-        return AuditStatus.CANCELED if await self._store.is_canceled(audit.id) else AuditStatus.FAILED
-
-    async def _end(self, audit: Audit, status: AuditStatus, why: str) -> Audit:
-        """The run ends, unless its job has ended it, or it was resumed, in the meantime."""
-        fault = AuditFault(code=JOB_DIED, message=f"{why}; its log says more") if status == AuditStatus.FAILED else None
-        with suppress(ClaimError):
-            return await self._store.finish(audit.id, audit.attempt, status, fault)
-        return await self._store.get(audit.id)
-
-    async def _stop(self, audit: Audit) -> None:
+    async def _stop(self, audit: Audit, grace_s: float) -> None:
         try:
-            if not audit.status.is_over:
-                # For the job's end, not the run's: it writes its report after that.
-                await self._until_ended(audit)
+            # For the job's end, not the run's: it writes its report after that.
+            await self._until_ended(audit, grace_s)
             await self._launcher.stop(audit)
-            await self._end(audit, AuditStatus.CANCELED, "it was canceled")
         except Unavailable as e:
             extra = {"action": "audit_not_stopped", "run_id": audit.id, "code": e.code}
             log.warning("Could not stop the job of %s: %s", audit.id, e.message, extra=extra)

@@ -1,388 +1,264 @@
-"""Audits in the blob store: each run's record, its cells, and which run is the app's only one.
+"""Audits in the job store: a run is a job, which the driver of its Ray job claims, keeps and ends like any other.
 
-A record is written by one job at a time: every write names the attempt it belongs to, and one of an older attempt is
-refused. Records and the lock are written by compare-and-set; a change that was stored though its answer was lost is
-recognized when it is tried again, here or by a backend's client. The lock counts for what the record that it names
-says, so a run is alive in its record before it asks for the lock: of two that are made at once, one gets it.
-
-Runs are listed by an index, whose names are in it before their records are. A name without the record that it is of
-counts for nothing.
+While a run is queued its lease is its launch's: a run has died whose driver does not come in time, or stops renewing.
+Runs that exclude each other have one `lock_key`, and are refused when they are asked for. What a run has found lies in
+the blob store (`audit_files.py`), where only its claim's holder writes.
 """
 
 import asyncio
-import logging
-import re
+import sys
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-
-from .audits import (
-    INDEX,
-    LOCK_PATH,
-    Audit,
-    AuditFault,
-    AuditRequest,
-    AuditStatus,
-    CellProgress,
-    CellResult,
-    RunId,
-    cancel_path,
-    cell_path,
-    folder,
-    image_path,
-    index_path,
-    is_run_id,
-    record_path,
-)
+from . import jobs
+from .audit_files import read_findings
+from .audits import Audit, AuditFault, AuditRequest, AuditStatus, CellProgress, Findings, is_run_id
 from .errors import (
     AuditExists,
     AuditRunning,
-    BlobConflict,
-    BlobError,
-    BlobNotFound,
-    FluxFillError,
+    Canceled,
     IllegalTransition,
     InputError,
     StaleClaim,
-    StoreUnavailable,
     UnknownAudit,
 )
-from .ports import BlobStore, Clock
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+from .jobs import Cause, Claim, Job, JobError, State
+from .ports import BlobStore, JobStore
 
 #: From asking for a job to its first write: Ray starts a driver, which imports torch.
 LAUNCH_S = 300.0
-#: How long a running job may be silent.
-ALIVE_S = 60.0
-#: Records and cells; the pictures have limits of their own.
-_MAX_BYTES = 4_000_000
-#: How often others may write between a read and the write that follows it.
-_CONFLICTS = 20
-#: Blobs that are read at once.
-_READS = 16
-#: In `Audit.error` of a run whose job ended, or fell silent, before the run was over.
+#: In `Audit.error` of a run whose driver ended, or fell silent, before the run was over.
 JOB_DIED = "job_died"
-_JSON = "application/json"
+#: The code of a job that failed though its report is written: some cells failed.
+INCOMPLETE = "audit_incomplete"
+#: Of the runs of which there is one at a time.
+_LOCK_KEY = "audit"
 
-
-class _Lock(BaseModel):
-    run_id: RunId
-
-
-Change = Callable[[Audit], Audit]
+#: As `jobs.Change`, of a run that is there.
+_Change = Callable[[Job, Sequence[Job], datetime], Sequence[Job]]
 
 
 class AuditStore:
-    """Every method raises StoreUnavailable while the store cannot be reached; those that change a run raise BlobError
-    where its record is damaged."""
+    """Every method that names a run raises UnknownAudit; all raise StoreUnavailable while a store is away."""
 
-    def __init__(self, blobs: BlobStore, clock: Clock) -> None:
-        self._blobs, self._clock = blobs, clock
+    def __init__(self, job_store: JobStore, blobs: BlobStore) -> None:
+        self._jobs, self._blobs = job_store, blobs
         #: Whose runs are those that begin here.
-        self._worker = uuid.uuid4().hex
+        self._claimer = uuid.uuid4().hex
 
-    # -- runs
+    async def now(self) -> datetime:
+        return await self._jobs.now()
 
     async def create(self, request: AuditRequest, run_id: str | None = None, *, several: bool = False) -> Audit:
         """A queued run. Raises InputError for an id that is none; AuditExists for one that is taken; AuditRunning while
         another run is alive, unless `several` may be. A dead run that is not over fails here."""
         if run_id is not None and not is_run_id(run_id):
             raise InputError("run_id: 1 to 64 letters, digits, - and _ make one")
-        now = self._clock()
-        names = [request.matrix.name(cell) for cell in request.matrix.cells()]
-        audit = Audit(
-            id=run_id or f"audit-{uuid.uuid4().hex[:8]}",
-            request=request,
-            worker=uuid.uuid4().hex,
-            created_at=now,
-            alive_until=now + timedelta(seconds=LAUNCH_S),
-            cells={name: CellProgress() for name in names},
+        run_id = run_id or f"audit-{uuid.uuid4().hex[:8]}"
+        new = Job(
+            id=run_id,
+            user_id=request.user_id,
+            session_id=request.session_id,
+            lock_key=run_id if several else _LOCK_KEY,
+            parameters=request,
         )
-        # Before the record, so that no run is missing in the list.
-        await self._blobs.put(index_path(audit.id, now), b"", content_type="text/plain")
-        try:
-            await self._put(record_path(audit.id), audit, "")
-        except (BlobConflict, StoreUnavailable) as e:
-            if not await self._is_stored(audit):
-                if isinstance(e, StoreUnavailable):
-                    raise
-                await self._blobs.delete(index_path(audit.id, now))
-                what = f"there is a run {audit.id} already; resume it, or take another id"
-                raise AuditExists(what, run_id=audit.id) from None
-        try:
-            await self._lock(audit.id, several)
-        except FluxFillError:
-            await self._blobs.delete(record_path(audit.id))
-            await self._blobs.delete(index_path(audit.id, now))
-            raise
-        return audit
+
+        def created(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if stored is not None:
+                raise AuditExists(f"there is a run {run_id} already; resume it, or take another id", run_id=run_id)
+            return (_launching(new.evolve(created_at=now), now), *_out_of_the_way(rivals, now))
+
+        return await self._composed(await self._jobs.update(run_id, new.lock_key, created))
 
     async def resume(self, run_id: str, *, several: bool = False) -> Audit:
-        """The run, queued again as a further attempt: what succeeded stays.
+        """The run, queued again as a further attempt: what succeeded stays. Raises AuditRunning while it, or another
+        one, is alive."""
+        key = run_id if several else _LOCK_KEY
 
-        Raises UnknownAudit; AuditRunning while it, or another one, is alive.
-        """
+        def resumed(job: Job, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if _is_alive(job, now):
+                raise AuditRunning(f"{run_id} is {job.status}", run_id=run_id)
+            ended = job if job.status.is_final else _died(job, now)
+            again = ended.after(Cause.RESUMED, now, fence=ended.fence + 1, error=None, lock_key=key)
+            return (_launching(again, now), *_out_of_the_way(rivals, now))
 
-        before = await self.get(run_id)
-        if not before.is_alive(self._clock()):
-            # Not after: who cancels from then on means the new attempt.
-            await self._blobs.delete(cancel_path(run_id))
+        return await self._changed(run_id, resumed, key)
 
-        worker = uuid.uuid4().hex
+    async def begin(self, run_id: str, attempt: int, *, lease_s: float) -> Job:
+        """For the driver: the run is its own from here on. Raises StaleClaim where a later attempt has been made;
+        IllegalTransition where another AuditStore has begun the attempt already, or it is over."""
 
-        def again(audit: Audit) -> Audit:
-            nonlocal before
-            if audit.worker == worker:
-                return audit
-            if audit.is_alive(self._clock()):
-                raise AuditRunning(f"{run_id} is {audit.status}", run_id=run_id)
-            before = audit
-            kept = {n: c if c.status == "succeeded" else CellProgress() for n, c in audit.cells.items()}
-            queued = {"status": AuditStatus.QUEUED, "attempt": audit.attempt + 1, "error": None, "finished_at": None}
-            new = {**queued, "worker": worker, "stage": "", "cells": kept}
-            return audit.model_copy(update={**new, **self._alive(LAUNCH_S)})
+        def begun(job: Job, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            _check_attempt(job, attempt)
+            if job.status == State.RUNNING and job.claimed_by == self._claimer:
+                # Stored by a call whose answer was lost.
+                return ()
+            if job.status != State.QUEUED:
+                raise IllegalTransition(f"{run_id} is {job.status}, not queued")
+            claim = jobs.claim(job, lease_s=lease_s, max_attempts=sys.maxsize, claimer=self._claimer)
+            return claim(job, rivals, now)
 
-        audit = await self._change(run_id, again)
-        try:
-            await self._lock(run_id, several)
-        except FluxFillError:
-            # As it was, but that the attempt is used.
-            await self._change(run_id, lambda queued: before.model_copy(update={"attempt": queued.attempt}))
-            raise
-        return audit
+        return await self._updated(run_id, begun, (await self._job(run_id)).lock_key)
 
-    async def begin(self, run_id: str, attempt: int) -> Audit:
-        """For the job: the run is its own from here on. Raises UnknownAudit; StaleClaim where a later attempt has been
-        made; IllegalTransition where another AuditStore has begun the attempt already, or it is over."""
+    async def finish(self, claim: Claim, status: AuditStatus, error: AuditFault | None = None) -> Audit:
+        """The run is over: SUCCEEDED, INCOMPLETE or FAILED. Raises Canceled; StaleClaim where the claim no longer
+        holds."""
+        cause = Cause.SUCCEEDED if status == AuditStatus.SUCCEEDED else Cause.EXHAUSTED
+        if status == AuditStatus.INCOMPLETE:
+            error = AuditFault(code=INCOMPLETE, message="some cells failed")
 
-        def running(audit: Audit) -> Audit:
-            self._check(audit, attempt)
-            if audit.status == AuditStatus.RUNNING and audit.worker == self._worker:
-                return audit
-            if audit.status != AuditStatus.QUEUED:
-                raise IllegalTransition(f"{run_id} is {audit.status}, not queued")
-            started = audit.started_at or self._clock()
-            begun = {"status": AuditStatus.RUNNING, "worker": self._worker, "started_at": started}
-            return audit.model_copy(update={**begun, **self._alive(ALIVE_S)})
+        def finished(job: Job, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if job.fence == claim.fence and job.status.is_final:
+                # Stored by a call whose answer was lost.
+                return ()
+            if job.fence == claim.fence + 1 and job.status == State.CANCELED:
+                raise Canceled("canceled by a user")
+            end = jobs.finish(claim, cause, error=error and JobError(**error.model_dump()))
+            return end(job, rivals, now)
 
-        return await self._change(run_id, running)
+        return await self._changed(claim.job_id, finished)
 
-    async def update(self, run_id: str, attempt: int, change: Change) -> Audit:
-        """For the job: what `change` makes of the record; also says that the job is alive. Raises UnknownAudit;
-        StaleClaim where a later attempt has been made; IllegalTransition where the run is over."""
+    async def fail(self, run_id: str, attempt: int, fault: AuditFault) -> Audit:
+        """The run, whose attempt has failed unless it was over by then. Whoever works on it can do nothing more."""
 
-        def changed(audit: Audit) -> Audit:
-            self._check(audit, attempt)
-            if audit.status.is_over:
-                raise IllegalTransition(f"{run_id} is {audit.status}")
-            return change(audit).model_copy(update=self._alive(ALIVE_S))
+        def failed(job: Job, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if job.status.is_final or _attempt(job) != attempt:
+                return ()
+            return (_failed(job, now, fault),)
 
-        return await self._change(run_id, changed)
-
-    async def finish(self, run_id: str, attempt: int, status: AuditStatus, error: AuditFault | None = None) -> Audit:
-        """The run is over. Raises as `update`, but where it is over in just this way."""
-
-        def over(audit: Audit) -> Audit:
-            self._check(audit, attempt)
-            if audit.status.is_over:
-                if (audit.status, audit.error) == (status, error):
-                    return audit
-                raise IllegalTransition(f"{run_id} is {audit.status}")
-            return audit.model_copy(update={**self._ended(status, error), **self._alive(ALIVE_S)})
-
-        return await self._change(run_id, over)
+        return await self._changed(run_id, failed)
 
     async def bury(self, run_id: str) -> Audit:
-        """Fail the run where it is not over and its job is silent; the record, changed or not. Raises UnknownAudit."""
+        """The run, which has failed where it was not over and its driver is silent."""
 
-        def buried(audit: Audit) -> Audit:
-            if audit.status.is_over or audit.is_alive(self._clock()):
-                return audit
-            why = f"its job was not heard of after {audit.alive_until:%Y-%m-%d %H:%M:%S} UTC"
-            fault = AuditFault(code=JOB_DIED, message=why)
-            return audit.model_copy(update=self._ended(AuditStatus.FAILED, fault))
+        def buried(job: Job, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            return () if job.status.is_final or _is_alive(job, now) else (_died(job, now),)
 
-        return await self._change(run_id, buried)
+        return await self._changed(run_id, buried)
+
+    async def cancel(self, run_id: str, attempt: int | None = None) -> Audit:
+        """The run, over: its driver stops painting, and writes a report of what there is. Raises IllegalTransition
+        where it was over before. The driver names its `attempt`: then StaleClaim where a later one has been made, and
+        what is canceled already stays."""
+
+        def canceled(job: Job, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if attempt is not None:
+                _check_attempt(job, attempt)
+                if job.status == State.CANCELED:
+                    return ()
+            (after,) = jobs.cancel(job, rivals, now)
+            return (after.evolve(attempt=_attempt(job)),)
+
+        return await self._changed(run_id, canceled)
+
+    async def check_canceled(self, run_id: str, attempt: int) -> None:
+        """For the driver of a canceled run. Raises StaleClaim where it was resumed since."""
+        _check_attempt(await self._job(run_id), attempt)
 
     async def get(self, run_id: str) -> Audit:
-        """Raises UnknownAudit."""
-        return (await self._read(run_id))[0]
+        return await self._composed(await self._job(run_id))
 
     async def list(self, limit: int = 50) -> list[Audit]:
-        """Newest first by `created_at`. Damaged records are left out; few are read that are not given."""
-        names = sorted([info.path async for info in self._blobs.list(INDEX)])
-        found: list[Audit] = []
-        while names and len(found) < limit:
-            read = [names.pop() for _ in range(min(limit - len(found), len(names)))]
-            found += await _some(self._indexed, read)
-        return found
+        """Newest first by `created_at`."""
+        found = await self._jobs.list(type="audit", limit=limit)
+        at_once = asyncio.Semaphore(16)
 
-    async def _indexed(self, path: str) -> Audit | None:
-        """The run of a name in the index; None where it is gone, or where it never came to be under that name."""
-        match = _INDEXED.fullmatch(path)
-        audit = await self._readable(match[1]) if match else None
-        return audit if audit and index_path(audit.id, audit.created_at) == path else None
+        async def composed(job: Job) -> Audit:
+            async with at_once:
+                return await self._composed(job)
 
-    async def cancel(self, run_id: str) -> Audit:
-        """Ask the run to stop; its job ends it, and a run without a live job is over at once. Raises UnknownAudit;
-        IllegalTransition where it is over."""
+        return list(await asyncio.gather(*map(composed, found)))
 
-        def canceled(audit: Audit) -> Audit:
-            is_running = audit.status == AuditStatus.RUNNING and audit.is_alive(self._clock())
-            if is_running or audit.status == AuditStatus.CANCELED:
-                return audit
-            if audit.status.is_over:
-                raise IllegalTransition(f"{run_id} is {audit.status}")
-            return audit.model_copy(update=self._ended(AuditStatus.CANCELED))
-
-        if (audit := await self.get(run_id)).status.is_over:
-            raise IllegalTransition(f"{run_id} is {audit.status}")
-        # Before the record is read again: a job that begins in between finds it.
-        await self._blobs.put(cancel_path(run_id), b"", content_type="text/plain")
-        return await self._change(run_id, canceled)
-
-    async def is_canceled(self, run_id: str) -> bool:
-        try:
-            await self._blobs.head(cancel_path(run_id))
-        except BlobNotFound:
-            return False
-        return True
-
-    # -- cells
-
-    async def keep_cell(self, run_id: str, attempt: int, result: CellResult) -> None:
-        """Raises UnknownAudit; StaleClaim where a later attempt has been made by then: one that is made at the very
-        moment finds a cell that was painted as its own are."""
-        await self._check_claim(run_id, attempt)
-        await self._put(cell_path(run_id, result.name), result, None)
-
-    async def cells(self, run_id: str) -> dict[str, CellResult]:
-        """Those that are stored, by name. Damaged ones are left out, so that they are painted again."""
-        paths = [info.path async for info in self._blobs.list(f"{folder(run_id)}/cells")]
-        return {result.name: result for result in await _some(self._cell, paths)}
-
-    async def _cell(self, path: str) -> CellResult | None:
-        try:
-            data, _ = await self._blobs.get(path, max_bytes=_MAX_BYTES)
-            return CellResult.model_validate_json(data)
-        except (BlobNotFound, ValidationError) as e:
-            log.warning("Left %s out: %s", path, type(e).__name__, extra={"action": "record_unreadable"})
-            return None
-
-    async def keep_image(self, run_id: str, attempt: int, name: str, png: bytes) -> str:
-        """Its path. Raises as `keep_cell`."""
-        await self._check_claim(run_id, attempt)
-        path = image_path(run_id, name)
-        await self._blobs.put(path, png, content_type="image/png")
-        return path
-
-    # -- one at a time
-
-    async def _lock(self, run_id: str, several: bool) -> None:
-        if several:
-            return
-        for _ in range(_CONFLICTS):
-            holder, version = await self._holder()
-            try:
-                if holder is not None and holder.id != run_id:
-                    holder = await self.bury(holder.id)
-                    if not holder.status.is_over:
-                        what = f"{holder.id} is {holder.status} on this app; wait for it, or cancel it"
-                        raise AuditRunning(what, run_id=holder.id)
-                await self._put(LOCK_PATH, _Lock(run_id=run_id), version)
-                return
-            except (BlobConflict, UnknownAudit):
-                continue
-        raise AuditRunning("others start audits on this app at this moment")
-
-    async def _holder(self) -> tuple[Audit | None, str]:
-        """The run that the lock names, if it can be read, and the lock's version."""
-        try:
-            data, info = await self._blobs.get(LOCK_PATH, max_bytes=_MAX_BYTES)
-        except BlobNotFound:
-            return None, ""
-        try:
-            return await self._readable(_Lock.model_validate_json(data).run_id), info.version
-        except ValidationError:
-            return None, info.version
-
-    # -- bytes
-
-    def _alive(self, seconds: float) -> dict[str, datetime]:
-        return {"alive_until": self._clock() + timedelta(seconds=seconds)}
-
-    def _check(self, audit: Audit, attempt: int) -> None:
-        if audit.attempt != attempt:
-            raise StaleClaim(f"{audit.id} is at attempt {audit.attempt}, and this is {attempt}")
-
-    async def _check_claim(self, run_id: str, attempt: int) -> None:
-        self._check(await self.get(run_id), attempt)
-
-    def _ended(self, status: AuditStatus, error: AuditFault | None = None) -> dict[str, object]:
-        return {"status": status, "error": error, "finished_at": self._clock(), "stage": ""}
-
-    async def _change(self, run_id: str, change: Change) -> Audit:
-        for _ in range(_CONFLICTS):
-            audit, version = await self._read(run_id)
-            changed = change(audit)
-            if changed is audit:
-                return audit
-            try:
-                await self._put(record_path(run_id), changed, version)
-                return changed
-            except BlobConflict:
-                continue
-        raise BlobConflict(f"the record of {run_id} was written {_CONFLICTS} times by others")
-
-    async def _read(self, run_id: str) -> tuple[Audit, str]:
-        """The record and its version."""
+    async def _job(self, run_id: str) -> Job:
         if not is_run_id(run_id):
             raise UnknownAudit("there is no such run")
-        try:
-            data, info = await self._blobs.get(record_path(run_id), max_bytes=_MAX_BYTES)
-            return Audit.model_validate_json(data), info.version
-        except BlobNotFound:
-            raise UnknownAudit(f"there is no run {run_id}", run_id=run_id) from None
-        except ValidationError as e:
-            raise BlobError(f"the record of {run_id} cannot be read: {e.error_count()} fields are wrong") from e
+        return _audit(await self._jobs.get(run_id), run_id)
 
-    async def _is_stored(self, audit: Audit) -> bool:
-        with suppress(UnknownAudit, BlobError):
-            return await self.get(audit.id) == audit
-        return False
+    async def _updated(self, run_id: str, change: _Change, lock_key: str = "") -> Job:
+        """Without a `lock_key` the change sees no other run."""
+        if not is_run_id(run_id):
+            raise UnknownAudit("there is no such run")
+        return await self._jobs.update(run_id, lock_key, lambda job, *rest: change(_audit(job, run_id), *rest))
 
-    async def _readable(self, run_id: str) -> Audit | None:
-        try:
-            return await self.get(run_id)
-        except UnknownAudit:
-            return None
-        except BlobError as e:
-            log.warning("Left a run out: %s", e.message, extra={"action": "record_unreadable", "run_id": run_id})
-            return None
+    async def _changed(self, run_id: str, change: _Change, lock_key: str = "") -> Audit:
+        return await self._composed(await self._updated(run_id, change, lock_key))
 
-    async def _put(self, path: str, value: BaseModel, version: str | None) -> None:
-        data = value.model_dump_json(indent=1).encode()
-        if version is None:
-            await self._blobs.put(path, data, content_type=_JSON)
-        else:
-            await self._blobs.put(path, data, content_type=_JSON, if_version=version)
+    async def _composed(self, job: Job) -> Audit:
+        return composed(job, await read_findings(self._blobs, job.id))
 
 
-_INDEXED = re.compile(rf"{INDEX}/[0-9T.]+Z-([^/]+)")
+def composed(job: Job, findings: Findings) -> Audit:
+    """The run, as clients and its report see it."""
+    request = job.parameters
+    assert isinstance(request, AuditRequest)
+    is_incomplete = job.error is not None and job.error.code == INCOMPLETE
+    status = AuditStatus.INCOMPLETE if is_incomplete else AuditStatus(job.status)
+    names = map(request.matrix.name, request.matrix.cells())
+    found = {
+        "cells": {name: _seen(findings.cells.get(name), job.status) for name in names},
+        "stage": findings.stage if job.status == State.RUNNING else "",
+        "started_at": findings.started_at or job.started_at,
+    }
+    return Audit(
+        **{**dict(findings), **found},
+        id=job.id,
+        request=request,
+        status=status,
+        attempt=_attempt(job),
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+        alive_until=job.lease_until,
+        error=AuditFault(**job.error.model_dump()) if job.error and not is_incomplete else None,
+    )
 
 
-async def _some(read: Callable[[str], Awaitable[T | None]], names: Iterable[str]) -> list[T]:
-    """What `read` finds, a few at a time."""
-    places = asyncio.Semaphore(_READS)
+def _seen(found: CellProgress | None, status: State) -> CellProgress:
+    """A cell that waits: one that was begun where the run is not worked on, and one that failed where it is queued
+    again."""
+    is_past = {"running": status != State.RUNNING, "failed": status == State.QUEUED}
+    return CellProgress() if found is None or is_past.get(found.status) else found
 
-    async def one(name: str) -> T | None:
-        async with places:
-            return await read(name)
 
-    return [found for found in await asyncio.gather(*map(one, names)) if found is not None]
+def _audit(job: Job | None, run_id: str) -> Job:
+    if job is None or job.type != "audit":
+        raise UnknownAudit(f"there is no run {run_id}", run_id=run_id)
+    return job
+
+
+def _attempt(job: Job) -> int:
+    """Which of its jobs works on the run, or is to: a claim counts the attempt."""
+    return job.attempt + (job.status == State.QUEUED)
+
+
+def _check_attempt(job: Job, attempt: int) -> None:
+    if _attempt(job) != attempt:
+        raise StaleClaim(f"{job.id} is at attempt {_attempt(job)}, and this is {attempt}")
+
+
+def _is_alive(job: Job, now: datetime) -> bool:
+    return not job.status.is_final and job.lease_until is not None and now < job.lease_until
+
+
+def _launching(job: Job, now: datetime) -> Job:
+    return job.evolve(lease_until=now + timedelta(seconds=LAUNCH_S))
+
+
+def _failed(job: Job, now: datetime, fault: AuditFault) -> Job:
+    """The attempt is used, though it may not have begun: its Ray job's name is."""
+    error = JobError(code=fault.code, message=fault.message)
+    return job.after(Cause.EXHAUSTED, now, attempt=_attempt(job), fence=job.fence + 1, error=error)
+
+
+def _died(job: Job, now: datetime) -> Job:
+    since = f" after {job.lease_until:%Y-%m-%d %H:%M:%S} UTC" if job.lease_until else ""
+    return _failed(job, now, AuditFault(code=JOB_DIED, message=f"its job was not heard of{since}"))
+
+
+def _out_of_the_way(rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+    """Runs that have died. Raises AuditRunning where one is alive."""
+    for rival in rivals:
+        if _is_alive(rival, now):
+            what = f"{rival.id} is {rival.status} on this app; wait for it, or cancel it"
+            raise AuditRunning(what, run_id=rival.id)
+    return [_died(rival, now) for rival in rivals]

@@ -1,4 +1,4 @@
-"""What an audit is: the matrix of cells it paints, what each cell records, and the record of its run. Pure data.
+"""What an audit is: the matrix of cells it paints, what each cell records, and what a run has come to. Pure data.
 
 A cell is one edit of one session with one value of each axis. Everything a run has lies in the blob store under
 `audit/{run_id}/`: see `docs/audit.md`.
@@ -109,7 +109,7 @@ class QualityBudget(_Frozen):
 
 
 class AuditRequest(_Frozen):
-    """What is asked for. Stored with the run, so that a job's command line repeats no caller's words."""
+    """What is asked for: the parameters of the run's job, whose command line so repeats no caller's words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -308,25 +308,13 @@ class Recommendation(_Frozen):
     pareto: tuple[str, ...]
 
 
-class Audit(_Frozen):
-    """The record of a run."""
+class Findings(_Frozen):
+    """What a run has come to so far, as its driver stores it: what the record of its job does not say."""
 
-    id: RunId
-    request: AuditRequest
-    status: AuditStatus = AuditStatus.QUEUED
-    #: Counts the jobs that worked on it: one, and one more for each resume.
-    attempt: int = 1
-    #: Random: who made this attempt, then the process that works on it. It tells a write of one's own, whose answer was
-    #: lost, from another's.
-    worker: str = ""
-    created_at: datetime
+    #: When the first of its attempts began.
     started_at: datetime | None = None
-    finished_at: datetime | None = None
-    #: Until when its job is taken for alive: each write moves it on. A run that is not over and is not alive has died.
-    alive_until: datetime
     #: What it is at, for a person.
     stage: str = ""
-    error: AuditFault | None = None
     #: By the cell's name.
     cells: Mapping[str, CellProgress] = {}
     #: SHA-256 of the photo and the mask that its cells were painted from.
@@ -337,15 +325,27 @@ class Audit(_Frozen):
     compile: tuple[CompileVerdict, ...] = ()
     recommended: Recommendation | None = None
 
+
+class Audit(Findings):
+    """A run: its job and its findings."""
+
+    id: RunId
+    request: AuditRequest
+    status: AuditStatus = AuditStatus.QUEUED
+    #: Counts the jobs that worked on it: one, and one more for each resume.
+    attempt: int = 1
+    created_at: datetime
+    finished_at: datetime | None = None
+    #: Until when its driver is taken for alive without a sign of it; None where the run is over.
+    alive_until: datetime | None = None
+    error: AuditFault | None = None
+
     @property
     def job_name(self) -> str:
         """The submission id of its Ray job, which Ray takes once: no other job of the cluster has this prefix, and each
         resume has an id that differs."""
         name = f"fluxfill-audit-{self.id}"
         return name if self.attempt == 1 else f"{name}.{self.attempt}"
-
-    def is_alive(self, now: datetime) -> bool:
-        return not self.status.is_over and now < self.alive_until
 
     @property
     def compile_viable(self) -> bool | None:
@@ -380,26 +380,8 @@ def cell_path(run_id: str, name: str) -> str:
     return f"{folder(run_id)}/cells/{name}.json"
 
 
-def record_path(run_id: str) -> str:
+def findings_path(run_id: str) -> str:
     return f"{folder(run_id)}/run.json"
-
-
-#: A folder of names alone, which sort by time: what lists runs reads no record that it does not show.
-INDEX = "audit-index"
-
-
-def index_path(run_id: str, created_at: datetime) -> str:
-    """`created_at` in UTC, as the service's clock gives it."""
-    return f"{INDEX}/{created_at:%Y%m%dT%H%M%S.%fZ}-{run_id}"
-
-
-def cancel_path(run_id: str) -> str:
-    """A blob that is there once the run is to stop."""
-    return f"{folder(run_id)}/cancel"
-
-
-#: Names the run that is the app's only one.
-LOCK_PATH = "locks/audit.json"
 
 
 #: File names in a run's folder.

@@ -12,6 +12,7 @@ its own present time, so the rules compare moments of one clock only, and no hos
          given_back
     queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
     failed ──replayed, asked_again──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
+    failed ──resumed──► queued, canceled ──resumed──► queued, succeeded ──resumed──► queued
 
 A job that is over owes what others must be told (`Job.owed`), from the same write that ended it. One that is not over
 owes its message (`dispatch`), should the broker have lost it. `outbox.py` pays.
@@ -70,6 +71,8 @@ class Cause(StrEnum):
     REPLAYED = "replayed"
     #: A message asked for it once more: published after it failed or was canceled, or with a later deadline.
     ASKED_AGAIN = "asked_again"
+    #: A user asked for what an audit lacks.
+    RESUMED = "resumed"
 
 
 #: Every legal edge. What is not here raises IllegalTransition.
@@ -91,6 +94,9 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.FAILED, Cause.ASKED_AGAIN): State.QUEUED,
     (State.CANCELED, Cause.ASKED_AGAIN): State.QUEUED,
     (State.EXPIRED, Cause.ASKED_AGAIN): State.QUEUED,
+    (State.FAILED, Cause.RESUMED): State.QUEUED,
+    (State.CANCELED, Cause.RESUMED): State.QUEUED,
+    (State.SUCCEEDED, Cause.RESUMED): State.QUEUED,
 }
 
 JobType = Literal["inpaint", "generate", "audit"]
@@ -223,7 +229,7 @@ class Job(_Value):
     not_before: AwareDatetime | None = None
     #: Since when its attempts have been given back for want of something: weights, a replica, a store.
     waiting_since: AwareDatetime | None = None
-    #: While running: until when its worker may be silent.
+    #: While running: until when its worker may be silent. While an audit is queued: until when its driver may be.
     lease_until: AwareDatetime | None = None
     progress: Progress = Progress()
     error: JobError | None = None
@@ -325,6 +331,9 @@ def receiver_of(url: str) -> str:
 
 
 def _debts(job: Job, now: datetime) -> dict[Debt, Owed]:
+    if job.type == "audit":
+        # It has no message, and whoever asked looks.
+        return {}
     if not job.status.is_final:
         return {"dispatch": Owed(due_at=now + timedelta(seconds=job.redispatch_s))}
     wanted: dict[Debt, bool] = {

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from .audits import Audit, Trial
 from .images import Pixels
-from .jobs import Change, Claim, Debt, Job, Progress, State
+from .jobs import Change, Claim, Debt, Job, JobType, Progress, State
 from .windows import Box
 
 #: The present, with a time zone.
@@ -106,6 +106,7 @@ class JobStore(Protocol):
     async def list(
         self,
         *,
+        type: JobType | None = None,
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
@@ -113,8 +114,8 @@ class JobStore(Protocol):
         receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Newest first by `created_at`. With `owes_by` (and then neither `status` nor `lock_key`) those that owe
-        something due by then, earliest due first; with `debt` too, those that owe this by then; with a `receiver`
+        """Newest first by `created_at`. With `owes_by` (and then none of `type`, `status` and `lock_key`) those that
+        owe something due by then, earliest due first; with `debt` too, those that owe this by then; with a `receiver`
         (`Job.receiver`) beside the debt `webhook`, those that owe it to this one."""
 
     async def delete(self, job_id: str) -> None:

@@ -9,20 +9,26 @@ from typing import Any
 
 from benchmarks.audit.replicas import ReplicaCounts
 from benchmarks.audit.run import Auditor, Pace
-from serve_app.adapters.memory import MemoryBlobStore
+from serve_app import lease
+from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
+from serve_app.adapters.sql import SqlJobStore
+from serve_app.audit_files import read_cells
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditRequest, CellResult, CompileVerdict, Matrix
 from serve_app.edit import session_path
 from serve_app.engine import Engine
 from serve_app.engine.seat import Seat
 from serve_app.engine.trials import measuring
-from serve_app.ports import ANY_VERSION, BlobInfo, Measured, OnProgress, PaintRequest, PromptEncoder
+from serve_app.jobs import Job
+from serve_app.ports import ANY_VERSION, BlobInfo, JobStore, Measured, OnProgress, PaintRequest, PromptEncoder
 from serve_app.settings import Settings
 
 from .rig import SESSION, USER, Clock, Prompts, Scripted, jpeg, line_mask, photo, png
 
 #: Every wait as short as it can be.
-QUICK = Pace(cancel_poll_s=0.02, write_s=0.02, settle_poll_s=0.01, again_s=0.01, outage_s=0.5)
+QUICK = Pace(
+    lease=lease.Pace(cancel_poll_s=0.05, progress_s=0.05), write_s=0.02, settle_poll_s=0.01, again_s=0.01, outage_s=0.5
+)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -149,6 +155,28 @@ class WatchedBlobs:
             yield info
 
 
+class WatchedJobs:
+    """A job store, with `before` as WatchedBlobs has it. The path is the job's id."""
+
+    def __init__(self, inner: JobStore) -> None:
+        self._inner = inner
+        self.before: Callable[[str, str], None] = lambda method, path: None
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._inner, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            self.before(name, str(args[0]) if args else "")
+            return await method(*args, **kwargs)
+
+        return call
+
+
+def job_store_at(url: str, clock: Clock) -> JobStore:
+    """One whose time is the clock's."""
+    return SqlJobStore(url, clock) if url.startswith("sqlite:") else MemoryJobStore(url, clock)
+
+
 def scripted(*names: str, num_gpus: int = 0, **served: Any) -> dict[str, Any]:
     """Variants for settings whose engines are `Scripted`."""
     return {name: {"definition": {"family": "telea", "num_gpus": num_gpus}, **served} for name in names}
@@ -167,20 +195,24 @@ class AuditRig:
     prompts: PromptEncoder = field(default_factory=Prompts)
     clock: Clock = field(default_factory=Clock)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    #: Of the job store; one in memory when left out.
+    jobs_url: str = ""
     pace: Pace = QUICK
 
     def __post_init__(self) -> None:
         url = f"memory:{self.name}"
         given = {"variants": self.variants, "audit": self.audit, "work": self.work, **self.more}
-        self.settings = Settings(blobs=url, jobs=url, **given)
+        self.settings = Settings(blobs=url, jobs=self.jobs_url or url, **given)
         self.plain = MemoryBlobStore(url, "http://127.0.0.1:8000")
         self.blobs = WatchedBlobs(self.plain)
-        self.store = AuditStore(self.plain, self.clock)
+        self.plain_jobs = job_store_at(self.settings.jobs, self.clock)
+        self.jobs = WatchedJobs(self.plain_jobs)
+        self.store = AuditStore(self.plain_jobs, self.plain)
         self.scripted = {name: [Scripted()] for name in self.variants if name not in self.engines}
         self.replicas = LocalReplicas({**self.scripted, **self.engines})
         self.compiled: list[tuple[str, PaintRequest]] = []
         self.auditor = Auditor(
-            store=AuditStore(self.blobs, self.clock),
+            job_store=self.jobs,
             blobs=self.blobs,
             replicas=self.replicas,
             prompts=self.prompts,
@@ -225,7 +257,12 @@ class AuditRig:
         return await self.auditor.run(audit.id, audit.attempt)
 
     async def cells(self) -> dict[str, CellResult]:
-        return await self.store.cells("run")
+        return await read_cells(self.plain, "run")
+
+    def stored_job(self) -> Job:
+        """Of the run, in a job store in memory."""
+        assert isinstance(self.plain_jobs, MemoryJobStore)
+        return self.plain_jobs._content.jobs["run"]
 
     async def paths(self) -> list[str]:
         return [info.path async for info in self.plain.list("audit/run")]

@@ -26,6 +26,7 @@ from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters.pubsub_client import subscription_path, topic_path
 from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.audits import AuditRequest
 from serve_app.jobs import EditParameters, Job
 from serve_app.messages import CropStrategy
 from serve_app.ports import Delivery, Handler, MessageSource, Publisher, SourceStatus, Verdict
@@ -62,6 +63,12 @@ def make_job(id: str = "edit-1", **changes: object) -> Job:
     )
     job = job.evolve(**changes)
     return job.evolve(lock_key=f"{job.user_id}/{job.session_id}" if job.session_id else "")
+
+
+def make_audit(id: str = "audit-1", **changes: object) -> Job:
+    request = AuditRequest(user_id="u", session_id="s")
+    job = Job(id=id, user_id="u", session_id="s", lock_key="audit", parameters=request, created_at=at(0))
+    return job.evolve(**changes)
 
 
 def run_python(script: str, *arguments: object) -> subprocess.Popen[str]:

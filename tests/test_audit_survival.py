@@ -2,14 +2,14 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.audit.record import Record
-from serve_app.audits import Audit, AuditStatus, CompileVerdict, cell_path, folder, image_path, record_path
+from serve_app.audits import Audit, AuditStatus, CompileVerdict, cell_path, folder, image_path
 from serve_app.edit import session_path
 from serve_app.errors import (
     IllegalTransition,
@@ -17,6 +17,8 @@ from serve_app.errors import (
     StaleClaim,
     StoreUnavailable,
 )
+from serve_app.jobs import State
+from serve_app.lease import Pace
 
 from .audit_rig import NAMES, QUICK, AuditRig, scripted, until
 from .rig import SESSION, USER, Held, Scripted, jpeg, photo
@@ -88,17 +90,16 @@ async def test_a_canceled_run_is_judged_by_what_is_there_and_nothing_is_compiled
 
 async def test_a_canceled_run_is_over_and_has_its_report_before_it_is_judged() -> None:
     rig = AuditRig()
-    seen: list[tuple[AuditStatus, bool]] = []
+    seen: list[tuple[State, bool]] = []
 
     def look(method: str, path: str) -> None:
         blobs = rig.plain._content.blobs
         if method == "put" and cell_path("run", "a_gs2") == path and path in blobs:
-            record = Audit.model_validate_json(blobs[record_path("run")].data)
-            seen.append((record.status, f"{folder('run')}/report.html" in blobs))
+            seen.append((rig.stored_job().status, f"{folder('run')}/report.html" in blobs))
 
     rig.blobs.before = look
     await canceled_at_b(rig)
-    assert seen == [(AuditStatus.CANCELED, True)]
+    assert seen == [(State.CANCELED, True)]
 
 
 async def test_a_canceled_run_that_cannot_be_judged_in_time_says_so() -> None:
@@ -152,7 +153,8 @@ async def test_a_run_that_another_attempt_has_taken_over_is_left_alone() -> None
 
 
 async def test_a_run_that_was_taken_over_is_given_no_cell_of_the_older_attempt() -> None:
-    rig = AuditRig(pace=replace(QUICK, write_s=10))  # The painted cell comes before the next write of the record.
+    # The painted cell comes before the next look at the job, and the next write of the findings.
+    rig = AuditRig(pace=replace(QUICK, lease=Pace(cancel_poll_s=10, progress_s=10), write_s=10))
     running, held = await held_in(rig, "b")
     await until(lambda: {"a_gs2", "a_gs4"} <= set(_stored(rig)))
     rig.clock.advance(3600)
@@ -187,18 +189,6 @@ async def test_the_record_says_how_far_a_cell_is() -> None:
     assert (await running).status == AuditStatus.SUCCEEDED
 
 
-async def test_a_job_that_has_nothing_to_say_says_that_it_is_alive() -> None:
-    rig = AuditRig()
-    audit = await rig.queued()
-    record = Record(rig.store, await rig.store.begin(audit.id, 1), every_s=0.01, at_least_s=0.02)
-    keeping = asyncio.create_task(record.keep())
-    rig.clock.advance(30)
-    while (await rig.store.get("run")).alive_until < rig.clock() + timedelta(seconds=30):
-        await asyncio.sleep(0.005)
-    keeping.cancel()
-    await asyncio.wait({keeping})
-
-
 async def test_an_error_that_nobody_foresaw_fails_the_run_and_is_raised() -> None:
     class Broken:
         async def encode(self, variant: str, prompt: str) -> bytes | None:
@@ -214,6 +204,19 @@ async def test_an_error_that_nobody_foresaw_fails_the_run_and_is_raised() -> Non
 
 
 # -- outages and kills
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def rig_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., AuditRig]:
+    """Rigs over a job store of the kind, each in one of its own."""
+
+    def made(**fields: Any) -> AuditRig:
+        rig = AuditRig(**fields)
+        if request.param == "memory":
+            return rig
+        return replace(rig, jobs_url=f"sqlite:{tmp_path / rig.name}.db")
+
+    return made
 
 
 class Down:
@@ -237,6 +240,44 @@ async def test_a_store_that_is_down_for_a_moment_costs_nothing(file: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["get", "update"])
+async def test_a_job_store_that_is_down_for_a_moment_costs_nothing(
+    rig_of: Callable[..., AuditRig], method: str
+) -> None:
+    rig = rig_of()
+    rig.blobs.before = once_painted(lambda: setattr(rig.jobs, "before", Down("run", 3, method)))
+    audit = await rig.run()
+    assert (audit.status, audit.result_count, audit.attempt) == (AuditStatus.SUCCEEDED, 4, 1)
+
+
+def once_painted(do: Callable[[], None]) -> Callable[[str, str], None]:
+    """For `WatchedBlobs.before`: `do` is called when the first cell is stored."""
+    todo = [do]
+
+    def before(method: str, path: str) -> None:
+        if method == "put" and "/cells/" in path and todo:
+            todo.pop()()
+
+    return before
+
+
+@pytest.mark.slow
+async def test_a_job_store_that_is_down_for_longer_than_a_lease_costs_no_finished_cell(
+    rig_of: Callable[..., AuditRig],
+) -> None:
+    rig = rig_of(work={"lease_s": 0.5, "renew_s": 0.1})
+    rig.blobs.before = once_painted(lambda: setattr(rig.jobs, "before", Down("run", 10**6, "update")))
+    with pytest.raises(StoreUnavailable):
+        await rig.run()
+    kept = {name: cell for name, cell in (await rig.cells()).items() if cell.status == "succeeded"}
+    assert 0 < len(kept) < 4
+    again = rig.beside()
+    audit = await again.resume()
+    assert (audit.status, audit.attempt) == (AuditStatus.SUCCEEDED, 2)
+    assert sorted([*kept, *again.replicas.begun]) == NAMES
+
+
+@pytest.mark.slow
 async def test_a_cell_that_cannot_be_stored_fails() -> None:
     rig = AuditRig()
     rig.blobs.before = Down("audit/run/a_gs2.png", 1000)
@@ -252,24 +293,33 @@ class Killed(BaseException):
 
 
 class KilledAt:
-    """The process is killed at its nth call of the store: nothing is stored from then on. Looking whether the run was
+    """The process is killed at its nth call of a store: nothing is stored from then on. Looking whether the run was
     canceled goes on all the time, and is not counted."""
 
     def __init__(self, number: int) -> None:
         self.left = number
 
-    def __call__(self, method: str, path: str) -> None:
-        self.left -= method != "head"
+    def job(self, method: str, _job_id: str) -> None:
+        self._count(method != "get")
+
+    def blob(self, _method: str, _path: str) -> None:
+        self._count(True)
+
+    def _count(self, counts: bool) -> None:
+        self.left -= counts
         if self.left < 0:
             raise Killed
 
 
 @pytest.mark.slow
-async def test_killed_anywhere_a_resume_completes_the_rest_and_paints_no_stored_cell_again() -> None:
+async def test_killed_anywhere_a_resume_completes_the_rest_and_paints_no_stored_cell_again(
+    rig_of: Callable[..., AuditRig],
+) -> None:
     number, kills = 0, 0
     while True:
-        rig = AuditRig(pace=replace(QUICK, write_s=0.2))
-        rig.blobs.before = KilledAt(number)
+        rig = rig_of(pace=replace(QUICK, write_s=0.2))
+        killed = KilledAt(number)
+        rig.blobs.before, rig.jobs.before = killed.blob, killed.job
         try:
             audit = await rig.run(matrix={"guidance_scales": (2.0,)})
             break

@@ -15,7 +15,7 @@ from serve_app.errors import Busy, StaleClaim, UnknownJob
 from serve_app.jobs import Artifact, Cause, Change, Job, Owed, Progress, State
 from serve_app.ports import JobStore, SessionMirror, utc_now
 
-from .backends import at, make_job
+from .backends import at, make_audit, make_job
 from .job_servers import Opened
 
 KEY = "u/s"
@@ -278,6 +278,16 @@ async def test_list_is_newest_first_and_filtered(store: JobStore) -> None:
     assert [job.id for job in await store.list(status=State.FAILED)] == ["d"]
     assert [job.id for job in await store.list(lock_key=KEY, status=State.QUEUED, limit=1)] == ["c"]
     assert list(await store.list(status=State.SUCCEEDED)) == []
+
+
+async def test_jobs_of_a_type_are_listed_apart(store: JobStore) -> None:
+    for id, second in {"old": 1.0, "new": 3.0}.items():
+        await store.update(id, "audit", put(make_audit(id, created_at=at(second))))
+    await store.update("edit", KEY, put(make_job("edit", created_at=at(2))))
+    assert [job.id for job in await store.list(type="audit")] == ["new", "old"]
+    assert [job.id for job in await store.list(type="audit", limit=1)] == ["new"]
+    assert [job.id for job in await store.list(type="inpaint", status=State.QUEUED)] == ["edit"]
+    assert [job.id for job in await store.list()] == ["new", "edit", "old"]
 
 
 def owing(id: str, *due_at: float) -> Job:

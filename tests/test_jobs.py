@@ -71,6 +71,9 @@ def test_final_states_have_no_way_out_but_when_somebody_asks() -> None:
         (State.FAILED, Cause.ASKED_AGAIN),
         (State.CANCELED, Cause.ASKED_AGAIN),
         (State.EXPIRED, Cause.ASKED_AGAIN),
+        (State.FAILED, Cause.RESUMED),
+        (State.CANCELED, Cause.RESUMED),
+        (State.SUCCEEDED, Cause.RESUMED),
     }
     assert {state for state in State if state.is_final} == set(State) - {State.QUEUED, State.RUNNING}
 

@@ -20,7 +20,7 @@ from serve_app import adapters
 from serve_app.audit_store import AuditStore
 from serve_app.audits import PAGE, Audit, AuditRequest, AuditStatus, folder
 from serve_app.errors import FluxFillError, JobsUnavailable
-from serve_app.ports import BlobStore, utc_now
+from serve_app.ports import BlobStore, JobStore, utc_now
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 
@@ -71,21 +71,22 @@ async def _audit(given: Given) -> Audit:
     name = app.find(given.app)
     settings = await app.settings(name)
     blobs = adapters.blob_store(settings.blobs, settings.public_url)
-    store = AuditStore(blobs, utc_now)
+    job_store = adapters.job_store(settings.jobs)
+    store = AuditStore(job_store, blobs)
     audit, attempt = await _run_of(given, store, settings)
     try:
-        auditor = _auditor(name, audit.request, settings, store, blobs)
+        auditor = _auditor(name, audit.request, settings, job_store, blobs)
     except Exception as e:
         with suppress(FluxFillError):
-            await store.finish(audit.id, attempt, AuditStatus.FAILED, fault(e))
+            await store.fail(audit.id, attempt, fault(e))
         raise
     loop.add_signal_handler(signal.SIGTERM, auditor.cancel)
     return await auditor.run(audit.id, attempt)
 
 
-def _auditor(name: str, request: AuditRequest, settings: Settings, store: AuditStore, blobs: BlobStore) -> Auditor:
+def _auditor(name: str, request: AuditRequest, settings: Settings, job_store: JobStore, blobs: BlobStore) -> Auditor:
     return Auditor(
-        store=store,
+        job_store=job_store,
         blobs=blobs,
         replicas=RayReplicas(name, settings),
         prompts=app.prompts(name, settings, blobs),
@@ -100,7 +101,7 @@ async def _run_of(given: Given, store: AuditStore, settings: Settings) -> tuple[
     if given.launched:
         run_id, attempt = given.launched
         return await waited_out(partial(store.get, run_id)), attempt
-    audit = await queued(given.asked, store, settings, utc_now, out.print)
+    audit = await queued(given.asked, store, settings, out.print)
     out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
     return audit, audit.attempt
 

@@ -11,11 +11,11 @@ from functools import partial
 from PIL import Image
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from serve_app.audit_store import AuditStore
+from serve_app.audit_files import RunFiles
 from serve_app.audits import AuditRequest, Cell, CellResult
 from serve_app.edit import begun_within
 from serve_app.engine.lock import Lock
-from serve_app.errors import FluxFillError, GpuLost, ReplicaLost, StaleClaim, UnknownAudit, VariantNotReady
+from serve_app.errors import Canceled, FluxFillError, GpuLost, ReplicaLost, StaleClaim, VariantNotReady
 from serve_app.images import Pixels
 from serve_app.jobs import Progress
 from serve_app.ports import Clock, Measured, OnProgress
@@ -42,10 +42,9 @@ class Easel:
     """What painting any cell of a run takes."""
 
     run_id: str
-    attempt: int
     request: AuditRequest
     session: Session
-    store: AuditStore
+    files: RunFiles
     settings: Settings
     locked: Lock
     clock: Clock
@@ -56,7 +55,7 @@ class Easel:
 
     async def paint(self, fan: FanOut, name: str, cell: Cell, on_progress: OnProgress) -> CellResult:
         """The cell's result, stored after its picture. One that cannot be painted or stored is a failed result.
-        Raises StaleClaim and UnknownAudit: the run is this job's no longer."""
+        Raises StaleClaim and Canceled: the run is not to go on here."""
         began: list[datetime] = []
 
         async def on_step(progress: Progress) -> None:
@@ -67,7 +66,7 @@ class Easel:
         try:
             measured = await self._measured(fan, name, cell, on_step)
             png = await asyncio.to_thread(self._png, measured.canvas, cell)
-            path = await waited_out(partial(self.store.keep_image, self.run_id, self.attempt, name, png), self.keep_s)
+            path = await waited_out(partial(self.files.keep_image, name, png), self.keep_s)
             result = figures.succeeded(
                 name,
                 cell,
@@ -79,8 +78,8 @@ class Easel:
                 started_at=began[0] if began else None,
                 finished_at=self.clock(),
             )
-            await waited_out(partial(self.store.keep_cell, self.run_id, self.attempt, result), self.keep_s)
-        except (StaleClaim, UnknownAudit):
+            await waited_out(partial(self.files.keep_cell, result), self.keep_s)
+        except (StaleClaim, Canceled):
             raise
         except Exception as e:
             # One failed cell is reported as failed, with its error; the others go on.
@@ -93,7 +92,7 @@ class Easel:
         """Stored where the store can be reached: a resume paints the cell anyway."""
         result = CellResult(name=name, cell=cell, status="failed", error=fault(error), finished_at=self.clock())
         try:
-            await self.store.keep_cell(self.run_id, self.attempt, result)
+            await self.files.keep_cell(result)
         except FluxFillError as e:
             log.warning(
                 "A failed cell could not be noted: %s", e, extra={"action": "audit_cell_not_stored", "cell": name}

@@ -7,18 +7,15 @@ from serve_app.audit_options import Asked
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit
 from serve_app.errors import UnknownVariant
-from serve_app.ports import Clock
 from serve_app.settings import Settings
 
 
-async def queued(
-    asked: Asked, store: AuditStore, settings: Settings, clock: Clock, say: Callable[[str], None]
-) -> Audit:
+async def queued(asked: Asked, store: AuditStore, settings: Settings, say: Callable[[str], None]) -> Audit:
     """A new run, or the one to resume. Raises as AuditStore's `create` and `resume`; InputError for a wrong argument;
     UnknownVariant."""
     several = settings.audit.allow_concurrent
     if asked.resume is not None:
-        await _out_waited(asked.resume, store, clock, say)
+        await _out_waited(asked.resume, store, say)
         return await store.resume(asked.resume, several=several)
     wanted = asked.request(settings.audit)
     for name in wanted.matrix.variants:
@@ -27,10 +24,10 @@ async def queued(
     return await store.create(wanted, asked.run_id, several=several)
 
 
-async def _out_waited(run_id: str, store: AuditStore, clock: Clock, say: Callable[[str], None]) -> None:
-    """A job that was killed told nobody. One that lives moves the moment on, and the resume is refused."""
-    audit = await store.get(run_id)
-    if audit.is_alive(clock()):
-        left_s = (audit.alive_until - clock()).total_seconds()
+async def _out_waited(run_id: str, store: AuditStore, say: Callable[[str], None]) -> None:
+    """A driver that was killed told nobody. One that lives renews its lease, and the resume is refused."""
+    audit, now = await store.get(run_id), await store.now()
+    if audit.alive_until is not None and audit.alive_until > now:
+        left_s = (audit.alive_until - now).total_seconds()
         say(f"{run_id} is {audit.status}: waiting {left_s:.0f} s for a sign of life of its last job")
         await asyncio.sleep(left_s)

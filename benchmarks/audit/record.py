@@ -1,31 +1,24 @@
-"""The run's record while its job works on it: changed in memory, stored by one task."""
+"""What the run has come to while its driver works on it: changed in memory, stored by one task."""
 
 import asyncio
 import logging
-from contextlib import suppress
 from typing import Any
 
-from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditFault, CellProgress, MemoryReading
-from serve_app.errors import BlobConflict, FluxFillError, StoreUnavailable
+from serve_app.audit_files import RunFiles
+from serve_app.audits import Audit, AuditFault, CellProgress, Findings, MemoryReading
+from serve_app.errors import FluxFillError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-#: Shortest time between two writes, and longest: each says that the job is alive.
+#: Shortest time between two writes, in seconds.
 EVERY_S = 2.0
-AT_LEAST_S = 15.0
-#: Fields of the record that the job writes. The others are the store's.
-_OURS = ("stage", "cells", "inputs", "gpu", "sm", "memory", "compile", "recommended")
 
 
 class Record:
-    """`audit` is the run as this job has it; `keep` must run beside what changes it."""
+    """`audit` is the run as its driver has it; `keep` must run beside what changes it."""
 
-    def __init__(
-        self, store: AuditStore, audit: Audit, every_s: float = EVERY_S, at_least_s: float = AT_LEAST_S
-    ) -> None:
-        self._store, self._every_s, self._at_least_s = store, every_s, at_least_s
-        self.audit = audit
+    def __init__(self, files: RunFiles, audit: Audit, every_s: float = EVERY_S) -> None:
+        self.files, self.audit, self._every_s = files, audit, every_s
         self._news = asyncio.Event()
 
     def change(self, **fields: Any) -> None:
@@ -43,24 +36,21 @@ class Record:
         self.change(memory=(*self.audit.memory, reading))
 
     async def keep(self) -> None:
-        """For ever. Raises StaleClaim where a later attempt has been made, IllegalTransition where the run is over,
-        UnknownAudit where it is gone: whoever works on it must stop. A store that is down is waited out."""
+        """For ever. Raises StaleClaim, Canceled: whoever works on the run must stop. A store that is down is waited
+        out."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._at_least_s - self._every_s):
-                    await self._news.wait()
+            await self._news.wait()
             self._news.clear()
             try:
                 await self.write()
-            except (StoreUnavailable, BlobConflict) as e:
+            except StoreUnavailable as e:
                 self._news.set()
-                log.warning("The record could not be written: %s", e, extra={"action": "audit_write_failed"})
+                log.warning("The findings could not be written: %s", e, extra={"action": "audit_write_failed"})
             await asyncio.sleep(self._every_s)
 
     async def write(self) -> None:
-        """Now. Raises as `AuditStore.update`."""
-        fields = {name: getattr(self.audit, name) for name in _OURS}
-        await self._store.update(self.audit.id, self.audit.attempt, lambda stored: stored.model_copy(update=fields))
+        """Now. Raises StaleClaim, Canceled, StoreUnavailable."""
+        await self.files.keep_findings(Findings(**{name: getattr(self.audit, name) for name in Findings.model_fields}))
 
 
 def fault(error: Exception) -> AuditFault:

@@ -6,19 +6,24 @@ that have no record, or one that says they failed. So the job may be killed at a
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from serve_app import jobs
+from serve_app.audit_files import RunFiles, read_cells
 from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditFault, AuditRequest, AuditStatus, CellProgress, CellResult
+from serve_app.audits import Audit, AuditFault, AuditRequest, AuditStatus, CellResult
 from serve_app.engine import lock
 from serve_app.engine.lock import Lock
-from serve_app.errors import AuditError, FluxFillError, StoreUnavailable
-from serve_app.ports import BlobStore, Clock, PromptEncoder
+from serve_app.errors import AuditError, Canceled, FluxFillError, StaleClaim
+from serve_app.jobs import Claim
+from serve_app.lease import Lease
+from serve_app.lease import Pace as LeasePace
+from serve_app.ports import BlobStore, Clock, JobStore, PromptEncoder
 from serve_app.settings import Settings
 from serve_app.telemetry import logged_with
 
@@ -43,9 +48,9 @@ T = TypeVar("T")
 class Pace:
     """How often and how long, in seconds."""
 
-    #: Looking whether the run was canceled.
-    cancel_poll_s: float = 1.0
-    #: Between two writes of the record.
+    #: Of keeping the claim.
+    lease: LeasePace = field(default_factory=LeasePace)
+    #: Between two writes of the findings.
     write_s: float = record.EVERY_S
     #: Looking whether GPUs are free.
     settle_poll_s: float = settle.POLL_S
@@ -60,6 +65,7 @@ class Pace:
 @dataclass
 class _Run:
     record: Record
+    claim: Claim
     #: By name: what succeeded in earlier attempts, and whatever became of the others in this one.
     results: dict[str, CellResult] = field(default_factory=dict)
     session: Session | None = None
@@ -75,7 +81,7 @@ class Auditor:
     def __init__(
         self,
         *,
-        store: AuditStore,
+        job_store: JobStore,
         blobs: BlobStore,
         replicas: Replicas,
         prompts: PromptEncoder,
@@ -84,7 +90,8 @@ class Auditor:
         clock: Clock,
         pace: Pace | None = None,
     ) -> None:
-        self._store, self._blobs = store, blobs
+        self._jobs, self._blobs = job_store, blobs
+        self._store = AuditStore(job_store, blobs)
         self._replicas, self._prompts, self._compiler = replicas, prompts, compiler
         self._settings, self._clock = settings, clock
         self._pace = pace or Pace()
@@ -98,43 +105,62 @@ class Auditor:
         """The run, when it is over: SUCCEEDED, INCOMPLETE, CANCELED, or FAILED with the reason.
 
         Raises UnknownAudit; StaleClaim where a later attempt has been made, also in the middle; IllegalTransition
-        where the attempt has begun already or is over; StoreUnavailable where the store stays away.
+        where the attempt has begun already or is over; StoreUnavailable where a store stays away.
         """
         with logged_with(run_id=run_id, attempt=attempt):
-            audit = await self._patiently(partial(self._store.begin, run_id, attempt))
+            claimed_at, work = time.monotonic(), self._settings.work
+            begin = partial(self._store.begin, run_id, attempt, lease_s=work.lease_s)
+            job = await self._patiently(begin)
+            held = Lease(job, store=self._jobs, work=work, claimed_at=claimed_at, pace=self._pace.lease)
+            audit = await self._patiently(partial(self._store.get, run_id))
             log.info("Begun: %d cells", len(audit.cells), extra={"action": "audit_begun"})
-            audit = await self._ended(_Run(Record(self._store, audit, self._pace.write_s)))
+            files = RunFiles(self._blobs, run_id, held.confirm)
+            run = _Run(Record(files, audit, self._pace.write_s), jobs.claim_of(job))
+            audit = await self._ended(run, held)
             extra = {"action": "audit_ended", "status": audit.status, "code": audit.error and audit.error.code}
             log.info("The audit is %s", audit.status, extra=extra)
             return audit
 
-    async def _ended(self, run: _Run) -> Audit:
+    async def _ended(self, run: _Run, held: Lease) -> Audit:
+        try:
+            try:
+                status = await held.hold(self._attempt(run))
+                return await self._finish(run, status)
+            except (Canceled, StaleClaim):
+                raise
+            except FluxFillError as e:
+                return await self._finish(run, AuditStatus.FAILED, fault(e))
+            except Exception as e:
+                await self._finish(run, AuditStatus.FAILED, fault(e))
+                raise
+        except Canceled:
+            return await self._stopped(run)
+
+    async def _attempt(self, run: _Run) -> AuditStatus:
+        """Raises Canceled where `cancel` is called meanwhile."""
         work = asyncio.create_task(self._work(run))
         keeping = asyncio.create_task(run.record.keep())
-        stopping = asyncio.create_task(self._until_canceled(run.record.audit.id))
-        tasks = {work, keeping, stopping}
+        told = asyncio.create_task(self._canceled.wait())
+        tasks = {work, keeping, told}
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(tasks)
-        for guard in done & {keeping, stopping}:
-            # The first raises where the run is this job's no longer.
-            guard.result()
-        return await (self._outcome(run, work) if work in done else self._stopped(run))
-
-    async def _outcome(self, run: _Run, work: asyncio.Task[AuditStatus]) -> Audit:
-        try:
-            return await self._finish(run, work.result())
-        except FluxFillError as e:
-            return await self._finish(run, AuditStatus.FAILED, fault(e))
-        except Exception as e:
-            await self._finish(run, AuditStatus.FAILED, fault(e))
-            raise
+        if not keeping.cancelled():
+            # It raises where the run is not to go on.
+            keeping.result()
+        if work.cancelled():
+            raise Canceled("its job was told to stop")
+        return work.result()
 
     async def _stopped(self, run: _Run) -> Audit:
         """Over first, then the report, then its figures: the signal that came may be followed by one that nobody
         survives."""
-        audit = await self._finish(run, AuditStatus.CANCELED)
+        run_id, attempt = run.record.audit.id, run.record.audit.attempt
+        await self._patiently(partial(self._store.cancel, run_id, attempt))
+        run.record.files.confirm = partial(self._store.check_canceled, run_id, attempt)
+        await self._patiently(run.record.write)
+        audit = await self._patiently(partial(self._store.get, run_id))
         if run.results and run.verdicts:
             try:
                 await self._publish(run, audit)
@@ -179,7 +205,7 @@ class Auditor:
 
     async def _left(self, run: _Run) -> Counter[str]:
         """Cells to paint, by variant; what is stored as succeeded is taken over into the run."""
-        stored = await self._patiently(partial(self._store.cells, run.record.audit.id))
+        stored = await self._patiently(partial(read_cells, self._blobs, run.record.audit.id))
         cells = {run.request.matrix.name(cell): cell for cell in run.request.matrix.cells()}
         for name, result in stored.items():
             if name in cells and result.status == "succeeded":
@@ -198,10 +224,9 @@ class Auditor:
     def _painter(self, run: _Run, session: Session, locked: Lock, settling: Settling) -> MatrixPainter:
         easel = Easel(
             run_id=run.record.audit.id,
-            attempt=run.record.audit.attempt,
             request=run.request,
             session=session,
-            store=self._store,
+            files=run.record.files,
             settings=self._settings,
             locked=locked,
             clock=self._clock,
@@ -215,7 +240,6 @@ class Auditor:
             run.record,
             session,
             run.results,
-            store=self._store,
             blobs=self._blobs,
             settings=self._settings,
             locked=locked,
@@ -224,27 +248,14 @@ class Auditor:
     async def _publish(self, run: _Run, audit: Audit) -> None:
         if run.session is None or run.verdicts is None:
             return
+        await self._patiently(run.record.files.confirm)
         photo, mask = run.session.photo.pixels, run.session.mask
         results = list(run.results.values())
         await self._patiently(partial(publish, audit, results, photo, mask, blobs=self._blobs))
 
     async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
-        audit = run.record.audit
-        run.record.change(cells={name: _ended(progress) for name, progress in audit.cells.items()})
         await self._patiently(run.record.write)
-        return await self._patiently(partial(self._store.finish, audit.id, audit.attempt, status, error))
-
-    async def _until_canceled(self, run_id: str) -> None:
-        """Returns when somebody asked, by `cancel` or in the store."""
-        while not self._canceled.is_set():
-            try:
-                if await self._store.is_canceled(run_id):
-                    return
-            except StoreUnavailable as e:
-                extra = {"action": "audit_cancel_unknown"}
-                log.warning("It cannot be looked whether the run was canceled: %s", e, extra=extra)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._canceled.wait(), self._pace.cancel_poll_s)
+        return await self._patiently(partial(self._store.finish, run.claim, status, error))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         return await waited_out(call, self._pace.outage_s)
@@ -266,8 +277,3 @@ def _note_inputs(run: _Run, digest: str) -> None:
 def _status(run: _Run) -> AuditStatus:
     is_whole = all(result.status == "succeeded" for result in run.results.values())
     return AuditStatus.SUCCEEDED if is_whole else AuditStatus.INCOMPLETE
-
-
-def _ended(progress: CellProgress) -> CellProgress:
-    """Of a run that is over: nothing is painted any more."""
-    return CellProgress() if progress.status == "running" else progress

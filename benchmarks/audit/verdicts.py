@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from serve_app.audit_store import AuditStore
 from serve_app.audits import AuditRequest, CellResult, Compared, CompileVerdict, Recommendation, image_path
 from serve_app.engine import tiny
 from serve_app.engine.lock import Lock
@@ -45,13 +44,12 @@ class Verdicts:
         session: Session,
         results: dict[str, CellResult],
         *,
-        store: AuditStore,
         blobs: BlobStore,
         settings: Settings,
         locked: Lock,
     ) -> None:
         self._record, self._session, self._results = record, session, results
-        self._store, self._blobs, self._settings, self._locked = store, blobs, settings, locked
+        self._blobs, self._settings, self._locked = blobs, settings, locked
         self._run_id, self._request = record.audit.id, record.audit.request
 
     async def compare(self) -> None:
@@ -64,8 +62,7 @@ class Verdicts:
                 compared = await self._compared(result, against)
                 if compared != result.compared:
                     self._results[result.name] = result.model_copy(update={"compared": compared})
-                    attempt, cell = self._record.audit.attempt, self._results[result.name]
-                    await waited_out(partial(self._store.keep_cell, self._run_id, attempt, cell))
+                    await waited_out(partial(self._record.files.keep_cell, self._results[result.name]))
 
     def recommend(self) -> None:
         try:

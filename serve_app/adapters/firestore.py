@@ -17,7 +17,7 @@ from google.cloud.firestore import FieldFilter, Query
 from pydantic import ValidationError
 
 from ..errors import StoreUnavailable, UnknownJob
-from ..jobs import Change, Claim, Debt, Job, Progress, State
+from ..jobs import Change, Claim, Debt, Job, JobType, Progress, State
 from .calls import current_call
 from .firestore_database import ONCE, Firestore, Transaction, document_name
 from .job_records import read_all, read_record, with_progress
@@ -47,6 +47,7 @@ class FirestoreJobStore:
     async def list(
         self,
         *,
+        type: JobType | None = None,
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
@@ -57,7 +58,7 @@ class FirestoreJobStore:
         def query() -> Sequence[Job]:
             if owes_by is not None:
                 return self._owing(owes_by, debt, receiver, limit)
-            return self._newest({"status": status, "sessionKey": lock_key}, limit)
+            return self._newest({"type": type, "status": status, "sessionKey": lock_key}, limit)
 
         return await self._database.run(query)
 
@@ -174,6 +175,7 @@ class FirestoreJobStore:
 
 def _columns(job: Job) -> Mapping[str, Any]:
     return {
+        "type": job.type,
         "status": job.status,
         "sessionKey": job.lock_key,
         "createdAt": job.created_at,

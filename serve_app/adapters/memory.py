@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
-from ..jobs import Change, Claim, Debt, Job, Progress, State
+from ..jobs import Change, Claim, Debt, Job, JobType, Progress, State
 from ..ports import ANY_VERSION, BlobInfo, Clock, utc_now
 from .blob_paths import check_path
 from .links import LocalLinks
@@ -135,6 +135,7 @@ class MemoryJobStore:
     async def list(
         self,
         *,
+        type: JobType | None = None,
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
@@ -148,7 +149,7 @@ class MemoryJobStore:
             found = [
                 self._with_progress(job)
                 for job in self._content.jobs.values()
-                if status in (None, job.status) and lock_key in (None, job.lock_key)
+                if type in (None, job.type) and status in (None, job.status) and lock_key in (None, job.lock_key)
             ]
         return sorted(found, key=lambda job: job.created_at, reverse=True)[:limit]
 

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ..errors import UnknownJob
-from ..jobs import Change, Claim, Debt, Job, Progress, State
+from ..jobs import Change, Claim, Debt, Job, JobType, Progress, State
 from ..ports import Clock, utc_now
 from .calls import current_call
 from .job_records import read_all, read_record, read_stored, with_progress
@@ -38,6 +38,7 @@ class SqlJobStore:
     async def list(
         self,
         *,
+        type: JobType | None = None,
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
@@ -50,7 +51,7 @@ class SqlJobStore:
             query = _JOBS.where(due_at <= seconds(owes_by)).order_by(due_at)
             query = query if receiver is None else query.where(JOBS.c.receiver == receiver)
         else:
-            wanted = {JOBS.c.status: status, JOBS.c.lock_key: lock_key}
+            wanted = {JOBS.c.type: type, JOBS.c.status: status, JOBS.c.lock_key: lock_key}
             query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
             query = query.order_by(JOBS.c.created_at.desc())
         return await self._database.read(lambda c: _list(c, query.limit(limit), limit))
