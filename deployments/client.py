@@ -108,10 +108,12 @@ class Client:
         return list(files)
 
     async def get(self, job_id: str) -> Job | None:
-        return await self._jobs.get(job_id)
+        job = await self._jobs.get(job_id)
+        return None if job is None or job.type == "audit" else job
 
     async def list(self, **query: Any) -> list[Job]:
-        return list(await self._jobs.list(**query))
+        """The newest, audits left out: `fluxfill audit list` has them."""
+        return [job for job in await self._jobs.list(**query) if job.type != "audit"]
 
     async def cancel(self, job_id: str) -> Job:
         """Raises UnknownJob; IllegalTransition for a job that is over."""

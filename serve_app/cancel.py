@@ -14,12 +14,12 @@ class Canceler:
         self._jobs = job_store
 
     async def job(self, job_id: str) -> Job:
-        """Stop one job. A waiting one never starts, a running one stops within a step.
+        """Stop one job, which is no audit. A waiting one never starts, a running one stops within a step.
 
         Raises UnknownJob; IllegalTransition where it is over; StoreUnavailable.
         """
         stored = await self._jobs.get(job_id)
-        if stored is None:
+        if stored is None or stored.type == "audit":
             raise UnknownJob(f"there is no job {job_id}")
         return await self._jobs.update(job_id, stored.lock_key, jobs.cancel)
 

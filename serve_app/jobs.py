@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from .audits import AuditRequest
-from .errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
+from .errors import Busy, IllegalTransition, MalformedMessage, OtherVariant, StaleClaim, UnknownJob
 from .messages import CropStrategy
 
 
@@ -374,10 +374,12 @@ def claim(new: Job, *, lease_s: float, max_attempts: int, claimer: str = "") -> 
     waits for the same request, on a photo or mask since replaced, is superseded.
 
     Raises Busy (from the change) while a live lease holds the job or another job of its session, or its backoff lasts;
-    OtherVariant where the stored record is of another variant than `new`.
+    OtherVariant where the stored record is of another variant than `new`; MalformedMessage where it is of another type.
     """
 
     def change(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        if stored is not None and stored.type != new.type:
+            raise MalformedMessage(f"its job's id, {new.id}, is of type {stored.type}")
         job = _asked_again(stored, new, now) if stored else new.evolve(created_at=now)
         if job.status.is_final:
             return tuple(_superseded(rival, job, now) for rival in rivals if _is_replaced(rival, job))

@@ -128,14 +128,14 @@ class Worker:
             kind = self._kinds["inpaint"]
             asked = kind.read(delivery.data)
             attributes = parse_attributes(delivery.attributes)
+            with logged_with(trace_id=trace_id(attributes.traceparent)):
+                if asked.unknown_fields:
+                    names = ", ".join(asked.unknown_fields)
+                    log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
+                return await self._shared(kind, asked, attributes, delivery)
         except MalformedMessage as e:
             await self._dead_letter(delivery, e.code, e.message)
             return Verdict(action="ack", reason=e.code)
-        with logged_with(trace_id=trace_id(attributes.traceparent)):
-            if asked.unknown_fields:
-                names = ", ".join(asked.unknown_fields)
-                log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
-            return await self._shared(kind, asked, attributes, delivery)
 
     async def _shared(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery) -> Verdict:
         """Work on it within the share of its job's variant, which need not be the one it names today."""

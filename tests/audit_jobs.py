@@ -1,11 +1,17 @@
-"""An AuditLauncher whose jobs are tasks of this process; held to the contract of the real one in test_launcher.py."""
+"""An AuditLauncher whose jobs are tasks of this process, held to the contract of the real one in test_launcher.py; and
+what such a job does with the stores."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
 
-from serve_app.audits import Audit
-from serve_app.errors import JobsUnavailable
-from serve_app.ports import LaunchState
+from serve_app import jobs
+from serve_app.audit_files import RunFiles, read_findings
+from serve_app.audit_store import AuditStore
+from serve_app.audits import Audit, AuditFault, AuditStatus
+from serve_app.errors import JobsUnavailable, StoreUnavailable
+from serve_app.ports import BlobStore, LaunchState
 
 
 async def never_ends(_audit: Audit) -> None:
@@ -50,3 +56,35 @@ class LocalJobs:
     def _check(self) -> None:
         if self.is_down:
             raise JobsUnavailable("switched off")
+
+
+async def always() -> None:
+    """A claim that holds."""
+
+
+class Driver:
+    """Of one attempt at a run: it claims the run, writes what a test tells it, and ends it."""
+
+    def __init__(self, store: AuditStore, blobs: BlobStore, audit: Audit) -> None:
+        self.store, self.audit, self._blobs = store, audit, blobs
+        self.files = RunFiles(blobs, audit.id, always)
+
+    async def begin(self) -> None:
+        job = await self.store.begin(self.audit.id, self.audit.attempt, lease_s=60.0)
+        self._claim = jobs.claim_of(job)
+
+    async def note(self, **findings: Any) -> None:
+        """Beside what was found before."""
+        before = await read_findings(self._blobs, self.audit.id)
+        await self.files.keep_findings(before.model_copy(update=findings))
+
+    async def is_canceled(self) -> bool:
+        with suppress(StoreUnavailable):
+            return (await self.store.get(self.audit.id)).status == AuditStatus.CANCELED
+        return False
+
+    async def finish(self, status: AuditStatus, error: AuditFault | None = None) -> None:
+        if status == AuditStatus.CANCELED:
+            await self.store.cancel(self.audit.id, self.audit.attempt)
+        else:
+            await self.store.finish(self._claim, status, error)

@@ -45,7 +45,6 @@ def audit(request: AuditRequest = REQUEST, **changes: object) -> Audit:
         "created_at": NOW,
         "started_at": NOW + timedelta(seconds=12),
         "finished_at": NOW + timedelta(minutes=31),
-        "alive_until": NOW,
         "gpu": "NVIDIA L4",
         "sm": "8.9",
         "memory": (

@@ -57,9 +57,9 @@ class Process:
         self.is_stopping = False
         self.audits = Audits(
             blobs=rig.blobs,
+            job_store=rig.jobs,
             launcher=self.jobs,
             settings=rig.settings,
-            clock=rig.clock,
             is_stopping=self._stops,
         )
         self._canceler = Canceler(rig.jobs)

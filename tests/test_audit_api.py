@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from serve_app import audit_runs
 from serve_app.api import create_app
 from serve_app.audit_api import MAX_BODY_BYTES
-from serve_app.audit_store import ALIVE_S, AuditStore
+from serve_app.audit_store import AuditStore
 from serve_app.audits import (
     Audit,
     AuditFault,
@@ -25,15 +25,15 @@ from serve_app.audits import (
     CompileVerdict,
     Matrix,
     MemoryReading,
-    cancel_path,
-    record_path,
 )
 
+from .audit_jobs import Driver
 from .http_service import Process, long
 from .rig import SESSION, USER, Rig
 
 BODY = {"user_id": USER, "session_id": SESSION, "variants": ["telea"], "guidance_scales": [2, 4]}
 ASYNC = {"Prefer": "respond-async"}
+ALIVE_S = 60.0
 
 
 JSON = {"Content-Type": "application/json"}
@@ -44,25 +44,31 @@ class Site:
 
     def __init__(self, process: Process, client: httpx.AsyncClient) -> None:
         self.process, self.client = process, client
-        self.store = AuditStore(process.rig.blobs, process.rig.clock)
+        self.store = AuditStore(process.rig.jobs, process.rig.blobs)
         #: The job goes on to its end once it is set.
         self.may_end = asyncio.Event()
         self.ends_as = AuditStatus.SUCCEEDED
         process.jobs.work = self.job
 
     async def job(self, audit: Audit) -> None:
-        """What a job does with the record."""
-        await self.store.begin(audit.id, audit.attempt)
-        await self.store.update(audit.id, audit.attempt, painted)
+        """What a job does with its run."""
+        driver = await self.begun(audit)
         while not self.may_end.is_set():
-            if await self.store.is_canceled(audit.id):
+            if await driver.is_canceled():
                 self.ends_as = AuditStatus.CANCELED
                 break
             await asyncio.sleep(0.01)
         fault = AuditFault(code="audit_impossible", message="no GPU is free") if self.ends_as == "failed" else None
         if fault is None:
             await self.put_report(audit.id)
-        await self.store.finish(audit.id, audit.attempt, self.ends_as, fault)
+        await driver.finish(self.ends_as, fault)
+
+    async def begun(self, audit: Audit) -> Driver:
+        """One that has painted all cells."""
+        driver = Driver(self.store, self.process.rig.blobs, audit)
+        await driver.begin()
+        await driver.note(**painted(audit))
+        return driver
 
     async def put_report(self, run_id: str) -> None:
         await self.process.rig.blobs.put(f"audit/{run_id}/report.html", b"<html>", content_type="text/html")
@@ -93,12 +99,11 @@ class Site:
         self.process.audits.settings = settings.model_copy(update={"audit": changed})
 
 
-def painted(audit: Audit) -> Audit:
+def painted(audit: Audit) -> dict[str, Any]:
     cells = {name: CellProgress(status="succeeded", step=8, steps=8) for name in audit.cells}
     memory = (MemoryReading(after="", used_bytes=None, floor_bytes=None, waited_s=0.0),)
     verdict = CompileVerdict(variant="telea", viable=False, verdict="nothing to compile")
-    update = {"cells": cells, "gpu": "CPU", "sm": "N/A", "memory": memory, "compile": (verdict,)}
-    return audit.model_copy(update={**update, "stage": "painting"})
+    return {"cells": cells, "gpu": "CPU", "sm": "N/A", "memory": memory, "compile": (verdict,), "stage": "painting"}
 
 
 @pytest.fixture(autouse=True)
@@ -221,18 +226,15 @@ async def test_a_client_that_hangs_up_stops_nothing(site: Site) -> None:
 
 async def test_a_client_that_hangs_up_at_once_leaves_no_run_without_its_job(site: Site) -> None:
     held = asyncio.Event()
-    blobs = site.process.rig.blobs
-    stored = blobs.calls["put"]
+    jobs = site.process.rig.jobs
+    stored = jobs.calls["update"]
 
     async def hold() -> None:
         await held.wait()
 
-    async def indexed() -> None:
-        blobs.after["put"] = hold  # The record is stored; the lock is not.
-
-    blobs.after["put"] = indexed
+    jobs.after["update"] = hold
     waiting = asyncio.create_task(site.post(run_id="run-1"))
-    while blobs.calls["put"] < stored + 2:
+    while jobs.calls["update"] == stored:
         await asyncio.sleep(0.01)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
@@ -254,12 +256,12 @@ async def test_a_store_that_is_away_for_a_moment_is_waited_for(site: Site) -> No
     while not site.process.jobs.tasks:
         await asyncio.sleep(0.01)
     await site.until("run-1", AuditStatus.RUNNING)
-    blobs = site.process.rig.blobs
-    asked = blobs.calls["get"]
-    blobs.is_down, blobs.only = True, {"get"}
-    while blobs.calls["get"] < asked + 5:
+    jobs = site.process.rig.jobs
+    asked = jobs.calls["get"]
+    jobs.is_down, jobs.only = True, {"get"}
+    while jobs.calls["get"] < asked + 5:
         await asyncio.sleep(0.01)
-    blobs.is_down = False
+    jobs.is_down = False
     site.may_end.set()
     assert (await waiting).status_code == 200
 
@@ -442,7 +444,7 @@ async def test_of_many_audits_at_once_one_is_started(site: Site) -> None:
 
 
 async def test_a_store_that_is_down_is_said_to_be(site: Site) -> None:
-    site.process.rig.blobs.is_down = True
+    site.process.rig.jobs.is_down = True
     for response in (
         await site.post(),
         await site.client.get("/audits"),
@@ -514,8 +516,7 @@ async def test_a_silent_job_that_does_not_stop_is_not_waited_for_for_ever(
     monkeypatch.setattr(audit_runs, "GRACE_S", 0.05)
 
     async def deaf(audit: Audit) -> None:
-        await site.store.begin(audit.id, audit.attempt)
-        await site.store.update(audit.id, audit.attempt, painted)
+        await site.begun(audit)
         while not site.may_end.is_set():
             with suppress(asyncio.CancelledError):
                 await site.may_end.wait()
@@ -602,7 +603,7 @@ async def test_the_newest_runs_are_listed_first(site: Site) -> None:
 @pytest.mark.parametrize(("method", "path"), [("GET", "/audits/{}"), ("POST", "/audits/{}/cancel")])
 @pytest.mark.parametrize("run_id", ["..", "%2e%2e", "a%2Fb", "a%5Cb", "run%0A", "%00", "a.b", "%C3%A9", "x" * 65])
 async def test_ids_that_could_escape_a_path_are_refused(site: Site, method: str, path: str, run_id: str) -> None:
-    site.process.rig.blobs.is_down = True  # So that whatever reached the store would answer 503.
+    site.process.rig.jobs.is_down = True  # So that whatever reached the store would answer 503.
     response = await site.client.request(method, path.format(run_id))
     assert response.status_code in (404, 405, 422)
     assert problem_code(response) in ("not_found", "method_not_allowed", "invalid_request")
@@ -618,7 +619,7 @@ async def test_runs_that_never_were(site: Site) -> None:
 
 async def test_who_waits_is_told_that_the_job_died(site: Site) -> None:
     async def crash(audit: Audit) -> None:
-        await site.store.begin(audit.id, audit.attempt)
+        await site.begun(audit)
         raise RuntimeError("out of luck")
 
     site.process.jobs.work = crash
@@ -636,10 +637,8 @@ async def test_a_job_that_ended_before_it_began_is_seen(site: Site) -> None:
 
 
 async def test_a_job_that_nobody_knows_is_dead_once_it_is_silent(site: Site) -> None:
-    await site.store.create(
-        AuditRequest(user_id=USER, session_id=SESSION, matrix=Matrix(variants=("telea",))), "by-hand"
-    )
-    await site.store.begin("by-hand", 1)
+    request = AuditRequest(user_id=USER, session_id=SESSION, matrix=Matrix(variants=("telea",)))
+    await site.begun(await site.store.create(request, "by-hand"))
     assert (await site.client.get("/audits/by-hand")).json()["status"] == "running"
     site.process.rig.clock.advance(ALIVE_S)
     seen = (await site.client.get("/audits/by-hand")).json()
@@ -654,20 +653,6 @@ async def test_a_job_that_runs_and_cannot_write_is_not_dead(site: Site) -> None:
     assert (await site.client.get(f"/audits/{run_id}")).json()["status"] == "failed"
 
 
-async def test_a_job_that_was_stopped_from_outside_after_a_cancellation_is_canceled(site: Site) -> None:
-    run_id = await site.started()
-    await site.process.rig.blobs.put(cancel_path(run_id), b"", content_type="text/plain")
-    site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
-    await asyncio.gather(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], return_exceptions=True)
-    assert (await site.client.get(f"/audits/{run_id}")).json()["status"] == "canceled"
-
-
-async def test_a_damaged_record_is_a_problem(site: Site) -> None:
-    await site.process.rig.blobs.put(record_path("run-1"), b"{}", content_type="application/json")
-    response = await site.client.get("/audits/run-1")
-    assert (response.status_code, problem_code(response)) == (500, "blob_error")
-
-
 # -- canceling
 
 
@@ -675,19 +660,17 @@ async def test_a_running_audit_stops_by_itself(site: Site) -> None:
     run_id = await site.started()
     response = await site.client.post(f"/audits/{run_id}/cancel")
     assert (response.status_code, response.json()["run_id"]) == (200, run_id)
-    canceled = await site.until(run_id, AuditStatus.CANCELED)
-    assert canceled.result_count == 2
+    assert (response.json()["status"], response.json()["result_count"]) == ("canceled", 2)
+    await asyncio.wait_for(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], 10)
     again = await site.client.post(f"/audits/{run_id}/cancel")
     assert (again.status_code, problem_code(again)) == (409, "illegal_transition")
 
 
 async def test_a_canceled_job_has_time_to_write_its_report(site: Site) -> None:
     async def slow(audit: Audit) -> None:
-        await site.store.begin(audit.id, audit.attempt)
-        await site.store.update(audit.id, audit.attempt, painted)
-        while not await site.store.is_canceled(audit.id):
+        driver = await site.begun(audit)
+        while not await driver.is_canceled():
             await asyncio.sleep(0.01)
-        await site.store.finish(audit.id, audit.attempt, AuditStatus.CANCELED)
         await site.may_end.wait()
         await site.put_report(audit.id)
 
@@ -703,15 +686,13 @@ async def test_a_canceled_job_has_time_to_write_its_report(site: Site) -> None:
 
 async def test_a_job_that_does_not_stop_is_stopped(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     async def deaf(audit: Audit) -> None:
-        await site.store.begin(audit.id, audit.attempt)
-        await site.store.update(audit.id, audit.attempt, painted)
+        await site.begun(audit)
         await asyncio.Event().wait()
 
     monkeypatch.setattr(audit_runs, "GRACE_S", 0.05)
     site.process.jobs.work = deaf
     run_id = await site.started()
-    assert (await site.client.post(f"/audits/{run_id}/cancel")).json()["status"] == "running"
-    await site.until(run_id, AuditStatus.CANCELED)
+    assert (await site.client.post(f"/audits/{run_id}/cancel")).json()["status"] == "canceled"
     await asyncio.gather(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], return_exceptions=True)
     assert site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancelled()
 
@@ -774,6 +755,12 @@ async def test_audits_want_a_key_of_their_own(
         assert response.status_code in (200, 404, 422)
     else:
         assert (response.status_code, problem_code(response)) == (status, code)
+
+
+async def test_an_audit_is_none_of_the_jobs_that_the_other_routes_stop(site: Site) -> None:
+    response = await site.client.post(f"/v1/jobs/{await site.started(run_id='run-1')}/cancel")
+    assert (response.status_code, problem_code(response)) == (404, "unknown_job")
+    assert (await site.store.get("run-1")).status == AuditStatus.RUNNING
 
 
 async def test_a_key_for_audits_is_not_good_for_jobs(site: Site) -> None:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -45,15 +44,14 @@ from serve_app.audits import (
 )
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import UnknownAudit
-from serve_app.ports import utc_now
 from serve_app.settings import Settings
 
-from .audit_jobs import LocalJobs
+from .audit_jobs import Driver, LocalJobs
 from .backends import until
 from .rig import jpeg, line_mask, photo, png
 from .test_cli import SOUND, Command, Ended, settings_in, write_config
 
-Job = Callable[[AuditStore, Audit], Awaitable[None]]
+Job = Callable[[Driver], Awaitable[None]]
 
 
 def cell_result(name: str, cell: Cell, *, wall_s: float = 1.0, ssim: float = 0.9) -> CellResult:
@@ -70,33 +68,29 @@ def cell_result(name: str, cell: Cell, *, wall_s: float = 1.0, ssim: float = 0.9
     )
 
 
-async def painted(store: AuditStore, audit: Audit, **figures: float) -> list[CellResult]:
-    """Every cell stored with a picture, one after another."""
-    matrix, done = audit.request.matrix, []
+async def painted(driver: Driver, guidances: int = 99, **figures: float) -> list[CellResult]:
+    """Every cell stored with a picture, one after another; of the first so many guidance scales."""
+    matrix, done = driver.audit.request.matrix, []
     for cell in matrix.cells():
-        name = matrix.name(cell)
-        await store.keep_image(audit.id, audit.attempt, name, png(photo()))
-        done.append(cell_result(name, cell, **figures))
-        await store.keep_cell(audit.id, audit.attempt, done[-1])
+        if cell.guidance_scale in matrix.guidance_scales[:guidances]:
+            done.append(cell_result(matrix.name(cell), cell, **figures))
+            await driver.files.keep_image(done[-1].name, png(photo()))
+            await driver.files.keep_cell(done[-1])
     progress = {one.name: CellProgress(status="succeeded", step=8, steps=8) for one in done}
-
-    def more(audit: Audit) -> Audit:
-        return audit.model_copy(update={"cells": {**audit.cells, **progress}, "stage": "painting"})
-
-    await store.update(audit.id, audit.attempt, more)
+    await driver.note(cells={**driver.audit.cells, **progress}, stage="painting")
     return done
 
 
 def done_job(blobs_url: str, **figures: float) -> Job:
     """A job that paints every cell and writes a report."""
 
-    async def work(store: AuditStore, audit: Audit) -> None:
-        await store.begin(audit.id, audit.attempt)
-        done = await painted(store, audit, **figures)
+    async def work(driver: Driver) -> None:
+        await driver.begin()
+        done = await painted(driver, **figures)
         best = Recommendation(variant="tiny-Q4_0", guidance_scale=4.0, steps=8, reasons=("it is small",), pareto=())
         verdict = CompileVerdict(variant="tiny-Q4_0", viable=True, verdict="proceed")
-        found = {"recommended": best, "compile": (verdict,), "gpu": "CPU", "sm": "N/A"}
-        audit = await store.update(audit.id, audit.attempt, lambda audit: audit.model_copy(update=found))
+        await driver.note(recommended=best, compile=(verdict,), gpu="CPU", sm="N/A")
+        audit = await driver.store.get(driver.audit.id)
         ended = audit.model_copy(update={"status": AuditStatus.SUCCEEDED})
         files = {
             PAGE: b"<!doctype html>",
@@ -107,7 +101,7 @@ def done_job(blobs_url: str, **figures: float) -> Job:
         blobs = adapters.blob_store(blobs_url)
         for name, data in files.items():
             await blobs.put(f"{folder(audit.id)}/{name}", data, content_type="text/plain")
-        await store.finish(audit.id, audit.attempt, AuditStatus.SUCCEEDED)
+        await driver.finish(AuditStatus.SUCCEEDED)
 
     return work
 
@@ -121,6 +115,13 @@ class Bench:
     store: AuditStore
     jobs: LocalJobs
     fluxfill: Command
+
+    def does(self, job: Job) -> None:
+        """What the runs' jobs do."""
+        self.jobs.work = lambda audit: job(self.driver(audit))
+
+    def driver(self, audit: Audit) -> Driver:
+        return Driver(self.store, adapters.blob_store(self.settings.blobs), audit)
 
     def audit(self, *options: object) -> Ended:
         return self.fluxfill("audit", "-c", self.config, *options)
@@ -161,13 +162,14 @@ def bench(tmp_path: Path, fluxfill: Command, monkeypatch: pytest.MonkeyPatch) ->
     blobs = adapters.blob_store(settings.blobs)
     for name, data in ((INPUTS["original"], jpeg(photo())), (INPUTS["mask"], png(line_mask()))):
         asyncio.run(blobs.put(session_path("u", "s", name), data, content_type="image/png"))
-    store = AuditStore(blobs, utc_now)
-    jobs = LocalJobs(partial(done_job(settings.blobs), store))
+    store, jobs = AuditStore(adapters.job_store(settings.jobs), blobs), LocalJobs()
     monkeypatch.setattr(audits, "_launcher", lambda address: jobs)
     monkeypatch.setattr(audit_client, "POLL_S", 0.01)
     monkeypatch.setattr(audit_client, "JOB_EVERY", 4)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    return Bench(config, settings, store, jobs, fluxfill)
+    bench = Bench(config, settings, store, jobs, fluxfill)
+    bench.does(done_job(settings.blobs))
+    return bench
 
 
 # -- start and follow
@@ -189,7 +191,7 @@ def test_the_axes_are_those_that_are_given(bench: Bench) -> None:
     others = ("--prompt", "grass, wet", "--prompt", "sand", "--crop", "crop,auto", "--reference", "tiny-Q5_K_S")
     rest = ("--runs", 3, "--compile", "none", "--link-hours", 1.5, "--price-per-hour", 0.7, "--gpus", 2)
     assert bench.start("--run-id", "axes", *more, *others, *rest).status == 0
-    assert bench.get("axes").request.model_dump(mode="json", exclude={"budget"}) == {
+    assert bench.get("axes").request.model_dump(mode="json", exclude={"budget", "type"}) == {
         "user_id": "u",
         "session_id": "s",
         "matrix": {
@@ -277,60 +279,50 @@ def test_a_taken_id_is_refused(bench: Bench) -> None:
 # -- what goes wrong on the way
 
 
-async def dies(store: AuditStore, audit: Audit) -> None:
-    await store.begin(audit.id, audit.attempt)
-    await painted(store, audit.model_copy(update={"request": one_guidance(audit.request)}))
+async def dies(driver: Driver) -> None:
+    await driver.begin()
+    await painted(driver, guidances=1)
     raise SystemError("killed")
 
 
-def one_guidance(request: AuditRequest) -> AuditRequest:
-    first = request.matrix.guidance_scales[:1]
-    return request.model_copy(update={"matrix": request.matrix.model_copy(update={"guidance_scales": first})})
-
-
 def test_a_job_that_died_is_noticed_and_the_run_resumed(bench: Bench) -> None:
-    bench.jobs.work = partial(dies, bench.store)
+    bench.does(dies)
     ended = bench.start("--run-id", "r")
     assert ended.status == 1
     assert "job_died: its job has failed" in ended.out
     assert f"fluxfill audit --resume r -c {bench.config}" in ended.err
     assert bench.get("r").result_count == 2
-    bench.jobs.work = partial(done_job(bench.settings.blobs), bench.store)
+    bench.does(done_job(bench.settings.blobs))
     assert bench.audit("--resume", "r").status == 0
     assert (bench.get("r").attempt, set(bench.jobs.tasks)) == (2, {"fluxfill-audit-r", "fluxfill-audit-r.2"})
 
 
-async def ends_incomplete(store: AuditStore, audit: Audit) -> None:
-    await store.begin(audit.id, audit.attempt)
+async def ends_incomplete(driver: Driver) -> None:
+    await driver.begin()
     fault = AuditFault(code="out_of_memory", message="the device was full")
-    failed = {name: CellProgress(status="failed", error=fault) for name in list(audit.cells)[:1]}
-    await store.update(
-        audit.id, audit.attempt, lambda audit: audit.model_copy(update={"cells": {**audit.cells, **failed}})
-    )
-    await store.finish(audit.id, audit.attempt, AuditStatus.INCOMPLETE)
+    failed = {name: CellProgress(status="failed", error=fault) for name in list(driver.audit.cells)[:1]}
+    await driver.note(cells=failed)
+    await driver.finish(AuditStatus.INCOMPLETE)
 
 
 def test_an_incomplete_run_says_what_failed_and_is_no_success(bench: Bench) -> None:
-    bench.jobs.work = partial(ends_incomplete, bench.store)
+    bench.does(ends_incomplete)
     ended = bench.start()
     assert ended.status == 1
     assert re.search(r"tiny-Q4_0_gs2 .*out_of_memory: the device was full", ended.out)
 
 
-async def ends_in_brackets(store: AuditStore, audit: Audit) -> None:
-    await store.begin(audit.id, audit.attempt)
+async def ends_in_brackets(driver: Driver) -> None:
+    await driver.begin()
     fault = AuditFault(code="compile_failed", message="[/usr/bin/ld] cannot find -lcuda [bold]")
     verdict = CompileVerdict(variant="tiny-Q4_0", viable=False, verdict="[/usr/bin/ld] failed")
-    failed = {
-        "cells": {name: CellProgress(status="failed", error=fault) for name in audit.cells},
-        "compile": (verdict,),
-    }
-    await store.update(audit.id, audit.attempt, lambda audit: audit.model_copy(update=failed))
-    await store.finish(audit.id, audit.attempt, AuditStatus.FAILED, fault)
+    cells = {name: CellProgress(status="failed", error=fault) for name in driver.audit.cells}
+    await driver.note(cells=cells, compile=(verdict,))
+    await driver.finish(AuditStatus.FAILED, fault)
 
 
 def test_brackets_in_an_error_are_no_markup(bench: Bench) -> None:
-    bench.jobs.work = partial(ends_in_brackets, bench.store)
+    bench.does(ends_in_brackets)
     ended = bench.start("--run-id", "r")
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert ended.out.count("compile_failed: [/usr/bin/ld] cannot find -lcuda [bold]") == 5
@@ -338,14 +330,14 @@ def test_brackets_in_an_error_are_no_markup(bench: Bench) -> None:
     assert "[/usr/bin/ld]" in bench.fluxfill("audit", "list", "-c", "[/usr/bin/ld]").err
 
 
-async def interrupts(store: AuditStore, audit: Audit) -> None:
-    await store.begin(audit.id, audit.attempt)
+async def interrupts(driver: Driver) -> None:
+    await driver.begin()
     os.kill(os.getpid(), signal.SIGINT)
     await asyncio.sleep(60)
 
 
 def test_who_stops_looking_is_told_that_the_run_goes_on(bench: Bench) -> None:
-    bench.jobs.work = partial(interrupts, bench.store)
+    bench.does(interrupts)
     ended = bench.start("--run-id", "r")
     assert ended.status == 130
     assert f"r goes on. Follow it: fluxfill audit show --follow r -c {bench.config}" in ended.out
@@ -365,7 +357,7 @@ def stored(bench: Bench, run_id: str, **figures: float) -> None:
 
     async def put() -> None:
         audit = await bench.store.create(request_of(bench), run_id)
-        await done_job(bench.settings.blobs, **figures)(bench.store, audit)
+        await done_job(bench.settings.blobs, **figures)(bench.driver(audit))
 
     asyncio.run(put())
 
@@ -397,31 +389,42 @@ def test_a_run_is_canceled(bench: Bench) -> None:
     assert again.err.startswith("illegal_transition: ")
 
 
-async def stops_when_asked(store: AuditStore, audit: Audit) -> None:
-    await store.begin(audit.id, audit.attempt)
-    while not await store.is_canceled(audit.id):
-        await asyncio.sleep(0.01)
-    await store.finish(audit.id, audit.attempt, AuditStatus.CANCELED)
+async def test_a_running_run_has_time_to_stop_by_itself(bench: Bench) -> None:
+    reported = asyncio.Event()
 
+    async def stops_when_asked(driver: Driver) -> None:
+        await driver.begin()
+        while not await driver.is_canceled():
+            await asyncio.sleep(0.01)
+        reported.set()
 
-async def test_a_running_run_stops_by_itself(bench: Bench) -> None:
-    bench.jobs.work = partial(stops_when_asked, bench.store)
+    bench.does(stops_when_asked)
     client = audit_client.AuditClient(bench.settings, bench.jobs)
     audit = await client.runs.start(request_of(bench), "runs")
     await until(lambda: bench.jobs.tasks)
-    ended = await client.cancel(audit.id, 30)
+    while (await bench.store.get("runs")).status != AuditStatus.RUNNING:
+        await asyncio.sleep(0.01)
+    ended = await client.cancel(audit.id)
     assert ended.status == AuditStatus.CANCELED
+    assert reported.is_set(), "its job has ended when the command does"
     await client.runs.close()
 
 
-def test_a_run_that_does_not_stop_in_time_is_said_to_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_job_cannot_be_reached_is_canceled_all_the_same(bench: Bench) -> None:
     audit = asyncio.run(bench.store.create(request_of(bench), "runs"))
-    asyncio.run(bench.store.begin(audit.id, audit.attempt))
-    monkeypatch.setattr(audits, "CANCEL_S", 0.1)
+    asyncio.run(bench.driver(audit).begin())
     bench.jobs.is_down = True
     ended = bench.sub("cancel", "runs")
-    assert (ended.status, ended.err) == (1, "runs was asked to stop, and has not yet\n")
-    assert asyncio.run(bench.store.is_canceled("runs"))
+    assert (ended.status, ended.out) == (0, "runs is canceled\n")
+    assert bench.get("runs").status == AuditStatus.CANCELED
+
+
+def test_audits_are_not_among_the_jobs(bench: Bench) -> None:
+    stored(bench, "one")
+    assert "one" not in bench.fluxfill("jobs", "-c", bench.config).out
+    for command in ("show", "cancel"):
+        ended = bench.fluxfill("jobs", command, "one", "-c", bench.config)
+        assert (ended.status, ended.err) == (1, "unknown_job: there is no job one\n")
 
 
 def test_the_report_is_fetched(bench: Bench, tmp_path: Path) -> None:
@@ -563,11 +566,11 @@ def test_what_an_earlier_attempt_found_is_stale(bench: Bench, command: str, stat
     stored(bench, "one")
 
     async def resume() -> None:
-        audit = await bench.store.resume("one")
+        driver = bench.driver(await bench.store.resume("one"))
         if status is not None:
-            await bench.store.begin("one", audit.attempt)
+            await driver.begin()
         if status is not None and status.is_over:
-            await bench.store.finish("one", audit.attempt, status)
+            await driver.finish(status)
 
     text = bench.config.read_text()
     asyncio.run(resume())

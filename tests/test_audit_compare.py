@@ -330,7 +330,7 @@ def test_the_table_can_show_everything() -> None:
 def test_what_the_report_writes_is_what_is_read() -> None:
     request = AuditRequest(user_id="u", session_id="s", matrix=Matrix(variants=("Q4_0", "Q8_0"), guidance_scales=(2,)))
     now = datetime(2026, 1, 1, tzinfo=UTC)
-    audit = Audit(id="audit-1", request=request, created_at=now, alive_until=now)
+    audit = Audit(id="audit-1", request=request, created_at=now)
     times = (3.0, 2.0, 2.4)
     trials = tuple(Trial(wall_s=s, gpu_ms=None, stages={}, peak_bytes=None, reserved_bytes=None) for s in times)
     figures = {name: value for name, value in FIGURES.items() if name in Compared.model_fields}

@@ -61,10 +61,9 @@ async def test_a_run_is_stored_in_firebases_layout_with_v4_links(
     blobs = await in_emulator(name)
     monkeypatch.setattr(blobs, "link", signing(name, monkeypatch).link)
     rig = AuditRig()
-    store = AuditStore(blobs, rig.clock)
-    queued = await store.create(rig.request(), "audit-0123abcd")
+    queued = await AuditStore(rig.jobs, blobs).create(rig.request(), "audit-0123abcd")
     auditor = Auditor(
-        store=store,
+        job_store=rig.jobs,
         blobs=blobs,
         replicas=rig.replicas,
         prompts=rig.prompts,

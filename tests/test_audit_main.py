@@ -1,20 +1,22 @@
 """The audit job's arguments and the stored run it works on, without Ray."""
 
 import asyncio
+import uuid
 from collections.abc import Callable
-from datetime import datetime, timedelta
 
 import pytest
 
 from benchmarks.audit.arguments import APP, ATTEMPT, RUN, parse
 from benchmarks.audit.queued import queued
-from serve_app.adapters.memory import MemoryBlobStore
+from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
 from serve_app.audit_options import OPTIONS
-from serve_app.audit_store import ALIVE_S, LAUNCH_S, AuditStore
+from serve_app.audit_store import LAUNCH_S, AuditStore
 from serve_app.audits import AuditRequest, AuditStatus
 from serve_app.errors import AuditExists, AuditRunning, InputError, UnknownAudit, UnknownVariant
-from serve_app.ports import utc_now
+from serve_app.jobs import claim_of
 from serve_app.settings import AuditSettings, Settings
+
+from .rig import Clock
 
 WHOSE = ("--user", "u", "--session", "s")
 SETTINGS = Settings(
@@ -31,15 +33,6 @@ SETTINGS = Settings(
 
 def asked(*argv: str, defaults: AuditSettings = SETTINGS.audit) -> AuditRequest:
     return parse([*WHOSE, *argv], {}).asked.request(defaults)
-
-
-def clock_at(shift_s: float) -> Callable[[], datetime]:
-    return lambda: utc_now() + timedelta(seconds=shift_s)
-
-
-@pytest.fixture
-def blobs() -> MemoryBlobStore:
-    return MemoryBlobStore(f"memory:{utc_now().isoformat()}")
 
 
 # -- arguments
@@ -136,60 +129,75 @@ def test_a_command_line_counts_for_more_than_the_environment() -> None:
 # -- the run
 
 
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> AuditStore:
+    url = f"memory:{uuid.uuid4().hex}"
+    return AuditStore(MemoryJobStore(url, clock), MemoryBlobStore(url))
+
+
 async def of(store: AuditStore, *argv: str, say: Callable[[str], None] = print) -> str:
-    audit = await queued(parse(list(argv), {}).asked, store, SETTINGS, utc_now, say)
+    audit = await queued(parse(list(argv), {}).asked, store, SETTINGS, say)
     return f"{audit.id} {audit.attempt} {audit.status}"
 
 
-async def test_a_new_run_is_stored(blobs: MemoryBlobStore) -> None:
-    store = AuditStore(blobs, utc_now)
+async def test_a_new_run_is_stored(store: AuditStore) -> None:
     assert await of(store, *WHOSE, "--run-id", "mine", "--guidance", "2,4") == "mine 1 queued"
     assert set((await store.get("mine")).cells) == {"telea_gs2", "telea_gs4", "sleeper_gs2", "sleeper_gs4"}
     with pytest.raises(AuditExists):
         await of(store, *WHOSE, "--run-id", "mine")
 
 
-async def test_a_variant_that_is_not_served_stores_nothing(blobs: MemoryBlobStore) -> None:
-    store = AuditStore(blobs, utc_now)
+async def test_a_variant_that_is_not_served_stores_nothing(store: AuditStore) -> None:
     with pytest.raises(UnknownVariant, match="'Q8_0' is not served; there are telea, sleeper"):
         await of(store, *WHOSE, "--variants", "telea,Q8_0")
     assert await store.list() == []
 
 
-async def test_a_run_that_does_not_exist_cannot_be_resumed(blobs: MemoryBlobStore) -> None:
+async def test_a_run_that_does_not_exist_cannot_be_resumed(store: AuditStore) -> None:
     with pytest.raises(UnknownAudit):
-        await of(AuditStore(blobs, utc_now), "--resume", "nobody")
+        await of(store, "--resume", "nobody")
 
 
-async def test_a_run_that_is_over_is_resumed_at_once(blobs: MemoryBlobStore) -> None:
-    store, said = AuditStore(blobs, utc_now), list[str]()
+async def test_a_run_that_is_over_is_resumed_at_once(store: AuditStore) -> None:
+    said = list[str]()
     await of(store, *WHOSE, "--run-id", "r")
-    await store.begin("r", 1)
-    await store.finish("r", 1, AuditStatus.INCOMPLETE)
+    claim = claim_of(await store.begin("r", 1, lease_s=60))
+    await store.finish(claim, AuditStatus.INCOMPLETE)
     assert await of(store, "--resume", "r", say=said.append) == "r 2 queued"
     assert said == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True])
-async def test_the_resume_of_a_dead_job_waits_until_it_counts_as_dead(blobs: MemoryBlobStore, begun: bool) -> None:
-    # Its job was killed when it had half a second to its next sign of life.
-    then = AuditStore(blobs, clock_at(0.5 - (ALIVE_S if begun else LAUNCH_S)))
-    await of(then, *WHOSE, "--run-id", "r")
+async def test_the_resume_of_a_dead_job_waits_until_it_counts_as_dead(
+    store: AuditStore, clock: Clock, begun: bool
+) -> None:
+    await of(store, *WHOSE, "--run-id", "r")
     if begun:
-        await then.begin("r", 1)
+        await store.begin("r", 1, lease_s=60)
+    # Its driver was killed when it had half a second to its next sign of life, which the command waits for.
+    clock.advance((60 if begun else LAUNCH_S) - 0.5)
     said = list[str]()
-    assert await of(AuditStore(blobs, utc_now), "--resume", "r", say=said.append) == "r 2 queued"
+
+    def say(line: str) -> None:
+        said.append(line)
+        clock.advance(0.5)
+
+    assert await of(store, "--resume", "r", say=say) == "r 2 queued"
     assert [line.split(":")[0] for line in said] == [f"r is {'running' if begun else 'queued'}"]
 
 
-async def test_a_job_that_lives_is_not_taken_over(blobs: MemoryBlobStore) -> None:
-    then, now = AuditStore(blobs, clock_at(0.2 - LAUNCH_S)), AuditStore(blobs, utc_now)
-    await of(then, *WHOSE, "--run-id", "r")
-
+async def test_a_job_that_lives_is_not_taken_over(store: AuditStore, clock: Clock) -> None:
+    await of(store, *WHOSE, "--run-id", "r")
+    clock.advance(LAUNCH_S - 0.2)
     said = asyncio.Queue[str]()
-    waiting = asyncio.create_task(of(now, "--resume", "r", say=said.put_nowait))
+    waiting = asyncio.create_task(of(store, "--resume", "r", say=said.put_nowait))
     assert "waiting" in await said.get()
-    await now.begin("r", 1)
+    await store.begin("r", 1, lease_s=60)
     with pytest.raises(AuditRunning, match="r is running"):
         await waiting

@@ -27,12 +27,13 @@ from benchmarks.audit.pictures import SIDE_PX, Frame, shown_box, tinted
 from benchmarks.audit.recommend import recommend
 from benchmarks.audit.report import _TEMPLATES, publish
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder, record_path
+from serve_app.audit_files import RunFiles, read_cells
+from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder
 from serve_app.errors import StoreUnavailable
 from serve_app.windows import Box
 
 from . import audited
+from .audit_jobs import always
 from .pictures import blank, noise, spot
 
 REQUEST = audited.REQUEST
@@ -93,10 +94,9 @@ def with_a_failure(message: str = "the device had no memory left") -> list[CellR
 async def test_every_figure_agrees_with_the_stored_cells() -> None:
     run, results = audited.audit(), with_a_failure()
     report = audited.Published()
-    store = AuditStore(report.blobs, lambda: audited.NOW)
-    await report.blobs.put(record_path(run.id), run.model_dump_json().encode(), content_type="application/json")
+    files = RunFiles(report.blobs, run.id, always)
     for result in results:
-        await store.keep_cell(run.id, run.attempt, result)
+        await files.keep_cell(result)
     photo, mask = audited.photo_and_mask()
     await report.keep(results, photo, mask)
     await report.publish(run, results, photo, mask)
@@ -105,7 +105,7 @@ async def test_every_figure_agrees_with_the_stored_cells() -> None:
     in_markdown = rendered(await report.read(run, "REPORT.md")).results()
     in_page = Tables(await report.read(run, "report.html")).results()
     in_table = list(csv.DictReader(io.StringIO(await report.read(run, "results.csv"))))
-    stored = await store.cells(run.id)
+    stored = await read_cells(report.blobs, run.id)
     names = [REQUEST.matrix.name(cell) for cell in REQUEST.matrix.cells()]
     assert [cell["name"] for cell in cells] == [row["name"] for row in in_table] == names
     assert len(in_markdown) == len(in_page) == len(names)

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import timedelta
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from deployments.app import build
 from deployments.launcher import RayJobs
 from deployments.own_ray import free_port
 from serve_app import adapters
+from serve_app.audit_files import read_cells
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix, folder
 from serve_app.edit import INPUTS, session_path
 from serve_app.errors import ReplicaLost
-from serve_app.ports import PaintRequest, utc_now
+from serve_app.jobs import Job
+from serve_app.ports import PaintRequest
 from serve_app.settings import Settings
 
 from .blob_servers import forget_firebase_app, new_bucket
@@ -46,7 +48,8 @@ class Audited:
     def __init__(self, app: App, settings: Settings, name: str = APP) -> None:
         self.app = app
         self.blobs = adapters.blob_store(settings.blobs)
-        self.store = AuditStore(self.blobs, utc_now)
+        self.job_store = adapters.job_store(settings.jobs)
+        self.store = AuditStore(self.job_store, self.blobs)
         self.jobs = RayJobs(app.dashboard, app=name)
 
     async def upload(self) -> None:
@@ -75,7 +78,7 @@ class Audited:
 
     async def painted(self, run_id: str) -> dict[str, Any]:
         """When each stored cell was painted, and how long each painting took."""
-        return {name: (cell.finished_at, cell.trials) for name, cell in (await self.store.cells(run_id)).items()}
+        return {name: (cell.finished_at, cell.trials) for name, cell in (await read_cells(self.blobs, run_id)).items()}
 
     async def in_the_middle(self, run_id: str) -> dict[str, Any]:
         """Once a cell is stored and another one is being painted: those that are stored."""
@@ -84,6 +87,18 @@ class Audited:
             while not (painted := await self.painted(run_id)):
                 await asyncio.sleep(0.05)
         return painted
+
+    async def resumed_later(self, run_id: str) -> Audit:
+        """The run is resumed when the lease of its dead driver has run out."""
+        job = await self.job_store.get(run_id)
+        assert job is not None
+
+        def long_ago(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            assert job is not None
+            return (job.evolve(lease_until=now),)
+
+        await self.job_store.update(run_id, job.lock_key, long_ago)
+        return await self.store.resume(run_id)
 
     def driver(self, run_id: str) -> psutil.Process:
         processes = self.app.processes()
@@ -144,9 +159,7 @@ async def test_a_killed_job_is_resumed_and_paints_nothing_again(audited: Audited
     await audited.launch("job", variants=("nap",), guidance_scales=(1, 2, 3, 4, 5, 6))
     before = await audited.in_the_middle("job")
     audited.driver("job").kill()
-    # Ten minutes later.
-    later = AuditStore(audited.blobs, lambda: utc_now() + timedelta(minutes=10))
-    again = await later.resume("job")
+    again = await audited.resumed_later("job")
     await audited.jobs.launch(again)
     audit = await audited.over("job")
     assert (audit.status, audit.attempt, audit.result_count) == (AuditStatus.SUCCEEDED, 2, 6)
@@ -171,7 +184,7 @@ async def test_variants_that_share_a_gpu_wait_for_each_other(audited: Audited) -
     assert (audit.status, audit.result_count) == (AuditStatus.SUCCEEDED, 4), audit.error
     assert [reading.after for reading in audit.memory] == ["", "gpu-a"]
     assert {reading.used_bytes for reading in audit.memory} == {None}, "Ray only believes in this GPU"
-    cells = await audited.store.cells("waves")
+    cells = await read_cells(audited.blobs, "waves")
     last_a = max(cell.finished_at for name, cell in cells.items() if name.startswith("gpu-a") and cell.finished_at)
     assert audit.memory[1].waited_s > 0
     assert all(cell.started_at > last_a for name, cell in cells.items() if name.startswith("gpu-b") and cell.started_at)

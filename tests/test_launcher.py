@@ -4,7 +4,7 @@ import asyncio
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -34,10 +34,7 @@ SLEEP = f"{sys.executable} -c 'import time; time.sleep(600)'"
 def queued(run_id: str | None = None, attempt: int = 1) -> Audit:
     now = datetime.now(UTC)
     request = AuditRequest(user_id="u", session_id="s")
-    until = now + timedelta(minutes=5)
-    return Audit(
-        id=run_id or f"run-{uuid.uuid4().hex}", request=request, attempt=attempt, created_at=now, alive_until=until
-    )
+    return Audit(id=run_id or f"run-{uuid.uuid4().hex}", request=request, attempt=attempt, created_at=now)
 
 
 async def until_state(jobs: AuditLauncher, audit: Audit, *states: LaunchState) -> LaunchState:

@@ -35,6 +35,7 @@ from serve_app.lease import Pace
 from serve_app.ports import Delivery, Verdict
 from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings
 
+from .backends import make_audit
 from .rig import SESSION, USER, Held, Rig, delivery, jpeg, line_mask, photo, png
 from .test_images import FORMATS, encoded, telling_exif
 
@@ -396,6 +397,17 @@ async def test_an_unreadable_message_is_dead_lettered_with_its_reason(rig: Rig, 
     assert attributes["deadLetterMessageId"] == "m9"
     assert named in attributes["deadLetterError"]
     assert await rig.jobs.list() == []
+
+
+async def test_an_audit_that_has_the_jobs_id_is_left_alone(rig: Rig) -> None:
+    await rig.work()
+    job_id = (await rig.job()).id
+    audit = make_audit(job_id)
+    await rig.jobs.update(job_id, "", lambda *_: (audit,))
+    assert await rig.work("m2") == Verdict(action="ack", reason="malformed_message")
+    assert await rig.jobs.get(job_id) == audit
+    _, attributes = rig.topics.dead[-1]
+    assert attributes["deadLetterReason"] == "malformed_message"
 
 
 async def test_a_dead_letter_says_what_the_service_says_and_not_its_sender(rig: Rig) -> None:
