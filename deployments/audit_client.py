@@ -102,6 +102,8 @@ class AuditClient:
 class _NoJobs:
     """Where jobs are somebody else's."""
 
+    is_apart = True
+
     async def launch(self, audit: Audit) -> None:
         raise JobsUnavailable("no job can be started from here")
 

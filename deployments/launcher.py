@@ -40,6 +40,8 @@ class RayJobs:
     replica it is that of its node. The job gets nothing but the environment of the head node and three names of its
     own, because what a job is submitted with shows in the dashboard."""
 
+    is_apart = True
+
     def __init__(self, address: str | None = None, *, app: str = "fluxfill", entrypoint: str = ENTRYPOINT) -> None:
         """`address` is the dashboard's URL, or the cluster's address; None: the Ray this process is connected to, or
         else the one on this machine. `app` is the name in Serve of the app that is audited."""

@@ -13,6 +13,7 @@ from .audit_store import JOB_DIED, AuditStore
 from .audits import PAGE, Audit, AuditFault, AuditRequest, AuditStatus, folder
 from .edit import INPUTS, session_path
 from .errors import (
+    AuditImpossible,
     AuditRunning,
     BlobNotFound,
     InputError,
@@ -73,8 +74,8 @@ class Audits:
     async def start(self, request: AuditRequest, run_id: str | None) -> Audit:
         """A new run and its job. Goes on to its end even where the caller hangs up.
 
-        Raises UnknownVariant; MissingInput; InputError for links of such a life; AuditExists; AuditRunning;
-        JobsUnavailable: then the run has failed, and can be resumed.
+        Raises AuditImpossible where a job cannot reach the stores; UnknownVariant; MissingInput; InputError for links
+        of such a life; AuditExists; AuditRunning; JobsUnavailable: then the run has failed, and can be resumed.
         """
         await self._check(request)
         several = self.settings.audit.allow_concurrent
@@ -142,6 +143,11 @@ class Audits:
     # -- starting
 
     async def _check(self, request: AuditRequest) -> None:
+        stores = {"jobs": self.settings.jobs, "blobs": self.settings.blobs}
+        for name, url in stores.items():
+            if url.startswith("memory:") and self._launcher.is_apart:
+                what = f"{name}: {url} is in the app's own memory, where no audit's job can reach it"
+                raise AuditImpossible(what)
         for variant in request.matrix.variants:
             if variant not in self.settings.variants:
                 served = ", ".join(self.settings.variants)

@@ -58,7 +58,7 @@
     │   ├── UnknownAudit           there is no such run
     │   ├── AuditExists            the run id is taken, and the request is not to resume it
     │   ├── AuditRunning           another audit runs on this app
-    │   └── AuditImpossible        no GPU can become free for a variant
+    │   └── AuditImpossible        no GPU can become free for a variant, or no job can reach the stores
     └── SettingsError              the configuration is wrong
         └── InvalidCredentials     the given credentials are invalid
 

@@ -312,6 +312,9 @@ LaunchState = Literal["pending", "running", "stopped", "succeeded", "failed", "g
 class AuditLauncher(Protocol):
     """Starts the job that works on a stored audit. Every method raises JobsUnavailable while jobs cannot be started."""
 
+    #: Whether its jobs are processes of their own, which see nothing of this one's memory.
+    is_apart: bool
+
     async def launch(self, audit: Audit) -> None:
         """Submit the audit's job under `audit.job_name`. Launching it twice is no error, and starts one job."""
 

@@ -21,7 +21,7 @@ async def never_ends(_audit: Audit) -> None:
 class LocalJobs:
     def __init__(self, work: Callable[[Audit], Awaitable[None]] = never_ends) -> None:
         self.work = work
-        self.is_down = False
+        self.is_down = self.is_apart = False
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
     async def launch(self, audit: Audit) -> None:

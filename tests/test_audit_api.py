@@ -387,6 +387,14 @@ async def test_a_body_over_its_limit_is_refused(site: Site) -> None:
     assert (response.status_code, problem_code(response)) == (413, "body_too_large")
 
 
+async def test_stores_that_no_job_can_reach_are_named(site: Site) -> None:
+    site.process.jobs.is_apart = True
+    response = await site.post()
+    assert (response.status_code, problem_code(response)) == (409, "audit_impossible")
+    assert response.json()["detail"].startswith("jobs: memory:")
+    assert await site.store.list() == []
+
+
 async def test_a_variant_that_is_not_served_is_refused(site: Site) -> None:
     response = await site.post(variants=["telea", "Q4_0"])
     assert (response.status_code, problem_code(response)) == (422, "unknown_variant")

@@ -59,7 +59,7 @@ def test_every_filtered_and_ordered_query_has_its_index() -> None:
     indexes = json.loads(INDEXES.read_text())["indexes"]
     found = [{field["fieldPath"]: field["order"] for field in index["fields"]} for index in indexes]
     assert {index["collectionGroup"] for index in indexes} == {"jobs"}
-    for filtered in (["status"], ["sessionKey"], ["sessionKey", "status"]):
+    for filtered in (["status"], ["sessionKey"], ["sessionKey", "status"], ["type"]):
         assert dict.fromkeys(filtered, "ASCENDING") | {"createdAt": "DESCENDING"} in found
     assert {"receiver": "ASCENDING", "owes.webhook": "ASCENDING"} in found
 
