@@ -231,7 +231,7 @@ def test_fp8_needs_a_gpu_that_multiplies_it(
     transformer: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, found: str
 ) -> None:
     monkeypatch.setattr("serve_app.engine.repack._capability", lambda device: capability)
-    with pytest.raises(VariantLoadFailed, match=f"8.9 or more, and this is {found}$"):
+    with pytest.raises(VariantLoadFailed, match=f"8.9 or more, but this is {found}$"):
         repack(transformer, "fp8")
     assert isinstance(transformer.get_submodule(layers(transformer)[0][0]), GGUFLinear)
 
