@@ -6,16 +6,16 @@ import itertools
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
-
 from serve_app import adapters, audits
-from serve_app.audit_runs import Audits
+from serve_app.audit_runs import OUTAGE_S, Audits
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditStatus
-from serve_app.errors import AuditError, BlobNotFound, JobsUnavailable, StoreUnavailable, UnknownAudit
+from serve_app.errors import AuditError, BlobNotFound, JobsUnavailable, UnknownAudit
+from serve_app.lease import insist
 from serve_app.ports import AuditLauncher, LaunchState
 from serve_app.settings import Settings
 
@@ -50,7 +50,9 @@ class AuditClient:
         """The run once it is over; one whose job has died meanwhile has failed. `look` finds that out, and does what
         `Audits.look` does, which it is when left out. Raises UnknownAudit."""
         for turn in itertools.count(1):
-            audit = await _patient(self.store.get if turn % JOB_EVERY else look or self.runs.look, run_id)
+            get = self.store.get if turn % JOB_EVERY else look or self.runs.look
+            # A run takes up to an hour: a store that is away for a moment is no reason to stop looking.
+            audit = await insist(partial(get, run_id), OUTAGE_S)
             on_change(audit)
             if audit.status.is_over:
                 return audit
@@ -112,12 +114,6 @@ class _NoJobs:
 
     async def state(self, audit: Audit) -> LaunchState:
         raise JobsUnavailable("no job can be seen from here")
-
-
-@retry(retry=retry_if_exception_type(StoreUnavailable), stop=stop_after_delay(60), wait=wait_fixed(2), reraise=True)
-async def _patient(look: Callable[[str], Awaitable[Audit]], run_id: str) -> Audit:
-    """A run takes up to an hour: a store that is away for a moment is no reason to stop looking."""
-    return await look(run_id)
 
 
 def read_results(data: bytes, where: str) -> Mapping[str, Any]:

@@ -1,10 +1,9 @@
 """HTTP routes of audits. Knows no store, no launcher and no Ray."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -56,15 +55,22 @@ class AuditBody(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class AuditReport(BaseModel):
+class _OfAudit(BaseModel):
+    """Fields of an Audit."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    run_id: str = Field(validation_alias="id")
+    status: AuditStatus
+
+
+class AuditReport(_OfAudit):
     """What a run came to."""
 
-    status: AuditStatus
-    run_id: str
     #: A signed link to the page, good for the run's `link_hours`, and its path in the blob store; None where there is
     #: no report.
-    report_url: str | None
-    report_path: str | None
+    report_url: str | None = None
+    report_path: str | None = None
     #: None before the first cell was painted.
     gpu: str | None
     sm: str | None
@@ -74,11 +80,9 @@ class AuditReport(BaseModel):
     result_count: int
 
 
-class AuditLine(BaseModel):
+class AuditLine(_OfAudit):
     """A run in the list of all."""
 
-    run_id: str
-    status: AuditStatus
     stage: str
     attempt: int
     user_id: str
@@ -86,7 +90,6 @@ class AuditLine(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    #: Cells by their status.
     counts: Mapping[str, int]
     error: AuditFault | None
 
@@ -99,39 +102,14 @@ class AuditView(AuditLine, AuditReport):
     recommended: Recommendation | None
 
 
-def _line(audit: Audit) -> dict[str, Any]:
-    return {
-        "run_id": audit.id,
-        "status": audit.status,
-        "stage": audit.stage,
-        "attempt": audit.attempt,
-        "user_id": audit.request.user_id,
-        "session_id": audit.request.session_id,
-        "created_at": audit.created_at,
-        "started_at": audit.started_at,
-        "finished_at": audit.finished_at,
-        "counts": Counter(cell.status for cell in audit.cells.values()),
-        "error": audit.error,
-    }
+R = TypeVar("R", bound=AuditReport)
 
 
-async def _report(audit: Audit, audits: Audits) -> dict[str, Any]:
+async def _with_report(model: type[R], audit: Audit, audits: Audits) -> R:
     report = await audits.report(audit)
-    return {
-        "status": audit.status,
-        "run_id": audit.id,
-        "report_url": report and report.url,
-        "report_path": report and report.path,
-        "gpu": audit.gpu,
-        "sm": audit.sm,
-        "compile_viable": audit.compile_viable,
-        "result_count": audit.result_count,
-    }
-
-
-async def _view(audit: Audit, audits: Audits) -> AuditView:
-    more = {"cells": audit.cells, "memory": audit.memory, "recommended": audit.recommended}
-    return AuditView(**{**_line(audit), **await _report(audit, audits), **more})
+    return model.model_validate(audit).model_copy(
+        update={"report_url": report and report.url, "report_path": report and report.path}
+    )
 
 
 _Run = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
@@ -159,22 +137,22 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: B
             return await _accepted(request, ended, audits(), {})
         if ended.status == AuditStatus.FAILED:
             return _failed(ended)
-        return JSONResponse(AuditReport(**await _report(ended, audits())).model_dump(mode="json"))
+        return JSONResponse((await _with_report(AuditReport, ended, audits())).model_dump(mode="json"))
 
     @made.get("/audits")
     async def listed(limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Sequence[AuditLine]:
         """Runs, newest first."""
-        return [AuditLine(**_line(one)) for one in await audits().list(limit)]
+        return [AuditLine.model_validate(one) for one in await audits().list(limit)]
 
     @made.get("/audits/{run_id}")
     async def look(run_id: _Run) -> AuditView:
         """A run, with the progress of each cell."""
-        return await _view(await audits().look(run_id), audits())
+        return await _with_report(AuditView, await audits().look(run_id), audits())
 
     @made.post("/audits/{run_id}/cancel")
     async def cancel(run_id: _Run) -> AuditView:
         """Stop a run: a waiting one never begins, a running one stops within a step. 409 where it is over."""
-        return await _view(await audits().cancel(run_id), audits())
+        return await _with_report(AuditView, await audits().cancel(run_id), audits())
 
     return made
 
@@ -211,7 +189,7 @@ def _wrong(field: str, why: str) -> RequestValidationError:
 
 async def _accepted(request: Request, audit: Audit, audits: Audits, headers: Mapping[str, str]) -> Response:
     """202, and where to look."""
-    view = await _view(audit, audits)
+    view = await _with_report(AuditView, audit, audits)
     place = f"{request.scope.get('root_path', '')}/audits/{audit.id}"
     return JSONResponse(view.model_dump(mode="json"), status_code=202, headers={**headers, "Location": place})
 

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
-
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from .audit_store import JOB_DIED, AuditStore
 from .audits import PAGE, Audit, AuditFault, AuditRequest, AuditStatus, folder
@@ -19,11 +18,11 @@ from .errors import (
     InputError,
     JobsUnavailable,
     MissingInput,
-    StoreUnavailable,
     Unavailable,
     UnknownAudit,
     UnknownVariant,
 )
+from .lease import insist
 from .ports import AuditLauncher, BlobStore, JobStore, LaunchState
 from .settings import Settings
 
@@ -106,9 +105,11 @@ class Audits:
 
     async def wait(self, run_id: str) -> Audit:
         """The run when it is over, or as it is when this process is about to end."""
-        while not (audit := await self._patient_look(run_id)).status.is_over and not await self._is_stopping():
+        while True:
+            audit = await insist(partial(self.look, run_id), OUTAGE_S)
+            if audit.status.is_over or await self._is_stopping():
+                return audit
             await asyncio.sleep(POLL_S)
-        return audit
 
     async def list(self, limit: int) -> Sequence[Audit]:
         """Newest first."""
@@ -226,18 +227,6 @@ class Audits:
         except Unavailable as e:
             extra = {"action": "audit_not_stopped", "run_id": audit.id, "code": e.code}
             log.warning("Could not stop the job of %s: %s", audit.id, e.message, extra=extra)
-
-    async def _patient_look(self, run_id: str) -> Audit:
-        @retry(
-            retry=retry_if_exception_type(StoreUnavailable),
-            wait=wait_fixed(POLL_S),
-            stop=stop_after_delay(OUTAGE_S),
-            reraise=True,
-        )
-        async def patient() -> Audit:
-            return await self.look(run_id)
-
-        return await patient()
 
     # -- apart from who asked
 

@@ -5,6 +5,7 @@ A cell is one edit of one session with one value of each axis. Everything a run 
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
@@ -346,6 +347,19 @@ class Audit(Findings):
         resume has an id that differs."""
         name = f"fluxfill-audit-{self.id}"
         return name if self.attempt == 1 else f"{name}.{self.attempt}"
+
+    @property
+    def user_id(self) -> str:
+        return self.request.user_id
+
+    @property
+    def session_id(self) -> str:
+        return self.request.session_id
+
+    @property
+    def counts(self) -> Mapping[CellStatus, int]:
+        """Cells by their status."""
+        return Counter(cell.status for cell in self.cells.values())
 
     @property
     def compile_viable(self) -> bool | None:

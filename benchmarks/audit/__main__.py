@@ -20,17 +20,17 @@ from serve_app import adapters
 from serve_app.audit_store import AuditStore
 from serve_app.audits import PAGE, Audit, AuditRequest, AuditStatus, folder
 from serve_app.errors import FluxFillError, JobsUnavailable
+from serve_app.lease import insist
 from serve_app.ports import BlobStore, JobStore, utc_now
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 
 from . import app, arguments
 from .arguments import Given
-from .outage import waited_out
 from .queued import queued
 from .ray_compiler import RayCompiler
 from .ray_replicas import RayReplicas
-from .record import fault
+from .record import OUTAGE_S, fault
 from .run import Auditor
 
 out = Console(highlight=False, soft_wrap=True)
@@ -100,7 +100,7 @@ async def _run_of(given: Given, store: AuditStore, settings: Settings) -> tuple[
     """The stored run, and which of its attempts this job is."""
     if given.launched:
         run_id, attempt = given.launched
-        return await waited_out(partial(store.get, run_id)), attempt
+        return await insist(partial(store.get, run_id), OUTAGE_S), attempt
     audit = await queued(given.asked, store, settings, out.print)
     out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
     return audit, audit.attempt

@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 #: Shortest time between two writes, in seconds.
 EVERY_S = 2.0
+#: How long a store that is down is waited for, in seconds.
+OUTAGE_S = 60.0
 
 
 class Record:

@@ -18,19 +18,16 @@ from serve_app.audit_files import RunFiles, read_cells
 from serve_app.audit_store import AuditStore
 from serve_app.audits import Audit, AuditFault, AuditRequest, AuditStatus, CellResult
 from serve_app.engine import lock
-from serve_app.engine.lock import Lock
 from serve_app.errors import AuditError, Canceled, FluxFillError, StaleClaim
 from serve_app.jobs import Claim
-from serve_app.lease import Lease
+from serve_app.lease import Lease, insist
 from serve_app.lease import Pace as LeasePace
 from serve_app.ports import BlobStore, Clock, JobStore, PromptEncoder
 from serve_app.settings import Settings
 from serve_app.telemetry import logged_with
 
-from . import outage, record, settle
+from . import record, settle
 from .matrix import MatrixPainter, devices, progress_of
-from .outage import waited_out
-from .painting import Easel
 from .record import Record, fault
 from .replicas import Replicas
 from .report import publish
@@ -57,7 +54,7 @@ class Pace:
     #: Before a cell that was lost with its replica is asked for again; doubles.
     again_s: float = 2.0
     #: A store that is down is waited for.
-    outage_s: float = outage.LIMIT_S
+    outage_s: float = record.OUTAGE_S
     #: Of a canceled run, the comparing of its pictures may take. Below what a job has that was asked to stop.
     judge_s: float = 15.0
 
@@ -192,8 +189,19 @@ class Auditor:
         read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
         run.session = await self._patiently(partial(read, run.request))
         _note_inputs(run, run.session.digest)
-        run.verdicts = self._verdicts(run, run.session, locked)
-        await self._painter(run, run.session, locked, settling).paint(waves)
+        of_run = (run.record, run.session, run.results)
+        run.verdicts = Verdicts(*of_run, blobs=self._blobs, settings=self._settings, locked=locked)
+        painter = MatrixPainter(
+            *of_run,
+            replicas=self._replicas,
+            settling=settling,
+            settings=self._settings,
+            locked=locked,
+            clock=self._clock,
+            again_s=self._pace.again_s,
+            keep_s=self._pace.outage_s,
+        )
+        await painter.paint(waves)
         await run.verdicts.compare()
         run.verdicts.recommend()
         await run.verdicts.compile(self._compiler)
@@ -221,30 +229,6 @@ class Auditor:
                 return given
         return await self._replicas.gpus()
 
-    def _painter(self, run: _Run, session: Session, locked: Lock, settling: Settling) -> MatrixPainter:
-        easel = Easel(
-            run_id=run.record.audit.id,
-            request=run.request,
-            session=session,
-            files=run.record.files,
-            settings=self._settings,
-            locked=locked,
-            clock=self._clock,
-            again_s=self._pace.again_s,
-            keep_s=self._pace.outage_s,
-        )
-        return MatrixPainter(run.record, easel, self._replicas, settling, run.results)
-
-    def _verdicts(self, run: _Run, session: Session, locked: Lock) -> Verdicts:
-        return Verdicts(
-            run.record,
-            session,
-            run.results,
-            blobs=self._blobs,
-            settings=self._settings,
-            locked=locked,
-        )
-
     async def _publish(self, run: _Run, audit: Audit) -> None:
         if run.session is None or run.verdicts is None:
             return
@@ -258,7 +242,7 @@ class Auditor:
         return await self._patiently(partial(self._store.finish, run.claim, status, error))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await waited_out(call, self._pace.outage_s)
+        return await insist(call, self._pace.outage_s)
 
 
 async def _stop(tasks: set[asyncio.Task[Any]]) -> None:

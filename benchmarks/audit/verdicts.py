@@ -18,13 +18,13 @@ from serve_app.audits import AuditRequest, CellResult, Compared, CompileVerdict,
 from serve_app.engine import tiny
 from serve_app.engine.lock import Lock
 from serve_app.images import Pixels
+from serve_app.lease import insist
 from serve_app.ports import BlobStore, PaintRequest
 from serve_app.settings import Settings
 from serve_app.variants import TINY
 
 from . import metrics, recommend
-from .outage import waited_out
-from .record import Record, fault
+from .record import OUTAGE_S, Record, fault
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Verdicts:
                 compared = await self._compared(result, against)
                 if compared != result.compared:
                     self._results[result.name] = result.model_copy(update={"compared": compared})
-                    await waited_out(partial(self._record.files.keep_cell, self._results[result.name]))
+                    await insist(partial(self._record.files.keep_cell, self._results[result.name]), OUTAGE_S)
 
     def recommend(self) -> None:
         try:
@@ -116,7 +116,7 @@ class Verdicts:
     async def _picture(self, name: str) -> Pixels | None:
         path = image_path(self._run_id, name)
         try:
-            data, _ = await waited_out(partial(self._blobs.get, path, max_bytes=_MAX_BYTES))
+            data, _ = await insist(partial(self._blobs.get, path, max_bytes=_MAX_BYTES), OUTAGE_S)
             return await asyncio.to_thread(_decode, data)
         except Exception as e:
             extra = {"action": "audit_picture_unreadable", "cell": name}
