@@ -32,8 +32,8 @@ LAUNCH_S = 300.0
 JOB_DIED = "job_died"
 #: The code of a job that failed though its report is written: some cells failed.
 INCOMPLETE = "audit_incomplete"
-#: Of the runs of which there is one at a time.
-_LOCK_KEY = "audit"
+#: Of the runs of which there is one at a time: neither a run's id nor a session's key.
+_LOCK_KEY = "audits/*"
 
 #: As `jobs.Change`, of a run that is there.
 _Change = Callable[[Job, Sequence[Job], datetime], Sequence[Job]]
