@@ -109,12 +109,9 @@ class Ingress:
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
         job_store = adapters.job_store(settings.jobs)
+        launcher = RayJobs(app=serve.get_replica_context().app_name)
         self.audits = Audits(
-            blobs=self._blobs,
-            job_store=job_store,
-            launcher=RayJobs(app=serve.get_replica_context().app_name),
-            settings=settings,
-            is_stopping=_an_ingress_stops,
+            blobs=self._blobs, job_store=job_store, launcher=launcher, settings=settings, is_stopping=_an_ingress_stops
         )
         self._canceler = Canceler(job_store)
         mirror = adapters.session_mirror(settings, job_store)

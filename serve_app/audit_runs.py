@@ -178,7 +178,7 @@ class Audits:
         try:
             audit = await queue()
         except AuditRunning as e:
-            if "run_id" not in e.details or not (await self.look(e.details["run_id"])).status.is_over:
+            if not (await self.look(e.details["run_id"])).status.is_over:
                 raise
             audit = await queue()
         return await self._launch(audit)
