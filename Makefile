@@ -61,10 +61,10 @@ chaos: install  ## 500 sessions while replicas are killed and the stores are cut
 	mkdir -p out/chaos
 	$(BIN)/python -m benchmarks.chaos --logs out/chaos --out out/chaos/chaos.json
 
-# What is mutated: FILES, or all. A mutant is called `serve_app.lease.xǁLeaseǁ_renew__mutmut_3`; `mutmut show` prints it.
+# What is mutated: FILES, or all. A mutant is called `serve_app.jobs.lease.xǁLeaseǁ_renew__mutmut_3`; `mutmut show` prints it.
 MUTATED := $(if $(FILES),$(subst /,.,$(FILES:.py=.)),serve_app.)
 
-mutants: install  ## faults in the code that no test notices; hours, or with FILES=serve_app/lease.py one file
+mutants: install  ## faults in the code that no test notices; hours, or with FILES=serve_app/jobs/lease.py one file
 	$(BIN)/mutmut run $(MUTATED:%='%*')
 	@$(BIN)/mutmut results | grep -F $(MUTATED:%=-e %) | \
 	  awk '/: (survived|no tests|suspicious)$$/ { print; n++ } END { print n + 0, "mutants survived" }'

@@ -6,7 +6,7 @@ Listens until it is sent SIGTERM.
 import signal
 import sys
 
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.settings import MessagesSettings
 from serve_app.telemetry import configure_logging
 

@@ -39,9 +39,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from serve_app.engine.weights import Sources, Weights, fetch, fetch_text_encoders
+from serve_app.engine.weights.fetch import Sources, Weights, fetch, fetch_text_encoders
+from serve_app.models import BUILT_IN
 from serve_app.settings import Inference, Secrets, WeightsSettings
-from serve_app.variants import BUILT_IN
 
 from .comparison import memory, number_type, synthetic
 from .comparison.counts import Flops

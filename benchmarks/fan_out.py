@@ -17,15 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
-from benchmarks.audit.fan_out import fan_out
-from benchmarks.audit.ray_replicas import RayReplicas
-from benchmarks.audit.waves import Wave
 from deployments.app import build
 from deployments.own_ray import free_port
-from serve_app.jobs import Progress
-from serve_app.ports import PaintRequest
+from serve_app.audit.fan_out import fan_out
+from serve_app.audit.waves import Wave
+from serve_app.models import Box, PaintRequest, Progress
 from serve_app.settings import Settings
-from serve_app.windows import Box
+
+from .audit.ray_replicas import RayReplicas
 
 out = Console()
 

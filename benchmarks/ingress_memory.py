@@ -21,15 +21,17 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from serve_app import edit
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.edit import Editor, session_path
-from serve_app.jobs import EditParameters, Job, Progress
-from serve_app.kinds import Attempt
-from serve_app.messages import CropStrategy
-from serve_app.ports import OnProgress, Painted, PaintRequest, utc_now
+from serve_app.clock import utc_now
+from serve_app.edit import session as edit_session
+from serve_app.edit.job import Editor
+from serve_app.edit.session import session_path
+from serve_app.jobs.kinds import Attempt
+from serve_app.jobs.record import Job
+from serve_app.jobs.worker import pixel_pool
+from serve_app.models import OnProgress, Painted, PaintRequest, Progress
+from serve_app.parameters import CropStrategy, EditParameters
 from serve_app.settings import Inference, Settings
-from serve_app.worker import pixel_pool
 
 from .context import machine
 
@@ -110,7 +112,7 @@ async def measured(sessions: int, megapixels: float, settings: Settings) -> dict
     blobs, sent = MemoryBlobStore("memory:ingress"), files(megapixels)
     for number in range(sessions):
         for role, data in sent.items():
-            path = session_path("u", f"s{number}", edit.INPUTS[role])
+            path = session_path("u", f"s{number}", edit_session.INPUTS[role])
             await blobs.put(path, data, content_type="image/png")
     painter, pool = Busy(sessions), pixel_pool()
     editor = Editor(blobs=blobs, painter=painter, prompts=NoPrompts(), settings=settings, defaults=Inference)

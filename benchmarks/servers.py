@@ -25,7 +25,7 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from deployments.own_ray import free_port
-from serve_app.adapters.pubsub_client import subscription_path, topic_path
+from serve_app.adapters.pubsub.client import subscription_path, topic_path
 from serve_app.settings import MessagesSettings
 
 START_S = 60.0

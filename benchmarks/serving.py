@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.own_ray import free_port, ray_environment
-from serve_app.images import Pixels
-from serve_app.jobs import Job, State
-from serve_app.messages import EditMessage
+from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.record import Job, State
+from serve_app.models import Pixels
 from serve_app.settings import Settings
 
 from .context import machine

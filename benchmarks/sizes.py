@@ -126,13 +126,14 @@ def modules_of_a_message() -> list[str]:
 async def _edit(note: Any) -> None:
     from serve_app import adapters
     from serve_app.adapters.webhooks import Webhooks
-    from serve_app.edit import Editor, session_path
-    from serve_app.engine.canvas import LocalPainter
+    from serve_app.edit.job import Editor
+    from serve_app.edit.session import session_path
     from serve_app.engine.families import create
-    from serve_app.jobs import State
-    from serve_app.outbox import Courier
+    from serve_app.engine.painting import LocalPainter
+    from serve_app.jobs.notifications import Courier
+    from serve_app.jobs.record import State
+    from serve_app.jobs.worker import Worker
     from serve_app.settings import Inference, Secrets, Settings
-    from serve_app.worker import Worker
 
     settings = Settings(blobs="memory:s", jobs="memory:s", messages={"url": "memory:s"}, variants={"telea": {}})
     store, blobs = adapters.job_store(settings.jobs), adapters.blob_store(settings.blobs)

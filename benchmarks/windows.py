@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 from skimage import data
 
-from serve_app.cost import forward_flops
-from serve_app.images import Pixels
-from serve_app.messages import CropStrategy
+from serve_app.edit.cost import forward_flops
+from serve_app.edit.windows import plan
+from serve_app.models import Pixels
+from serve_app.parameters import CropStrategy
 from serve_app.settings import WindowSettings
-from serve_app.windows import plan
 
 #: Of each drawing, in pixels: all scenes are of 4:3.
 _SIZE = (640, 480)

@@ -7,10 +7,10 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.audits import AuditRequest
-from serve_app.problems import BODIES_AT_ONCE
+from serve_app.http.problems import BODIES_AT_ONCE
+from serve_app.models import Variant
+from serve_app.parameters import AuditRequest
 from serve_app.settings import Inference, Scaling, Settings
-from serve_app.variants import Variant
 
 from .broker import PubSub
 from .ingress import Ingress, http

@@ -7,7 +7,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.errors import BrokerUnavailable
 from serve_app.settings import MessagesSettings
 from serve_app.telemetry import configure_logging

@@ -7,15 +7,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serve_app import adapters, jobs
-from serve_app.adapters.pubsub_client import address_of, check_speaks
-from serve_app.cancel import Canceler
-from serve_app.containers import content_type
-from serve_app.edit import INPUTS, edit_job_id, session_document, session_path
+from serve_app import adapters
+from serve_app.adapters.pubsub.client import address_of, check_speaks
+from serve_app.blobs import BlobInfo
+from serve_app.edit.containers import content_type
+from serve_app.edit.job import edit_job_id
+from serve_app.edit.session import INPUTS, session_document, session_path
 from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable
-from serve_app.jobs import Artifact, Cause, Job
-from serve_app.messages import EditMessage
-from serve_app.ports import BlobInfo
+from serve_app.jobs import record
+from serve_app.jobs.cancel import Canceler
+from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.record import Artifact, Cause, Job
 from serve_app.settings import MessagesSettings, Settings
 
 #: Seconds between two looks at a job.
@@ -71,7 +73,7 @@ class Client:
     async def _last_end(self, job_id: str) -> datetime | None:
         """When the job ended, if a message published after this returns has it run again."""
         job = await self._jobs.get(job_id)
-        if job is None or (job.status, Cause.ASKED_AGAIN) not in jobs.TRANSITIONS:
+        if job is None or (job.status, Cause.ASKED_AGAIN) not in record.TRANSITIONS:
             return None
         return job.finished_at
 

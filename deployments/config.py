@@ -18,7 +18,7 @@ from ray.serve.schema import (
 )
 
 from serve_app import adapters
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.errors import SettingsError
 from serve_app.settings import OPEN_PUSHES, Inference, Settings
 from serve_app.urls import is_loopback

@@ -18,22 +18,23 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app import adapters
 from serve_app.adapters.webhooks import Webhooks
-from serve_app.api import Readiness, create_app
-from serve_app.audit_runs import Audits
-from serve_app.auth import Access
-from serve_app.cancel import Canceler
-from serve_app.edit import Editor
+from serve_app.audit.runs import Audits
+from serve_app.blobs import BlobInfo
+from serve_app.edit.job import Editor
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, SettingsError, Unavailable
-from serve_app.jobs import Job
-from serve_app.outbox import Courier
-from serve_app.ports import BlobInfo, Delivery, Verdict
+from serve_app.http.app import Readiness, create_app
+from serve_app.http.auth import Access
+from serve_app.jobs.cancel import Canceler
+from serve_app.jobs.notifications import Courier
+from serve_app.jobs.ports import Delivery, Verdict
+from serve_app.jobs.record import Job
+from serve_app.jobs.worker import Worker
 from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
-from serve_app.worker import Worker
 
+from .audit_job import RayJobs
 from .broker import BrokerWatch
-from .launcher import RayJobs
 from .metrics import RayMetrics
 from .readiness import VariantWatch
 from .remote import RemotePainter, RemotePrompts

@@ -12,14 +12,14 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.engine import Engine, families, weights
-from serve_app.engine.canvas import painting
+from serve_app.engine import Engine, families
 from serve_app.engine.cold_start import timed
-from serve_app.engine.seat import Seat
+from serve_app.engine.painting import painting
+from serve_app.engine.slot import Seat
 from serve_app.engine.trials import measuring
+from serve_app.engine.weights import fetch
 from serve_app.errors import FluxFillError, GpuLost, ReplicaTaken
-from serve_app.jobs import Progress
-from serve_app.ports import Measured, Painted, PaintRequest
+from serve_app.models import Measured, Painted, PaintRequest, Progress
 from serve_app.settings import Settings
 from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_id
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def open_engine(name: str, settings: Settings) -> Engine:
     """The loaded and warmed engine of a served variant. Raises WeightsError, and what torch raises."""
     variant = settings.variant(name)
-    files = asyncio.run(weights.fetch(variant, sources(settings))) if variant.file else None
+    files = asyncio.run(fetch.fetch(variant, sources(settings))) if variant.file else None
     with timed("import"):
         engine = families.create(name, variant, files, settings.variants[name])
     try:
@@ -62,7 +62,7 @@ def _warm_up(engine: Engine, name: str, settings: Settings) -> None:
         engine.warm_up(buckets)
         return
     # It imports torch, which variants without weights run without.
-    from serve_app.engine import compile_cache
+    from serve_app.engine.flux import compile_cache
 
     kept = compile_cache.of(variant, served, buckets, sources(settings), engine.describe())
     kept.warm_up(lambda: engine.warm_up(buckets))

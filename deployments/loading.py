@@ -11,8 +11,8 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from serve_app import adapters
 from serve_app.engine import cold_start
-from serve_app.engine.origins import Mirror
-from serve_app.engine.weights import Sources
+from serve_app.engine.weights.fetch import Sources
+from serve_app.engine.weights.origins import Mirror
 from serve_app.errors import FluxFillError, GpuLost, VariantLoadFailed, VariantNotReady
 from serve_app.settings import Secrets, Settings
 from serve_app.telemetry import Metrics

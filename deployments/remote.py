@@ -11,7 +11,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.engine.prompts import PromptCache
-from serve_app.engine.weights import base_revision
+from serve_app.engine.weights.fetch import base_revision
 from serve_app.errors import (
     FluxFillError,
     GpuLost,
@@ -21,7 +21,7 @@ from serve_app.errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from serve_app.ports import Measured, OnProgress, Painted, PaintRequest
+from serve_app.models import Measured, OnProgress, Painted, PaintRequest
 from serve_app.settings import Settings
 
 from .loading import sources

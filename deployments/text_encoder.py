@@ -4,26 +4,26 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from serve_app.engine import weights
+from serve_app.engine.weights import fetch
 from serve_app.errors import GpuLost, InferenceTimeout
+from serve_app.models import Variant
 from serve_app.settings import Settings
 from serve_app.telemetry import Metrics, configure_logging
-from serve_app.variants import Variant
 
 from .loading import Loading, sources
 from .metrics import RayMetrics
 
 if TYPE_CHECKING:
-    from serve_app.engine.text_encoder import TextEncoder as Encoder
+    from serve_app.engine.flux.text_encoder import TextEncoder as Encoder
 
 
 def open_encoder(variant: Variant, settings: Settings) -> "Encoder":
     """The loaded text encoders of the variant's base model. Raises WeightsError, and what torch raises."""
     # Its packages are an extra's: an app whose variants take no prompt runs without them.
-    from serve_app.engine.text_encoder import TextEncoder as Encoder
+    from serve_app.engine.flux.text_encoder import TextEncoder as Encoder
 
     row = settings.text_encoder
-    folder = asyncio.run(weights.fetch_text_encoders(variant, sources(settings)))
+    folder = asyncio.run(fetch.fetch_text_encoders(variant, sources(settings)))
     encoder = Encoder(folder, threads=row.threads, wants_gpu=row.num_gpus > 0)
     encoder.load()
     return encoder

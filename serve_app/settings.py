@@ -12,11 +12,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 
-from .audits import MAX_LINK_HOURS, AuditRequest, Matrix, QualityBudget
-from .messages import CropStrategy, GuidanceScale, Prompt, Steps, VariantName
+from .models import BUILT_IN, Variant
+from .parameters import (
+    MAX_LINK_HOURS,
+    AuditRequest,
+    CropStrategy,
+    GuidanceScale,
+    Matrix,
+    Prompt,
+    QualityBudget,
+    Steps,
+    VariantName,
+)
 from .renamed import refuse_old_names
 from .urls import has_password, host_of, is_loopback, overlap
-from .variants import BUILT_IN, Variant
 
 
 class _Frozen(BaseModel):
@@ -242,7 +251,7 @@ BUCKETS = (
 
 
 class WindowSettings(_Frozen):
-    """How the windows to paint are planned; see `serve_app.windows`."""
+    """How the windows to paint are planned; see `serve_app.edit.windows`."""
 
     buckets: tuple[tuple[int, int], ...] = BUCKETS
     #: Pixels of surroundings the model sees round the mask, at working scale.

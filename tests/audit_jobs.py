@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from serve_app import jobs
-from serve_app.audit_files import RunFiles, read_findings
-from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditFault, AuditStatus
+from serve_app.audit.files import RunFiles, read_findings
+from serve_app.audit.ports import LaunchState
+from serve_app.audit.record import Audit, AuditFault, AuditStatus
+from serve_app.audit.store import AuditStore
+from serve_app.blobs import BlobStore
 from serve_app.errors import JobsUnavailable, StoreUnavailable
-from serve_app.ports import BlobStore, LaunchState
+from serve_app.jobs import claims
 
 
 async def never_ends(_audit: Audit) -> None:
@@ -71,7 +72,7 @@ class Driver:
 
     async def begin(self) -> None:
         job = await self.store.begin(self.audit.id, self.audit.attempt, lease_s=60.0)
-        self._claim = jobs.claim_of(job)
+        self._claim = claims.claim_of(job)
 
     async def note(self, **findings: Any) -> None:
         """Beside what was found before."""

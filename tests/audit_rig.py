@@ -7,20 +7,23 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.audit.replicas import ReplicaCounts
-from benchmarks.audit.run import Auditor, Pace
-from serve_app import lease
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
-from serve_app.adapters.sql import SqlJobStore
-from serve_app.audit_files import read_cells
-from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditRequest, CellResult, CompileVerdict, Matrix
-from serve_app.edit import session_path
+from serve_app.adapters.stores.sql import SqlJobStore
+from serve_app.audit.files import read_cells
+from serve_app.audit.record import Audit, CellResult, CompileVerdict
+from serve_app.audit.replicas import ReplicaCounts
+from serve_app.audit.run import Auditor, Pace
+from serve_app.audit.store import AuditStore
+from serve_app.blobs import ANY_VERSION, BlobInfo
+from serve_app.edit.session import session_path
 from serve_app.engine import Engine
-from serve_app.engine.seat import Seat
+from serve_app.engine.slot import Seat
 from serve_app.engine.trials import measuring
-from serve_app.jobs import Job
-from serve_app.ports import ANY_VERSION, BlobInfo, JobStore, Measured, OnProgress, PaintRequest, PromptEncoder
+from serve_app.jobs import lease
+from serve_app.jobs.ports import JobStore
+from serve_app.jobs.record import Job
+from serve_app.models import Measured, OnProgress, PaintRequest, PromptEncoder
+from serve_app.parameters import AuditRequest, Matrix
 from serve_app.settings import Settings
 
 from .rig import SESSION, USER, Clock, Prompts, Scripted, jpeg, line_mask, photo, png

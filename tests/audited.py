@@ -9,23 +9,21 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from benchmarks.audit.recommend import recommend
-from benchmarks.audit.report import publish
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.audits import (
+from serve_app.audit.recommend import recommend
+from serve_app.audit.record import (
     Audit,
     AuditFault,
-    AuditRequest,
     AuditStatus,
-    Cell,
     CellResult,
     Compared,
     CompileVerdict,
     MemoryReading,
-    Trial,
     image_path,
 )
-from serve_app.images import Pixels
+from serve_app.audit.report.publish import publish
+from serve_app.models import Pixels, Trial
+from serve_app.parameters import AuditRequest, Cell
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 REQUEST = AuditRequest(user_id="user-1", session_id="session-1", price_per_hour=0.71)

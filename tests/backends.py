@@ -24,12 +24,11 @@ from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransp
 
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters.pubsub_client import subscription_path, topic_path
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.audits import AuditRequest
-from serve_app.jobs import EditParameters, Job
-from serve_app.messages import CropStrategy
-from serve_app.ports import Delivery, Handler, MessageSource, Publisher, SourceStatus, Verdict
+from serve_app.adapters.pubsub.client import subscription_path, topic_path
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
+from serve_app.jobs.ports import Delivery, Handler, MessageSource, Publisher, SourceStatus, Verdict
+from serve_app.jobs.record import Job
+from serve_app.parameters import AuditRequest, CropStrategy, EditParameters
 from serve_app.settings import MessagesSettings, SubscriptionSettings
 
 from .absent import PUBSUB, absent

@@ -18,7 +18,7 @@ import pytest
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from deployments.own_ray import free_port
-from serve_app.adapters import firebase_app
+from serve_app.adapters import google
 
 from .absent import STORAGE, absent
 
@@ -51,7 +51,7 @@ def blobs_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 def forget_firebase_app() -> None:
     """Have the next use of Firebase look for credentials, and for an emulator, again."""
     with contextlib.suppress(ValueError):
-        firebase_admin.delete_app(firebase_admin.get_app(firebase_app.NAME))
+        firebase_admin.delete_app(firebase_admin.get_app(google.NAME))
 
 
 def bucket_url(kind: str, port: int, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:

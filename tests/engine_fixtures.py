@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 
 from serve_app.engine import Window
-from serve_app.engine.tiny import TinyWeights, ensure
-from serve_app.engine.weights import Weights
-from serve_app.images import Pixels
-from serve_app.ports import PaintRequest
+from serve_app.engine.flux.tiny import TinyWeights, ensure
+from serve_app.engine.weights.fetch import Weights
+from serve_app.models import BUILT_IN, Box, PaintRequest, Pixels
 from serve_app.settings import Optimizations, VariantSettings
-from serve_app.variants import BUILT_IN
-from serve_app.windows import Box
 
 # torch takes seconds to import, and tests that need none of it load this module too.
 if TYPE_CHECKING:
-    from serve_app.engine.diffusion import FluxFill
+    from serve_app.engine.flux.fill import FluxFill
 
 #: Side of the windows most tests paint, in pixels: small, to be quick.
 SIDE = 128
@@ -78,7 +75,7 @@ def embeddings() -> bytes:
 
 def flux_fill(tiny: TinyWeights, quant: str = "Q4_0", *, dtype: Any = None, **optimizations: Any) -> "FluxFill":
     """The variant `tiny-{quant}`, not loaded yet."""
-    from serve_app.engine.diffusion import FluxFill
+    from serve_app.engine.flux.fill import FluxFill
 
     weights = Weights(tiny.transformer(f"flux1-fill-dev-{quant.partition('-')[0]}.gguf"), tiny.base)
     exact = {name: optimizations.pop(name) for name in ("adaln_once", "one_encode") if name in optimizations}

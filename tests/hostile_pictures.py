@@ -21,9 +21,9 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
+from serve_app.edit.images import decode_photo, unchanged
+from serve_app.edit.masks import decode_mask
 from serve_app.errors import InputError
-from serve_app.images import decode_photo, unchanged
-from serve_app.masks import decode_mask
 from serve_app.settings import Limits
 
 from .pictures import noise

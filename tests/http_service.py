@@ -6,13 +6,14 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from serve_app.api import Readiness, VariantReadiness, VariantState
-from serve_app.audit_runs import Audits
-from serve_app.auth import GOOGLE_JWKS_URL, Access
-from serve_app.cancel import Canceler
+from serve_app.audit.runs import Audits
+from serve_app.blobs import BlobInfo
 from serve_app.errors import InvalidLink
-from serve_app.jobs import Job
-from serve_app.ports import BlobInfo, Delivery, Verdict
+from serve_app.http.app import Readiness, VariantReadiness, VariantState
+from serve_app.http.auth import GOOGLE_JWKS_URL, Access
+from serve_app.jobs.cancel import Canceler
+from serve_app.jobs.ports import Delivery, Verdict
+from serve_app.jobs.record import Job
 from serve_app.settings import PushSettings, Secrets, Settings
 from serve_app.telemetry import Metrics
 

@@ -23,9 +23,9 @@ from psycopg import sql
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from deployments.own_ray import free_port
-from serve_app.adapters import firebase_app
-from serve_app.adapters.firestore_database import Firestore
-from serve_app.adapters.sql_tables import JOBS
+from serve_app.adapters import google
+from serve_app.adapters.stores.firestore_database import Firestore
+from serve_app.adapters.stores.sql_tables import JOBS
 
 from .absent import FIRESTORE, POSTGRESQL, absent
 
@@ -122,7 +122,7 @@ def firestore_url(firestore_address: str, monkeypatch: pytest.MonkeyPatch) -> It
 def forget_firebase_app() -> None:
     """The next that wants Firebase finds the environment's credentials anew."""
     with suppress(ValueError):
-        firebase_admin.delete_app(firebase_admin.get_app(firebase_app.NAME))
+        firebase_admin.delete_app(firebase_admin.get_app(google.NAME))
 
 
 class Opened(Protocol):

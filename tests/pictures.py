@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from hypothesis import strategies as st
 
-from serve_app.images import Pixels
+from serve_app.models import Pixels
 from serve_app.settings import WindowSettings
 
 MAGENTA = (255, 0, 255)

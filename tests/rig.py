@@ -14,20 +14,21 @@ import cv2
 import numpy as np
 
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
-from serve_app.edit import Editor, session_path
+from serve_app.blobs import BlobInfo
+from serve_app.edit.job import Editor
+from serve_app.edit.session import session_path
 from serve_app.engine import Window
-from serve_app.engine.canvas import LocalPainter
-from serve_app.engine.classical import Telea
+from serve_app.engine.painting import LocalPainter
+from serve_app.engine.telea import Telea
 from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
-from serve_app.images import Pixels
-from serve_app.jobs import Job
-from serve_app.lease import Pace
-from serve_app.outbox import Courier
-from serve_app.ports import BlobInfo, Delivery, Verdict
+from serve_app.jobs.lease import Pace
+from serve_app.jobs.notifications import Courier
+from serve_app.jobs.ports import Delivery, Verdict
+from serve_app.jobs.record import Job
+from serve_app.jobs.worker import Worker
+from serve_app.models import Pixels, Variant
 from serve_app.settings import Inference, Settings, VariantSettings
 from serve_app.telemetry import METRICS
-from serve_app.variants import Variant
-from serve_app.worker import Worker
 
 USER, SESSION = "u1", "s1"
 

@@ -23,8 +23,8 @@ from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from deployments.client import Client, Submitted
 from deployments.own_ray import OwnRay, free_port, own_ray
-from serve_app.jobs import Job
-from serve_app.messages import EditMessage
+from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.record import Job
 from serve_app.settings import BUCKETS, Settings
 
 from .rig import jpeg, line_mask, photo, png

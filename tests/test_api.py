@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from starlette.types import Message
 
-from serve_app.api import MAX_ENVELOPE_BYTES, VariantState, create_app
 from serve_app.errors import ReplicaLost
-from serve_app.jobs import State
+from serve_app.http.app import MAX_ENVELOPE_BYTES, VariantState, create_app
+from serve_app.jobs.record import State
 
 from . import jwks_server
 from .http_service import LINKS, Process, long

@@ -11,21 +11,12 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from serve_app import audit_runs
-from serve_app.api import create_app
-from serve_app.audit_api import MAX_BODY_BYTES
-from serve_app.audit_store import AuditStore
-from serve_app.audits import (
-    Audit,
-    AuditFault,
-    AuditRequest,
-    AuditStatus,
-    Cell,
-    CellProgress,
-    CompileVerdict,
-    Matrix,
-    MemoryReading,
-)
+from serve_app.audit import runs
+from serve_app.audit.record import Audit, AuditFault, AuditStatus, CellProgress, CompileVerdict, MemoryReading
+from serve_app.audit.store import AuditStore
+from serve_app.http.app import create_app
+from serve_app.http.audits import MAX_BODY_BYTES
+from serve_app.parameters import AuditRequest, Cell, Matrix
 
 from .audit_jobs import Driver
 from .http_service import Process, long
@@ -108,7 +99,7 @@ def painted(audit: Audit) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_runs, "POLL_S", 0.01)
+    monkeypatch.setattr(runs, "POLL_S", 0.01)
 
 
 @pytest.fixture
@@ -521,7 +512,7 @@ async def test_a_silent_job_is_stopped_before_its_run_goes_on(site: Site) -> Non
 async def test_a_silent_job_that_does_not_stop_is_not_waited_for_for_ever(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_runs, "GRACE_S", 0.05)
+    monkeypatch.setattr(runs, "GRACE_S", 0.05)
 
     async def deaf(audit: Audit) -> None:
         await site.begun(audit)
@@ -697,7 +688,7 @@ async def test_a_job_that_does_not_stop_is_stopped(site: Site, monkeypatch: pyte
         await site.begun(audit)
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(audit_runs, "GRACE_S", 0.05)
+    monkeypatch.setattr(runs, "GRACE_S", 0.05)
     site.process.jobs.work = deaf
     run_id = await site.started()
     assert (await site.client.post(f"/audits/{run_id}/cancel")).json()["status"] == "canceled"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.audit_apply import Applied, apply, drift
+from deployments.cli.audit_apply import Applied, apply, drift
 from deployments.config import check, load
 from serve_app.errors import AuditError, SettingsError
 

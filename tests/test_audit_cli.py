@@ -15,35 +15,34 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.audit import results
-from deployments import audit_client, audit_screen, audits, cli
-from deployments.audit_demo import PART, sample, window_sizes
+from deployments.cli import audit_client, audit_screen, audits, main
+from deployments.cli.audit_demo import PART, sample, window_sizes
 from deployments.config import load
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.api import Readiness, VariantReadiness
-from serve_app.audit_store import AuditStore
-from serve_app.audits import (
+from serve_app.audit.record import (
     PAGE,
     REPORT,
     RESULTS,
     TABLE,
     Audit,
     AuditFault,
-    AuditRequest,
     AuditStatus,
-    Cell,
     CellProgress,
     CellResult,
     Compared,
     CompileVerdict,
     Recommendation,
-    Trial,
     folder,
     image_path,
 )
-from serve_app.edit import INPUTS, session_path
+from serve_app.audit.report import results
+from serve_app.audit.store import AuditStore
+from serve_app.edit.session import INPUTS, session_path
 from serve_app.errors import UnknownAudit
+from serve_app.http.app import Readiness, VariantReadiness
+from serve_app.models import Trial
+from serve_app.parameters import AuditRequest, Cell
 from serve_app.settings import Settings
 
 from .audit_jobs import Driver, LocalJobs
@@ -139,13 +138,13 @@ class Bench:
 @pytest.fixture
 def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The console script, in this process."""
-    for console in (audit_screen.out, audit_screen.err, cli.err):
+    for console in (audit_screen.out, audit_screen.err, main.err):
         monkeypatch.setattr(console, "width", 300)
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["fluxfill", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         screen = capsys.readouterr()
         return Ended(int(ended.value.code or 0), screen.out, screen.err)
 

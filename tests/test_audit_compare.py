@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.audit.results import as_json, document
-from deployments.audit_compare import (
+from serve_app.audit.compare import (
     MAX_NOISE,
     MEDIAN_ERROR,
     MIN_NOISE,
@@ -26,8 +25,11 @@ from deployments.audit_compare import (
     compare,
     table,
 )
-from serve_app.audits import BETTER, Audit, AuditRequest, CellResult, Compared, Matrix, Trial
+from serve_app.audit.record import BETTER, Audit, CellResult, Compared
+from serve_app.audit.report.results import as_json, document
 from serve_app.errors import AuditError
+from serve_app.models import Trial
+from serve_app.parameters import AuditRequest, Matrix
 
 Results = dict[str, Any]
 FIGURES: dict[str, Any] = {

@@ -13,12 +13,11 @@ import torch._inductor.config
 
 from benchmarks.audit.compiling import MAX_DIFFERENCE, MIN_GAIN, judged, verdict
 from benchmarks.audit.forwards import Forward
-from serve_app.engine import compiled
-from serve_app.engine.diffusion import FluxFill
-from serve_app.engine.tiny import TinyWeights
-from serve_app.ports import PaintRequest
+from serve_app.engine.flux import compiled
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.models import Box, PaintRequest
 from serve_app.settings import Settings
-from serve_app.windows import Box
 
 from .engine_fixtures import flux_fill, photo, request
 
@@ -120,7 +119,7 @@ def breaking(block: Any) -> Any:
 
 
 def test_the_engine_paints_as_before_when_its_inputs_were_caught(engine: FluxFill, given: PaintRequest) -> None:
-    from serve_app.engine.canvas import paint_canvas
+    from serve_app.engine.painting import paint_canvas
 
     before = paint_canvas(engine, given, lambda progress: None).canvas
     Forward(engine, given)

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.audit.fan_out import fan_out
-from benchmarks.audit.waves import Wave
-from serve_app.audits import AuditStatus
+from serve_app.audit.fan_out import fan_out
+from serve_app.audit.record import AuditStatus
+from serve_app.audit.waves import Wave
 from serve_app.engine.pause import Pause
-from serve_app.jobs import Progress
+from serve_app.models import Progress, Variant
 from serve_app.settings import AuditSettings, VariantSettings
-from serve_app.variants import Variant
 
 from .audit_rig import AuditRig, LocalReplicas, scripted, until
 from .engine_fixtures import request

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.audit import figures
-from serve_app.audits import AuditRequest, Cell, CellResult, Matrix, Trial
-from serve_app.cost import forward_flops
-from serve_app.engine.lock import Lock, LockedRepo
-from serve_app.engine.tiny import TinyWeights
-from serve_app.ports import Measured, PaintRequest
+from serve_app.audit import figures
+from serve_app.audit.record import CellResult
+from serve_app.edit.cost import forward_flops
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.weights.lock import Lock, LockedRepo
+from serve_app.models import BUILT_IN, Box, Measured, PaintRequest, Trial, Variant
+from serve_app.parameters import AuditRequest, Cell, Matrix
 from serve_app.settings import Settings
-from serve_app.variants import BUILT_IN, Variant
-from serve_app.windows import Box
 
 from .audit_rig import AuditRig
 from .engine_fixtures import flux_fill

@@ -9,13 +9,13 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from benchmarks.audit.run import Auditor
 from serve_app import adapters
-from serve_app.adapters.firebase import FirebaseBlobStore
-from serve_app.audit_store import AuditStore
-from serve_app.audits import AuditStatus
-from serve_app.edit import session_path
-from serve_app.ports import BlobStore
+from serve_app.adapters.blobs.firebase import FirebaseBlobStore
+from serve_app.audit.record import AuditStatus
+from serve_app.audit.run import Auditor
+from serve_app.audit.store import AuditStore
+from serve_app.blobs import BlobStore
+from serve_app.edit.session import session_path
 
 from .audit_rig import QUICK, AuditRig
 from .blob_servers import bucket_url, forget_firebase_app, new_bucket

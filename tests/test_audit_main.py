@@ -9,11 +9,12 @@ import pytest
 from benchmarks.audit.arguments import APP, ATTEMPT, RUN, parse
 from benchmarks.audit.queued import queued
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
-from serve_app.audit_options import OPTIONS
-from serve_app.audit_store import LAUNCH_S, AuditStore
-from serve_app.audits import AuditRequest, AuditStatus
+from serve_app.audit.options import OPTIONS
+from serve_app.audit.record import AuditStatus
+from serve_app.audit.store import LAUNCH_S, AuditStore
 from serve_app.errors import AuditExists, AuditRunning, InputError, UnknownAudit, UnknownVariant
-from serve_app.jobs import claim_of
+from serve_app.jobs.claims import claim_of
+from serve_app.parameters import AuditRequest
 from serve_app.settings import AuditSettings, Settings
 
 from .rig import Clock

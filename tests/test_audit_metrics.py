@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-from benchmarks.audit import metrics
-from benchmarks.audit.metrics import BAND_PX, EDGE_PX, MAX_PSNR_DB, METRICS, Pictures, compare
-from serve_app.audits import BETTER, Compared
-from serve_app.images import Pixels
-from serve_app.paste import grow, soft_mask
+from serve_app.audit import metrics
+from serve_app.audit.metrics import BAND_PX, EDGE_PX, MAX_PSNR_DB, METRICS, Pictures, compare
+from serve_app.audit.record import BETTER, Compared
+from serve_app.edit.paste import grow, soft_mask
+from serve_app.models import Pixels
 
 from .pictures import blank, masks, noise, spot
 

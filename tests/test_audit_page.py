@@ -13,8 +13,9 @@ import jwt
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from serve_app.api import _BLOB_HEADERS, _PAGE_POLICY
-from serve_app.audits import Audit, AuditRequest, CellResult, Matrix
+from serve_app.audit.record import Audit, CellResult
+from serve_app.http.app import _BLOB_HEADERS, _PAGE_POLICY
+from serve_app.parameters import AuditRequest, Matrix
 
 from . import audited
 from .browser import Watched, served

@@ -20,9 +20,7 @@ from deployments.remote import RemotePainter, RemoteTrials
 from serve_app.engine import Window
 from serve_app.engine.pause import Pause
 from serve_app.errors import ReplicaTaken
-from serve_app.images import Pixels
-from serve_app.jobs import Progress
-from serve_app.ports import Measured, Painted, PaintRequest
+from serve_app.models import Measured, Painted, PaintRequest, Pixels, Progress
 from serve_app.settings import Settings
 
 from .backends import until

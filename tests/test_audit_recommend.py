@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.audit.recommend import TIE, pareto, recommend, visibility
-from serve_app.audits import AuditFault, AuditRequest, Cell, CellResult, Compared, Matrix, Recommendation
-from serve_app.messages import CropStrategy
+from serve_app.audit.recommend import TIE, pareto, recommend, visibility
+from serve_app.audit.record import AuditFault, CellResult, Compared, Recommendation
+from serve_app.parameters import AuditRequest, Cell, CropStrategy, Matrix
 
 SIZES = {"small": 6.8, "middle": 8.3, "large": 12.7}
 REQUEST = AuditRequest(

@@ -20,17 +20,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from benchmarks.audit import chart
-from benchmarks.audit.columns import columns
-from benchmarks.audit.metrics import METRICS
-from benchmarks.audit.pictures import SIDE_PX, Frame, shown_box, tinted
-from benchmarks.audit.recommend import recommend
-from benchmarks.audit.report import _TEMPLATES, publish
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.audit_files import RunFiles, read_cells
-from serve_app.audits import Audit, AuditRequest, AuditStatus, CellResult, Compared, Matrix, folder
+from serve_app.audit.files import RunFiles, read_cells
+from serve_app.audit.metrics import METRICS
+from serve_app.audit.recommend import recommend
+from serve_app.audit.record import Audit, AuditStatus, CellResult, Compared, folder
+from serve_app.audit.report import chart
+from serve_app.audit.report.columns import columns
+from serve_app.audit.report.pictures import SIDE_PX, Frame, shown_box, tinted
+from serve_app.audit.report.publish import _TEMPLATES, publish
 from serve_app.errors import StoreUnavailable
-from serve_app.windows import Box
+from serve_app.models import Box
+from serve_app.parameters import AuditRequest, Matrix
 
 from . import audited
 from .audit_jobs import always

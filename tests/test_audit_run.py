@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve_app.audits import AuditStatus, folder, image_path
-from serve_app.errors import (
-    BlobNotFound,
-    GpuLost,
-    OutOfMemory,
-    ReplicaLost,
-    VariantLoadFailed,
-    VariantNotReady,
-)
-from serve_app.images import Pixels
-from serve_app.paste import grow
+from serve_app.audit.record import AuditStatus, folder, image_path
+from serve_app.edit.paste import grow
+from serve_app.errors import BlobNotFound, GpuLost, OutOfMemory, ReplicaLost, VariantLoadFailed, VariantNotReady
+from serve_app.models import Pixels
 
 from .audit_rig import NAMES, AuditRig, scripted, until
 from .rig import Held, Scripted, jpeg, line_mask, photo, png

@@ -24,16 +24,17 @@ from benchmarks.audit.arguments import APP as APP_NAME
 from benchmarks.audit.arguments import ATTEMPT, RUN, Given, parse
 from benchmarks.audit.ray_compiler import RayCompiler
 from deployments.app import build
-from deployments.launcher import RayJobs
+from deployments.audit_job import RayJobs
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.audit_files import read_cells
-from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit, AuditRequest, AuditStatus, Matrix, folder
-from serve_app.edit import INPUTS, session_path
+from serve_app.audit.files import read_cells
+from serve_app.audit.record import Audit, AuditStatus, folder
+from serve_app.audit.store import AuditStore
+from serve_app.edit.session import INPUTS, session_path
 from serve_app.errors import ReplicaLost
-from serve_app.jobs import Job
-from serve_app.ports import PaintRequest
+from serve_app.jobs.record import Job
+from serve_app.models import PaintRequest
+from serve_app.parameters import AuditRequest, Matrix
 from serve_app.settings import Settings
 
 from .blob_servers import forget_firebase_app, new_bucket

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.audits import AuditStatus
+from serve_app.audit.record import AuditStatus
 from serve_app.errors import ReplicaLost, UnknownAudit
 
 from .audit_rig import AuditRig, scripted

@@ -8,22 +8,21 @@ from typing import Any
 
 import pytest
 
-from serve_app import adapters, jobs
+from serve_app import adapters
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.audit_files import RunFiles, read_cells, read_findings
-from serve_app.audit_store import JOB_DIED, LAUNCH_S, AuditStore
-from serve_app.audits import (
+from serve_app.audit.files import RunFiles, read_cells, read_findings
+from serve_app.audit.record import (
     Audit,
     AuditFault,
-    AuditRequest,
     AuditStatus,
     CellProgress,
     CellResult,
     Findings,
-    Matrix,
     cell_path,
     findings_path,
 )
+from serve_app.audit.store import JOB_DIED, LAUNCH_S, AuditStore
+from serve_app.blobs import BlobStore
 from serve_app.errors import (
     AuditExists,
     AuditRunning,
@@ -34,8 +33,10 @@ from serve_app.errors import (
     StoreUnavailable,
     UnknownAudit,
 )
-from serve_app.jobs import Claim
-from serve_app.ports import BlobStore, JobStore
+from serve_app.jobs import claims, record
+from serve_app.jobs.claims import Claim
+from serve_app.jobs.ports import JobStore
+from serve_app.parameters import AuditRequest, Matrix
 
 from .audit_rig import job_store_at
 from .backends import make_job
@@ -69,7 +70,7 @@ def store(job_store: JobStore, blobs: BlobStore) -> AuditStore:
 
 async def begun(store: AuditStore, run_id: str = "run", **options: Any) -> Claim:
     audit = await store.create(REQUEST, run_id, **options)
-    return jobs.claim_of(await store.begin(audit.id, 1, lease_s=LEASE_S))
+    return claims.claim_of(await store.begin(audit.id, 1, lease_s=LEASE_S))
 
 
 async def found(blobs: BlobStore, run_id: str = "run", **fields: Any) -> None:
@@ -93,7 +94,7 @@ async def test_a_run_from_its_creation_to_its_end(store: AuditStore, blobs: Blob
     assert audit.cells == {"telea_gs2": CellProgress(), "telea_gs4": CellProgress()}
     assert (audit.request, audit.created_at) == (REQUEST, clock.now)
     clock.advance(10)
-    claim = jobs.claim_of(await store.begin("run", 1, lease_s=LEASE_S))
+    claim = claims.claim_of(await store.begin("run", 1, lease_s=LEASE_S))
     await found(blobs, stage="painting", gpu="CPU")
     running = await store.get("run")
     assert (running.status, running.attempt, running.stage) == (AuditStatus.RUNNING, 1, "painting")
@@ -169,9 +170,9 @@ async def test_a_driver_whose_beginning_and_end_were_not_answered_has_begun_and_
     then = clock.now
     deaf.after["update"] = lost
     with pytest.raises(StoreUnavailable):
-        await store.finish(jobs.claim_of(job), AuditStatus.SUCCEEDED)
+        await store.finish(claims.claim_of(job), AuditStatus.SUCCEEDED)
     clock.advance(1)
-    assert (await store.finish(jobs.claim_of(job), AuditStatus.SUCCEEDED)).finished_at == then
+    assert (await store.finish(claims.claim_of(job), AuditStatus.SUCCEEDED)).finished_at == then
 
 
 # -- one run at a time
@@ -239,16 +240,16 @@ async def test_a_run_that_says_just_in_time_that_it_lives_keeps_the_app(
 ) -> None:
     claim = await begun(store, "slow")
     clock.advance(LEASE_S)
-    await job_store.update("slow", claim.lock_key, jobs.renew(claim, lease_s=LEASE_S))
+    await job_store.update("slow", claim.lock_key, claims.renew(claim, lease_s=LEASE_S))
     with pytest.raises(AuditRunning, match="slow is running"):
         await store.create(REQUEST, "next")
 
 
 async def test_an_edit_of_the_same_session_is_in_nobodys_way(store: AuditStore, job_store: JobStore) -> None:
     edit = make_job("edit")
-    await job_store.update("edit", edit.lock_key, jobs.claim(edit, lease_s=LEASE_S, max_attempts=5))
+    await job_store.update("edit", edit.lock_key, claims.claim(edit, lease_s=LEASE_S, max_attempts=5))
     await begun(store)
-    assert (await job_store.update("edit", edit.lock_key, lambda *_: ())).status == jobs.State.RUNNING
+    assert (await job_store.update("edit", edit.lock_key, lambda *_: ())).status == record.State.RUNNING
 
 
 async def test_an_edits_job_is_no_run(store: AuditStore, job_store: JobStore) -> None:

@@ -9,16 +9,11 @@ from typing import Any
 
 import pytest
 
-from serve_app.audits import Audit, AuditStatus, CompileVerdict, cell_path, folder, image_path
-from serve_app.edit import session_path
-from serve_app.errors import (
-    IllegalTransition,
-    OutOfMemory,
-    StaleClaim,
-    StoreUnavailable,
-)
-from serve_app.jobs import State
-from serve_app.lease import Pace
+from serve_app.audit.record import Audit, AuditStatus, CompileVerdict, cell_path, folder, image_path
+from serve_app.edit.session import session_path
+from serve_app.errors import IllegalTransition, OutOfMemory, StaleClaim, StoreUnavailable
+from serve_app.jobs.lease import Pace
+from serve_app.jobs.record import State
 
 from .audit_rig import NAMES, QUICK, AuditRig, scripted, until
 from .rig import SESSION, USER, Held, Scripted, jpeg, photo

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.audit.waves import Wave, gpu_holders, kept_gpus, plan
+from serve_app.audit.waves import Wave, gpu_holders, kept_gpus, plan
 from serve_app.errors import AuditImpossible, UnknownVariant
 from serve_app.settings import Settings
 

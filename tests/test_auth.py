@@ -13,10 +13,10 @@ import jwt
 import pytest
 from pydantic import SecretStr
 
-from serve_app import auth
-from serve_app.api import create_app
-from serve_app.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, Access, ApiKeys, PushVerifier, Scope
 from serve_app.errors import Forbidden, SettingsError, Unauthorized, Unavailable
+from serve_app.http import auth
+from serve_app.http.app import create_app
+from serve_app.http.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, Access, ApiKeys, PushVerifier, Scope
 from serve_app.settings import PushSettings, Secrets
 
 from . import jwks_server

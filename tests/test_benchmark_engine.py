@@ -20,8 +20,8 @@ from benchmarks.comparison.recipe import frame_size
 from benchmarks.comparison.runs import Contender, Run, by_turns, compared
 from benchmarks.comparison.scenarios import SCENARIOS, Scenario
 from benchmarks.comparison.service import planned
-from serve_app.cost import forward_flops
-from serve_app.engine.tiny import TinyWeights
+from serve_app.edit.cost import forward_flops
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.errors import OutOfMemory
 
 from .cpu import own_number_type

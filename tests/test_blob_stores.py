@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from serve_app import adapters
+from serve_app.blobs import BlobInfo, BlobStore
 from serve_app.errors import (
     BlobConflict,
     BlobNotFound,
@@ -24,7 +25,6 @@ from serve_app.errors import (
     StoreUnavailable,
     UnsafePath,
 )
-from serve_app.ports import BlobInfo, BlobStore
 
 from .backends import until
 from .blob_servers import BUCKETS

@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from serve_app import adapters
-from serve_app.adapters.firebase import CONCURRENCY, FirebaseBlobStore
-from serve_app.adapters.s3 import S3BlobStore
-from serve_app.adapters.transfers import Bounds
+from serve_app.adapters.blobs.firebase import CONCURRENCY, FirebaseBlobStore
+from serve_app.adapters.blobs.s3 import S3BlobStore
+from serve_app.adapters.blobs.transfers import Bounds
+from serve_app.blobs import BlobInfo
 from serve_app.errors import (
     BlobNotFound,
     BlobTooLarge,
@@ -24,7 +25,6 @@ from serve_app.errors import (
     StoreUnavailable,
     UnsafePath,
 )
-from serve_app.ports import BlobInfo
 
 from .backends import until
 from .blob_servers import Line, answering, bucket_url, new_bucket

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 
-from serve_app.cancel import Canceler
 from serve_app.errors import IllegalTransition, ReplicaLost, UnknownJob
-from serve_app.jobs import State
-from serve_app.ports import Delivery
+from serve_app.jobs.cancel import Canceler
+from serve_app.jobs.ports import Delivery
+from serve_app.jobs.record import State
 
 from .rig import SESSION, USER, Held, Rig, delivery, wait_for
 

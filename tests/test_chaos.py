@@ -25,8 +25,8 @@ from benchmarks.chaos.sessions import (
     plan,
 )
 from benchmarks.chaos.verdict import Evidence, Outcome, conflicting, is_over, outcome
-from serve_app.jobs import Job, JobError, State
-from serve_app.ports import Delivery
+from serve_app.jobs.ports import Delivery
+from serve_app.jobs.record import Job, JobError, State
 
 from .backends import make_job
 from .rig import SESSION, USER, Rig

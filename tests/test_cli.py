@@ -22,21 +22,22 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from deployments import cli, client
+from deployments import client
+from deployments.cli import main
 from deployments.client import Client
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.edit import Editor, edit_job_id
-from serve_app.engine.canvas import LocalPainter
-from serve_app.engine.tiny import TinyWeights
-from serve_app.jobs import Artifact, Job, JobError, State, Timings
-from serve_app.lease import Pace
-from serve_app.messages import EditMessage
-from serve_app.outbox import Courier
-from serve_app.ports import utc_now
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
+from serve_app.clock import utc_now
+from serve_app.edit.job import Editor, edit_job_id
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.painting import LocalPainter
+from serve_app.jobs.lease import Pace
+from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.notifications import Courier
+from serve_app.jobs.record import Artifact, Job, JobError, State, Timings
+from serve_app.jobs.worker import Worker
 from serve_app.settings import Inference, Settings
-from serve_app.worker import Worker
 
 from .backends import at, make_job
 from .hub_server import COMMIT, HubServer, Repo, serve
@@ -61,13 +62,13 @@ Command = Callable[..., Ended]
 @pytest.fixture
 def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The console script, in this process; on a wide terminal, so that no line is broken in the middle of a path."""
-    monkeypatch.setattr(cli.out, "width", 300)
-    monkeypatch.setattr(cli.err, "width", 300)
+    monkeypatch.setattr(main.out, "width", 300)
+    monkeypatch.setattr(main.err, "width", 300)
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["fluxfill", *map(str, arguments)])
         try:
-            cli.main()
+            main.main()
         except SystemExit as e:
             screen = capsys.readouterr()
             return Ended(int(e.code or 0), screen.out, screen.err)
@@ -452,7 +453,7 @@ def test_an_id_is_whole_on_a_narrow_terminal(
 ) -> None:
     config, id = write_config(tmp_path), "edit-" + "0123456789abcdef" * 2
     put(config, make_job(id, user_id="u" * 20, session_id="s" * 20))
-    monkeypatch.setattr(cli.out, "width", 80)
+    monkeypatch.setattr(main.out, "width", 80)
     assert listed(fluxfill("jobs", "-c", config)) == [id]
 
 

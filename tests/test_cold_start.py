@@ -11,7 +11,7 @@ from deployments.inpainter import open_engine
 from deployments.loading import Loading
 from serve_app.engine import cold_start
 from serve_app.engine.cold_start import Part, recorded, timed
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.settings import Settings
 from serve_app.telemetry import JsonFormatter
 

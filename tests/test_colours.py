@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from serve_app.images import Photo, decode_photo, encode_edited, encode_preview, unchanged
+from serve_app.edit.images import Photo, decode_photo, encode_edited, encode_preview, unchanged
 
 from .picture_files import chunk, exif, short, text, with_chunks
 from .test_images import LIMITS, SRGB, TAG, blocks, encoded

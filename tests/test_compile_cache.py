@@ -10,14 +10,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from serve_app.adapters import blob_store
-from serve_app.engine import compile_cache
-from serve_app.engine.cache import Sources
-from serve_app.engine.compile_cache import CompileCache
-from serve_app.engine.lock import Lock, LockedRepo
-from serve_app.engine.origins import Mirror
+from serve_app.engine.flux import compile_cache
+from serve_app.engine.flux.compile_cache import CompileCache
+from serve_app.engine.weights.cache import Sources
+from serve_app.engine.weights.lock import Lock, LockedRepo
+from serve_app.engine.weights.origins import Mirror
 from serve_app.errors import GpuLost, OutOfMemory, VariantLoadFailed
+from serve_app.models import BUILT_IN
 from serve_app.settings import Optimizations, VariantSettings
-from serve_app.variants import BUILT_IN
 
 ARTIFACTS = "models/compiled/abc/artifacts.bin"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve_app.edit.images import decode_photo, encode_edited
 from serve_app.errors import ImageTooLarge, InvalidImage
-from serve_app.images import decode_photo, encode_edited
 
 from .picture_files import chunk, exif, segment, short, text, unsound, with_chunks, with_segments
 from .test_images import FORMATS, LIMITS, MARKED, SRGB, TAG, blocks, encoded, exif_of, progressive

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app import cover
-from serve_app.cells import Cells
-from serve_app.cost import forward_flops
-from serve_app.cover import Axis, Bucket, Search, Shown
-from serve_app.images import Pixels
+from serve_app.edit import cover
+from serve_app.edit.cost import forward_flops
+from serve_app.edit.cover import Axis, Bucket, Search, Shown
+from serve_app.edit.grid import Cells
+from serve_app.models import Pixels
 from serve_app.settings import BUCKETS
 
 from .pictures import blank, masks, spot

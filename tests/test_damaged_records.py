@@ -9,11 +9,13 @@ import pytest
 import sqlalchemy as sa
 
 from serve_app import adapters
-from serve_app.adapters.firestore_database import Firestore
-from serve_app.adapters.sql_tables import CANCELLATIONS, JOBS, SESSIONS
+from serve_app.adapters.stores.firestore_database import Firestore
+from serve_app.adapters.stores.sql_tables import CANCELLATIONS, JOBS, SESSIONS
 from serve_app.errors import StoreUnavailable
-from serve_app.jobs import Progress, State, claim_of
-from serve_app.ports import JobStore
+from serve_app.jobs.claims import claim_of
+from serve_app.jobs.ports import JobStore
+from serve_app.jobs.record import State
+from serve_app.models import Progress
 
 from .backends import at, make_job
 from .job_servers import Opened, plain

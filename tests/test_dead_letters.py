@@ -14,17 +14,18 @@ import pytest
 import yaml
 from google.pubsub_v1 import types
 
-from deployments import cli, deadletters
-from deployments.deadletters import Replay, Replayed, each, first
+from deployments.cli import dead_letters, main
+from deployments.cli.dead_letters import Replay, Replayed, each, first
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters import pubsub_client
-from serve_app.adapters.pubsub_broker import Bounds
-from serve_app.adapters.pubsub_broker import Broker as Queues
-from serve_app.adapters.pubsub_calls import Calls
+from serve_app.adapters.pubsub import client
+from serve_app.adapters.pubsub.broker import Bounds
+from serve_app.adapters.pubsub.broker import Broker as Queues
+from serve_app.adapters.pubsub.calls import Calls
 from serve_app.errors import BrokerUnavailable, StoreUnavailable
-from serve_app.jobs import Change, Job, JobError, State
-from serve_app.ports import DeadLetter, DeadLetters
+from serve_app.jobs.claims import Change
+from serve_app.jobs.ports import DeadLetter, DeadLetters
+from serve_app.jobs.record import Job, JobError, State
 from serve_app.settings import MessagesSettings
 
 from .backends import Broker, Recorder, at, embedded_broker, make_job, until
@@ -76,7 +77,7 @@ async def test_no_more_than_the_limit_are_pulled(broker: Broker) -> None:
 async def test_a_letter_in_hand_comes_again_when_its_time_is_over(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub_client, "IN_HAND_S", 1)
+    monkeypatch.setattr(client, "IN_HAND_S", 1)
     letters = adapters.dead_letters(broker.settings)
     await bury(broker, b"x")
     [letter] = await letters.pull(1)
@@ -91,18 +92,18 @@ async def test_a_letter_in_hand_comes_again_when_its_time_is_over(
 async def test_googles_pubsub_may_take_its_time_to_say_that_there_are_none(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub_client, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(client, "PATIENCE_S", 0.5)
     monkeypatch.setenv("PUBSUB_EMULATOR_HOST", embedded.settings.url.removeprefix("embedded://"))
     letters = adapters.dead_letters(embedded.settings.model_copy(update={"url": "pubsub:"}))
     assert await letters.pull(1) == []
     await bury(embedded, b"x")
-    monkeypatch.setattr(pubsub_client, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(client, "PATIENCE_S", 5.0)
     assert bodies(await letters.pull(1)) == [b"x"]
     await letters.close()
 
 
 async def test_a_broker_that_is_away_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub_client, "CALL_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.4)
     letters = adapters.dead_letters(MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}"))
     with pytest.raises(BrokerUnavailable, match="no connection"):
         await letters.pull(1)
@@ -130,8 +131,8 @@ class Silent(Calls):
 @pytest.fixture
 async def silent(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Silent, str]]:
     """A broker that hangs, and its address; Google's, too, for who asks for that."""
-    monkeypatch.setattr(pubsub_client, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(pubsub_client, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.3)
     calls, server = Silent(Queues(Bounds(), time.monotonic, time.time)), grpc.aio.server()
     server.add_generic_rpc_handlers(calls.handlers())
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -174,8 +175,8 @@ async def test_many_letters_are_each_found_once_and_stay(embedded: Broker) -> No
 async def test_a_letter_that_comes_again_in_one_run_counts_once(
     memory: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub_client, "IN_HAND_S", 0)
-    monkeypatch.setattr(deadletters, "BATCH", 1)
+    monkeypatch.setattr(client, "IN_HAND_S", 0)
+    monkeypatch.setattr(dead_letters, "BATCH", 1)
     await bury(memory, b"1", b"2")
     assert bodies(await pull_all(adapters.dead_letters(memory.settings))) == [b"1", b"2"]
 
@@ -342,12 +343,12 @@ Command = Callable[..., tuple[int, str]]
 @pytest.fixture
 def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The console script, in this process: its exit status, and all it wrote."""
-    monkeypatch.setattr(deadletters.out, "width", 200)
+    monkeypatch.setattr(dead_letters.out, "width", 200)
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["fluxfill", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         screen = capsys.readouterr()
         return int(ended.value.code or 0), screen.out + screen.err
 

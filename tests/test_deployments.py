@@ -19,9 +19,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger, ReplicaState
 
-from deployments import demo, loading, own_ray, readiness
+from deployments import loading, own_ray, readiness
 from deployments.app import absolute, build, deployment_names, text_encoder_name
 from deployments.broker import BrokerWatch, PubSub
+from deployments.cli import demo
 from deployments.config import load
 from deployments.ingress import Pushes, check_ray_token
 from deployments.loading import Loading
@@ -29,8 +30,7 @@ from deployments.readiness import VariantWatch
 from deployments.remote import RemotePainter, RemotePrompts, RemoteTrials, typed_errors
 from deployments.text_encoder import TextEncoder
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
-from serve_app.api import VariantReadiness
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import (
     FluxFillError,
@@ -45,11 +45,11 @@ from serve_app.errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from serve_app.jobs import Progress
-from serve_app.ports import Measured, Painted, PaintRequest, Verdict
-from serve_app.problems import BODIES_AT_ONCE
+from serve_app.http.app import VariantReadiness
+from serve_app.http.problems import BODIES_AT_ONCE
+from serve_app.jobs.ports import Verdict
+from serve_app.models import Measured, Painted, PaintRequest, Progress, Variant
 from serve_app.settings import MessagesSettings, Settings
-from serve_app.variants import Variant
 
 from .backends import until
 from .engine_fixtures import request

@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve_app.edit.paste import cut
+from serve_app.edit.windows import plan
 from serve_app.engine import Window
-from serve_app.engine.canvas import LocalPainter, load, paint_canvas
-from serve_app.engine.classical import Telea
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.painting import LocalPainter, load, paint_canvas
 from serve_app.engine.pause import Pause
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.telea import Telea
 from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ReplicaLost, UnknownVariant, VariantLoadFailed
-from serve_app.images import Pixels
-from serve_app.jobs import Progress
-from serve_app.messages import CropStrategy
-from serve_app.paste import cut
-from serve_app.ports import Painted
+from serve_app.models import Box, Painted, Pixels, Progress, Variant
+from serve_app.parameters import CropStrategy
 from serve_app.settings import VariantSettings, WindowSettings
 from serve_app.telemetry import JsonFormatter
-from serve_app.variants import Variant
-from serve_app.windows import Box, plan
 
 from .engine_fixtures import SIDE, flux_fill, photo, request, square_mask
 

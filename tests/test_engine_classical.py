@@ -1,11 +1,10 @@
 import cv2
 import numpy as np
 
-from serve_app.engine.classical import Telea
 from serve_app.engine.pause import Pause
-from serve_app.images import Pixels
+from serve_app.engine.telea import Telea
+from serve_app.models import BUILT_IN, Pixels, Variant
 from serve_app.settings import VariantSettings
-from serve_app.variants import BUILT_IN, Variant
 
 from .engine_fixtures import photo, square_mask, window
 

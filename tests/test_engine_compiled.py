@@ -17,12 +17,12 @@ from torch._inductor.utils import clear_caches
 
 from deployments.inpainter import open_engine
 from deployments.loading import sources
-from serve_app.engine import compile_cache, compiled
-from serve_app.engine.diffusion import FluxFill
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.flux import compile_cache, compiled
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.errors import OutOfMemory, VariantLoadFailed
+from serve_app.models import BUILT_IN
 from serve_app.settings import FirstBlockCache, Settings, TaylorSeerCache
-from serve_app.variants import BUILT_IN
 
 from .engine_fixtures import flux_fill, window
 

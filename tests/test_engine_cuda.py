@@ -16,16 +16,15 @@ import safetensors.torch
 import torch
 
 from benchmarks.audit.forwards import Forward
-from serve_app.engine import compiled
-from serve_app.engine.canvas import paint_canvas
-from serve_app.engine.diffusion import FluxFill
-from serve_app.engine.text_encoder import TextEncoder
-from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.weights import Weights
+from serve_app.engine.flux import compiled
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.text_encoder import TextEncoder
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.painting import paint_canvas
+from serve_app.engine.weights.fetch import Weights
 from serve_app.errors import Canceled, OutOfMemory
-from serve_app.images import Pixels
+from serve_app.models import BUILT_IN, Pixels, Repacking
 from serve_app.settings import FirstBlockCache, Optimizations, StepCache, TaylorSeerCache, VariantSettings
-from serve_app.variants import BUILT_IN, Repacking
 
 from .engine_fixtures import flux_fill, request, window
 

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.engine import pipeline, quant
 from serve_app.engine.device import Device
-from serve_app.engine.diffusion import FluxFill
-from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.weights import Weights
+from serve_app.engine.flux import pipeline, quant
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.weights.fetch import Weights
 from serve_app.errors import Canceled, CorruptWeights, GpuLost, InputError, OutOfMemory, PaintError, VariantLoadFailed
-from serve_app.images import Pixels
+from serve_app.models import BUILT_IN, Pixels
 from serve_app.settings import VariantSettings
-from serve_app.variants import BUILT_IN
 
 from .engine_fixtures import flux_fill, window
 

@@ -11,17 +11,18 @@ import safetensors.torch
 import torch
 from diffusers import FluxTransformer2DModel
 
-from serve_app.engine import Window, pipeline
-from serve_app.engine.canvas import paint_canvas
+from serve_app.edit.paste import cut
+from serve_app.edit.windows import Plan, plan
+from serve_app.engine import Window
 from serve_app.engine.device import Device
-from serve_app.engine.modulation import Conditions, Modulation
-from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.weights import Weights
-from serve_app.images import Pixels
-from serve_app.messages import CropStrategy
-from serve_app.paste import cut
+from serve_app.engine.flux import pipeline
+from serve_app.engine.flux.modulation import Conditions, Modulation
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.painting import paint_canvas
+from serve_app.engine.weights.fetch import Weights
+from serve_app.models import Pixels
+from serve_app.parameters import CropStrategy
 from serve_app.settings import WindowSettings
-from serve_app.windows import Plan, plan
 
 from .cpu import own_number_type
 from .engine_fixtures import SIDE, flux_fill, photo, request, window
@@ -249,7 +250,7 @@ def test_rows_are_computed_once_for_each_schedule_guidance_and_prompt(
 
 
 def test_what_is_kept_is_bounded(tiny: TinyWeights, embeddings: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.engine.modulation._MAX_BYTES", 1)
+    monkeypatch.setattr("serve_app.engine.flux.modulation._MAX_BYTES", 1)
     engine = flux_fill(tiny)
     engine.load()
     for guidance_scale in (30.0, 2.0):

@@ -6,12 +6,12 @@ import pytest
 
 from serve_app import engine
 from serve_app.engine import families
-from serve_app.engine.classical import Telea
-from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.weights import Weights
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.telea import Telea
+from serve_app.engine.weights.fetch import Weights
 from serve_app.errors import VariantLoadFailed
+from serve_app.models import BUILT_IN, Family, Variant
 from serve_app.settings import VariantSettings
-from serve_app.variants import BUILT_IN, Family, Variant
 
 
 def test_every_family_has_its_engine(tiny: TinyWeights) -> None:
@@ -45,7 +45,7 @@ def test_telea_needs_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_cpu_ingress_imports_brings_no_torch() -> None:
-    code = "import serve_app.engine.canvas, serve_app.engine.families, serve_app.engine.prompts, sys\n"
+    code = "import serve_app.engine.painting, serve_app.engine.families, serve_app.engine.prompts, sys\n"
     code += "print([n for n in ('torch', 'diffusers', 'transformers', 'huggingface_hub') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -16,15 +16,15 @@ from diffusers.models.model_loading_utils import load_gguf_checkpoint
 from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, dequantize_gguf_tensor
 from torch.profiler import ProfilerActivity, profile
 
-from serve_app.engine import gguf_file, gguf_tensors, pipeline
 from serve_app.engine.device import Device
-from serve_app.engine.diffusion import FluxFill
-from serve_app.engine.quant import PACKINGS, compute_dtype
-from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.weights import Weights
+from serve_app.engine.flux import gguf_file, gguf_tensors, pipeline
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.quant import PACKINGS, compute_dtype
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.weights.fetch import Weights
 from serve_app.errors import CorruptWeights
+from serve_app.models import BUILT_IN
 from serve_app.settings import VariantSettings
-from serve_app.variants import BUILT_IN
 
 from .engine_fixtures import window
 

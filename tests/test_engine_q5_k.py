@@ -4,8 +4,8 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.engine import q5_k
-from serve_app.engine.q5_k import Floats
+from serve_app.engine.flux import q5_k
+from serve_app.engine.flux.q5_k import Floats
 
 
 def unpack(packed: q5_k.Bytes) -> Floats:

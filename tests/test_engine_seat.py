@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.engine.seat import Seat
+from serve_app.engine.slot import Seat
 from serve_app.errors import ReplicaTaken
 
 # If the place is lost, it is waited for in vain.

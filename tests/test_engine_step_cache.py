@@ -8,9 +8,9 @@ import pytest
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from pydantic import ValidationError
 
-from serve_app.engine.diffusion import FluxFill
-from serve_app.engine.step_cache import _CONFIGS
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.step_cache import _CONFIGS
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.errors import Canceled
 from serve_app.settings import FirstBlockCache, Optimizations, StepCache, TaylorSeerCache
 

@@ -14,20 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine import Engine, Window
-from serve_app.engine.canvas import nobody_counts, paint_canvas, painting
-from serve_app.engine.classical import Telea
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.painting import nobody_counts, paint_canvas, painting
 from serve_app.engine.pause import Pause
-from serve_app.engine.seat import Seat
+from serve_app.engine.slot import Seat
 from serve_app.engine.stages import STAGES, split
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.telea import Telea
 from serve_app.engine.trials import measuring
 from serve_app.errors import OutOfMemory, ReplicaTaken
-from serve_app.images import Pixels
-from serve_app.jobs import Progress
-from serve_app.ports import Measured, PaintRequest
+from serve_app.models import Box, Measured, PaintRequest, Pixels, Progress, Variant
 from serve_app.settings import VariantSettings
-from serve_app.variants import Variant
-from serve_app.windows import Box
 
 from .backends import until
 from .engine_fixtures import SIDE, flux_fill, request

@@ -18,10 +18,10 @@ from google.auth.credentials import AnonymousCredentials
 from google.oauth2.service_account import Credentials as ServiceAccount
 
 from serve_app import adapters
-from serve_app.adapters import firebase_app as module
-from serve_app.adapters.firebase import FirebaseBlobStore
-from serve_app.adapters.firebase_app import firebase_app
-from serve_app.adapters.pubsub_client import Connection
+from serve_app.adapters import google as module
+from serve_app.adapters.blobs.firebase import FirebaseBlobStore
+from serve_app.adapters.google import firebase_app
+from serve_app.adapters.pubsub.client import Connection
 from serve_app.errors import InvalidCredentials, SettingsError, StoreUnavailable
 from serve_app.settings import MessagesSettings
 

@@ -11,13 +11,15 @@ import grpc
 import pytest
 
 from deployments.own_ray import free_port
-from serve_app import adapters, jobs
-from serve_app.adapters import firestore_database
-from serve_app.adapters.firestore import CLAIM
-from serve_app.adapters.firestore_database import MAX_NAME_BYTES, Firestore, document_name
+from serve_app import adapters
+from serve_app.adapters.stores import firestore_database
+from serve_app.adapters.stores.firestore import CLAIM
+from serve_app.adapters.stores.firestore_database import MAX_NAME_BYTES, Firestore, document_name
 from serve_app.errors import SettingsError, StoreUnavailable
-from serve_app.jobs import Job, Progress, State
-from serve_app.ports import JobStore
+from serve_app.jobs import claims
+from serve_app.jobs.ports import JobStore
+from serve_app.jobs.record import Job, State
+from serve_app.models import Progress
 
 from .backends import at, make_job
 from .job_servers import HOST, Gate, Opened, forget_firebase_app, gate
@@ -119,7 +121,7 @@ async def test_the_app_may_write_its_session_document_meanwhile(
 @pytest.mark.emulator
 async def test_progress_does_not_touch_the_job(firestore_url: str, opened: Opened, database: Firestore) -> None:
     store = opened(adapters.job_store(firestore_url))
-    claim = jobs.claim_of(await claimed(store, make_job()))
+    claim = claims.claim_of(await claimed(store, make_job()))
     document = database.client.document("jobs/edit-1")
     before = document.get().update_time
     await store.report(claim, Progress(step=1, steps=2))
@@ -164,7 +166,7 @@ async def gated(firestore_url: str, firestore_address: str, monkeypatch: pytest.
 
 async def refused(store: JobStore) -> list[type]:
     """What each kind of call raises."""
-    claim = jobs.Claim(job_id="edit-1", lock_key=KEY, fence=1)
+    claim = claims.Claim(job_id="edit-1", lock_key=KEY, fence=1)
     outcomes = await asyncio.gather(
         store.get("edit-1"),
         store.list(status=State.RUNNING),

@@ -17,9 +17,7 @@ from deployments.remote import RemotePainter
 from serve_app.engine import Window
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory
-from serve_app.images import Pixels
-from serve_app.jobs import Progress
-from serve_app.ports import Painted
+from serve_app.models import Painted, Pixels, Progress
 from serve_app.settings import Settings
 
 from .backends import until

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve_app.edit import edit_job_id
+from serve_app.edit.images import decode_photo
+from serve_app.edit.job import edit_job_id
 from serve_app.errors import MalformedMessage
-from serve_app.images import decode_photo
-from serve_app.messages import parse_attributes, parse_edit, parse_envelope
+from serve_app.jobs.messages import parse_attributes, parse_edit, parse_envelope
 from serve_app.settings import Limits
 
 from .hostile_pictures import encoded

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
+from serve_app.edit.images import Photo, decode_photo, encode_edited, encode_jpeg, encode_preview
+from serve_app.edit.masks import decode_mask
 from serve_app.errors import ImageTooLarge, InputError, InvalidImage, OutOfMemory
-from serve_app.images import Photo, Pixels, decode_photo, encode_edited, encode_jpeg, encode_preview
-from serve_app.masks import decode_mask
+from serve_app.models import Pixels
 from serve_app.settings import Limits
 
 from .pictures import noise

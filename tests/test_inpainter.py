@@ -13,18 +13,9 @@ import pytest
 from deployments.inpainter import Inpainter, open_engine
 from serve_app.engine import Engine, Window, families
 from serve_app.engine.pause import Pause
-from serve_app.errors import (
-    GpuLost,
-    OutOfMemory,
-    PaintError,
-    ReplicaTaken,
-    VariantLoadFailed,
-    VariantNotReady,
-)
-from serve_app.jobs import Progress
-from serve_app.ports import Measured, Painted, PaintRequest
+from serve_app.errors import GpuLost, OutOfMemory, PaintError, ReplicaTaken, VariantLoadFailed, VariantNotReady
+from serve_app.models import Box, Measured, Painted, PaintRequest, Progress
 from serve_app.settings import Settings
-from serve_app.windows import Box
 
 from .backends import until
 from .rig import Counters

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from serve_app import adapters, jobs
-from serve_app.adapters.sql import SqlJobStore
+from serve_app import adapters
+from serve_app.adapters.stores.sql import SqlJobStore
+from serve_app.clock import utc_now
 from serve_app.errors import Busy, StaleClaim, UnknownJob
-from serve_app.jobs import Artifact, Cause, Change, Job, Owed, Progress, State
-from serve_app.ports import JobStore, SessionMirror, utc_now
+from serve_app.jobs import claims as jobs_claims
+from serve_app.jobs import record
+from serve_app.jobs.claims import Change
+from serve_app.jobs.ports import JobStore, SessionMirror
+from serve_app.jobs.record import Artifact, Cause, Job, Owed, State
+from serve_app.models import Progress
 
 from .backends import at, make_audit, make_job
 from .job_servers import Opened
@@ -64,7 +69,7 @@ class Slow:
 
 
 async def claimed(store: JobStore, job: Job, second: float = 10) -> Job:
-    change = jobs.claim(job, lease_s=60, max_attempts=5)
+    change = jobs_claims.claim(job, lease_s=60, max_attempts=5)
     return await store.update(job.id, job.lock_key, dated(change, second))
 
 
@@ -73,8 +78,8 @@ async def test_what_was_stored_is_there(store: JobStore) -> None:
         seed=2**63 - 1,
         deadline=at(99.123456),
         artifacts=(Artifact(role="edited", path="users/ü"),),
-        error=jobs.JobError(code="x", message="y"),
-        timings=jobs.Timings(gpu_ms=0.1),
+        error=record.JobError(code="x", message="y"),
+        timings=record.Timings(gpu_ms=0.1),
     )
     assert await store.get(job.id) is None
     assert await store.update(job.id, KEY, put(job)) == job
@@ -126,7 +131,7 @@ async def test_an_update_that_stores_nothing_of_an_unknown_job_is_refused(store:
     with pytest.raises(UnknownJob, match="no job edit-1"):
         await store.update("edit-1", KEY, put())
     with pytest.raises(UnknownJob):
-        await store.update("edit-1", KEY, jobs.cancel)
+        await store.update("edit-1", KEY, jobs_claims.cancel)
 
 
 async def test_every_record_of_a_change_is_stored(store: JobStore) -> None:
@@ -136,7 +141,7 @@ async def test_every_record_of_a_change_is_stored(store: JobStore) -> None:
     lost = await store.get("a")
     assert lost and lost.status == State.QUEUED and lost.fence > first.fence
     with pytest.raises(StaleClaim):
-        await store.update("a", KEY, dated(jobs.renew(jobs.claim_of(first), lease_s=60), 101))
+        await store.update("a", KEY, dated(jobs_claims.renew(jobs_claims.claim_of(first), lease_s=60), 101))
 
 
 def add_one(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
@@ -201,7 +206,7 @@ def overlapping(*changes: Change) -> list[Change]:
 async def test_new_jobs_of_a_session_that_are_claimed_in_the_same_moment(jobs_url: str, opened: Opened) -> None:
     stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
     records = [make_job("a"), make_job("b")]
-    claims = overlapping(*(jobs.claim(job, lease_s=60, max_attempts=5) for job in records))
+    claims = overlapping(*(jobs_claims.claim(job, lease_s=60, max_attempts=5) for job in records))
     outcomes = await asyncio.gather(
         *(store.update(job.id, KEY, claim) for store, job, claim in zip(stores, records, claims, strict=True)),
         return_exceptions=True,
@@ -223,24 +228,24 @@ async def test_updates_in_the_same_moment_lose_nothing(jobs_url: str, opened: Op
 
 async def test_an_old_claim_can_do_nothing(jobs_url: str, opened: Opened) -> None:
     one, two = (opened(adapters.job_store(jobs_url)) for _ in range(2))
-    first = jobs.claim_of(await claimed(one, make_job(), 0))
+    first = jobs_claims.claim_of(await claimed(one, make_job(), 0))
     second = await claimed(two, make_job(), 100)
     assert second.fence == first.fence + 1
     for change in (
-        jobs.renew(first, lease_s=60),
-        jobs.give_back(first),
-        jobs.finish(first, Cause.SUCCEEDED),
+        jobs_claims.renew(first, lease_s=60),
+        jobs_claims.give_back(first),
+        jobs_claims.finish(first, Cause.SUCCEEDED),
     ):
         with pytest.raises(StaleClaim):
             await one.update("edit-1", KEY, change)
     assert await one.get("edit-1") == second
-    done = await two.update("edit-1", KEY, jobs.finish(jobs.claim_of(second), Cause.SUCCEEDED))
+    done = await two.update("edit-1", KEY, jobs_claims.finish(jobs_claims.claim_of(second), Cause.SUCCEEDED))
     assert done.status == State.SUCCEEDED
 
 
 async def test_get_has_the_progress_of_the_present_claim(store: JobStore) -> None:
     job = await claimed(store, make_job())
-    claim = jobs.claim_of(job)
+    claim = jobs_claims.claim_of(job)
     await store.report(claim, Progress(step=1, steps=28))
     await store.report(claim, Progress(step=2, steps=28))
     assert await store.get(job.id) == job.evolve(progress=Progress(step=2, steps=28))
@@ -248,22 +253,22 @@ async def test_get_has_the_progress_of_the_present_claim(store: JobStore) -> Non
 
     again = await claimed(store, job, 100)
     assert (await store.get(job.id)) == again, "a new claim starts from nothing"
-    await store.report(jobs.claim_of(again), Progress(step=1, steps=28))
+    await store.report(jobs_claims.claim_of(again), Progress(step=1, steps=28))
     await store.report(claim, Progress(step=9, steps=28))
     assert await store.get(job.id) == again.evolve(progress=Progress(step=1, steps=28)), "an older claim is ignored"
 
 
 async def test_progress_is_no_part_of_the_record_and_moves_no_claim(store: JobStore) -> None:
     job = await claimed(store, make_job())
-    await store.report(jobs.claim_of(job), Progress(step=1, steps=28))
+    await store.report(jobs_claims.claim_of(job), Progress(step=1, steps=28))
     assert await store.update(job.id, KEY, lambda stored, _rivals, _now: (stored,) if stored == job else ()) == job
 
 
 async def test_progress_of_a_job_that_is_gone_is_ignored(store: JobStore) -> None:
     job = await claimed(store, make_job())
-    await store.report(jobs.claim_of(job), Progress(step=1, steps=2))
+    await store.report(jobs_claims.claim_of(job), Progress(step=1, steps=2))
     await store.delete(job.id)
-    await store.report(jobs.claim_of(job), Progress(step=2, steps=2))
+    await store.report(jobs_claims.claim_of(job), Progress(step=2, steps=2))
     assert await store.get(job.id) is None
     assert (await claimed(store, make_job())).progress == Progress()
 
@@ -319,7 +324,7 @@ async def test_each_debt_is_listed_apart_and_webhooks_by_receiver(store: JobStor
     for job in records:
         await store.update(job.id, "", put(job))
 
-    async def listed(debt: jobs.Debt, by: float = 5, **which: Any) -> list[str]:
+    async def listed(debt: record.Debt, by: float = 5, **which: Any) -> list[str]:
         return [job.id for job in await store.list(owes_by=at(by), debt=debt, **which)]
 
     assert await listed("session") == ["all"]
@@ -337,26 +342,26 @@ async def test_each_debt_is_listed_apart_and_webhooks_by_receiver(store: JobStor
 
 async def test_a_debt_that_is_paid_is_listed_no_more(store: JobStore) -> None:
     job = await claimed(store, make_job())
-    told = await store.update(job.id, KEY, dated(jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED), 11))
+    told = await store.update(job.id, KEY, dated(jobs_claims.finish(jobs_claims.claim_of(job), Cause.SUCCEEDED), 11))
     assert [*await store.list(owes_by=told.owes_at)] == [told]
     later = told.evolve(owed=dict.fromkeys(told.owed, Owed(due_at=at(76), attempts=1)))
     await store.update(job.id, KEY, put(later))
     assert list(await store.list(owes_by=at(75))) == []
     assert [*await store.list(owes_by=at(76))] == [later]
-    paid = await store.update(job.id, KEY, jobs.pay(told, ["session", "completion"]))
+    paid = await store.update(job.id, KEY, jobs_claims.pay(told, ["session", "completion"]))
     assert paid.owed == {} and list(await store.list(owes_by=at(76))) == []
 
 
 async def test_a_job_that_is_not_over_owes_its_message(store: JobStore) -> None:
-    job = await claimed(store, make_job(redispatch_s=100, message=jobs.Message(data="{}", attributes={"ü": "é"})), 10)
+    job = await claimed(store, make_job(redispatch_s=100, message=record.Message(data="{}", attributes={"ü": "é"})), 10)
     assert [*await store.list(owes_by=at(110))] == [job]
     assert list(await store.list(owes_by=at(109.999999))) == []
-    renewed = await store.update(job.id, KEY, dated(jobs.renew(jobs.claim_of(job), lease_s=60), 50))
+    renewed = await store.update(job.id, KEY, dated(jobs_claims.renew(jobs_claims.claim_of(job), lease_s=60), 50))
     assert [*await store.list(owes_by=at(110))] == [renewed], "a renewal moves nothing"
-    queued = await store.update(job.id, KEY, dated(jobs.give_back(jobs.claim_of(job)), 60))
+    queued = await store.update(job.id, KEY, dated(jobs_claims.give_back(jobs_claims.claim_of(job)), 60))
     assert list(await store.list(owes_by=at(159.999999))) == []
     assert [*await store.list(owes_by=at(160), debt="dispatch")] == [queued]
-    done = await store.update(job.id, KEY, dated(jobs.cancel, 70))
+    done = await store.update(job.id, KEY, dated(jobs_claims.cancel, 70))
     assert done.owed.keys() == {"session", "completion"} and done.message == job.message
 
 
@@ -401,7 +406,7 @@ def hosts(jobs_url: str, opened: Opened) -> Sequence[JobStore]:
 @pytest.mark.slow
 async def test_a_lease_is_as_long_for_every_host(hosts: Sequence[JobStore]) -> None:
     for i, host in enumerate(hosts):
-        change = jobs.claim(make_job(f"edit-{i}", session_id=f"s{i}"), lease_s=0.02, max_attempts=5)
+        change = jobs_claims.claim(make_job(f"edit-{i}", session_id=f"s{i}"), lease_s=0.02, max_attempts=5)
         before = await hosts[0].now()
         job = await host.update(f"edit-{i}", f"u/s{i}", change)
         assert job.started_at and job.lease_until and job.created_at == job.started_at
@@ -418,28 +423,28 @@ async def test_a_lease_is_as_long_for_every_host(hosts: Sequence[JobStore]) -> N
 
 
 async def test_no_host_takes_a_live_lease_over(hosts: Sequence[JobStore]) -> None:
-    change = jobs.claim(make_job(), lease_s=50, max_attempts=5)
+    change = jobs_claims.claim(make_job(), lease_s=50, max_attempts=5)
     for host in hosts:
         job = await host.update("edit-1", KEY, change)
         for other in hosts:
             with pytest.raises(Busy) as caught:
                 await other.update("edit-1", KEY, change)
             assert 0 < caught.value.details["retry_after_s"] <= 50
-            renewed = await other.update("edit-1", KEY, jobs.renew(jobs.claim_of(job), lease_s=50))
+            renewed = await other.update("edit-1", KEY, jobs_claims.renew(jobs_claims.claim_of(job), lease_s=50))
             assert renewed.lease_until and job.lease_until and renewed.lease_until >= job.lease_until
-        await host.update("edit-1", KEY, jobs.give_back(jobs.claim_of(job)))
+        await host.update("edit-1", KEY, jobs_claims.give_back(jobs_claims.claim_of(job)))
 
 
 async def test_the_document_of_the_job_claimed_later_stands_whichever_hosts_clock_is_ahead(
     hosts: Sequence[JobStore], mirror: SessionMirror
 ) -> None:
     for i, host in enumerate(hosts):
-        change = jobs.claim(make_job(f"edit-{i}"), lease_s=60, max_attempts=5)
+        change = jobs_claims.claim(make_job(f"edit-{i}"), lease_s=60, max_attempts=5)
         job = await host.update(f"edit-{i}", KEY, change)
         await mirror.write_session(job, {"by": i})
         document = await mirror.read_session("u", "s")
         assert document and document["by"] == i
-        await host.update(job.id, KEY, jobs.finish(jobs.claim_of(job), Cause.SUCCEEDED))
+        await host.update(job.id, KEY, jobs_claims.finish(jobs_claims.claim_of(job), Cause.SUCCEEDED))
 
 
 # Cancellations

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from serve_app import adapters
-from serve_app.adapters import job_records
+from serve_app.adapters.stores import records as job_records
 from serve_app.errors import Busy, StoreUnavailable
-from serve_app.jobs import EditParameters, Job, Message, State
-from serve_app.messages import CropStrategy
-from serve_app.ports import JobStore
+from serve_app.jobs.ports import JobStore
+from serve_app.jobs.record import Job, Message, State
+from serve_app.parameters import CropStrategy, EditParameters
 
 from .backends import at, make_job
 from .job_servers import Opened, add_field, set_record

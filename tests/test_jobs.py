@@ -11,11 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app import jobs
-from serve_app.edit import edit_job_id, seed_of
+from serve_app.edit.job import edit_job_id, seed_of
 from serve_app.errors import Busy, IllegalTransition, OtherVariant, StaleClaim, UnknownJob
-from serve_app.jobs import TRANSITIONS, Artifact, Cause, Change, Job, JobError, Progress, State, claim_of
-from serve_app.messages import CropStrategy, EditMessage
+from serve_app.jobs import claims
+from serve_app.jobs import record as records
+from serve_app.jobs.claims import Change, claim_of
+from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.record import TRANSITIONS, Artifact, Cause, Job, JobError, State
+from serve_app.models import Progress
+from serve_app.parameters import CropStrategy
 
 from .backends import at, make_job
 
@@ -34,7 +38,7 @@ def dated(change: Change, second: float) -> Dated:
 
 
 def claim(job: Job, second: float = 0, max_attempts: int = 5) -> Dated:
-    return dated(jobs.claim(job, lease_s=LEASE_S, max_attempts=max_attempts), second)
+    return dated(claims.claim(job, lease_s=LEASE_S, max_attempts=max_attempts), second)
 
 
 def claimed(job: Job | None = None, second: float = 0) -> Job:
@@ -82,7 +86,7 @@ def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
     failed = make_job(status=State.RUNNING, attempt=5, fence=5, started_at=at(1)).after(
         Cause.EXHAUSTED, at(2), error=JobError(code="replica_lost", message=""), dead_lettered=True
     )
-    [again] = jobs.replay(failed, (), at(3))
+    [again] = claims.replay(failed, (), at(3))
     assert (again.status, again.attempt, again.fence, again.error) == (State.QUEUED, 0, 6, None)
     assert (again.dead_lettered, again.finished_at, again.owed.keys()) == (False, None, {"dispatch"})
     assert again.parameters == failed.parameters
@@ -90,13 +94,13 @@ def test_a_replayed_job_starts_anew_and_shuts_its_old_worker_out() -> None:
 
 @pytest.mark.parametrize("state", [state for state in State if state != State.FAILED])
 def test_only_a_failed_job_is_replayed(state: State) -> None:
-    assert jobs.replay(make_job(status=state), (), at(3)) == ()
+    assert claims.replay(make_job(status=state), (), at(3)) == ()
 
 
 def claimed_at(second: float, asked: float | None, **wishes: object) -> Dated:
     asked_at = None if asked is None else at(asked)
     new = make_job(**{"deadline": at(1000), "traceparent": "new", "asked_at": asked_at, **wishes})
-    return dated(jobs.claim(new, lease_s=60, max_attempts=5, claimer="me"), second)
+    return dated(claims.claim(new, lease_s=60, max_attempts=5, claimer="me"), second)
 
 
 def ended(status: State, **changes: object) -> Job:
@@ -181,7 +185,7 @@ def test_a_first_claim_notes_when_it_was_asked_for() -> None:
 def test_a_job_whose_worker_died_on_a_photo_since_replaced_is_superseded(status: State) -> None:
     dead = make_job("edit-old", request="r", status=status, fence=2, attempt=1, lease_until=at(10), started_at=at(1))
     new = make_job("edit-new", request="r")
-    claimed, old = jobs.claim(new, lease_s=60, max_attempts=5)(None, [dead], at(100))
+    claimed, old = claims.claim(new, lease_s=60, max_attempts=5)(None, [dead], at(100))
     assert (claimed.id, claimed.status, old.status) == ("edit-new", State.RUNNING, State.CANCELED)
     assert old.error is not None and old.error.code == "superseded"
     assert old.fence > dead.fence and old.owed
@@ -191,22 +195,22 @@ def test_a_queued_job_whose_message_is_a_finished_one_now_is_superseded() -> Non
     done = make_job("edit-new", request="r", status=State.SUCCEEDED, finished_at=at(50))
     replayed = make_job("edit-old", request="r", fence=3)
     other = make_job("edit-other", request="q")
-    [old] = jobs.claim(done, lease_s=60, max_attempts=5)(done, [replayed, other], at(100))
+    [old] = claims.claim(done, lease_s=60, max_attempts=5)(done, [replayed, other], at(100))
     assert (old.id, old.status) == ("edit-old", State.CANCELED)
 
 
 def test_a_claim_is_disowned_by_its_claimer_only() -> None:
     [claimed] = claimed_at(1, None)(None, ())
-    assert jobs.disown("somebody else")(claimed, (), at(2)) == ()
-    [queued] = jobs.disown("me")(claimed, (), at(2))
+    assert claims.disown("somebody else")(claimed, (), at(2)) == ()
+    [queued] = claims.disown("me")(claimed, (), at(2))
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, 0, None)
-    assert jobs.disown("me")(queued, (), at(2)) == ()
-    assert jobs.disown("me")(None, (), at(2)) == ()
+    assert claims.disown("me")(queued, (), at(2)) == ()
+    assert claims.disown("me")(None, (), at(2)) == ()
 
 
 def test_a_job_that_nobody_knows_is_not_replayed() -> None:
     with pytest.raises(UnknownJob):
-        jobs.replay(None, (), at(3))
+        claims.replay(None, (), at(3))
 
 
 def test_every_cause_names_an_edge_and_every_state_is_reached() -> None:
@@ -215,7 +219,7 @@ def test_every_cause_names_an_edge_and_every_state_is_reached() -> None:
 
 
 def test_the_diagram_shows_the_table() -> None:
-    diagram = (jobs.__doc__ or "").split("\n\n", 2)[2]
+    diagram = (records.__doc__ or "").split("\n\n", 2)[2]
     drawn = {}
     # An arrow with its causes on it starts at the box before it, or at the trunk that leaves `running`.
     for source, causes, target in re.findall(r"(\w+)? ?[├└]?──([\w, ]+)──► (\w+)", diagram):
@@ -239,47 +243,47 @@ def test_a_claim_and_what_puts_a_job_back_push_its_message_on() -> None:
     assert due_at(job) == at(105)
     for second, (change, _) in enumerate(PUT_BACK.values(), start=50):
         assert due_at(one(change(claim_of(job))(job, (), at(second)))) == at(second + 100)
-    assert due_at(one(jobs.disown(job.claimed_by)(job, (), at(70)))) == at(170)
+    assert due_at(one(claims.disown(job.claimed_by)(job, (), at(70)))) == at(170)
     _, lost = claim(make_job(), 5 + LEASE_S)(None, (job.evolve(id="rival"),))
     assert due_at(lost) == at(105 + LEASE_S)
 
 
 def test_a_renewal_rewrites_nothing_but_the_lease() -> None:
     job = claimed(make_job(redispatch_s=100))
-    renewed = one(jobs.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20)))
+    renewed = one(claims.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20)))
     assert renewed == job.evolve(lease_until=at(20 + LEASE_S))
 
 
 def take_dispatch(job: Job, second: float) -> Sequence[Job]:
-    return jobs.take_debts("me", ["dispatch"], wait_s=lambda _debt, n: 10 * n)(job, (), at(second))
+    return claims.take_debts("me", ["dispatch"], wait_s=lambda _debt, n: 10 * n)(job, (), at(second))
 
 
 def test_a_job_under_a_live_lease_is_heard_of_whatever_it_owes() -> None:
     job = claimed(make_job(redispatch_s=100)).evolve(lease_until=at(130))
     assert take_dispatch(job, 99) == ()
     put_off = one(take_dispatch(job, 101))
-    assert put_off == job.evolve(owed={"dispatch": jobs.Owed(due_at=at(230))})
+    assert put_off == job.evolve(owed={"dispatch": records.Owed(due_at=at(230))})
     dead = one(take_dispatch(job, 130))
-    assert dead.owed == {"dispatch": jobs.Owed(due_at=at(140), attempts=1, taken_by="me")}
+    assert dead.owed == {"dispatch": records.Owed(due_at=at(140), attempts=1, taken_by="me")}
 
 
 def test_a_waiting_job_whose_message_is_lost_ends_unless_it_has_moved_on() -> None:
     for status in (State.QUEUED, State.RUNNING):
         found = make_job(status=status, fence=3)
-        failed = one(jobs.lose(found, "gone")(found, (), at(9)))
+        failed = one(claims.lose(found, "gone")(found, (), at(9)))
         assert (failed.status, failed.fence, failed.error) == (
             State.FAILED,
             4,
             JobError(code="message_lost", message="gone"),
         )
-        assert jobs.lose(found, "gone")(found.evolve(fence=4), (), at(9)) == ()
-        assert jobs.lose(found, "gone")(failed, (), at(9)) == ()
-        assert jobs.lose(found, "gone")(found.evolve(status=State.SUCCEEDED), (), at(9)) == ()
-        assert jobs.lose(found, "gone")(None, (), at(9)) == ()
+        assert claims.lose(found, "gone")(found.evolve(fence=4), (), at(9)) == ()
+        assert claims.lose(found, "gone")(failed, (), at(9)) == ()
+        assert claims.lose(found, "gone")(found.evolve(status=State.SUCCEEDED), (), at(9)) == ()
+        assert claims.lose(found, "gone")(None, (), at(9)) == ()
 
 
 def test_a_record_without_its_message_takes_the_next_ones() -> None:
-    message = jobs.Message(data="{}", attributes={})
+    message = records.Message(data="{}", attributes={})
     [again] = claimed_at(5, asked=None, message=message)(make_job(message=None), ())
     assert again.message == message
     [kept] = claimed_at(5, asked=None, message=message)(make_job(message=message.model_copy(update={"data": "1"})), ())
@@ -314,12 +318,12 @@ def test_a_lease_that_ran_out_is_taken_over_under_a_higher_number() -> None:
     again = one(claim(job, LEASE_S)(job, ()))
     assert (again.status, again.attempt, again.fence) == (State.RUNNING, 2, 2)
     with pytest.raises(StaleClaim):
-        jobs.renew(claim_of(job), lease_s=1)(again, (), at(LEASE_S))
+        claims.renew(claim_of(job), lease_s=1)(again, (), at(LEASE_S))
 
 
 def test_a_retry_forgets_the_error_of_the_last_attempt() -> None:
     job = claimed()
-    queued = one(jobs.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(0)))
+    queued = one(claims.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(0)))
     assert queued.error is not None
     assert one(claim(queued, 1)(queued, ())).error is None
 
@@ -338,7 +342,7 @@ def test_a_live_rival_is_busy_and_a_lost_one_is_fenced_out() -> None:
     assert (mine.id, mine.status) == ("edit-1", State.RUNNING)
     assert (lost.id, lost.status, lost.fence, lost.attempt) == ("rival", State.QUEUED, 2, 1)
     with pytest.raises(StaleClaim):
-        jobs.finish(claim_of(rival), Cause.SUCCEEDED)(lost, (), at(0))
+        claims.finish(claim_of(rival), Cause.SUCCEEDED)(lost, (), at(0))
 
 
 def test_attempts_are_used_up() -> None:
@@ -370,21 +374,21 @@ def test_a_job_past_its_deadline_expires_instead(running: bool) -> None:
 
 def test_renewing_extends_the_lease() -> None:
     job = claimed()
-    assert one(jobs.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20))).lease_until == at(80)
+    assert one(claims.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20))).lease_until == at(80)
 
 
 @pytest.mark.parametrize("cause", [Cause.SUCCEEDED, Cause.REJECTED, Cause.EXHAUSTED, Cause.EXPIRED])
 def test_finishing(cause: Cause) -> None:
     job = claimed()
-    done = one(jobs.finish(claim_of(job), cause, artifacts=(EDITED,))(job, (), at(9)))
+    done = one(claims.finish(claim_of(job), cause, artifacts=(EDITED,))(job, (), at(9)))
     assert done.status.is_final and done.finished_at == at(9) and done.artifacts == (EDITED,)
     assert done.lease_until is None
 
 
-PUT_BACK: dict[str, tuple[Callable[[jobs.Claim], Change], int]] = {
-    "retry": (lambda claim: jobs.retry(claim, error=ERROR, backoff_s=1), 1),
-    "give_back": (jobs.give_back, 0),
-    "wait": (lambda claim: jobs.wait(claim, error=ERROR, limit_s=1), 0),
+PUT_BACK: dict[str, tuple[Callable[[claims.Claim], Change], int]] = {
+    "retry": (lambda claim: claims.retry(claim, error=ERROR, backoff_s=1), 1),
+    "give_back": (claims.give_back, 0),
+    "wait": (lambda claim: claims.wait(claim, error=ERROR, limit_s=1), 0),
 }
 
 
@@ -395,12 +399,12 @@ def test_putting_back_counts_only_attempts_that_were_the_jobs_fault(how: str) ->
     queued = one(change(claim_of(job))(job, (), at(0)))
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, attempt, None)
     with pytest.raises(StaleClaim):
-        jobs.finish(claim_of(job), Cause.SUCCEEDED)(queued, (), at(1))
+        claims.finish(claim_of(job), Cause.SUCCEEDED)(queued, (), at(1))
 
 
 def test_a_job_is_not_tried_before_its_backoff_is_over() -> None:
     job = claimed()
-    queued = one(jobs.retry(claim_of(job), error=ERROR, backoff_s=5)(job, (), at(10)))
+    queued = one(claims.retry(claim_of(job), error=ERROR, backoff_s=5)(job, (), at(10)))
     with pytest.raises(Busy) as caught:
         claim(make_job(), 14)(queued, ())
     assert caught.value.details["retry_after_s"] == 1
@@ -411,19 +415,19 @@ def test_a_job_is_not_tried_before_its_backoff_is_over() -> None:
 def test_waiting_has_an_end_from_its_first_moment_on() -> None:
     job = claimed()
     for second in (10, 11, 19):
-        queued = one(jobs.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(second)))
+        queued = one(claims.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(second)))
         assert (queued.status, queued.waiting_since, queued.error) == (State.QUEUED, at(10), ERROR)
         job = one(claim(queued, second)(queued, ()))
-    failed = one(jobs.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(20)))
+    failed = one(claims.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(20)))
     assert (failed.status, failed.error, failed.finished_at) == (State.FAILED, ERROR, at(20))
 
 
 def test_an_attempt_that_was_made_ends_the_wait() -> None:
     job = claimed()
-    waits = one(jobs.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(0)))
+    waits = one(claims.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(0)))
     job = one(claim(waits, 1)(waits, ()))
-    assert one(jobs.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(2))).waiting_since is None
-    assert one(jobs.give_back(claim_of(job))(job, (), at(2))).waiting_since == at(0)
+    assert one(claims.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(2))).waiting_since is None
+    assert one(claims.give_back(claim_of(job))(job, (), at(2))).waiting_since == at(0)
 
 
 def test_a_job_stays_of_the_variant_it_was_first_claimed_with() -> None:
@@ -437,32 +441,32 @@ def test_a_job_stays_of_the_variant_it_was_first_claimed_with() -> None:
 @pytest.mark.parametrize("status", [State.QUEUED, State.RUNNING])
 def test_cancelling_fences_the_worker_out(status: State) -> None:
     job = claimed() if status == State.RUNNING else make_job()
-    canceled = one(jobs.cancel(job, (), at(1)))
+    canceled = one(claims.cancel(job, (), at(1)))
     assert (canceled.status, canceled.finished_at) == (State.CANCELED, at(1))
     assert canceled.error and canceled.error.code == "canceled"
     with pytest.raises(StaleClaim) as caught:
-        jobs.check_held(canceled, claim_of(job))
+        claims.check_held(canceled, claim_of(job))
     assert caught.value.details["status"] == State.CANCELED
 
 
 @pytest.mark.parametrize("job", [None, *(make_job(status=state) for state in State if state.is_final)])
 def test_cancelling_what_is_over_or_unknown_is_refused(job: Job | None) -> None:
     with pytest.raises(UnknownJob if job is None else IllegalTransition):
-        jobs.cancel(job, (), at(1))
+        claims.cancel(job, (), at(1))
 
 
 def test_a_claim_on_a_job_that_is_gone_is_stale() -> None:
     with pytest.raises(StaleClaim) as caught:
-        jobs.finish(claim_of(claimed()), Cause.SUCCEEDED)(None, (), at(0))
+        claims.finish(claim_of(claimed()), Cause.SUCCEEDED)(None, (), at(0))
     assert caught.value.details["status"] is None
 
 
 def test_noting_the_dead_letter() -> None:
     failed = make_job(status=State.FAILED, fence=3)
-    mark = jobs.mark_dead_lettered(failed)
+    mark = claims.mark_dead_lettered(failed)
     assert one(mark(failed, (), at(9))) == failed.evolve(dead_lettered=True)
     assert mark(None, (), at(9)) == ()
-    [replayed] = jobs.replay(failed, (), at(3))
+    [replayed] = claims.replay(failed, (), at(3))
     assert mark(replayed, (), at(9)) == ()
     assert mark(replayed.evolve(status=State.FAILED), (), at(9)) == (), "it failed again, and wants a letter of its own"
 
@@ -470,18 +474,18 @@ def test_noting_the_dead_letter() -> None:
 @given(st.lists(st.sampled_from(["claim", "renew", "finish", "retry", "give_back", "wait", "cancel"]), max_size=12))
 def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -> None:
     stored: Job | None = None
-    held: list[jobs.Claim] = []
+    held: list[claims.Claim] = []
     for i, step in enumerate(steps):
         now = at(i * LEASE_S * 1.5)
         mine = held[-1] if held else claim_of(make_job(fence=99))
         change: Change = {
-            "claim": jobs.claim(make_job(), lease_s=LEASE_S, max_attempts=3),
-            "renew": jobs.renew(mine, lease_s=LEASE_S),
-            "finish": jobs.finish(mine, Cause.SUCCEEDED),
-            "retry": jobs.retry(mine, error=ERROR, backoff_s=LEASE_S),
-            "give_back": jobs.give_back(mine),
-            "wait": jobs.wait(mine, error=ERROR, limit_s=LEASE_S * 4),
-            "cancel": jobs.cancel,
+            "claim": claims.claim(make_job(), lease_s=LEASE_S, max_attempts=3),
+            "renew": claims.renew(mine, lease_s=LEASE_S),
+            "finish": claims.finish(mine, Cause.SUCCEEDED),
+            "retry": claims.retry(mine, error=ERROR, backoff_s=LEASE_S),
+            "give_back": claims.give_back(mine),
+            "wait": claims.wait(mine, error=ERROR, limit_s=LEASE_S * 4),
+            "cancel": claims.cancel,
         }[step]
         try:
             records = change(stored, (), now)
@@ -497,10 +501,21 @@ def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -
             held.append(claim_of(stored))
         for stale in held[:-1]:
             with pytest.raises(StaleClaim):
-                jobs.check_held(stored, stale)
+                claims.check_held(stored, stale)
 
 
-@pytest.mark.parametrize("module", ["jobs", "worker", "lease", "outbox", "cancel", "adapters/session_documents"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "jobs/record",
+        "jobs/claims",
+        "jobs/worker",
+        "jobs/lease",
+        "jobs/notifications",
+        "jobs/cancel",
+        "adapters/stores/session_documents",
+    ],
+)
 def test_no_rule_reads_a_hosts_clock(module: str) -> None:
     """The store says what time it is; lengths are counted on the monotonic clock."""
     source = Path(f"serve_app/{module}.py").read_text()
@@ -617,4 +632,4 @@ def test_ids_can_be_names_of_files() -> None:
     ],
 )
 def test_a_receiver_is_the_same_however_its_host_is_spelt(url: str, receiver: str) -> None:
-    assert jobs.receiver_of(url) == receiver
+    assert records.receiver_of(url) == receiver

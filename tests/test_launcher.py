@@ -13,15 +13,16 @@ import ray
 from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from deployments import launcher
+from deployments import audit_job
+from deployments.audit_job import RayJobs
 from deployments.ingress import _http_host
-from deployments.launcher import RayJobs
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.audits import Audit, AuditRequest
-from serve_app.edit import session_path
+from serve_app.audit.ports import AuditLauncher, LaunchState
+from serve_app.audit.record import Audit
+from serve_app.edit.session import session_path
 from serve_app.errors import JobsUnavailable
-from serve_app.ports import AuditLauncher, LaunchState
+from serve_app.parameters import AuditRequest
 
 from .audit_jobs import LocalJobs
 from .blob_servers import Answer, answering
@@ -171,7 +172,7 @@ async def test_a_server_that_takes_no_jobs_is_unavailable(status: str, body: str
 
 
 async def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "SUBMIT_S", 0.2)
+    monkeypatch.setattr(audit_job, "SUBMIT_S", 0.2)
     asked = asyncio.Event()
 
     async def hang(_request: str, _writer: asyncio.StreamWriter) -> None:
@@ -217,7 +218,7 @@ async def test_a_post_starts_a_job_of_ray(app: App, client: httpx.AsyncClient) -
     assert response.status_code == 202, response.text
     run_id = response.json()["run_id"]
     job = JobSubmissionClient(app.dashboard).get_job_info(f"fluxfill-audit-{run_id}")
-    assert job.entrypoint == launcher.ENTRYPOINT
+    assert job.entrypoint == audit_job.ENTRYPOINT
     # What shows in the dashboard says which run it is, and nothing else.
     assert job.runtime_env == {
         "env_vars": {"FLUXFILL_AUDIT_RUN": run_id, "FLUXFILL_AUDIT_ATTEMPT": "1", "FLUXFILL_AUDIT_APP": "fluxfill"}

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from serve_app import jobs, lease
 from serve_app.adapters.memory import MemoryJobStore
-from serve_app.edit import session_document
+from serve_app.edit.session import session_document
 from serve_app.errors import Busy, Canceled, DeadlineExceeded, StaleClaim, StoreUnavailable
-from serve_app.jobs import Job, Progress
-from serve_app.lease import Lease
+from serve_app.jobs import claims, lease
+from serve_app.jobs.lease import Lease
+from serve_app.jobs.record import Job
+from serve_app.models import Progress
 from serve_app.settings import Work
 
 from .backends import make_job, until
@@ -44,7 +45,7 @@ class Host:
 
     async def claim(self, **changes: Any) -> Job:
         job = make_job(**changes)
-        found: Job = await self.jobs.update(job.id, job.lock_key, jobs.claim(job, lease_s=600, max_attempts=5))
+        found: Job = await self.jobs.update(job.id, job.lock_key, claims.claim(job, lease_s=600, max_attempts=5))
         return found
 
     def keeper(self, job: Job, claimed_at: float | None = None) -> Lease:
@@ -178,7 +179,7 @@ async def test_a_cancellation_is_seen_between_renewals(host: Host) -> None:
     job, painting = await host.claim(), Painting()
     holding = asyncio.create_task(host.keeper(job).hold(painting()))
     await host.looks("get", 1)
-    await host.jobs.update(job.id, job.lock_key, jobs.cancel)
+    await host.jobs.update(job.id, job.lock_key, claims.cancel)
     with pytest.raises(Canceled):
         async with asyncio.timeout(10):
             await holding

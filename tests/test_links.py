@@ -15,7 +15,7 @@ import jwt
 import pytest
 
 from serve_app import adapters
-from serve_app.adapters.links import AUDIENCE, KEY_BYTES, MAX_EXPIRES_S, LocalLinks
+from serve_app.adapters.blobs.links import AUDIENCE, KEY_BYTES, MAX_EXPIRES_S, LocalLinks
 from serve_app.errors import InvalidLink, StoreUnavailable, UnsafePath
 from serve_app.settings import Settings, VariantSettings
 

@@ -12,13 +12,13 @@ from threading import Thread
 import pytest
 
 from deployments import own_ray
-from deployments.launcher import RayJobs
+from deployments.audit_job import RayJobs
 from deployments.own_ray import free_port
 from serve_app import adapters
 from serve_app.adapters.loopback import NAMES, bypass_proxies
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.errors import BlobNotFound
-from serve_app.ports import Delivery, Verdict
+from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
 from .backends import until

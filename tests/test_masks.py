@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
+from serve_app.edit.masks import decode_mask
 from serve_app.errors import MaskMismatch, MaskUnclear
-from serve_app.images import Pixels
-from serve_app.masks import decode_mask
+from serve_app.models import Pixels
 
 from .pictures import masks, noise
 from .test_images import FORMATS, LIMITS, encoded, turned

@@ -11,10 +11,11 @@ import pytest
 
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters import pubsub, pubsub_client
-from serve_app.adapters.pubsub_client import PubSubPublisher
+from serve_app.adapters.pubsub import client
+from serve_app.adapters.pubsub import source as pubsub
+from serve_app.adapters.pubsub.client import PubSubPublisher
 from serve_app.errors import BrokerUnavailable, SettingsError
-from serve_app.ports import Delivery, Verdict
+from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings, SubscriptionSettings
 
 from .backends import Broker, Recorder, status_of, until
@@ -360,7 +361,7 @@ async def test_leases_are_kept_while_a_message_is_handled_and_another_waits(
 async def test_the_lease_is_kept_through_the_grace_of_closing(
     embedded: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub_client, "LEASE_S", 1)
+    monkeypatch.setattr(client, "LEASE_S", 1)
     handle, other = Held(), Recorder()
     source = adapters.message_source(embedded.settings, 1)
     running = asyncio.create_task(source.run(handle))

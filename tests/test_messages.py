@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import MalformedMessage
-from serve_app.messages import (
+from serve_app.jobs.messages import (
     MAX_ATTRIBUTES,
-    CropStrategy,
     EditMessage,
     parse_attributes,
     parse_edit,
     parse_envelope,
     without_reasons,
 )
+from serve_app.parameters import CropStrategy
 
 REQUIRED = {"userId": "u-1", "sessionId": "S_2"}
 

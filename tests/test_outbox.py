@@ -8,10 +8,11 @@ from typing import get_args
 
 import pytest
 
-from serve_app import adapters, jobs, outbox
+from serve_app import adapters
 from serve_app.errors import StoreUnavailable, WebhookFailed
-from serve_app.jobs import Artifact, Cause, Job, State
-from serve_app.outbox import Courier
+from serve_app.jobs import claims, notifications, record
+from serve_app.jobs.notifications import Courier
+from serve_app.jobs.record import Artifact, Cause, Job, State
 from serve_app.settings import Settings, WebhookSettings
 
 from .backends import make_job
@@ -19,7 +20,7 @@ from .rig import SESSION, USER, Rig, delivery
 
 URL = "https://example.org/hook"
 #: After it, what the process that ended a job has not told is anybody's to tell.
-HEAD_START_S = max(jobs.HEAD_START_S.values())
+HEAD_START_S = max(record.HEAD_START_S.values())
 TRACE = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
 
 
@@ -86,11 +87,11 @@ async def test_what_is_down_is_told_later_and_holds_up_nothing_else(rig: Rig, de
 async def test_a_process_that_dies_after_the_last_write_loses_nothing(rig: Rig) -> None:
     await rig.work()
     job = await rig.job()
-    died = jobs.claim(make_job("edit-2", user_id=USER, session_id=SESSION), lease_s=9, max_attempts=5)
+    died = claims.claim(make_job("edit-2", user_id=USER, session_id=SESSION), lease_s=9, max_attempts=5)
     claimed = await rig.jobs.update("edit-2", job.lock_key, died)
-    done = jobs.finish(jobs.claim_of(claimed), Cause.SUCCEEDED, artifacts=(Artifact(role="edited", path="e"),))
+    done = claims.finish(claims.claim_of(claimed), Cause.SUCCEEDED, artifacts=(Artifact(role="edited", path="e"),))
     await rig.jobs.update("edit-2", job.lock_key, done)
-    await told_later(rig, jobs.HEAD_START_S["session"] - 1)
+    await told_later(rig, record.HEAD_START_S["session"] - 1)
     assert (await rig.document())["jobId"] == job.id, "the process that ended it has a head start"
     await told_later(rig, 2)
     assert (await rig.document())["editedPath"] == "e"
@@ -118,7 +119,7 @@ async def test_a_receiver_that_never_answers_is_given_up(rig: Rig) -> None:
     await rig.work(callbackUrl=URL)
     for _ in range(rig.settings.webhooks.max_attempts - 1):
         assert (await rig.job()).owed
-        await told_later(rig, 2 * outbox.LONGEST_WAIT_S["webhook"])
+        await told_later(rig, 2 * notifications.LONGEST_WAIT_S["webhook"])
     assert (await rig.job()).owed == {}
     assert rig.metrics.total("fluxfill_notifications_total", "webhook", "given_up") == 1
 
@@ -177,11 +178,11 @@ async def test_a_callback_that_may_not_be_called_fails_the_job_before_it_is_pain
 async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
     over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, make_job().created_at)
     assert over.owed.keys() == {"session", "completion"}
-    [again] = jobs.replay(over, (), over.created_at)
+    [again] = claims.replay(over, (), over.created_at)
     assert again.owed.keys() == {"dispatch"}
     failed_again = again.evolve(status=State.RUNNING).after(Cause.REJECTED, make_job().created_at)
     assert failed_again.owed.keys() == {"session", "completion"}
-    pay, now = jobs.pay(over, ["session"]), over.created_at
+    pay, now = claims.pay(over, ["session"]), over.created_at
     assert pay(failed_again, (), now) == (), "that it failed before was told, not this"
     assert pay(over.evolve(status=State.CANCELED), (), now) == (), "nor another end"
     [paid] = pay(over, (), now)
@@ -191,11 +192,11 @@ async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
 
 def test_a_debt_is_taken_only_when_it_is_due() -> None:
     over = make_job(status=State.RUNNING, fence=1).after(Cause.REJECTED, make_job().created_at)
-    due_at = over.created_at + timedelta(seconds=jobs.HEAD_START_S["session"])
+    due_at = over.created_at + timedelta(seconds=record.HEAD_START_S["session"])
     assert over.owes_at == due_at
 
-    def take(at: datetime, *debts: jobs.Debt) -> Sequence[Job]:
-        return jobs.take_debts("me", debts, wait_s=lambda debt, n: 10 * n)(over, (), at)
+    def take(at: datetime, *debts: record.Debt) -> Sequence[Job]:
+        return claims.take_debts("me", debts, wait_s=lambda debt, n: 10 * n)(over, (), at)
 
     assert take(due_at - timedelta(seconds=1), "session", "completion") == ()
     [taken] = take(due_at, "session")
@@ -205,9 +206,12 @@ def test_a_debt_is_taken_only_when_it_is_due() -> None:
 
 
 def test_the_head_start_is_longer_than_telling_may_take() -> None:
-    assert all(head_start_s > outbox.TELL_S[debt] for debt, head_start_s in jobs.HEAD_START_S.items())
-    assert {*jobs.HEAD_START_S, "dispatch"} == set(outbox.TELL_S)
-    assert Settings(variants={"telea": {}}, webhooks={"timeout_s": 25}).webhooks.timeout_s < outbox.TELL_S["webhook"]
+    assert all(head_start_s > notifications.TELL_S[debt] for debt, head_start_s in record.HEAD_START_S.items())
+    assert {*record.HEAD_START_S, "dispatch"} == set(notifications.TELL_S)
+    assert (
+        Settings(variants={"telea": {}}, webhooks={"timeout_s": 25}).webhooks.timeout_s
+        < notifications.TELL_S["webhook"]
+    )
 
 
 class Held:
@@ -227,10 +231,10 @@ class Held:
         self.at_once -= 1
 
 
-AT_ONCE = outbox.AT_ONCE["webhook"]
+AT_ONCE = notifications.AT_ONCE["webhook"]
 
 
-async def over(rig: Rig, number: int, url: str, owes: Sequence[jobs.Debt] = get_args(jobs.Debt)) -> None:
+async def over(rig: Rig, number: int, url: str, owes: Sequence[record.Debt] = get_args(record.Debt)) -> None:
     """A stored job that has just ended, and of which only these were not told."""
     ended = make_job(f"edit-{number}", session_id=f"s{number}", status=State.RUNNING, fence=1, callback_url=url)
     job = ended.after(Cause.REJECTED, rig.clock())
@@ -273,7 +277,7 @@ async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: R
         webhooks=held,
         settings=rig.settings.model_copy(update={"webhooks": WebhookSettings(hosts=("dead.example", "live.example"))}),
     )
-    for number in range(3 * outbox.BATCH):
+    for number in range(3 * notifications.BATCH):
         await over(rig, number, "https://DEAD.example:443/hook", owes=["webhook"])
     rig.clock.advance(1)
     await over(rig, 9998, "https://live.example/")
@@ -292,14 +296,14 @@ async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: R
 
 @pytest.mark.slow
 @pytest.mark.parametrize("owed", ["session", "completion"])
-async def test_a_dead_mirror_or_topic_holds_up_what_it_is_owed_only(rig: Rig, owed: jobs.Debt) -> None:
+async def test_a_dead_mirror_or_topic_holds_up_what_it_is_owed_only(rig: Rig, owed: record.Debt) -> None:
     never = asyncio.Event()
 
     async def hang(_job: Job) -> None:
         await never.wait()
 
     rig.courier._ways = {**rig.courier._ways, owed: hang}
-    for number in range(3 * outbox.BATCH):
+    for number in range(3 * notifications.BATCH):
         await over(rig, number, "", owes=[owed])
     rig.clock.advance(1)
     await over(rig, 9999, URL)
@@ -393,7 +397,7 @@ async def test_a_place_is_left_of_a_job_that_is_gone(rig: Rig) -> None:
     await rig.courier.close(grace_s=0)
 
 
-async def hang_in(rig: Rig, *debts: jobs.Debt) -> list[Job]:
+async def hang_in(rig: Rig, *debts: record.Debt) -> list[Job]:
     """Those that are told and hang; they are taken out again when the telling is cancelled."""
     telling: list[Job] = []
 
@@ -410,10 +414,10 @@ async def hang_in(rig: Rig, *debts: jobs.Debt) -> list[Job]:
 
 @pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
 async def test_no_more_are_told_at_a_time_than_there_are_places_and_closing_ends_them(
-    rig: Rig, debt: jobs.Debt
+    rig: Rig, debt: record.Debt
 ) -> None:
     telling = await hang_in(rig, debt)
-    most = outbox.AT_ONCE[debt]
+    most = notifications.AT_ONCE[debt]
     for number in range(most + 5):
         await over(rig, number, URL, owes=[debt])
     rig.clock.advance(HEAD_START_S + 1)
@@ -430,14 +434,14 @@ async def test_no_more_are_told_at_a_time_than_there_are_places_and_closing_ends
 
 
 @pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
-async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: jobs.Debt) -> None:
+async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: record.Debt) -> None:
     telling = await hang_in(rig, debt)
     await over(rig, 1, URL, owes=[debt])
     rig.clock.advance(HEAD_START_S + 1)
     await rig.courier.look()
     other = rig.beside()
     others = await hang_in(other, debt)
-    rig.clock.advance(outbox.TELL_S[debt] - 0.1)
+    rig.clock.advance(notifications.TELL_S[debt] - 0.1)
     await other.courier.look()
     assert (await rig.jobs.get("edit-1")).owed[debt].attempts == 1, "nobody else has taken it on"
     rig.clock.advance(10_000)
@@ -452,9 +456,9 @@ async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: jobs.Deb
 
 @pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
 async def test_telling_that_takes_too_long_is_given_up_for_now(
-    rig: Rig, debt: jobs.Debt, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, debt: record.Debt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "TELL_S", dict.fromkeys(outbox.TELL_S, 0.01))
+    monkeypatch.setattr(notifications, "TELL_S", dict.fromkeys(notifications.TELL_S, 0.01))
     telling = await hang_in(rig, debt)
     await over(rig, 1, URL, owes=[debt])
     rig.clock.advance(HEAD_START_S + 1)

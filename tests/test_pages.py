@@ -8,9 +8,9 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from serve_app.api import WITHHELD, create_app
-from serve_app.pages import check_page
-from serve_app.problems import Bodies
+from serve_app.http.app import WITHHELD, create_app
+from serve_app.http.pages import check_page
+from serve_app.http.problems import Bodies
 
 from .http_service import Process, long
 from .rig import Rig

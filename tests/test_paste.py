@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.images import Pixels
-from serve_app.messages import CropStrategy
-from serve_app.paste import FADE_PX, cut, grow, paste, paste_window, share_out, soft_mask
+from serve_app.edit.paste import FADE_PX, cut, grow, paste, paste_window, share_out, soft_mask
+from serve_app.edit.windows import Plan, plan
+from serve_app.models import Box, Pixels
+from serve_app.parameters import CropStrategy
 from serve_app.settings import WindowSettings
-from serve_app.windows import Box, Plan, plan
 
 from .pictures import MAGENTA, SMALL, blank, masks, noise, spot
 
@@ -99,7 +99,7 @@ def test_a_photo_blended_in_bands_is_the_photo_blended_at_once(mask: Pixels, fea
     painted = np.full((planned.canvas_size[1], planned.canvas_size[0], 3), MAGENTA, np.uint8)
     at_once = paste(photo, painted, mask, planned, feather_px)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("serve_app.paste.BAND_PX", band_px)
+        patched.setattr("serve_app.edit.paste.BAND_PX", band_px)
         assert np.array_equal(paste(photo, painted, mask, planned, feather_px), at_once)
 
 

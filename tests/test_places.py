@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serve_app.adapters.places import TURN, Places, Turns
+from serve_app.adapters.pubsub.places import TURN, Places, Turns
 
 HIGH, NORMAL, LOW = 0, 1, 2
 

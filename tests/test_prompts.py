@@ -10,13 +10,13 @@ import safetensors.torch
 import torch
 
 from serve_app.adapters.memory import MemoryBlobStore
+from serve_app.blobs import BlobInfo
 from serve_app.engine import prompts
+from serve_app.engine.flux.text_encoder import TextEncoder
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.prompts import PromptCache, is_sound, key_of
-from serve_app.engine.text_encoder import TextEncoder
-from serve_app.engine.tiny import TinyWeights
 from serve_app.errors import BlobNotFound, PaintError, ReplicaLost, StoreUnavailable
-from serve_app.ports import BlobInfo
-from serve_app.variants import BUILT_IN, Variant
+from serve_app.models import BUILT_IN, Variant
 
 from .engine_fixtures import flux_fill, photo, window
 

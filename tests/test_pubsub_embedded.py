@@ -13,8 +13,8 @@ from google.pubsub_v1.services.publisher.transports import PublisherGrpcTranspor
 from google.pubsub_v1.services.subscriber import SubscriberClient
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
 
-from serve_app.adapters.pubsub_broker import Bounds, Broker, BrokerFull, Lease, Stream, SubscriptionConfig
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub.broker import Bounds, Broker, BrokerFull, Lease, Stream, SubscriptionConfig
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.errors import BrokerUnavailable, SettingsError
 from serve_app.settings import MessagesSettings, SubscriptionSettings
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve_app.adapters.pubsub_filters import Filter
+from serve_app.adapters.pubsub.filters import Filter
 
 HIGH, LOW, NONE = {"priority": "high"}, {"priority": "low", "x-y": ""}, {"other": "high"}
 

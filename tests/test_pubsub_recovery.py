@@ -11,11 +11,12 @@ import pytest
 from google.pubsub_v1 import types
 
 from deployments.own_ray import free_port
-from serve_app.adapters import pubsub, pubsub_client
-from serve_app.adapters.pubsub_broker import Bounds
-from serve_app.adapters.pubsub_broker import Broker as Queues
-from serve_app.adapters.pubsub_calls import Calls
-from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+from serve_app.adapters.pubsub import client
+from serve_app.adapters.pubsub import source as pubsub
+from serve_app.adapters.pubsub.broker import Bounds
+from serve_app.adapters.pubsub.broker import Broker as Queues
+from serve_app.adapters.pubsub.calls import Calls
+from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.settings import MessagesSettings
 
 from .backends import PRIORITIES, Broker, Recorder, administer, status_of, until
@@ -23,7 +24,7 @@ from .backends import PRIORITIES, Broker, Recorder, administer, status_of, until
 
 @pytest.mark.slow
 async def test_pulling_goes_on_after_the_server_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub_client, "CALL_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.4)
     settings = MessagesSettings(url=f"embedded://127.0.0.1:{free_port()}")
     broker, handle = Broker("embedded", settings), Recorder()
     async with broker.source(handle) as source:

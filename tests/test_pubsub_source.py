@@ -16,14 +16,15 @@ from google.rpc.status_pb2 import Status
 
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters import pubsub, pubsub_client
-from serve_app.adapters.pubsub import PubSubSource
-from serve_app.adapters.pubsub_broker import Bounds
-from serve_app.adapters.pubsub_broker import Broker as Queues
-from serve_app.adapters.pubsub_calls import Calls
-from serve_app.adapters.pubsub_client import Connection, GrpcSubscriber, Received
+from serve_app.adapters.pubsub import client
+from serve_app.adapters.pubsub import source as pubsub
+from serve_app.adapters.pubsub.broker import Bounds
+from serve_app.adapters.pubsub.broker import Broker as Queues
+from serve_app.adapters.pubsub.calls import Calls
+from serve_app.adapters.pubsub.client import Connection, GrpcSubscriber, Received
+from serve_app.adapters.pubsub.source import PubSubSource
 from serve_app.errors import BrokerUnavailable
-from serve_app.ports import Delivery, Verdict
+from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.settings import MessagesSettings
 
 from .backends import Broker, Recorder, administer, status_of, until
@@ -73,7 +74,7 @@ async def test_a_message_is_given_back_that_comes_while_the_source_closes(embedd
 
 @pytest.mark.slow
 async def test_leases_are_not_kept_for_ever(embedded: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub_client, "LEASE_S", 1)
+    monkeypatch.setattr(client, "LEASE_S", 1)
     stuck, other = Held(), Recorder()
     source = PubSubSource(embedded.settings, 1, max_lease_s=2.0)
     running = asyncio.create_task(source.run(stuck))
@@ -138,7 +139,7 @@ async def test_leases_of_one_subscription_do_not_wait_for_another_ones(
     embedded_priorities: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does an extension that hangs keep the next one from being tried before the lease ends."""
-    monkeypatch.setattr(pubsub_client, "LEASE_S", 2)
+    monkeypatch.setattr(client, "LEASE_S", 2)
     tries = Counter[str]()
 
     class Hanging(GrpcSubscriber):
@@ -231,7 +232,7 @@ async def test_a_subscription_that_delivers_exactly_once_has_long_leases_and_ans
         await until(lambda: handle.at_work and calls.deadlines)
         handle.go_on.set()
         await until(lambda: status_of(source).held == 0)
-    assert set(calls.deadlines) == {pubsub_client.EXACTLY_ONCE_LEASE_S}
+    assert set(calls.deadlines) == {client.EXACTLY_ONCE_LEASE_S}
     assert calls.refusals == 1 and not calls._broker.subscriptions[NAME].take(1, None), "it was acknowledged"
     await server.stop(grace=None)
 

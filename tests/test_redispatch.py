@@ -6,11 +6,11 @@ from datetime import timedelta
 
 import pytest
 
-from serve_app import jobs
 from serve_app.errors import ReplicaLost, VariantLoadFailed
-from serve_app.jobs import Job, State
-from serve_app.messages import ASKED_AT, Attributes
-from serve_app.ports import Delivery
+from serve_app.jobs import claims, record
+from serve_app.jobs.messages import ASKED_AT, Attributes
+from serve_app.jobs.ports import Delivery
+from serve_app.jobs.record import Job, State
 
 from .backends import make_job, until
 from .rig import SESSION, USER, Held, Rig, delivery
@@ -141,7 +141,7 @@ async def test_a_copy_asks_for_nothing_that_was_canceled_meanwhile(rig: Rig) -> 
     await rig.take(published(rig))
     [copy] = await look(rig, HOUR_S)
     job = await rig.job()
-    await rig.jobs.update(job.id, job.lock_key, jobs.cancel)
+    await rig.jobs.update(job.id, job.lock_key, claims.cancel)
     rig.clock.advance(5)
     assert (await rig.take(replace(copy, publish_time=rig.clock()))).reason == "canceled"
     assert (await rig.take(published(rig))).reason == "replica_lost", "a message of the user's own does"
@@ -150,7 +150,7 @@ async def test_a_copy_asks_for_nothing_that_was_canceled_meanwhile(rig: Rig) -> 
 async def stored(rig: Rig, **changes: object) -> Job:
     """A claimed job whose message nobody has."""
     job = make_job(**{"user_id": USER, "session_id": SESSION, **changes})
-    claim = jobs.claim(job, lease_s=1, max_attempts=5)
+    claim = claims.claim(job, lease_s=1, max_attempts=5)
     claimed: Job = await rig.jobs.update(job.id, job.lock_key, claim)
     return claimed
 
@@ -166,7 +166,7 @@ async def test_a_job_whose_record_keeps_no_message_ends_as_failed(rig: Rig) -> N
 
 
 async def test_a_message_that_the_broker_refuses_ends_its_job(rig: Rig) -> None:
-    await stored(rig, message=jobs.Message(data="{}", attributes={"a": "b"}))
+    await stored(rig, message=record.Message(data="{}", attributes={"a": "b"}))
     rig.topics.max_attributes = 0
     rig.clock.advance(HOUR_S)
     await rig.courier.look()

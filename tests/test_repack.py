@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torchao.quantization import quant_api
 
-from serve_app.engine.repack import _overflows, layers, repack, repacked
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.flux.repack import _overflows, layers, repack, repacked
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.errors import VariantLoadFailed
-from serve_app.variants import Repacking
+from serve_app.models import Repacking
 
 from .engine_fixtures import flux_fill, window
 
@@ -39,7 +39,7 @@ def bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     number = int(request.param)
     if number == 8 and _overflows(torch.device("cpu")):
         pytest.skip("this CPU's sums of int8 products overflow at 8 bits")
-    monkeypatch.setattr("serve_app.engine.repack._overflows", lambda device: number == 7)
+    monkeypatch.setattr("serve_app.engine.flux.repack._overflows", lambda device: number == 7)
     return number
 
 
@@ -230,7 +230,7 @@ def test_fp8_on_a_cpu() -> None:
 def test_fp8_needs_a_gpu_that_multiplies_it(
     transformer: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, found: str
 ) -> None:
-    monkeypatch.setattr("serve_app.engine.repack._capability", lambda device: capability)
+    monkeypatch.setattr("serve_app.engine.flux.repack._capability", lambda device: capability)
     with pytest.raises(VariantLoadFailed, match=f"8.9 or more, but this is {found}$"):
         repack(transformer, "fp8")
     assert isinstance(transformer.get_submodule(layers(transformer)[0][0]), GGUFLinear)

@@ -18,11 +18,12 @@ import pytest
 from standardwebhooks import Webhook
 
 from serve_app import adapters
-from serve_app.adapters import sql_database
-from serve_app.edit import edit_job_id, session_path
-from serve_app.images import Pixels
-from serve_app.jobs import Job, State
-from serve_app.messages import EditMessage
+from serve_app.adapters.stores import sql_database
+from serve_app.edit.job import edit_job_id
+from serve_app.edit.session import session_path
+from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.record import Job, State
+from serve_app.models import Pixels
 
 from . import webhook_receiver
 from .rig import jpeg, line_mask, photo, png

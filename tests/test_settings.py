@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from serve_app.models import BUILT_IN
 from serve_app.settings import (
     BUCKETS,
     Inference,
@@ -17,7 +18,6 @@ from serve_app.settings import (
     VariantSettings,
     Work,
 )
-from serve_app.variants import BUILT_IN
 
 TELEA: dict[str, Any] = {"variants": {"telea": {}}}
 

@@ -19,11 +19,13 @@ import sqlalchemy as sa
 
 from deployments.own_ray import free_port
 from serve_app import adapters
-from serve_app.adapters import sql_database, sql_tables
-from serve_app.adapters.sql_database import lock
+from serve_app.adapters.stores import sql_database, sql_tables
+from serve_app.adapters.stores.sql_database import lock
 from serve_app.errors import SettingsError, StoreUnavailable
-from serve_app.jobs import Change, Job, Owed, Progress, State, claim_of
-from serve_app.ports import JobStore
+from serve_app.jobs.claims import Change, claim_of
+from serve_app.jobs.ports import JobStore
+from serve_app.jobs.record import Job, Owed, State
+from serve_app.models import Progress
 from serve_app.settings import Settings
 
 from .backends import at, make_job

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import OutOfMemory
-from serve_app.ports import Delivery
+from serve_app.jobs.ports import Delivery
 from serve_app.telemetry import METRICS, JsonFormatter, logged_with, trace_id
 
 from .rig import SESSION, USER, Rig, delivery

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.engine import gguf_file
-from serve_app.engine import tiny as tiny_module
-from serve_app.engine.tiny import TinyWeights, ensure
+from serve_app.engine.flux import gguf_file
+from serve_app.engine.flux import tiny as tiny_module
+from serve_app.engine.flux.tiny import TinyWeights, ensure
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 
-from serve_app import edit, images, jobs, outputs
-from serve_app.errors import (
-    ReplicaLost,
-    StoreDenied,
-    StoreUnavailable,
-    VariantLoadFailed,
-)
-from serve_app.holding import Waits
-from serve_app.jobs import State
-from serve_app.lease import Orphans
-from serve_app.ports import OnProgress, Painted, PaintRequest, Verdict
+from serve_app.edit import images, outputs
+from serve_app.edit import job as edit_job
+from serve_app.errors import ReplicaLost, StoreDenied, StoreUnavailable, VariantLoadFailed
+from serve_app.jobs import claims
+from serve_app.jobs.admission import Waits
+from serve_app.jobs.lease import Orphans
+from serve_app.jobs.ports import Verdict
+from serve_app.jobs.record import State
+from serve_app.models import OnProgress, Painted, PaintRequest
 from serve_app.settings import Inference, Settings, VariantSettings, Work
 
 from .rig import Held, Painter, Rig, delivery, jpeg, photo
@@ -475,7 +473,7 @@ class SlowStore:
     def __init__(self) -> None:
         self.is_down, self.asking, self.most, self.asked = True, 0, 0, 0
 
-    async def update(self, job_id: str, lock_key: str, change: jobs.Change) -> None:
+    async def update(self, job_id: str, lock_key: str, change: claims.Change) -> None:
         self.asking += 1
         self.most, self.asked = max(self.most, self.asking), self.asked + 1
         await asyncio.sleep(0)
@@ -514,7 +512,7 @@ async def test_photos_beyond_the_room_are_decoded_again_and_come_out_the_same(
         decoded.append(len(data))
         return decode(data, *args)
 
-    monkeypatch.setattr(edit.images, "decode_photo", counted)
+    monkeypatch.setattr(edit_job.images, "decode_photo", counted)
     assert (await rig.work()).reason == "succeeded"
     roomy = await rig.blob("edited.jpg")
     assert len(decoded) == 1

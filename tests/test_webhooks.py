@@ -23,9 +23,9 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from serve_app.adapters.webhooks import Webhooks
-from serve_app.edit import session_document
+from serve_app.edit.session import session_document
 from serve_app.errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
-from serve_app.jobs import Artifact, Job, JobError, State
+from serve_app.jobs.record import Artifact, Job, JobError, State
 from serve_app.settings import Secrets, WebhookSettings
 
 from . import webhook_receiver as receivers

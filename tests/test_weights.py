@@ -14,11 +14,12 @@ from huggingface_hub import constants
 from pydantic import SecretStr
 
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.engine import lock, weights
+from serve_app.blobs import BlobInfo
 from serve_app.engine.cold_start import recorded
-from serve_app.engine.origins import Mirror
-from serve_app.engine.tiny import TinyWeights
-from serve_app.engine.weights import Sources
+from serve_app.engine.flux.tiny import TinyWeights
+from serve_app.engine.weights import fetch, lock
+from serve_app.engine.weights.fetch import Sources
+from serve_app.engine.weights.origins import Mirror
 from serve_app.errors import (
     CorruptWeights,
     FluxFillError,
@@ -29,9 +30,8 @@ from serve_app.errors import (
     UnsafePath,
     WeightsError,
 )
-from serve_app.ports import BlobInfo
+from serve_app.models import BUILT_IN, Variant
 from serve_app.settings import Secrets, WeightsSettings
-from serve_app.variants import BUILT_IN, Variant
 
 from .hub_server import COMMIT, HubServer, Repo, serve
 
@@ -79,7 +79,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 async def test_the_hub_gives_what_painting_needs_and_no_more(hub: HubServer, sources: Sources) -> None:
-    found = await weights.fetch(PINNED, sources)
+    found = await fetch.fetch(PINNED, sources)
     assert found.transformer == sources.cache / "o--gguf" / COMMIT / "q.gguf"
     assert found.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
     assert files_below(found.base) == PAINTING
@@ -87,19 +87,19 @@ async def test_the_hub_gives_what_painting_needs_and_no_more(hub: HubServer, sou
 
 
 async def test_text_encoders_come_separately(sources: Sources) -> None:
-    base = await weights.fetch_text_encoders(PINNED, sources)
+    base = await fetch.fetch_text_encoders(PINNED, sources)
     assert files_below(base) == TEXT
 
 
 async def test_the_cache_is_asked_before_the_hub(hub: HubServer, sources: Sources) -> None:
-    first = await weights.fetch(PINNED, sources)
+    first = await fetch.fetch(PINNED, sources)
     hub.requests.clear()
-    assert await weights.fetch(PINNED, sources) == first
+    assert await fetch.fetch(PINNED, sources) == first
     assert hub.requests == []
 
 
 async def test_several_at_once_download_once(hub: HubServer, sources: Sources) -> None:
-    found = await asyncio.gather(*(weights.fetch(PINNED, sources) for _ in range(3)))
+    found = await asyncio.gather(*(fetch.fetch(PINNED, sources) for _ in range(3)))
     assert found[0] == found[1] == found[2]
     assert sorted(hub.downloads) == sorted({"q.gguf", *PAINTING})
 
@@ -108,7 +108,7 @@ async def test_an_unpinned_repository_is_warned_about(
     hub: HubServer, sources: Sources, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        found = await weights.fetch(VARIANT, sources)
+        found = await fetch.fetch(VARIANT, sources)
     assert found.base == sources.cache / "o--base" / "main"
     warned = [record for record in caplog.records if getattr(record, "action", "") == "weights_unpinned"]
     assert [record.repo for record in warned] == [GGUF, BASE]
@@ -117,10 +117,10 @@ async def test_an_unpinned_repository_is_warned_about(
 
 async def test_the_lock_file_pins_what_the_variant_does_not(hub: HubServer, sources: Sources) -> None:
     locked = lock.Lock(repos={BASE: lock.LockedRepo(revision=COMMIT, files={})})
-    base = await weights.fetch_text_encoders(VARIANT, replace(sources, locked=locked))
+    base = await fetch.fetch_text_encoders(VARIANT, replace(sources, locked=locked))
     assert base.name == COMMIT
-    assert weights.base_revision(VARIANT, replace(sources, locked=locked)) == COMMIT
-    assert weights.base_revision(VARIANT, sources) is None
+    assert fetch.base_revision(VARIANT, replace(sources, locked=locked)) == COMMIT
+    assert fetch.base_revision(VARIANT, sources) is None
 
 
 async def test_a_download_that_broke_off_is_taken_up_again(hub: HubServer, sources: Sources) -> None:
@@ -136,9 +136,9 @@ async def test_a_download_that_broke_off_is_taken_up_again(hub: HubServer, sourc
 
     hub.repos[BASE].files = Vanishing(broken)
     with pytest.raises(UnknownWeights, match=r"vae/model\.safetensors"):
-        await weights.fetch(PINNED, sources)
+        await fetch.fetch(PINNED, sources)
     hub.repos[BASE].files = files
-    assert files_below((await weights.fetch(PINNED, sources)).base) == PAINTING
+    assert files_below((await fetch.fetch(PINNED, sources)).base) == PAINTING
 
 
 @pytest.mark.parametrize(
@@ -164,21 +164,21 @@ async def test_each_refusal_has_its_error(
         hub.repos[GGUF] = repo
     secret = SecretStr(token) if token else None
     with pytest.raises(error, match=names) as caught:
-        await weights.fetch(PINNED, replace(sources, token=secret))
+        await fetch.fetch(PINNED, replace(sources, token=secret))
     assert type(caught.value) is error
     assert "ours" not in str(caught.value)
 
 
 async def test_a_token_that_may_opens_the_repository(hub: HubServer, sources: Sources) -> None:
     hub.repos[GGUF].token = "ours"
-    found = await weights.fetch(PINNED, replace(sources, token=SecretStr("ours")))
+    found = await fetch.fetch(PINNED, replace(sources, token=SecretStr("ours")))
     assert found.transformer.exists()
 
 
 async def test_a_hub_that_is_not_there_is_named(sources: Sources) -> None:
     away = replace(sources, endpoint="http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9 cannot be reached for o/gguf") as caught:
-        await weights.fetch(PINNED, away)
+        await fetch.fetch(PINNED, away)
     assert type(caught.value) is WeightsError
 
 
@@ -187,7 +187,7 @@ async def test_a_client_that_is_kept_offline_says_so(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="offline mode is enabled"):
-        await weights.fetch(PINNED, sources)
+        await fetch.fetch(PINNED, sources)
     assert hub.requests == []
 
 
@@ -195,25 +195,25 @@ async def test_a_damaged_file_is_not_kept(hub: HubServer, sources: Sources) -> N
     sound = hub.repos[GGUF].files["q.gguf"]
     hub.repos[GGUF].files["q.gguf"] = sound[:-1000]
     with pytest.raises(CorruptWeights, match="ends at byte"):
-        await weights.fetch(PINNED, sources)
+        await fetch.fetch(PINNED, sources)
     hub.repos[GGUF].files["q.gguf"] = sound
-    assert (await weights.fetch(PINNED, sources)).transformer.read_bytes() == sound
+    assert (await fetch.fetch(PINNED, sources)).transformer.read_bytes() == sound
 
 
 async def test_a_file_damaged_in_the_cache_is_fetched_again(hub: HubServer, sources: Sources) -> None:
-    found = await weights.fetch(PINNED, sources)
+    found = await fetch.fetch(PINNED, sources)
     found.transformer.write_bytes(b"GGUF, but not quite")
-    again = await weights.fetch(PINNED, sources)
+    again = await fetch.fetch(PINNED, sources)
     assert again.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
 
 
 @pytest.mark.slow
 async def test_tiny_and_local_weights_need_no_hub(sources: Sources, tiny: TinyWeights) -> None:
-    made = await weights.fetch(BUILT_IN["tiny-Q8_0"], sources)
+    made = await fetch.fetch(BUILT_IN["tiny-Q8_0"], sources)
     assert made.transformer.name == "flux1-fill-dev-Q8_0.gguf"
     assert (made.base / "vae" / "config.json").exists()
     local = Variant(family="flux-fill", file=str(made.transformer), base=str(made.base))
-    assert await weights.fetch(local, sources) == made
+    assert await fetch.fetch(local, sources) == made
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ async def test_tiny_and_local_weights_need_no_hub(sources: Sources, tiny: TinyWe
 )
 async def test_a_variant_without_weights(sources: Sources, changes: dict[str, str | None], reason: str) -> None:
     with pytest.raises(UnknownWeights, match=reason):
-        await weights.fetch(PINNED.model_copy(update=changes), sources)
+        await fetch.fetch(PINNED.model_copy(update=changes), sources)
 
 
 async def test_a_mirror_replaces_the_hub(
@@ -234,7 +234,7 @@ async def test_a_mirror_replaces_the_hub(
 ) -> None:
     store, mirrored = mirror()
     told: list[tuple[str, str]] = []
-    await weights.push_to_mirror(
+    await fetch.push_to_mirror(
         [PINNED], replace(sources, mirror=mirrored), lambda repo, file, number, count: told.append((repo, file))
     )
     paths = [info.path async for info in store.list("models")]
@@ -243,7 +243,7 @@ async def test_a_mirror_replaces_the_hub(
     assert told[-1][1].endswith(".json")
     hub.repos.clear()
     elsewhere = Sources(cache=tmp_path / "elsewhere", mirror=mirrored, endpoint=hub.url)
-    found = await weights.fetch(PINNED, elsewhere)
+    found = await fetch.fetch(PINNED, elsewhere)
     assert files_below(found.base) == PAINTING
     assert "mirror_failed" not in [getattr(record, "action", "") for record in caplog.records]
 
@@ -251,7 +251,7 @@ async def test_a_mirror_replaces_the_hub(
 async def test_the_hub_helps_out_where_the_mirror_is_not_whole(hub: HubServer, sources: Sources) -> None:
     store, mirrored = mirror()
     await store.put(f"models/o--base/{COMMIT}/vae/config.json", b"{}", content_type="application/json")
-    found = await weights.fetch(PINNED, replace(sources, mirror=mirrored))
+    found = await fetch.fetch(PINNED, replace(sources, mirror=mirrored))
     assert files_below(found.base) == PAINTING
     assert (found.base / "vae/config.json").read_bytes() == b"vae/config.json"
 
@@ -265,20 +265,20 @@ async def test_a_name_that_would_leave_the_cache_is_refused(sources: Sources) ->
     store = Hostile(uuid4().hex)
     await store.put(f"models/o--gguf/{COMMIT}/q.gguf", b"", content_type="application/octet-stream")
     with pytest.raises(UnsafePath, match="not a safe name"):
-        await weights.fetch(PINNED, replace(sources, mirror=Mirror(store)))
+        await fetch.fetch(PINNED, replace(sources, mirror=Mirror(store)))
     assert not list(sources.cache.parent.rglob("q.gguf"))
 
 
 async def test_there_must_be_a_mirror_to_push_to(sources: Sources) -> None:
     with pytest.raises(WeightsError, match="no mirror"):
-        await weights.push_to_mirror([PINNED], sources)
+        await fetch.push_to_mirror([PINNED], sources)
 
 
 async def test_pin_records_what_came_and_reports_what_could_not_be_looked_up(
     hub: HubServer, sources: Sources, tmp_path: Path
 ) -> None:
     missing = VARIANT.model_copy(update={"repo": "o/absent"})
-    pinned = await weights.pin([VARIANT, missing], sources)
+    pinned = await fetch.pin([VARIANT, missing], sources)
     assert set(pinned.lock.repos) == {GGUF, BASE}
     assert set(pinned.missing) == {"o/absent"}
     assert "o/absent" in pinned.missing["o/absent"]
@@ -292,45 +292,45 @@ async def test_pin_records_what_came_and_reports_what_could_not_be_looked_up(
     settings = WeightsSettings(cache=tmp_path / "fresh", lock=path)
     later = replace(Sources.of(settings, Secrets()), endpoint=hub.url)
     assert later.locked == pinned.lock
-    assert (await weights.fetch(VARIANT, later)).transformer.parent.name == COMMIT
+    assert (await fetch.fetch(VARIANT, later)).transformer.parent.name == COMMIT
 
 
 async def test_pin_finds_a_newer_commit_and_keeps_other_repositories(hub: HubServer, sources: Sources) -> None:
     old = lock.LockedRepo(revision="a" * 40, files={"q.gguf": lock.LockedFile(size=1, sha256="0" * 64)})
     locked = lock.Lock(repos={GGUF: old, "o/other": old})
-    pinned = await weights.pin([VARIANT], replace(sources, locked=locked))
+    pinned = await fetch.pin([VARIANT], replace(sources, locked=locked))
     assert pinned.lock.repos[GGUF].revision == COMMIT
     assert pinned.lock.repos["o/other"] == old
 
 
 async def test_what_differs_from_the_lock_is_refused(hub: HubServer, sources: Sources) -> None:
-    pinned = await weights.pin([VARIANT], sources)
+    pinned = await fetch.pin([VARIANT], sources)
     (sources.cache / "o--gguf" / COMMIT / "q.gguf").unlink()
     (sources.cache / "o--gguf" / COMMIT / ".q.gguf.verified").unlink(missing_ok=True)
     sound = hub.repos[GGUF].files["q.gguf"]
     hub.repos[GGUF].files["q.gguf"] = sound[:-1] + bytes([sound[-1] ^ 1])
     with pytest.raises(CorruptWeights, match="SHA-256"):
-        await weights.fetch(VARIANT, replace(sources, locked=pinned.lock))
+        await fetch.fetch(VARIANT, replace(sources, locked=pinned.lock))
 
 
 async def test_what_came_is_hashed_once_and_never_again(hub: HubServer, sources: Sources, tmp_path: Path) -> None:
     with recorded() as pinning:
-        pinned = await weights.pin([VARIANT], sources)
+        pinned = await fetch.pin([VARIANT], sources)
     sizes = sum(file.size for repo in pinned.lock.repos.values() for file in repo.files.values())
     assert {name: part.bytes for name, part in pinning.items()} == {"fetch": sizes, "verify": sizes}
     fresh = replace(sources, cache=tmp_path / "fresh", locked=pinned.lock)
     with recorded() as first:
-        await weights.pull([VARIANT], fresh)
+        await fetch.pull([VARIANT], fresh)
     assert {name: part.bytes for name, part in first.items()} == {"fetch": sizes, "verify": sizes}
     with recorded() as later:
-        await weights.pull([VARIANT], fresh)
+        await fetch.pull([VARIANT], fresh)
     assert later == {}
 
 
 async def test_pinning_again_hashes_nothing_twice(hub: HubServer, sources: Sources) -> None:
-    once = (await weights.pin([VARIANT], sources)).lock
+    once = (await fetch.pin([VARIANT], sources)).lock
     with recorded() as parts:
-        again = await weights.pin([VARIANT], replace(sources, locked=once))
+        again = await fetch.pin([VARIANT], replace(sources, locked=once))
     assert again.lock == once
     assert parts["verify"].bytes == sum(file.size for repo in once.repos.values() for file in repo.files.values())
 

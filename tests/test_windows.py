@@ -6,12 +6,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.cost import forward_flops
-from serve_app.images import Pixels
-from serve_app.messages import CropStrategy
-from serve_app.paste import cut
+from serve_app.edit.cost import forward_flops
+from serve_app.edit.paste import cut
+from serve_app.edit.windows import MAX_CANVAS_PX, Plan, bounding_box, plan
+from serve_app.models import Box, Pixels
+from serve_app.parameters import CropStrategy
 from serve_app.settings import WindowSettings
-from serve_app.windows import MAX_CANVAS_PX, Box, Plan, bounding_box, plan
 
 from .pictures import SMALL, blank, masks, spot
 

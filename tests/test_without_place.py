@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from serve_app.containers import content_type, without_place
+from serve_app.edit.containers import content_type, without_place
+from serve_app.edit.images import decode_photo, unchanged
 from serve_app.errors import InputError
-from serve_app.images import decode_photo, unchanged
 
 from .picture_files import chunk, exif, segment, short, text, with_chunks, with_segments
 from .test_images import FORMATS, LIMITS, MARKED, SRGB, TAG, blocks, encoded, exif_of, telling_exif

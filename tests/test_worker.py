@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve_app import edit, jobs
 from serve_app.adapters.memory import MemoryJobStore
-from serve_app.containers import content_type
-from serve_app.edit import session_path
+from serve_app.edit import job as edit_job
+from serve_app.edit.containers import content_type
+from serve_app.edit.images import decode_photo
+from serve_app.edit.session import session_path
 from serve_app.errors import (
     BlobNotFound,
     MaskMismatch,
@@ -28,11 +29,11 @@ from serve_app.errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from serve_app.holding import Shares
-from serve_app.images import decode_photo
-from serve_app.jobs import State
-from serve_app.lease import Pace
-from serve_app.ports import Delivery, Verdict
+from serve_app.jobs import claims
+from serve_app.jobs.admission import Shares
+from serve_app.jobs.lease import Pace
+from serve_app.jobs.ports import Delivery, Verdict
+from serve_app.jobs.record import State
 from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings
 
 from .backends import make_audit
@@ -150,7 +151,7 @@ async def test_parameters_are_the_messages_else_the_defaults(rig: Rig) -> None:
 async def test_a_seed_that_was_not_given_derives_from_the_jobs_id(rig: Rig) -> None:
     await rig.work()
     job = await rig.job()
-    assert job.seed == edit.seed_of(job.id)
+    assert job.seed == edit_job.seed_of(job.id)
 
 
 async def test_a_retry_keeps_the_values_of_the_first_claim(rig: Rig) -> None:
@@ -925,7 +926,7 @@ async def test_a_letter_that_is_replayed_before_it_is_marked_does_not_hide_the_n
 
     async def replay() -> None:
         job = await rig.job()
-        await rig.jobs.update(job.id, job.lock_key, jobs.replay)
+        await rig.jobs.update(job.id, job.lock_key, claims.replay)
 
     rig.broker.after["publish"] = replay
     await rig.work()
@@ -970,12 +971,12 @@ def _raise(error: Exception) -> Callable[[], None]:
 
 async def _cancel(rig: Rig) -> None:
     job = await rig.job()
-    await MemoryJobStore(rig.settings.jobs).update(job.id, job.lock_key, jobs.cancel)
+    await MemoryJobStore(rig.settings.jobs).update(job.id, job.lock_key, claims.cancel)
 
 
 async def _claim_and_die(rig: Rig) -> None:
     """What a worker that is killed after its claim leaves behind."""
-    from serve_app.messages import Attributes
+    from serve_app.jobs.messages import Attributes
 
     asked = rig.editor.read(delivery().data)
     new = await rig.worker._new_job(rig.editor, asked, Attributes(), delivery(), "telea")

@@ -12,9 +12,11 @@ import grpc
 import pytest
 
 from serve_app import adapters
+from serve_app.blobs import BlobInfo
 from serve_app.errors import BlobTooLarge, BrokerUnavailable, MessageRefused, StoreDenied, StoreUnavailable
-from serve_app.jobs import Progress, claim_of
-from serve_app.ports import BlobInfo, DeadLetter, Delivery, Verdict
+from serve_app.jobs.claims import claim_of
+from serve_app.jobs.ports import DeadLetter, Delivery, Verdict
+from serve_app.models import Progress
 from serve_app.settings import MessagesSettings
 
 from .backends import at, make_job

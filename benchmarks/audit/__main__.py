@@ -17,11 +17,16 @@ import ray
 from rich.console import Console
 
 from serve_app import adapters
-from serve_app.audit_store import AuditStore
-from serve_app.audits import PAGE, Audit, AuditRequest, AuditStatus, folder
+from serve_app.audit.progress import OUTAGE_S, fault
+from serve_app.audit.record import PAGE, Audit, AuditStatus, folder
+from serve_app.audit.run import Auditor
+from serve_app.audit.store import AuditStore
+from serve_app.blobs import BlobStore
+from serve_app.clock import utc_now
 from serve_app.errors import FluxFillError, JobsUnavailable
-from serve_app.lease import insist
-from serve_app.ports import BlobStore, JobStore, utc_now
+from serve_app.jobs.lease import insist
+from serve_app.jobs.ports import JobStore
+from serve_app.parameters import AuditRequest
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 
@@ -30,8 +35,6 @@ from .arguments import Given
 from .queued import queued
 from .ray_compiler import RayCompiler
 from .ray_replicas import RayReplicas
-from .record import OUTAGE_S, fault
-from .run import Auditor
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

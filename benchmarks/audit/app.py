@@ -6,9 +6,9 @@ from ray import serve
 
 from deployments.app import text_encoder_name
 from deployments.remote import RemotePrompts, typed_errors
+from serve_app.blobs import BlobStore
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import AuditError, ReplicaLost
-from serve_app.ports import BlobStore
 from serve_app.settings import Settings
 
 #: How long the app's ingress may take to say what its settings are, in seconds.

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from serve_app import audit_options
-from serve_app.audit_options import OPTIONS, Asked, Option
+from serve_app.audit import options
+from serve_app.audit.options import OPTIONS, Asked, Option
 
 #: Set by the launcher: the stored run, which of its attempts this job is, and the app's name.
 RUN, ATTEMPT, APP = "FLUXFILL_AUDIT_RUN", "FLUXFILL_AUDIT_ATTEMPT", "FLUXFILL_AUDIT_APP"
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Given:
     parser = _parser()
     given = vars(parser.parse_args(argv))
     try:
-        return Given(audit_options.asked(given), given["app"])
+        return Given(options.asked(given), given["app"])
     except ValueError as e:
         parser.error(str(e))
 
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="What is left out is as the app's settings say (audit.*).",
     )
     parser.add_argument("--app", help="the app's name in Serve; where one runs it needs no name")
-    for option in (*audit_options.RUN, *OPTIONS):
+    for option in (*options.RUN, *OPTIONS):
         _add(parser, option)
     return parser
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deployments.inpainter import open_engine
-from serve_app.audits import CompileVerdict
+from serve_app.audit.record import CompileVerdict
 from serve_app.engine import Engine
-from serve_app.ports import PaintRequest
+from serve_app.models import PaintRequest
 from serve_app.settings import Settings
 
 log = logging.getLogger(__name__)

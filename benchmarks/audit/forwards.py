@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.engine import compiled
-from serve_app.engine.canvas import paint_canvas
-from serve_app.engine.diffusion import FluxFill
-from serve_app.ports import PaintRequest
+from serve_app.engine.flux import compiled
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.painting import paint_canvas
+from serve_app.models import PaintRequest
 
 #: What all turns may take together, in seconds, and how many there are at least and at most.
 _BUDGET_S, _LEAST, _MOST = 5.0, 3, 20

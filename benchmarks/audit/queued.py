@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
-from serve_app.audit_options import Asked
-from serve_app.audit_store import AuditStore
-from serve_app.audits import Audit
+from serve_app.audit.options import Asked
+from serve_app.audit.record import Audit
+from serve_app.audit.store import AuditStore
 from serve_app.errors import UnknownVariant
 from serve_app.settings import Settings
 

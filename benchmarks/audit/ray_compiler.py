@@ -10,12 +10,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from serve_app.audits import CompileVerdict
-from serve_app.ports import PaintRequest
+from serve_app.audit.record import CompileVerdict
+from serve_app.audit.waves import kept_gpus
+from serve_app.models import PaintRequest
 from serve_app.settings import Settings
 
 from .compiling import verdict
-from .waves import kept_gpus
 
 #: The report waits for it, and production perhaps for its GPU. FLUX.1's blocks compile in minutes.
 LIMIT_S = 1800.0

@@ -13,13 +13,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.app import inpainter_name, text_encoder_name
 from deployments.remote import RemoteTrials, typed_errors
+from serve_app.audit.replicas import ReplicaCounts
+from serve_app.audit.waves import text_encoders
 from serve_app.errors import ReplicaLost
-from serve_app.ports import Measured, OnProgress, PaintRequest
+from serve_app.models import Measured, OnProgress, PaintRequest
 from serve_app.settings import Settings
 
 from . import gpu_memory
-from .replicas import ReplicaCounts
-from .waves import text_encoders
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from anyio.from_thread import start_blocking_portal
 
-from benchmarks import servers
 from deployments.own_ray import free_port
 from serve_app.settings import MessagesSettings
 
+from .. import servers
 from . import app
 from .proxy import Proxy
 from .records import make_bucket

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from serve_app import adapters
-from serve_app.edit import session_path
+from serve_app.edit.session import session_path
 from serve_app.settings import Settings
 
 from .sessions import USER, Session

@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 
 from serve_app import adapters
-from serve_app.edit import OUTPUTS, session_path
+from serve_app.edit.session import OUTPUTS, session_path
 from serve_app.errors import BlobNotFound
 from serve_app.settings import Settings
 

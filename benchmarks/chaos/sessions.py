@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from serve_app.images import Pixels
+from serve_app.models import Pixels
 
 USER = "chaos"
 #: At this size telea paints for some 250 ms.

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from serve_app.jobs import Job, State
+from serve_app.jobs.record import Job, State
 
 from .sessions import Poison, Session
 

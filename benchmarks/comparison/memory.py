@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from serve_app.engine.modulation import Conditions, Modulation
-from serve_app.engine.tiny import packers
+from serve_app.engine.flux.modulation import Conditions, Modulation
+from serve_app.engine.flux.tiny import packers
 
 from . import models
 from .models import Shape

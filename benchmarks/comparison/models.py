@@ -27,7 +27,7 @@ class Shape:
     #: Blocks of two streams, and of one.
     double: int = 19
     single: int = 38
-    #: The real VAE takes minutes for a 1024 x 1024 frame on a CPU; the narrow one is `serve_app.engine.tiny`'s.
+    #: The real VAE takes minutes for a 1024 x 1024 frame on a CPU; the narrow one is `serve_app.engine.flux.tiny`'s.
     narrow_vae: bool = False
 
     @property

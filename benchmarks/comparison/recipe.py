@@ -19,8 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from serve_app.engine.weights import Weights
-from serve_app.images import Pixels
+from serve_app.engine.weights.fetch import Weights
+from serve_app.models import Pixels
 from serve_app.settings import Inference
 
 from .meter import Meter

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from serve_app.engine import compiled
+from serve_app.engine.flux import compiled
 
 from .counts import Calls, Flops, Size, unpacked_bytes
 from .memory import Storages

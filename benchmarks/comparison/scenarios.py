@@ -7,10 +7,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from serve_app.images import Pixels
-from serve_app.messages import CropStrategy
+from serve_app.models import Pixels, Repacking
+from serve_app.parameters import CropStrategy
 from serve_app.settings import FirstBlockCache, Optimizations
-from serve_app.variants import Repacking
 
 #: None.
 EXACT = Optimizations()

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 import torch
 
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.engine.canvas import paint_canvas
-from serve_app.engine.diffusion import FluxFill
+from serve_app.edit.paste import cut, paste
+from serve_app.edit.windows import Plan, plan
+from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux.text_encoder import TextEncoder
+from serve_app.engine.painting import paint_canvas
 from serve_app.engine.prompts import PromptCache
-from serve_app.engine.text_encoder import TextEncoder
-from serve_app.engine.weights import Weights
-from serve_app.images import Pixels
-from serve_app.paste import cut, paste
-from serve_app.ports import PaintRequest
+from serve_app.engine.weights.fetch import Weights
+from serve_app.models import PaintRequest, Pixels, Variant
 from serve_app.settings import Inference, VariantSettings, WindowSettings
-from serve_app.variants import Variant
-from serve_app.windows import Plan, plan
 
 from .meter import Meter
 from .runs import Contender

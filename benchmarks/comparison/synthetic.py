@@ -1,7 +1,7 @@
 """Files of random weights that the real loaders read: nothing is downloaded.
 
 A matrix repeats its first 64 rows, so that full size is written in seconds: what a step costs depends on no weight's
-value. Tokenizers, scheduler and the narrow VAE are those of `serve_app.engine.tiny`.
+value. Tokenizers, scheduler and the narrow VAE are those of `serve_app.engine.flux.tiny`.
 """
 
 import math
@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES, GGUFWriter
 
-from serve_app.engine import tiny
-from serve_app.engine.weights import Weights
+from serve_app.engine.flux import tiny
+from serve_app.engine.weights.fetch import Weights
 
 from . import models
 from .models import Shape

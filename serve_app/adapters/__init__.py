@@ -11,17 +11,11 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
+from ..blobs import BlobStore
 from ..errors import SettingsError
-from ..ports import (
-    BlobStore,
-    DeadLetters,
-    JobStore,
-    MessageSource,
-    Publisher,
-    SessionMirror,
-)
+from ..jobs.ports import DeadLetters, JobStore, MessageSource, Publisher, SessionMirror
 from ..settings import MessagesSettings, Settings
-from .links import LocalLinks
+from .blobs.links import LocalLinks
 from .loopback import bypass_proxies
 
 
@@ -35,31 +29,31 @@ class Row(NamedTuple):
 #: Schemes of blobs that stay on this machine.
 _LOCAL = ("files:", "memory:")
 BLOB_STORES = {
-    "files": Row(".files:FileBlobStore"),
-    "s3": Row(".s3:S3BlobStore", "s3"),
-    "firebase": Row(".firebase:FirebaseBlobStore", "google"),
+    "files": Row(".blobs.files:FileBlobStore"),
+    "s3": Row(".blobs.s3:S3BlobStore", "s3"),
+    "firebase": Row(".blobs.firebase:FirebaseBlobStore", "google"),
     "memory": Row(".memory:MemoryBlobStore"),
 }
 JOB_STORES = {
-    "sqlite": Row(".sql:SqlJobStore"),
-    "postgresql": Row(".sql:SqlJobStore", "postgresql"),
-    "firestore": Row(".firestore:FirestoreJobStore", "google"),
+    "sqlite": Row(".stores.sql:SqlJobStore"),
+    "postgresql": Row(".stores.sql:SqlJobStore", "postgresql"),
+    "firestore": Row(".stores.firestore:FirestoreJobStore", "google"),
     "memory": Row(".memory:MemoryJobStore"),
 }
 MESSAGE_SOURCES = {
-    "embedded": Row(".pubsub:PubSubSource"),
-    "pubsub": Row(".pubsub:PubSubSource"),
-    "memory": Row(".memory_messages:MemorySource"),
+    "embedded": Row(".pubsub.source:PubSubSource"),
+    "pubsub": Row(".pubsub.source:PubSubSource"),
+    "memory": Row(".pubsub.memory:MemorySource"),
 }
 PUBLISHERS = {
-    "embedded": Row(".pubsub_client:PubSubPublisher"),
-    "pubsub": Row(".pubsub_client:PubSubPublisher"),
-    "memory": Row(".memory_messages:MemoryPublisher"),
+    "embedded": Row(".pubsub.client:PubSubPublisher"),
+    "pubsub": Row(".pubsub.client:PubSubPublisher"),
+    "memory": Row(".pubsub.memory:MemoryPublisher"),
 }
 DEAD_LETTERS = {
-    "embedded": Row(".pubsub_client:PubSubDeadLetters"),
-    "pubsub": Row(".pubsub_client:PubSubDeadLetters"),
-    "memory": Row(".memory_messages:MemoryDeadLetters"),
+    "embedded": Row(".pubsub.client:PubSubDeadLetters"),
+    "pubsub": Row(".pubsub.client:PubSubDeadLetters"),
+    "memory": Row(".pubsub.memory:MemoryDeadLetters"),
 }
 
 

@@ -12,13 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..blobs import ANY_VERSION, BlobInfo
+from ..clock import Clock, utc_now
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
-from ..jobs import Change, Claim, Debt, Job, JobType, Progress, State
-from ..ports import ANY_VERSION, BlobInfo, Clock, utc_now
-from .blob_paths import check_path
-from .links import LocalLinks
-from .session_documents import SessionDocument, written
-from .transfers import check_size, whole_file
+from ..jobs.claims import Change, Claim
+from ..jobs.record import Debt, Job, JobType, State
+from ..models import Progress
+from .blobs.links import LocalLinks
+from .blobs.paths import check_path
+from .blobs.transfers import check_size, whole_file
+from .stores.session_documents import SessionDocument, written
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook
 
 from ..errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
-from ..jobs import Job
+from ..jobs.record import Job
 from ..settings import Secrets, WebhookSettings
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..images import Pixels
+from ..models import Pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,8 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from ..errors import OutOfMemory, PaintError, VariantLoadFailed
-from . import gpu_faults, quant
+from . import gpu_faults
+from .flux import quant
 
 #: Held while models are built: accelerate replaces `torch.nn.Module`'s methods meanwhile, for the whole process.
 BUILDING = threading.Lock()

@@ -5,23 +5,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from ..errors import VariantLoadFailed
+from ..models import Family, Variant
 from ..settings import VariantSettings
-from ..variants import Family, Variant
 from . import Engine
-from .weights import Weights
+from .weights.fetch import Weights
 
 if TYPE_CHECKING:
-    from .classical import Telea
-    from .diffusion import FluxFill
+    from .flux.fill import FluxFill
     from .pause import Pause
+    from .telea import Telea
 
     # The type checker's proof of what `create` only says.
     _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
 
 #: Family -> module in this package and class; the class takes (variant, weights, served).
 FAMILIES: Mapping[Family, str] = {
-    "flux-fill": "diffusion:FluxFill",
-    "telea": "classical:Telea",
+    "flux-fill": "flux.fill:FluxFill",
+    "telea": "telea:Telea",
     "pause": "pause:Pause",
 }
 

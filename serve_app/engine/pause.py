@@ -4,11 +4,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..images import Pixels
+from ..models import Pixels, Variant
 from ..settings import VariantSettings
-from ..variants import Variant
 from . import Window
-from .weights import Weights
+from .weights.fetch import Weights
 
 _GREY = 127
 

@@ -14,9 +14,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ..blobs import BlobStore
 from ..errors import BlobError, BlobNotFound, StoreUnavailable
-from ..ports import BlobStore
-from ..variants import Variant
+from ..models import Variant
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,10 @@ from contextlib import aclosing
 
 import numpy as np
 
-from ..audits import Trial
-from ..jobs import Progress
-from ..ports import Measured, Painted, PaintRequest
+from ..models import Measured, Painted, PaintRequest, Progress, Trial
 from . import Engine
-from .canvas import at_seat, nobody_counts, paint_canvas
-from .seat import Seat, Sitting
+from .painting import at_seat, nobody_counts, paint_canvas
+from .slot import Seat, Sitting
 
 
 async def measuring(

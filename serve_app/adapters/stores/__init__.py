@@ -1,0 +1,1 @@
+"""Job stores, cancellations and session documents with them."""

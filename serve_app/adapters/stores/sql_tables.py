@@ -1,0 +1,126 @@
+"""The tables of a job database, and how an older version's become the present ones.
+
+A record is kept as JSON beside the columns that queries need. Columns keep their names, because two versions of the
+service share a database while one replaces the other.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, get_args
+
+import sqlalchemy as sa
+
+from ...errors import SettingsError
+from ...jobs.record import Debt, Job
+from .records import read_all, read_record
+
+#: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations. 3: what is owed, apart.
+SCHEMA = 3
+
+_METADATA = sa.MetaData()
+_VERSION = sa.Table("schema_version", _METADATA, sa.Column("version", sa.Integer, primary_key=True))
+#: Moments are seconds since 1970: a double holds them to the microsecond.
+JOBS = sa.Table(
+    "jobs",
+    _METADATA,
+    sa.Column("id", sa.String(256), primary_key=True),
+    sa.Column("type", sa.String(16), nullable=False, index=True),
+    sa.Column("status", sa.String(16), nullable=False, index=True),
+    sa.Column("session_key", sa.String(512), nullable=False, index=True, key="lock_key"),
+    sa.Column("created_at", sa.Double, nullable=False, index=True),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("record", sa.Text, nullable=False),
+    #: When the first debt is due, and when each is.
+    sa.Column("owes_at", sa.Double),
+    *(sa.Column(f"owes_{debt}_at", sa.Double) for debt in get_args(Debt)),
+    #: Whom the webhook is owed.
+    sa.Column("receiver", sa.Text),
+)
+_INDEXES = {
+    2: [sa.Index("ix_jobs_owes_at", JOBS.c.owes_at)],
+    3: [
+        sa.Index("ix_jobs_owes_session_at", JOBS.c.owes_session_at),
+        sa.Index("ix_jobs_owes_completion_at", JOBS.c.owes_completion_at),
+        sa.Index("ix_jobs_owes_dispatch_at", JOBS.c.owes_dispatch_at),
+        sa.Index("ix_jobs_owes_webhook_at", JOBS.c.receiver, JOBS.c.owes_webhook_at),
+    ],
+}
+PROGRESS = sa.Table(
+    "progress",
+    _METADATA,
+    sa.Column("job_id", sa.String(256), primary_key=True),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("steps", sa.Integer, nullable=False),
+    sa.Column("updated_at", sa.DateTime, server_default=sa.func.now(), onupdate=sa.func.now()),
+)
+CANCELLATIONS = sa.Table(
+    "cancellations",
+    _METADATA,
+    sa.Column("session_key", sa.String(512), primary_key=True, key="lock_key"),
+    sa.Column("until", sa.Double, nullable=False),
+)
+SESSIONS = sa.Table(
+    "sessions",
+    _METADATA,
+    sa.Column("user_id", sa.String(128), primary_key=True),
+    sa.Column("session_id", sa.String(128), primary_key=True),
+    sa.Column("job_id", sa.String(256), nullable=False),
+    sa.Column("fence", sa.Integer, nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+)
+
+
+def are_current(connection: sa.Connection) -> bool:
+    if not sa.inspect(connection).has_table(_VERSION.name):
+        return False
+    return connection.scalar(sa.select(_VERSION.c.version)) == SCHEMA
+
+
+def bring_up_to_date(connection: sa.Connection) -> None:
+    """Make the tables that are absent and change those of an older version. Nobody else may do so meanwhile.
+
+    Raises SettingsError where a newer version of this service wrote the database.
+    """
+    _METADATA.create_all(connection)
+    version = connection.scalar(sa.select(_VERSION.c.version))
+    if version is None:
+        connection.execute(_VERSION.insert().values(version=SCHEMA))
+    elif version > SCHEMA:
+        raise SettingsError(
+            f"the job store has schema {version}, written by a newer version of this service; this one knows {SCHEMA}",
+            schema=version,
+        )
+    elif version < SCHEMA:
+        _add_columns(connection, version)
+        connection.execute(_VERSION.update().values(version=SCHEMA))
+
+
+def seconds(moment: datetime | None) -> float | None:
+    """A moment as it is stored."""
+    return None if moment is None else moment.timestamp()
+
+
+def owed_columns(job: Job) -> Mapping[str, Any]:
+    """What is owed, and to whom, as it is stored."""
+    due = {debt: owed.due_at for debt, owed in job.owed.items()}
+    return {
+        "owes_at": seconds(job.owes_at),
+        **{f"owes_{debt}_at": seconds(due.get(debt)) for debt in get_args(Debt)},
+        "receiver": job.receiver if "webhook" in due else None,
+    }
+
+
+def _add_columns(connection: sa.Connection, version: int) -> None:
+    # Cancellations are there already: a table that is absent is made whatever the version.
+    added = {2: ["owes_at"], 3: [*(f"owes_{debt}_at" for debt in get_args(Debt)), "receiver"]}
+    for since in range(version + 1, SCHEMA + 1):
+        for name in added[since]:
+            kind = "TEXT" if name == "receiver" else "DOUBLE PRECISION"
+            connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
+        for index in _INDEXES[since]:
+            index.create(connection)
+    owing = sa.select(JOBS.c.id, JOBS.c.record).where(JOBS.c.record.contains('"due_at"'))
+    rows = connection.execute(owing).all()
+    for job in read_all(lambda offset: rows[offset:], lambda row: read_record(row.id, row.record), len(rows)):
+        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(**owed_columns(job)))

@@ -1,0 +1,82 @@
+"""Contact sheets: variants down, guidance scales across, and a sheet for each combination of the further axes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ...parameters import AuditRequest, Cell, Matrix
+from ..record import CellResult, Recommendation
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    name: str
+    cell: Cell
+    #: None: the cell was not painted.
+    result: CellResult | None
+    is_recommended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    #: The further axes' values, those of several; empty where there is one sheet.
+    title: str
+    #: By variant, guidance scale by guidance scale.
+    rows: Mapping[str, Sequence[Place]]
+
+
+def sheets(request: AuditRequest, results: Sequence[CellResult], recommended: Recommendation | None) -> list[Sheet]:
+    matrix, found = request.matrix, {result.name: result for result in results}
+
+    def place(cell: Cell) -> Place:
+        name = matrix.name(cell)
+        return Place(name, cell, found.get(name), is_recommended(cell, recommended))
+
+    made = []
+    for steps, seed, prompt, crop in product(matrix.steps, matrix.seeds, matrix.prompts, matrix.crops):
+        further = {"steps": steps, "seed": seed, "prompt": prompt, "crop": crop}
+        rows = {
+            variant: [
+                place(Cell.model_validate({"variant": variant, "guidance_scale": guidance, **further}))
+                for guidance in matrix.guidance_scales
+            ]
+            for variant in matrix.variants
+        }
+        made.append(Sheet(title(matrix, rows[matrix.variants[0]][0].cell), rows))
+    return made
+
+
+def is_recommended(cell: Cell, recommended: Recommendation | None) -> bool:
+    if recommended is None:
+        return False
+    chosen = recommended.variant, recommended.guidance_scale, recommended.steps
+    return chosen == (cell.variant, cell.guidance_scale, cell.steps)
+
+
+def shared(matrix: Matrix) -> str:
+    """The further axes' values that all cells have, but the prompt."""
+    cell = matrix.cells()[0]
+    return ", ".join(
+        text for values, text in _further(matrix, cell) if len(values) == 1 and values is not matrix.prompts
+    )
+
+
+def title(matrix: Matrix, cell: Cell) -> str:
+    """The cell's values of the further axes, those of several; empty where there are none."""
+    return ", ".join(text for values, text in _further(matrix, cell) if len(values) > 1)
+
+
+def several(matrix: Matrix) -> str:
+    """The further axes of several values, by name: "steps and seed"; empty where there are none."""
+    axes = {"steps": matrix.steps, "seed": matrix.seeds, "prompt": matrix.prompts, "crop": matrix.crops}
+    names = [name for name, values in axes.items() if len(values) > 1]
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _further(matrix: Matrix, cell: Cell) -> Sequence[tuple[Sequence[object], str]]:
+    return (
+        (matrix.steps, f"{cell.steps} steps"),
+        (matrix.seeds, f"seed {cell.seed}"),
+        (matrix.prompts, f"prompt p{matrix.prompts.index(cell.prompt) + 1}"),
+        (matrix.crops, f"crop {cell.crop}"),
+    )

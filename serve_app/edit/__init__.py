@@ -1,0 +1,1 @@
+"""Edits: the first kind of job."""

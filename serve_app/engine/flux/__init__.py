@@ -1,0 +1,1 @@
+"""FLUX.1-Fill in diffusers."""

@@ -1,0 +1,88 @@
+"""Builds FLUX.1-Fill from files: a GGUF transformer, and VAE and scheduler from its base. It does not run it."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+)
+from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift, retrieve_timesteps
+
+from ...errors import CorruptWeights
+from ..cold_start import timed
+from ..device import Device
+from ..weights.fetch import Weights
+from . import gguf_tensors
+
+
+def build(weights: Weights, device: Device) -> Any:
+    """A FluxFillPipeline without text encoders, every part of it resident on `device`.
+
+    Raises CorruptWeights where the GGUF file is damaged or is not this transformer's.
+    """
+    pipeline = FluxFillPipeline(
+        transformer=_transformer(weights, device),
+        vae=_vae(weights, device),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
+            weights.base, subfolder="scheduler", local_files_only=True
+        ),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    with timed("to_device"):
+        return pipeline.to(device.torch)
+
+
+def timesteps(pipeline: Any, width: int, height: int, steps: int) -> torch.Tensor:
+    """Those of a run of the pipeline, `[steps]`, from a scheduler of their own. Source: FluxFillPipeline.__call__."""
+    config = pipeline.scheduler.config
+    shift = calculate_shift(
+        (width // 16) * (height // 16),
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
+    scheduler = type(pipeline.scheduler).from_config(config)
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    found, _ = retrieve_timesteps(scheduler, steps, pipeline.device, sigmas=sigmas, mu=shift)
+    return torch.as_tensor(found)
+
+
+def packed(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `[batch, channels, h, w]` as the transformer's tokens `[batch, h/2 * w/2, 4 * channels]`."""
+    return torch.as_tensor(pipeline._pack_latents(latents, *latents.shape))
+
+
+def _transformer(weights: Weights, device: Device) -> Any:
+    file = str(weights.transformer)
+    tensors = gguf_tensors.read(weights.transformer, device.torch, device.dtype)
+    try:
+        with timed("build"):
+            return FluxTransformer2DModel.from_single_file(
+                tensors,
+                config=str(weights.base),
+                subfolder="transformer",
+                quantization_config=GGUFQuantizationConfig(compute_dtype=device.dtype),
+                torch_dtype=device.dtype,
+                device=device.torch,
+                local_files_only=True,
+            )
+    except (LookupError, ValueError) as e:
+        # The loader looks its tensors up by name, and says no more than which look-up failed.
+        described = weights.base / "transformer" / "config.json"
+        raise CorruptWeights(f"{file} does not hold the model that {described} describes: {e!r}", file=file) from e
+
+
+def _vae(weights: Weights, device: Device) -> Any:
+    folder = weights.base / "vae"
+    with timed("vae", sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=device.dtype, local_files_only=True)

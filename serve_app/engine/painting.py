@@ -1,0 +1,237 @@
+"""Painting one request: its windows in order on its own canvas, in a thread, stopped within a step.
+
+`paint_canvas` is the work, `painting` runs it from an event loop (`at_seat` does so with any work), `LocalPainter` is
+the Painter port over both without Ray. An engine is held by one request at a time.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from contextvars import copy_context
+from functools import partial
+from typing import TypeVar
+
+from ..edit.paste import paste_window, share_out
+from ..errors import FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
+from ..models import OnProgress, Painted, PaintRequest, Pixels, Progress
+from ..telemetry import logged_with, trace_id
+from . import Engine, Window
+from .slot import Seat, Sitting
+from .stages import STAGES, split
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Seeds are below this.
+_SEEDS = 2**63
+
+
+def nobody_counts() -> None:
+    """An `on_out_of_memory` for those who do not."""
+
+
+def paint_canvas(
+    engine: Engine,
+    request: PaintRequest,
+    on_step: Callable[[Progress], None],
+    on_out_of_memory: Callable[[], None] = nobody_counts,
+) -> Painted:
+    """Paint the windows in order on a copy of the canvas; each sees what the ones before it left, and keeps its share.
+    Windows of which nothing would be kept are left out.
+
+    `on_step` gets the progress over all windows: once before the first step, then after each. What it raises ends the
+    painting and passes through. A window that runs out of memory is begun again, once, after `on_out_of_memory` was
+    called and the engine has freed what it can. Raises as `Engine.paint` does.
+    """
+    canvas, shares = request.canvas.copy(), share_out(request.mask, request.windows)
+    windows = [(box, share) for box, share in zip(request.windows, shares, strict=True) if not share.is_empty]
+    # Earlier peaks are not this painting's.
+    engine.peak_memory()
+    started_s, started_ms = time.perf_counter(), engine.device_ms()
+    total, stages = request.steps * len(windows), Counter(dict.fromkeys(STAGES, 0.0))
+    on_step(Progress(step=0, steps=total))
+    for number, (box, share) in enumerate(windows):
+        done = 0
+
+        def advance(step: int, before: int = number * request.steps) -> None:
+            nonlocal done
+            done = step
+            on_step(Progress(step=before + step, steps=total))
+
+        paint = partial(_paint_window, engine, request, number, canvas[box.slices], share.unpainted, advance)
+        painted, seconds = _twice_at_most(paint, engine, on_out_of_memory)
+        if done < request.steps:
+            # A family that knows fewer steps than were asked for has done all of them.
+            advance(request.steps)
+        stages.update(seconds)
+        paste_window(canvas, painted, box, share)
+    ended_ms, busy_s = engine.device_ms(), time.perf_counter() - started_s
+    extra = {"action": "painted", "windows": len(windows), "busy_s": round(busy_s, 3)}
+    peak_bytes, reserved_bytes = engine.peak_memory() or (None, None)
+    log.info("Painted %d windows in %.2f s", len(windows), busy_s, extra=extra)
+    return Painted(
+        canvas=canvas,
+        busy_s=busy_s,
+        gpu_ms=None if started_ms is None or ended_ms is None else ended_ms - started_ms,
+        stages=dict(stages),
+        peak_bytes=peak_bytes,
+        reserved_bytes=reserved_bytes,
+        where=engine.describe(),
+        windows=[box for box, _ in windows],
+    )
+
+
+def _paint_window(
+    engine: Engine,
+    request: PaintRequest,
+    number: int,
+    pixels: Pixels,
+    mask: Pixels,
+    on_step: Callable[[int], None],
+) -> tuple[Pixels, Mapping[str, float]]:
+    """What was painted, and the seconds of its stages."""
+    steps_s: list[float] = []
+
+    def timed(step: int) -> None:
+        steps_s.append(time.perf_counter())
+        on_step(step)
+
+    began_s = time.perf_counter()
+    painted = engine.paint(
+        Window(
+            pixels=pixels,
+            mask=mask,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            # The same noise in every window would show as a pattern.
+            seed=(request.seed + number) % _SEEDS,
+            embeddings=request.embeddings,
+            on_step=timed,
+        )
+    )
+    return painted, split(began_s, steps_s, time.perf_counter())
+
+
+def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Callable[[], None]) -> T:
+    try:
+        return paint()
+    except OutOfMemory as e:
+        log.warning("Freed memory, painting again: %s", e.message, extra={"action": "out_of_memory"})
+    # Outside the handler: the error held what was painted so far.
+    on_out_of_memory()
+    engine.free_memory()
+    return paint()
+
+
+def painting(
+    engine: Engine, request: PaintRequest, seat: Seat, on_out_of_memory: Callable[[], None] = nobody_counts
+) -> AsyncGenerator[Progress | Painted, None]:
+    """`paint_canvas` as `at_seat` runs it. It counts in the seat's usage."""
+
+    def paint(sitting: Sitting) -> Painted:
+        with seat.usage.painting():
+            return paint_canvas(engine, request, sitting.report, on_out_of_memory)
+
+    return at_seat(request, seat, seat.take, paint)
+
+
+async def at_seat(
+    request: PaintRequest,
+    seat: Seat,
+    take: Callable[[], Awaitable[Sitting]],
+    work: Callable[[Sitting], T],
+) -> AsyncGenerator[Progress | T, None]:
+    """Run `work` in a thread at the engine's seat, where `take` gives it a place: yields the latest progress that it
+    reports, and at last what it returns. Nothing is yielded before the engine begins with it.
+
+    The place is free the moment the thread ends, however slowly the caller takes what is yielded.
+    Closing the generator, or cancelling the task that iterates it, stops the engine within one step, and returns only
+    when the thread has stopped. The thread's log lines carry the request's job id and its trace. Raises as `take` and
+    `work` do.
+    """
+    sitting = await take()
+    with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
+        thread = partial(copy_context().run, work, sitting)
+    future = asyncio.get_running_loop().run_in_executor(seat.thread, thread)
+    future.add_done_callback(lambda _: seat.leave())
+    future.add_done_callback(lambda _: sitting.end())
+    try:
+        is_over = False
+        while not is_over:
+            await sitting.changed()
+            is_over = sitting.is_over
+            if (progress := sitting.take()) is not None:
+                yield progress
+        yield future.result()
+    finally:
+        await _ended(future, sitting)
+
+
+async def _ended(work: asyncio.Future[T], sitting: Sitting) -> None:
+    """Wait for the thread through any number of cancellations: its place is not free before."""
+    canceled = False
+    if not work.done():
+        sitting.stop()
+    while not sitting.is_over:
+        try:
+            await sitting.changed()
+        except asyncio.CancelledError:
+            canceled = True
+    # Asked for here, so that asyncio does not report it as never looked at.
+    work.exception()
+    if canceled:
+        raise asyncio.CancelledError
+
+
+def load(name: str, engine: Engine) -> None:
+    """Load the engine of the variant called `name`. Raises VariantLoadFailed with the reason, whatever it is."""
+    try:
+        engine.load()
+    except VariantLoadFailed:
+        raise
+    except Exception as e:
+        # The loaders of torch's world raise anything; all of it means that this variant cannot serve.
+        code = e.code if isinstance(e, FluxFillError) else type(e).__name__
+        raise VariantLoadFailed(f"variant {name} did not load: {code}: {e}", variant=name, reason=code) from e
+
+
+class LocalPainter:
+    """The Painter port in this process. An engine is loaded when first asked for; a failed load is tried again."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+        self._seats = {name: Seat() for name in engines}
+        self._loading = {name: asyncio.Lock() for name in engines}
+        self._loaded: set[str] = set()
+
+    def is_ready(self, variant: str) -> bool:
+        return variant in self._engines
+
+    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
+        if variant not in self._engines:
+            raise UnknownVariant(f"no variant {variant} here; there are {', '.join(self._engines) or 'none'}")
+        engine = self._engines[variant]
+        async with self._loading[variant]:
+            await self._ready(variant, engine)
+        async with aclosing(painting(engine, request, self._seats[variant])) as events:
+            async for event in events:
+                if isinstance(event, Painted):
+                    return event
+                await on_progress(event)
+        raise AssertionError("painting ends with what was painted, or raises")
+
+    async def _ready(self, variant: str, engine: Engine) -> None:
+        if variant not in self._loaded:
+            await asyncio.to_thread(load, variant, engine)
+            self._loaded.add(variant)
+
+    async def close(self) -> None:
+        """Free every engine, each when its job has ended. Painting again loads it again."""
+        for name, engine in self._engines.items():
+            async with self._loading[name], self._seats[name].emptied():
+                engine.close()
+                self._loaded.discard(name)

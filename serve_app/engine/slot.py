@@ -1,0 +1,194 @@
+"""The place at an engine: which job is in its hands, since when, and how busy jobs have kept it.
+
+A job is a painting for somebody, or a cell of an audit, which goes behind all of those.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+
+from ..errors import Canceled, ReplicaTaken
+from ..models import Progress
+
+
+class Usage:
+    """How busy an engine has been since its first painting began. For any thread."""
+
+    def __init__(self) -> None:
+        self._jobs, self._busy_s = 0, 0.0
+        self._first_start: float | None = None
+        self._last_end = 0.0
+
+    @contextmanager
+    def painting(self) -> Iterator[None]:
+        """A job is painted inside; it counts among `jobs` where that raises nothing."""
+        began = time.monotonic()
+        if self._first_start is None:
+            self._first_start = began
+        done = 0
+        try:
+            yield
+            done = 1
+        finally:
+            self._last_end = time.monotonic()
+            self._busy_s += self._last_end - began
+            self._jobs += done
+
+    def as_dict(self) -> dict[str, float]:
+        """`jobs` painted; `busy_s`, spent on them; `wall_s`, from the first's beginning to the last end."""
+        began = self._last_end if self._first_start is None else self._first_start
+        return {"jobs": self._jobs, "busy_s": self._busy_s, "wall_s": max(0.0, self._last_end - began)}
+
+
+class Sitting:
+    """One painting at an engine: its latest progress on the way from the painting thread to the event loop (a slow
+    reader sees the newest only), and whether it is still wanted. Times are on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._progress: Progress | None = None
+        self.begun_at = time.monotonic()
+        #: Since when it is to stop; None where it is not.
+        self.stopping_since: float | None = None
+        #: Whether the thread has ended and the place is free.
+        self.is_over = False
+
+    def report(self, progress: Progress) -> None:
+        """For the thread. Raises Canceled once the painting is to stop."""
+        if self.stopping_since is not None:
+            raise Canceled("the painting was stopped")
+        self._progress = progress
+        self._loop.call_soon_threadsafe(self.wake)
+
+    def stop(self) -> None:
+        if self.stopping_since is None:
+            self.stopping_since = time.monotonic()
+
+    def end(self) -> None:
+        self.is_over = True
+        self.wake()
+
+    def wake(self) -> None:
+        self._news.set()
+
+    async def changed(self) -> None:
+        await self._news.wait()
+        self._news.clear()
+
+    def take(self) -> Progress | None:
+        progress, self._progress = self._progress, None
+        return progress
+
+
+class Place:
+    """Given to those ahead before those behind, and among equals in the order in which they ask. For one event loop."""
+
+    def __init__(self) -> None:
+        self._is_free = True
+        self._ahead: deque[asyncio.Future[None]] = deque()
+        self._behind: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, *, behind: bool = False) -> None:
+        if self._is_free:
+            self._is_free = False
+            return
+        turn = asyncio.get_running_loop().create_future()
+        (self._behind if behind else self._ahead).append(turn)
+        try:
+            await turn
+        except BaseException:
+            # What cannot be canceled, and was not, has been given the place in this very moment.
+            if not turn.cancel() and not turn.cancelled():
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        for waiting in (self._ahead, self._behind):
+            while waiting:
+                turn = waiting.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self._is_free = True
+
+
+class Seat:
+    """One place: a pipeline keeps state between steps. Audit cells take it behind all jobs, one cell after the other,
+    and each for one painting at a time."""
+
+    def __init__(self) -> None:
+        self._place = Place()
+        self._audit_turn = asyncio.Lock()
+        self._sitting: Sitting | None = None
+        #: What is undone when it leaves.
+        self._undo = ExitStack()
+        #: In hand: painted, or waiting to be.
+        self.jobs = self.audits = 0
+        #: Jobs that have been given the place, ever.
+        self.jobs_seated = 0
+        #: Its own: asyncio's threads may all be taken.
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="painting")
+        self.usage = Usage()
+
+    @property
+    def taken_since(self) -> float | None:
+        """Since when the painting goes on; None while there is none. On the monotonic clock."""
+        return self._sitting.begun_at if self._sitting else None
+
+    @property
+    def stopping_since(self) -> float | None:
+        """Since when a painting that was told to stop goes on; None while none does. On the monotonic clock."""
+        return self._sitting.stopping_since if self._sitting else None
+
+    async def take(self) -> Sitting:
+        with ExitStack() as undo:
+            self._count(jobs=1)
+            undo.callback(self._count, jobs=-1)
+            await self._place.take()
+            undo.callback(self._place.give_back)
+            self.jobs_seated += 1
+            return self._sit(undo)
+
+    @asynccontextmanager
+    async def audited(self, most: int) -> AsyncIterator[None]:
+        """An audit cell is in hand inside, from when no other is painted. Raises ReplicaTaken, at once, where as many
+        are in hand as may be: up to `most` of what jobs leave of the place and one beside it, and one whatever jobs
+        there are."""
+        if self.audits >= min(most, max(1, 2 - self.jobs)):
+            raise ReplicaTaken(f"audit cells in flight here: {self.audits}")
+        with ExitStack() as undo:
+            self._count(audits=1)
+            undo.callback(self._count, audits=-1)
+            async with self._audit_turn:
+                yield
+
+    async def take_behind(self) -> Sitting:
+        """For one painting of the cell that is `audited`: behind all jobs that wait."""
+        with ExitStack() as undo:
+            await self._place.take(behind=True)
+            undo.callback(self._place.give_back)
+            return self._sit(undo)
+
+    def leave(self) -> None:
+        self._sitting = None
+        self._undo.close()
+
+    @asynccontextmanager
+    async def emptied(self) -> AsyncIterator[None]:
+        """When the painting has ended, and until this is left none begins."""
+        await self._place.take()
+        try:
+            yield
+        finally:
+            self._place.give_back()
+
+    def _sit(self, undo: ExitStack) -> Sitting:
+        self._sitting, self._undo = Sitting(), undo.pop_all()
+        return self._sitting
+
+    def _count(self, *, jobs: int = 0, audits: int = 0) -> None:
+        self.jobs, self.audits = self.jobs + jobs, self.audits + audits

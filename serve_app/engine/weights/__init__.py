@@ -1,0 +1,1 @@
+"""Weights: where files come from, and where they are kept."""

@@ -1,0 +1,185 @@
+"""From a variant to files on this machine: a local path, the cache, the mirror, or the hub, in that order.
+
+An unpinned repository's revision is `main`, in the cache and in the mirror.
+"""
+
+import asyncio
+import glob
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import UnknownWeights, WeightsError
+from ...models import TINY, Variant
+from ..cold_start import timed
+from ..flux import tiny
+from . import lock
+from .cache import UNPINNED, Need, OnFile, Sources, cached, download, files_in, silent
+
+__all__ = [
+    "OnFile",
+    "Pinned",
+    "Sources",
+    "Weights",
+    "base_revision",
+    "fetch",
+    "fetch_text_encoders",
+    "pin",
+    "pull",
+    "push_to_mirror",
+]
+
+#: Files of a base repository that painting needs. The configs are named because `push_to_mirror` uploads them last: a
+#: mirror that has them has the rest.
+_PAINTING = ("transformer/config.json", "vae/config.json", "vae/*", "scheduler/scheduler_config.json")
+#: Files of a base repository that encoding prompts needs.
+_TEXT = (
+    "text_encoder/config.json", "text_encoder/*", "text_encoder_2/config.json", "text_encoder_2/*",
+    "tokenizer/tokenizer_config.json", "tokenizer/*", "tokenizer_2/tokenizer_config.json", "tokenizer_2/*",
+)  # fmt: skip
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Files of one variant, all on this machine."""
+
+    #: GGUF file.
+    transformer: Path
+    #: Folder with `transformer/config.json`, `vae` and `scheduler`.
+    base: Path
+
+
+async def fetch(variant: Variant, sources: Sources) -> Weights:
+    """What the variant paints with, fetched first where it is not here yet.
+
+    Raises UnknownWeights, MissingToken, GatedRepo, CorruptWeights, WeightsError; UnsafePath for a mirror's odd names.
+    """
+    if variant.file is None or variant.base is None:
+        raise UnknownWeights(f"a variant of family {variant.family} needs both `file` and `base` to have weights")
+    with timed("fetch"):
+        return Weights(await _transformer(variant, variant.file, sources), await _base(variant, sources, _PAINTING))
+
+
+async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
+    """The folder with the text encoders and tokenizers of the variant's base. Raises as `fetch` does."""
+    with timed("fetch"):
+        return await _base(variant, sources, _TEXT)
+
+
+def base_revision(variant: Variant, sources: Sources) -> str | None:
+    """The commit of the variant's base that `fetch` uses; None where it is not pinned, or no repository's."""
+    locked = sources.locked.repos.get(variant.base or "")
+    return variant.base_revision or (locked.revision if locked else None)
+
+
+async def pull(variants: Iterable[Variant], sources: Sources, on_file: OnFile = silent) -> None:
+    """Bring everything these variants take from repositories into the cache. Raises as `fetch` does."""
+    for need in _needs(variants, sources.locked):
+        await cached(need, sources, on_file)
+
+
+async def push_to_mirror(variants: Iterable[Variant], sources: Sources, on_file: OnFile = silent) -> None:
+    """Upload to `sources.mirror` everything these variants take from repositories, pulling it first.
+
+    Raises as `fetch` does; StoreUnavailable.
+    """
+    if sources.mirror is None:
+        raise WeightsError("there is no mirror to push to")
+    for need in _needs(variants, sources.locked):
+        # From the hub, not from the mirror that is being filled.
+        folder = await cached(need, replace(sources, mirror=None), on_file)
+        # Configs last: see _PAINTING.
+        files = sorted(need.matching(files_in(folder)), key=lambda file: file.endswith(".json"))
+        for number, file in enumerate(files, 1):
+            on_file(need.repo, file, number, len(files))
+            await sources.mirror.upload(need.repo, need.revision, file, folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    lock: lock.Lock
+    #: Repository -> why it could not be looked up. It is not in the lock, unless it was before.
+    missing: Mapping[str, str]
+
+
+async def pin(variants: Iterable[Variant], sources: Sources, on_file: OnFile = silent) -> Pinned:
+    """Look up each repository's commit at the hub, pull it, and note what came: sizes and SHA-256.
+
+    A variant that names a revision keeps it. Other repositories of `sources.locked` stay as they were.
+    """
+    repos, missing = dict(sources.locked.repos), {}
+    # Against an empty lock, because what is locked now is what is to be replaced.
+    for need in _needs(variants, lock.Lock()):
+        try:
+            found = await _pinned(need, sources, on_file)
+        except WeightsError as e:
+            missing[need.repo] = e.message
+            continue
+        known = repos.get(need.repo)
+        files = {**known.files, **found.files} if known and known.revision == found.revision else found.files
+        repos[need.repo] = lock.LockedRepo(revision=found.revision, files=files)
+    return Pinned(lock.Lock(repos=repos), missing)
+
+
+async def _pinned(need: Need, sources: Sources, on_file: OnFile) -> lock.LockedRepo:
+    hub = sources.hub()
+    revision = (await hub.list(need.repo, need.revision)).revision
+    pinned = Need(need.repo, revision, need.patterns)
+    folder = sources.cache / pinned.folder
+    await download(pinned, hub, folder, sources.locked, on_file)
+    # What was locked already was held against the lock when it came.
+    known = sources.locked.files(need.repo, revision)
+    files = {}
+    for file in pinned.matching(files_in(folder)):
+        files[file] = known.get(file) or await asyncio.to_thread(lock.describe, folder / file)
+    return lock.LockedRepo(revision=revision, files=files)
+
+
+async def _transformer(variant: Variant, file: str, sources: Sources) -> Path:
+    if file.startswith(TINY):
+        return (await _tiny(sources)).transformer(file.removeprefix(TINY))
+    if variant.repo is None:
+        if not Path(file).is_file():
+            raise UnknownWeights(f"there is no file {file}, and the variant names no repository to fetch it from")
+        return Path(file)
+    need = Need(variant.repo, _revision(variant.repo, variant.revision, sources.locked), (glob.escape(file),))
+    return await cached(need, sources) / file
+
+
+async def _base(variant: Variant, sources: Sources, patterns: tuple[str, ...]) -> Path:
+    base = variant.base or ""
+    if base.startswith(TINY):
+        return (await _tiny(sources)).base
+    if Path(base).is_dir():
+        return Path(base)
+    if not _REPO.fullmatch(base):
+        raise UnknownWeights(f"base {base!r} is neither a folder here nor a repository `owner/name`")
+    revision = _revision(base, variant.base_revision, sources.locked)
+    return await cached(Need(base, revision, patterns), sources)
+
+
+async def _tiny(sources: Sources) -> tiny.TinyWeights:
+    return await asyncio.to_thread(tiny.ensure, sources.cache / f"tiny-{tiny.FORMAT}")
+
+
+def _needs(variants: Iterable[Variant], locked: lock.Lock) -> Sequence[Need]:
+    """What the variants take from repositories, each once."""
+    needs: dict[Need, None] = {}
+    for variant in variants:
+        if variant.repo and variant.file:
+            revision = _revision(variant.repo, variant.revision, locked)
+            needs[Need(variant.repo, revision, (glob.escape(variant.file),))] = None
+        if variant.base and not variant.base.startswith(TINY) and not Path(variant.base).is_dir():
+            revision = _revision(variant.base, variant.base_revision, locked)
+            needs |= {Need(variant.base, revision, patterns): None for patterns in (_PAINTING, _TEXT)}
+    return list(needs)
+
+
+def _revision(repo: str, given: str | None, locked: lock.Lock) -> str:
+    if given:
+        return given
+    if repo in locked.repos:
+        return locked.repos[repo].revision
+    return UNPINNED

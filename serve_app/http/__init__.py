@@ -1,0 +1,1 @@
+"""The HTTP routes. They know no store and no Ray."""

@@ -1,0 +1,1 @@
+"""The engine of jobs. It knows no kind of job."""

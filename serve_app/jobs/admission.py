@@ -1,0 +1,72 @@
+"""When a message is held back although nothing is wrong with it, and how often each has been."""
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import VariantNotReady
+from ..models import Painter
+from ..settings import Settings
+
+#: How long a message is held back at most whose variant paints and has its share, in seconds.
+RETRY_S = 1.0
+
+
+class Shares:
+    """Keeps one variant's messages from holding every place of this process: one that cannot paint now has what its own
+    replicas could use, one that paints leaves a place to each of the others. What is over waits with the broker."""
+
+    def __init__(self, painter: Painter, settings: Settings) -> None:
+        self._painter, self._settings = painter, settings
+        self._in_hand: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, variant: str) -> Iterator[None]:
+        """Raises VariantNotReady where the share is used up."""
+        if variant not in self._settings.variants:
+            # It fails at once, and names that anybody may make up are not kept.
+            yield
+            return
+        share = self._share(variant)
+        if share is not None and self._in_hand[variant] >= share:
+            # One that paints has room again soon, and must not wait for a message then.
+            soon = {"retry_after_s": RETRY_S} if self._painter.is_ready(variant) else {}
+            raise VariantNotReady(f"variant {variant} has its share of messages in flight", **soon)
+        self._in_hand[variant] += 1
+        try:
+            yield
+        finally:
+            self._in_hand[variant] -= 1
+
+    def _share(self, variant: str) -> int | None:
+        variants, places = self._settings.variants, self._settings.in_flight()
+        if self._painter.is_ready(variant):
+            return max(1, places - (len(variants) - 1)) if len(variants) > 1 else None
+        # No more than an equal part, where the settings allow fewer places than all variants could use.
+        return min(self._settings.share(variant), max(1, places // len(variants)))
+
+
+class Waits:
+    """How often, and for how long, each message was held back without using an attempt. Per process, and bounded."""
+
+    def __init__(self, at_most: int = 10_000) -> None:
+        #: Times and the first one's moment on the monotonic clock, the least recently held back first.
+        self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._at_most = at_most
+
+    def count(self, message_id: str) -> int:
+        """How often, this time included."""
+        times, since = self._held.pop(message_id, (0, time.monotonic()))
+        self._held[message_id] = times + 1, since
+        if len(self._held) > self._at_most:
+            self._held.popitem(last=False)
+        return times + 1
+
+    def waited_s(self, message_id: str) -> float:
+        """Seconds since it was first held back."""
+        now = time.monotonic()
+        return now - self._held.get(message_id, (0, now))[1]
+
+    def forget(self, message_id: str) -> None:
+        self._held.pop(message_id, None)

@@ -1,0 +1,312 @@
+"""Tells others what became of jobs: the session document, the completion topic, the publisher's own URL. And publishes
+the messages of jobs again that are not over and of which nothing was heard for long: the broker may have lost them.
+
+A job owes these from the write that ended it (`Job.owed`), so nothing is lost with a process. The process that ended
+the job tells at once; what is still owed when its head start is over, anybody's courier takes on and tells, again and
+again with backoff. What finds no free place waits in the store, not here. None of it holds up a message, a worker or
+a debt to another: each lane has places of its own, and is looked for apart.
+At least once: a courier that dies between telling and noting it leaves the debt.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol
+
+from ..errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
+from ..settings import Settings
+from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
+from . import claims
+from .kinds import Kind
+from .messages import ASKED_AT
+from .ports import JobStore, Publisher, SessionMirror
+from .record import Debt, Job, JobType, receiver_of
+
+log = logging.getLogger(__name__)
+
+#: How long telling may take, in seconds; nobody else tells it meanwhile. Shorter than jobs.HEAD_START_S.
+TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0, "dispatch": 12.0}
+#: The longest waits between two attempts, in seconds. The stores and the broker are ours, a receiver is a stranger's.
+LONGEST_WAIT_S: Mapping[Debt, float] = {
+    "session": 60.0,
+    "completion": 60.0,
+    "webhook": 3 * 3600.0,
+    "dispatch": 24 * 3600.0,
+}
+#: What is told at a time: session documents, completions, webhooks to each receiver, messages.
+AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 4, "dispatch": 32}
+#: Between two looks for what is owed, in seconds.
+POLL_S = 2.0
+#: Debts told within this are paid by one write; one that takes longer, by its own.
+TOGETHER_S = 0.5
+#: Jobs looked at beyond those that a lane has places for: of receivers that the settings name no longer.
+BATCH = 100
+
+
+class Webhooks(Protocol):
+    def check(self, url: str) -> None:
+        """Raises CallbackRefused for a URL that may not be called."""
+
+    async def call(self, job: Job, document: Mapping[str, Any]) -> None:
+        """Send `document` to `job.callback_url`. Raises WebhookFailed, which is worth another try; CallbackRefused."""
+
+
+class Courier:
+    def __init__(
+        self,
+        *,
+        kinds: Sequence[Kind],
+        job_store: JobStore,
+        mirror: SessionMirror,
+        publisher: Publisher,
+        webhooks: Webhooks,
+        settings: Settings,
+        metrics: Metrics | None = None,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
+        self._jobs, self._mirror, self._publisher, self._webhooks = job_store, mirror, publisher, webhooks
+        self._settings, self._metrics, self._poll_s = settings, metrics or NoMetrics(), poll_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._places = _Places()
+        hosts = {receiver_of(f"https://{host}") for host in settings.webhooks.hosts}
+        self._lanes = [
+            _Lane("session"),
+            _Lane("completion"),
+            _Lane("dispatch"),
+            *(_Lane("webhook", host) for host in sorted(hosts)),
+        ]
+        self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
+            "session": self._write_session,
+            "completion": self._publish_completion,
+            "webhook": self._call_webhook,
+            "dispatch": self._dispatch,
+        }
+
+    def tell(self, job: Job) -> None:
+        """Tell in the background what became of `job`, as it was just stored. What finds no free place stays owed.
+        Wants a running event loop."""
+        begun: list[Debt] = [debt for debt in job.owed if debt != "dispatch" and self._places.take(job, debt)]
+        if begun:
+            self._spawn(self._tell(job, begun))
+
+    async def run(self) -> None:
+        """Look for debts that are due, for ever."""
+        while True:
+            try:
+                await self.look()
+            except Unavailable as e:
+                log.warning("Could not list due notifications: %s", e, extra={"action": "notifications_unavailable"})
+            except Exception:
+                # A record that cannot be read must not end the telling of all others.
+                log.exception("Could not list due notifications", extra={"action": "notifications_failed"})
+            await asyncio.sleep(self._poll_s * random.uniform(0.8, 1.2))
+
+    async def look(self) -> None:
+        """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""
+        now = await self._jobs.now()
+        # Each lane's own, and no more than it has places for: what is owed to a dead receiver may be any number.
+        for lane in self._lanes:
+            if free := self._places.free(lane):
+                await self._look(now, free, debt=lane.debt, receiver=lane.receiver)
+        await self._look(now, BATCH)
+
+    async def _look(self, now: datetime, limit: int, **whose: Any) -> None:
+        for job in await self._jobs.list(owes_by=now, limit=limit, **whose):
+            due = [debt for debt, owed in job.owed.items() if owed.due_at <= now]
+            reserved = [debt for debt in due if self._places.take(job, debt)]
+            if not reserved:
+                continue
+            mine: list[Debt] = []
+            try:
+                taken, mine = await self._take_on(job, reserved)
+            except UnknownJob:
+                continue
+            finally:
+                for debt in set(reserved) - set(mine):
+                    self._places.leave(job, debt)
+            if mine:
+                self._spawn(self._tell(taken, mine))
+
+    async def _take_on(self, job: Job, debts: list[Debt]) -> tuple[Job, list[Debt]]:
+        """The present record, and those of `debts` that are ours to tell."""
+        taker = uuid.uuid4().hex
+        change = claims.take_debts(taker, debts, wait_s=self._wait_s)
+        # Without the session's other jobs, which debts have nothing to do with.
+        taken = await self._jobs.update(job.id, "", change)
+        return taken, [debt for debt, owed in taken.owed.items() if owed.taken_by == taker]
+
+    async def settled(self) -> None:
+        """Wait until everything begun has ended, told or not."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def close(self, *, grace_s: float) -> None:
+        """Wait for what is being told; what is not done by then stays owed."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=grace_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell(self, job: Job, debts: list[Debt]) -> None:
+        with logged_with(job_id=job.id, lock_key=job.lock_key, trace_id=trace_id(job.traceparent)):
+            telling = {asyncio.create_task(self._is_told(job, debt)): debt for debt in debts}
+        try:
+            await asyncio.wait(telling, timeout=TOGETHER_S)
+            while telling:
+                done, _ = await asyncio.wait(telling, return_when=asyncio.FIRST_COMPLETED)
+                ended = {telling.pop(task): task.result() for task in done}
+                # A job that is not over goes on owing its message.
+                await self._pay(job, [debt for debt, is_told in ended.items() if is_told and debt != "dispatch"])
+        finally:
+            for task in telling:
+                task.cancel()
+            await asyncio.gather(*telling, return_exceptions=True)
+
+    async def _pay(self, job: Job, debts: list[Debt]) -> None:
+        if not debts:
+            return
+        try:
+            await self._jobs.update(job.id, "", claims.pay(job, debts))
+        except FluxFillError as e:
+            log.info(
+                "Could not record a sent notification, which is sent again: %s",
+                e,
+                extra={"action": "notification_not_recorded", "job_id": job.id},
+            )
+
+    async def _is_told(self, job: Job, debt: Debt) -> bool:
+        """Whether `debt` is done with: told, or given up."""
+        try:
+            outcome = await self._outcome(job, debt)
+        finally:
+            self._places.leave(job, debt)
+        self._metrics.add("fluxfill_notifications_total", kind=debt, outcome=outcome)
+        if outcome != "failed" and debt == "completion":
+            # Every job that ends comes by here, whoever ended it; twice only where its payment was lost.
+            variant = self._settings.variant_label(job.variant)
+            self._metrics.add("fluxfill_jobs_total", type=job.type, variant=variant, outcome=job.status)
+            self._metrics.observe("fluxfill_job_attempts", job.attempt, variant=variant)
+        return outcome != "failed"
+
+    async def _outcome(self, job: Job, debt: Debt) -> str:
+        try:
+            await self._in_time(job, debt)
+            return "sent"
+        except (InputError, MessageRefused) as e:
+            log.error("Gave up a %s notification: %s", debt, e, extra={"action": "notification_given_up", "kind": debt})
+            return "given_up"
+        except WebhookFailed as e:
+            # The first call, by the process that ended the job, is not counted among the attempts.
+            if job.owed[debt].attempts + 1 >= self._settings.webhooks.max_attempts:
+                log.error(
+                    "Gave up a %s notification: %s", debt, e, extra={"action": "notification_given_up", "kind": debt}
+                )
+                return "given_up"
+            log.warning(
+                "Could not send a %s notification: %s", debt, e, extra={"action": "notification_failed", "kind": debt}
+            )
+        except FluxFillError as e:
+            log.warning(
+                "Could not send a %s notification: %s", debt, e, extra={"action": "notification_failed", "kind": debt}
+            )
+        except Exception:
+            # A fault of ours, but of this debt's only: it is seen, and the debt stays.
+            log.exception(
+                "Could not send a %s notification", debt, extra={"action": "notification_failed", "kind": debt}
+            )
+        return "failed"
+
+    async def _in_time(self, job: Job, debt: Debt) -> None:
+        try:
+            async with asyncio.timeout(TELL_S[debt]):
+                await self._ways[debt](job)
+        except TimeoutError as e:
+            late = WebhookFailed if debt == "webhook" else Unavailable
+            raise late(f"no answer within {TELL_S[debt]:g} s") from e
+
+    async def _write_session(self, job: Job) -> None:
+        await self._mirror.write_session(job, self._kinds[job.type].document(job))
+
+    async def _publish_completion(self, job: Job) -> None:
+        if not self._settings.messages.completion_topic:
+            return
+        ids = {"userId": job.user_id, "sessionId": job.session_id}
+        body = {**ids, "type": job.type, "variant": job.variant, **self._kinds[job.type].document(job)}
+        attributes = {"jobId": job.id, **ids, "status": job.status.value, "traceparent": job.traceparent}
+        named = {name: value for name, value in attributes.items() if value}
+        await self._publisher.publish("completed", json.dumps(body).encode(), named)
+
+    async def _call_webhook(self, job: Job) -> None:
+        await self._webhooks.call(job, self._kinds[job.type].document(job))
+
+    async def _dispatch(self, job: Job) -> None:
+        """The copy is the same message to the rules of asking again: it carries the moment of the first."""
+        if job.message is None:
+            await self._lose(job, "its message is lost, and its record has no copy")
+            return
+        asked_at = {ASKED_AT: job.asked_at.isoformat()} if job.asked_at else {}
+        try:
+            await self._publisher.publish("sessions", job.message.data.encode(), {**job.message.attributes, **asked_at})
+        except MessageRefused as e:
+            await self._lose(job, f"its message is lost, and the broker refuses its copy: {e}")
+            return
+        log.warning("Published a job's message again", extra={"action": "redispatched", **job.log_context()})
+
+    async def _lose(self, job: Job, why: str) -> None:
+        self.tell(await self._jobs.update(job.id, "", claims.lose(job, why)))
+
+    def _wait_s(self, debt: Debt, attempts: int) -> float:
+        firsts_s = {"webhook": self._settings.webhooks.backoff_s, "dispatch": self._settings.work.redispatch_after_s}
+        first_s = firsts_s.get(debt, self._settings.work.backoff_s)
+        backoff_s = min(LONGEST_WAIT_S[debt], first_s * 2.0 ** min(attempts - 1, 30))
+        return TELL_S[debt] + backoff_s * random.uniform(0.8, 1.2)
+
+
+class _Lane(NamedTuple):
+    """Those that are told of the same place, and wait for each other only."""
+
+    debt: Debt
+    #: Of webhooks.
+    receiver: str | None = None
+
+    @classmethod
+    def of(cls, job: Job, debt: Debt) -> "_Lane":
+        return cls(debt, job.receiver if debt == "webhook" else None)
+
+
+class _Places:
+    """What is being told. No debt twice at a time, and no lane more than its share."""
+
+    def __init__(self) -> None:
+        self._telling: set[tuple[str, Debt]] = set()
+        self._taken: Counter[_Lane] = Counter()
+
+    def free(self, lane: _Lane) -> int:
+        return AT_ONCE[lane.debt] - self._taken[lane]
+
+    def take(self, job: Job, debt: Debt) -> bool:
+        """Whether there was a place; it is then to be left."""
+        lane = _Lane.of(job, debt)
+        if (job.id, debt) in self._telling or not self.free(lane):
+            return False
+        self._telling.add((job.id, debt))
+        self._taken[lane] += 1
+        return True
+
+    def leave(self, job: Job, debt: Debt) -> None:
+        self._telling.discard((job.id, debt))
+        self._taken[_Lane.of(job, debt)] -= 1
+        # Nothing is kept of a receiver that nobody calls.
+        self._taken = +self._taken

@@ -1,0 +1,325 @@
+"""Jobs: their record, their states, and the rules by which a claim is taken, kept and given up.
+
+The rules are pure functions from the stored records to the records to store. A job store runs one of them
+inside an atomic read-modify-write (`ports.JobStore.update`), so every backend keeps the same rules. The store passes
+its own present time, so the rules compare moments of one clock only, and no host's clock matters.
+
+    queued ──claimed──► running ──succeeded──► succeeded
+       ▲                  ├──rejected, exhausted──► failed
+       │                  ├──canceled──► canceled
+       └─lease_lost,──────┤
+         retried,         └──expired──► expired
+         given_back
+    queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
+    failed ──replayed, asked_again──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
+    failed ──resumed──► queued, canceled ──resumed──► queued, succeeded ──resumed──► queued
+
+A job that is over owes what others must be told (`Job.owed`), from the same write that ended it. One that is not over
+owes its message (`dispatch`), should the broker have lost it. `outbox.py` pays.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+from ..errors import IllegalTransition
+from ..models import Progress
+from ..parameters import AuditRequest, EditParameters
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+class Cause(StrEnum):
+    """Why a job changes state."""
+
+    #: A worker took it.
+    CLAIMED = "claimed"
+    #: Its result is stored.
+    SUCCEEDED = "succeeded"
+    #: Its input is bad.
+    REJECTED = "rejected"
+    #: Its attempts are used up.
+    EXHAUSTED = "exhausted"
+    #: A user asked.
+    CANCELED = "canceled"
+    #: Its photo or mask was replaced before it ran again: its message is a newer job now.
+    SUPERSEDED = "superseded"
+    #: Its deadline passed.
+    EXPIRED = "expired"
+    #: Its worker stopped renewing the lease: it died, or lost the store.
+    LEASE_LOST = "lease_lost"
+    #: Painting failed for a reason that may pass.
+    RETRIED = "retried"
+    #: Its worker shut down, or something outside was down: nothing wrong with the job.
+    GIVEN_BACK = "given_back"
+    #: An operator sent its dead letter again.
+    REPLAYED = "replayed"
+    #: A message asked for it once more: published after it failed or was canceled, or with a later deadline.
+    ASKED_AGAIN = "asked_again"
+    #: A user asked for what an audit lacks.
+    RESUMED = "resumed"
+
+
+#: Every legal edge. What is not here raises IllegalTransition.
+TRANSITIONS: Mapping[tuple[State, Cause], State] = {
+    (State.QUEUED, Cause.CLAIMED): State.RUNNING,
+    (State.QUEUED, Cause.EXHAUSTED): State.FAILED,
+    (State.QUEUED, Cause.CANCELED): State.CANCELED,
+    (State.QUEUED, Cause.SUPERSEDED): State.CANCELED,
+    (State.QUEUED, Cause.EXPIRED): State.EXPIRED,
+    (State.RUNNING, Cause.SUCCEEDED): State.SUCCEEDED,
+    (State.RUNNING, Cause.REJECTED): State.FAILED,
+    (State.RUNNING, Cause.EXHAUSTED): State.FAILED,
+    (State.RUNNING, Cause.CANCELED): State.CANCELED,
+    (State.RUNNING, Cause.EXPIRED): State.EXPIRED,
+    (State.RUNNING, Cause.LEASE_LOST): State.QUEUED,
+    (State.RUNNING, Cause.RETRIED): State.QUEUED,
+    (State.RUNNING, Cause.GIVEN_BACK): State.QUEUED,
+    (State.FAILED, Cause.REPLAYED): State.QUEUED,
+    (State.FAILED, Cause.ASKED_AGAIN): State.QUEUED,
+    (State.CANCELED, Cause.ASKED_AGAIN): State.QUEUED,
+    (State.EXPIRED, Cause.ASKED_AGAIN): State.QUEUED,
+    (State.FAILED, Cause.RESUMED): State.QUEUED,
+    (State.CANCELED, Cause.RESUMED): State.QUEUED,
+    (State.SUCCEEDED, Cause.RESUMED): State.QUEUED,
+}
+
+JobType = Literal["inpaint", "generate", "audit"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+#: What a job is to do, by its type.
+Parameters = Annotated[EditParameters | AuditRequest, Field(discriminator="type")]
+
+
+class Artifact(_Value):
+    """A blob that a job wrote."""
+
+    #: `edited`, `preview`.
+    role: str
+    path: str
+    #: As written: a later job of the session may write to the same path. Empty in records that kept none.
+    version: str = ""
+    content_type: str = ""
+    #: None in records that kept none.
+    size_bytes: int | None = None
+
+
+class JobError(_Value):
+    code: str
+    message: str
+
+
+class Timings(_Value):
+    """Seconds by stage of the attempt that ended the job; None where a stage did not run."""
+
+    queued_s: float | None = None
+    download_s: float | None = None
+    #: Decode, plan windows, crop, and get the prompt's embeddings.
+    prepare_s: float | None = None
+    #: Waiting for a replica: queued behind other jobs, or while one starts.
+    wait_s: float | None = None
+    #: The engine at work.
+    engine_s: float | None = None
+    #: Device time of the painting in milliseconds; None where there is no GPU.
+    gpu_ms: float | None = None
+    #: Paste and encode.
+    encode_s: float | None = None
+    upload_s: float | None = None
+    total_s: float | None = None
+
+
+#: Who is told that a job is over: the session document, the completion topic, the publisher's own URL. `dispatch` is
+#: what a job that is not over owes: its message, published again.
+Debt = Literal["session", "completion", "webhook", "dispatch"]
+
+#: The process that ended a job tells the others at once; should it die first, anybody may after this. Longer than
+#: telling may take, in seconds.
+HEAD_START_S: Mapping[Debt, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
+
+#: A URL of these schemes need not name the port.
+_PORTS = {"https": 443, "http": 80}
+
+_NOT_YET = datetime.fromtimestamp(0, UTC)
+
+
+class Owed(_Value):
+    """Something a job still has to tell."""
+
+    #: Not to be told before.
+    due_at: AwareDatetime
+    #: How often telling was begun by somebody who found it due.
+    attempts: int = 0
+    #: Who began last.
+    taken_by: str = ""
+
+
+class Message(_Value):
+    """What asked for a job, to be published again should the broker lose it."""
+
+    #: JSON, as `messages.EditMessage` reads it.
+    data: str
+    attributes: dict[str, str]
+
+
+class Job(_Value):
+    """One stored record. Records are immutable: `evolve` makes the next one."""
+
+    id: str
+    status: State = State.QUEUED
+    #: Whose photo, and which session; empty for jobs that have none.
+    user_id: str = ""
+    session_id: str = ""
+    #: Jobs of one key run one at a time; empty: beside any other.
+    lock_key: str = ""
+    #: Empty for jobs of several variants.
+    variant: str = ""
+    parameters: Parameters
+    seed: int = 0
+    #: What was asked for, whatever photo was stored then; empty where the job's id depends on no stored versions.
+    request: str = ""
+    #: Attempts used, the running one included.
+    attempt: int = 0
+    #: The fencing number: grows with every claim and every cancellation.
+    fence: int = 0
+    #: Who claimed it last, or came to claim it and ended it: a name used for one claim.
+    claimed_by: str = ""
+    #: Not to be claimed before: the backoff after a failed attempt.
+    not_before: AwareDatetime | None = None
+    #: Since when its attempts have been given back for want of something: weights, a replica, a store.
+    waiting_since: AwareDatetime | None = None
+    #: While running: until when its worker may be silent. While an audit is queued: until when its driver may be.
+    lease_until: AwareDatetime | None = None
+    progress: Progress = Progress()
+    error: JobError | None = None
+    timings: Timings = Timings()
+    artifacts: tuple[Artifact, ...] = ()
+    #: Whether its message was copied to the dead-letter topic.
+    dead_lettered: bool = False
+    #: What is still to be told.
+    owed: dict[Debt, Owed] = Field(default_factory=dict)
+    #: Where the publisher wants to be called when the job is over; empty: nowhere.
+    callback_url: str = ""
+    #: W3C trace context of the message that asked; empty where there is none.
+    traceparent: str = ""
+    deadline: AwareDatetime | None = None
+    #: The newest message that asked for it; None in records of a version that kept none.
+    message: Message | None = None
+    #: The message is published again when nothing was heard of the job for so long, in seconds.
+    redispatch_s: float = 3600.0
+    #: When the newest message that asked for it was published, by the broker's clock.
+    asked_at: AwareDatetime | None = None
+    #: This and the moments below are the job store's time. A new job has its own from its first claim.
+    created_at: AwareDatetime = _NOT_YET
+    started_at: AwareDatetime | None = None
+    finished_at: AwareDatetime | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_older_record(cls, record: Any) -> Any:
+        """Records of version 0.1 have the type beside the parameters, paths and versions of artifacts in two mappings,
+        and no lock key."""
+        match record:
+            case {"type": str(of), "parameters": dict(parameters), "user_id": user, "session_id": session, **rest}:
+                ids = {"user_id": user, "session_id": session, "lock_key": f"{user}/{session}" if session else ""}
+                paths, versions = rest.get("artifacts", {}), rest.get("versions", {})
+                if isinstance(paths, dict) and isinstance(versions, dict):
+                    rest.pop("versions", None)
+                    rest["artifacts"] = [
+                        {"role": role, "path": path, "version": versions.get(role, "")} for role, path in paths.items()
+                    ]
+                return {**rest, **ids, "parameters": {**parameters, "type": of}}
+        return record
+
+    @property
+    def type(self) -> JobType:
+        return self.parameters.type
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Blob paths of its artifacts, by role."""
+        return {artifact.role: artifact.path for artifact in self.artifacts}
+
+    @property
+    def owes_at(self) -> datetime | None:
+        """When the first thing it owes is due; None where it owes nothing."""
+        return min((owed.due_at for owed in self.owed.values()), default=None)
+
+    @property
+    def receiver(self) -> str:
+        """Whom a webhook of it calls, as `receiver_of` has it; empty where it calls nobody."""
+        return receiver_of(self.callback_url)
+
+    def evolve(self, **changes: Any) -> "Job":
+        return type(self).model_validate({**self.__dict__, **changes})
+
+    def after(self, cause: Cause, now: datetime, **changes: Any) -> "Job":
+        """The record after the edge that `cause` names.
+
+        Raises IllegalTransition where the state machine has no such edge.
+        """
+        to = TRANSITIONS.get((self.status, cause))
+        if to is None:
+            raise IllegalTransition(f"job {self.id} is {self.status} and cannot be {cause}", status=self.status)
+        lease_until = self.lease_until if to == State.RUNNING else None
+        finished_at = now if to.is_final else None
+        after = self.evolve(status=to, lease_until=lease_until, finished_at=finished_at, **changes)
+        return after.evolve(owed=_debts(after, now))
+
+    def log_context(self) -> dict[str, Any]:
+        return {
+            "job_id": self.id,
+            "lock_key": self.lock_key,
+            "variant": self.variant,
+            "attempt": self.attempt,
+            "fence": self.fence,
+        }
+
+
+def receiver_of(url: str) -> str:
+    """The host that the URL is of, and the port where it is not the scheme's own, however both are spelt; empty where
+    there is none."""
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+        host = host.encode("idna").decode()
+    except ValueError:
+        # What is no URL is never called either; UnicodeError is one.
+        return ""
+    return f"{host}:{port}" if port and port != _PORTS.get(parts.scheme) else host
+
+
+def _debts(job: Job, now: datetime) -> dict[Debt, Owed]:
+    if job.type == "audit":
+        # It has no message, and whoever asked looks.
+        return {}
+    if not job.status.is_final:
+        return {"dispatch": Owed(due_at=now + timedelta(seconds=job.redispatch_s))}
+    wanted: dict[Debt, bool] = {
+        "session": bool(job.session_id),
+        "completion": True,
+        "webhook": bool(job.callback_url),
+    }
+    return {
+        debt: Owed(due_at=now + timedelta(seconds=HEAD_START_S[debt]))
+        for debt, is_wanted in wanted.items()
+        if is_wanted
+    }

@@ -1,0 +1,378 @@
+"""The use case: one delivery in, one stored result out.
+
+Whatever brings a message, pulled or pushed, it ends here, over the same claim:
+
+    read ► identify ► claim ► attempt (by the kind of job, under lease.py) ► finish ► verdict
+
+What others are told of a job's end is owed from the write that ended it, and told by outbox.py.
+"""
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+
+from ..errors import (
+    Busy,
+    Canceled,
+    Disposition,
+    FluxFillError,
+    MalformedMessage,
+    MessageRefused,
+    OtherVariant,
+    StaleClaim,
+    StoreUnavailable,
+    Unavailable,
+    UnknownVariant,
+    VariantLoadFailed,
+    VariantNotReady,
+)
+from ..models import Painter
+from ..settings import Settings
+from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
+from . import claims
+from .admission import Shares, Waits
+from .claims import Change
+from .kinds import Asked, Attempt, Kind, Result
+from .lease import Lease, Orphans, Pace, insist
+from .messages import Attributes, parse_attributes, without_reasons
+from .notifications import Courier, Webhooks
+from .ports import Delivery, JobStore, Publisher, SessionMirror, Verdict
+from .record import Cause, Job, JobError, JobType, State, Timings
+
+log = logging.getLogger(__name__)
+
+#: A variant that starts is ready in a minute: its messages must not be away for much longer.
+LONGEST_WAIT_FOR_A_VARIANT_S = 10.0
+
+#: How a job ends that is not tried again, by its error's disposition.
+_ENDS_BY = {
+    Disposition.DEAD_LETTER: Cause.REJECTED,
+    Disposition.RETRY: Cause.EXHAUSTED,
+    Disposition.ACK: Cause.EXPIRED,
+}
+
+
+def pixel_pool() -> ThreadPoolExecutor:
+    """Decodes and encodes: as many photos at a time as one process has memory for."""
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="pixels")
+
+
+class Worker:
+    """Works on deliveries, many at a time."""
+
+    def __init__(
+        self,
+        *,
+        kinds: Sequence[Kind],
+        job_store: JobStore,
+        mirror: SessionMirror,
+        publisher: Publisher,
+        courier: Courier,
+        webhooks: Webhooks,
+        painter: Painter,
+        settings: Settings,
+        metrics: Metrics | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        """`painter` says which variants can paint now; jobs of each of `kinds` are worked on."""
+        self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
+        self._jobs, self._mirror, self._publisher = job_store, mirror, publisher
+        self._courier, self._webhooks = courier, webhooks
+        self._metrics = metrics or NoMetrics()
+        self._settings, self._pace = settings, pace
+        self._pool = pixel_pool()
+        self._orphans = Orphans(job_store)
+        self._waits = Waits()
+        self._shares = Shares(painter, settings)
+
+    def close(self) -> None:
+        self._orphans.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def work(self, delivery: Delivery) -> Verdict:
+        """Do what `delivery` asks and say what becomes of the message.
+
+        Raises nothing but CancelledError, and that after the job has been put back.
+        """
+        with logged_with(message_id=delivery.message_id):
+            return await self._decided(delivery)
+
+    async def _decided(self, delivery: Delivery) -> Verdict:
+        try:
+            verdict = await self._work(delivery)
+        except Busy as e:
+            return self._held_back(delivery, e, at_most_s=e.details["retry_after_s"])
+        except (VariantNotReady, VariantLoadFailed) as e:
+            at_most_s = e.details.get("retry_after_s", LONGEST_WAIT_FOR_A_VARIANT_S)
+            return self._held_back(delivery, e, at_most_s=at_most_s)
+        except (Unavailable, StaleClaim) as e:
+            return self._held_back(delivery, e)
+        except Exception as e:
+            log.exception("Working on message %s failed", delivery.message_id, extra={"action": "work_failed"})
+            return self._held_back(delivery, e)
+        if verdict.action == "ack":
+            self._waits.forget(delivery.message_id)
+        return verdict
+
+    async def _work(self, delivery: Delivery) -> Verdict:
+        try:
+            if delivery.fault:
+                raise MalformedMessage(delivery.fault)
+            # Messages of edits are the only ones so far.
+            kind = self._kinds["inpaint"]
+            asked = kind.read(delivery.data)
+            attributes = parse_attributes(delivery.attributes)
+            with logged_with(trace_id=trace_id(attributes.traceparent)):
+                if asked.unknown_fields:
+                    names = ", ".join(asked.unknown_fields)
+                    log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
+                return await self._shared(kind, asked, attributes, delivery)
+        except MalformedMessage as e:
+            await self._dead_letter(delivery, e.code, e.message)
+            return Verdict(action="ack", reason=e.code)
+
+    async def _shared(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery) -> Verdict:
+        """Work on it within the share of its job's variant, which need not be the one it names today."""
+        variant = asked.variant
+        new_job = partial(self._new_job, kind, asked, attributes, delivery)
+        while True:
+            try:
+                # Before the stores are asked anything: what is over its share comes again.
+                with self._shares.taken(variant):
+                    return await self._work_on(await new_job(variant), delivery)
+            except OtherVariant as e:
+                variant = e.details["variant"]
+            except VariantNotReady as e:
+                if self._waits.waited_s(delivery.message_id) < self._settings.work.wait_limit_s:
+                    raise
+                return await self._given_up(await new_job(variant), delivery, e)
+
+    async def _given_up(self, new: Job, delivery: Delivery, error: VariantNotReady) -> Verdict:
+        """The end of a message that has waited for its share for too long."""
+        job = await self._claim(new, _claimer())
+        if not job.status.is_final:
+            change = claims.finish(claims.claim_of(job), Cause.EXHAUSTED, error=_job_error(error))
+            job = await self._update(job, change)
+        return await self._settle(job, delivery)
+
+    async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
+        with logged_with(job_id=new.id, lock_key=new.lock_key):
+            claimer, claimed_at = _claimer(), time.monotonic()
+            job = await self._claim(new, claimer)
+            if job.status.is_final:
+                if job.claimed_by != claimer:
+                    self._metrics.add("fluxfill_duplicate_messages_total")
+                return await self._settle(job, delivery)
+            log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
+            self._metrics.observe(
+                "fluxfill_queue_wait_seconds", self._queued_s(job, delivery), variant=self._label(job)
+            )
+            return await self._run(job, delivery, claimed_at)
+
+    # -- claiming
+
+    async def _new_job(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery, variant: str) -> Job:
+        """The kind's, with what all kinds have of their message."""
+        job = await kind.new_job(asked, variant=variant, idempotency_key=attributes.idempotency_key)
+        message = job.message and job.message.model_copy(update={"attributes": without_reasons(delivery.attributes)})
+        return job.evolve(
+            traceparent=attributes.traceparent,
+            asked_at=_asked_at(attributes, delivery),
+            message=message,
+            redispatch_s=self._settings.work.redispatch_after_s,
+        )
+
+    async def _claim(self, new: Job, claimer: str) -> Job:
+        work = self._settings.work
+        change = claims.claim(new, lease_s=work.lease_s, max_attempts=work.max_attempts, claimer=claimer)
+        claiming = asyncio.ensure_future(self._jobs.update(new.id, new.lock_key, change))
+        try:
+            return await asyncio.shield(claiming)
+        except StoreUnavailable:
+            self._orphans.add(new, claimer)
+            raise
+        except asyncio.CancelledError:
+            # The store may commit the claim after all; then it is ours to give back.
+            await asyncio.wait({claiming})
+            if not claiming.cancelled() and claiming.exception() is None and not claiming.result().status.is_final:
+                await self._give_back(claiming.result())
+            raise
+
+    # -- running
+
+    async def _run(self, job: Job, delivery: Delivery, claimed_at: float) -> Verdict:
+        try:
+            return await self._to_the_end(job, delivery, claimed_at)
+        except asyncio.CancelledError:
+            await self._give_back(job)
+            raise
+
+    async def _to_the_end(self, job: Job, delivery: Delivery, claimed_at: float) -> Verdict:
+        try:
+            if await self._is_canceled(job):
+                error = JobError(code=Canceled.code, message="its session was canceled before it began")
+                change = claims.finish(claims.claim_of(job), Cause.CANCELED, error=error)
+                return await self._settle(await self._update(job, change), delivery)
+            result = await self._attempt(job, delivery, claimed_at)
+            done = {"artifacts": result.artifacts, "timings": result.timings}
+            change = claims.finish(claims.claim_of(job), Cause.SUCCEEDED, **done)
+            return await self._settle(await self._update(job, change), delivery)
+        except (StaleClaim, Canceled):
+            return await self._lost(job, delivery)
+        except Exception as e:
+            try:
+                return await self._failed(job, delivery, e)
+            except StaleClaim:
+                return await self._lost(job, delivery)
+
+    async def _give_back(self, job: Job) -> None:
+        """On shutdown. A claim that is over, or a store that stays down, leaves the job to others."""
+        with suppress(FluxFillError):
+            await asyncio.shield(self._update(job, claims.give_back(claims.claim_of(job))))
+            log.info("Requeued a job on shutdown", extra={"action": "requeued", **job.log_context()})
+
+    async def _is_canceled(self, job: Job) -> bool:
+        """Whether the session was canceled after the job was last asked for. Asked after the claim: see cancel.py."""
+        until = await self._jobs.canceled_until(job.lock_key)
+        return until is not None and job.asked_at is not None and job.asked_at <= until
+
+    def _queued_s(self, job: Job, delivery: Delivery) -> float:
+        started = job.started_at or job.created_at
+        return (started - min(delivery.publish_time or job.created_at, started)).total_seconds()
+
+    async def _attempt(self, job: Job, delivery: Delivery, claimed_at: float) -> Result:
+        kind, work, pace = self._kinds[job.type], self._settings.work, self._pace
+        show = partial(self._mirrored, kind)
+        lease = Lease(job, store=self._jobs, show=show, work=work, claimed_at=claimed_at, pace=pace)
+        if job.variant not in self._settings.variants:
+            known = ", ".join(self._settings.variants)
+            raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")
+        if job.callback_url:
+            self._webhooks.check(job.callback_url)
+        attempt = Attempt(on_progress=lease.note, confirm=lease.confirm, pool=self._pool)
+        result = await lease.hold(kind.run(job, attempt))
+        timings = result.timings.model_copy(
+            update={
+                "queued_s": self._queued_s(job, delivery),
+                "total_s": time.monotonic() - claimed_at,
+            }
+        )
+        self._measure(job, timings)
+        return replace(result, timings=timings)
+
+    async def _mirrored(self, kind: Kind, job: Job) -> None:
+        await self._mirror.write_session(job, kind.document(job))
+
+    def _measure(self, job: Job, timings: Timings) -> None:
+        variant = self._label(job)
+        for stage, seconds in timings.model_dump(exclude={"gpu_ms"}, exclude_none=True).items():
+            self._metrics.observe("fluxfill_stage_seconds", seconds, stage=stage.removesuffix("_s"), variant=variant)
+
+    def _label(self, job: Job) -> str:
+        return self._settings.variant_label(job.variant)
+
+    async def _failed(self, job: Job, delivery: Delivery, cause: Exception) -> Verdict:
+        """What errors.py's disposition says of `cause`."""
+        e = cause if isinstance(cause, FluxFillError) else FluxFillError(f"{type(cause).__name__}: {cause}")
+        extra = {"action": "attempt_failed", "code": e.code, **job.log_context()}
+        log.warning("An attempt failed: %s", e.message, extra=extra, exc_info=cause if e is not cause else None)
+        self._metrics.add("fluxfill_attempts_failed_total", variant=self._label(job), code=e.code)
+        claim, error, work = claims.claim_of(job), _job_error(e), self._settings.work
+        if e.disposition == Disposition.WAIT:
+            try:
+                after = await self._update(job, claims.wait(claim, error=error, limit_s=work.wait_limit_s))
+            except StoreUnavailable:
+                self._orphans.add(job, job.claimed_by)
+                raise
+            if after.status.is_final:
+                return await self._settle(after, delivery)
+            raise e
+        if e.disposition == Disposition.RETRY and job.attempt < work.max_attempts:
+            backoff_s = self._backoff_s(job.attempt)
+            await self._update(job, claims.retry(claim, error=error, backoff_s=backoff_s))
+            return Verdict(action="hold", delay_s=backoff_s, reason=e.code)
+        change = claims.finish(claim, _ENDS_BY[e.disposition], error=error)
+        return await self._settle(await self._update(job, change), delivery)
+
+    async def _lost(self, job: Job, delivery: Delivery) -> Verdict:
+        """The claim is over: somebody canceled the job, or another worker has it or ended it."""
+        stored = await self._jobs.get(job.id)
+        if stored is not None and stored.status == State.CANCELED:
+            return await self._settle(stored, delivery)
+        log.warning("Lost a claim", extra={"action": "claim_lost", **job.log_context()})
+        self._metrics.add("fluxfill_leases_lost_total")
+        if stored is not None and stored.status.is_final:
+            return await self._settle(stored, delivery)
+        return self._held_back(delivery, StaleClaim("another worker has the job"))
+
+    async def _update(self, job: Job, change: Change) -> Job:
+        """A write that must not be lost to a hiccup: tried again for as long as the lease can last."""
+        return await insist(partial(self._jobs.update, job.id, job.lock_key, change), self._settings.work.lease_s)
+
+    # -- after the end
+
+    async def _settle(self, job: Job, delivery: Delivery) -> Verdict:
+        """Tell others, and the dead-letter topic of a failure. The dead letter is sent again for every duplicate until
+        the record says that it was, so that a crash between the job's last write and this loses none."""
+        self._courier.tell(job)
+        if job.status == State.FAILED and not job.dead_lettered:
+            error = job.error or JobError(code="internal_error", message="")
+            await self._dead_letter(delivery, error.code, error.message, job)
+            await self._jobs.update(job.id, job.lock_key, claims.mark_dead_lettered(job))
+        log.info("A job ended: %s", job.status, extra={"action": "ended", "status": job.status, **job.log_context()})
+        return Verdict(action="ack", reason=job.error.code if job.error else job.status)
+
+    async def _dead_letter(self, delivery: Delivery, code: str, message: str, job: Job | None = None) -> None:
+        reason = {
+            "deadLetterReason": code,
+            # Pub/Sub takes attribute values up to 1,024 bytes.
+            "deadLetterError": message.encode()[:1024].decode(errors="ignore"),
+            "deadLetterAttempts": str(job.attempt if job else 0),
+            "deadLetterJobId": job.id if job else "",
+            "deadLetterMessageId": delivery.message_id,
+        }
+        try:
+            await self._publisher.publish("dead", delivery.data, {**without_reasons(delivery.attributes), **reason})
+        except MessageRefused:
+            # At the broker's limit on size or attributes, the reason no longer fits: the message's beginning goes.
+            beginning = delivery.data[: self._settings.limits.message_bytes]
+            await self._publisher.publish("dead", beginning, {**reason, "deadLetterTruncated": "true"})
+        self._metrics.add("fluxfill_dead_letters_total", code=code)
+        log.warning(
+            "Sent a message to the dead-letter topic: %s", message, extra={"action": "dead_lettered", "code": code}
+        )
+
+    # -- holding back
+
+    def _held_back(self, delivery: Delivery, e: Exception, at_most_s: float = float("inf")) -> Verdict:
+        delay_s = min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s)
+        code = e.code if isinstance(e, FluxFillError) else FluxFillError.code
+        self._metrics.add("fluxfill_messages_deferred_total", code=code)
+        log.info("Deferred a message: %s", e, extra={"action": "deferred", "code": code, "delay_s": delay_s})
+        return Verdict(action="hold", delay_s=delay_s, reason=code)
+
+    def _backoff_s(self, times: int) -> float:
+        work = self._settings.work
+        return min(work.backoff_max_s, work.backoff_s * 2.0 ** min(times - 1, 30)) * random.uniform(0.8, 1.2)
+
+
+def _asked_at(attributes: Attributes, delivery: Delivery) -> datetime | None:
+    """When the message was first published: a copy that the outbox published asks no later than it."""
+    published = [moment for moment in (attributes.asked_at, delivery.publish_time) if moment is not None]
+    return min(published, default=None)
+
+
+def _claimer() -> str:
+    return uuid.uuid4().hex
+
+
+def _job_error(e: FluxFillError) -> JobError:
+    return JobError(code=e.code, message=e.message)

@@ -1,0 +1,232 @@
+"""Models: the variants that paint, what a model is asked for, and what it gives. Pure data."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+Family = Literal["flux-fill", "telea", "pause"]
+#: `w8a8`: weights and activations int8. `fp8`: both float8 (e4m3).
+Repacking = Literal["w8a8", "fp8"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Variant(_Value):
+    """One way to paint: an engine family and the weights it runs."""
+
+    #: Which engine runs it; see `serve_app.engine.families`.
+    family: Family
+    #: Hub repository of the quantised transformer, e.g. `owner/name`.
+    repo: str | None = None
+    #: File in `repo`, or a local path where `repo` is absent.
+    file: str | None = None
+    #: Commit of `repo`. None: not pinned here; the weights lock file may pin it.
+    revision: str | None = None
+    #: Repository or local folder with VAE, scheduler, text encoders and the transformer's config.
+    base: str | None = None
+    base_revision: str | None = None
+    #: What the transformer's blocks are repacked to at load, approximately; None computes with what `file` holds.
+    repack: Repacking | None = None
+    #: Tokens a prompt is padded to for T5.
+    max_prompt_tokens: int = Field(512, ge=1, le=512)
+    #: Whole GPUs a replica takes. 0 runs on the CPU.
+    num_gpus: int = Field(0, ge=0, le=1)
+    #: GiB resident on the device while serving (without text encoders); informative.
+    memory_gib: float | None = None
+    #: Seconds the `pause` family sleeps per window in place of painting.
+    pause_s: float = Field(1.0, ge=0, le=600)
+    #: For load tests: the `pause` family reports no step and goes on after it was told to stop, as a hung GPU does.
+    deaf: bool = False
+
+    @property
+    def takes_prompt(self) -> bool:
+        return self.family == "flux-fill"
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it paints in as many steps as it is asked for."""
+        return self.family != "telea"
+
+
+#: A `base` or `file` under this prefix is written by `serve_app.engine.flux.tiny` on first use.
+TINY = "tiny:"
+
+_GGUF_REPO = "YarvixPA/FLUX.1-Fill-dev-GGUF"
+_BASE = "black-forest-labs/FLUX.1-Fill-dev"
+
+
+def _gguf(quant: str, memory_gib: float, repack: Repacking | None = None) -> Variant:
+    return Variant(
+        family="flux-fill",
+        repo=_GGUF_REPO,
+        file=f"flux1-fill-dev-{quant}.gguf",
+        base=_BASE,
+        repack=repack,
+        num_gpus=1,
+        memory_gib=memory_gib,
+    )
+
+
+def _tiny(quant: str, repack: Repacking | None = None) -> Variant:
+    return Variant(
+        family="flux-fill",
+        file=f"{TINY}flux1-fill-dev-{quant}.gguf",
+        base=f"{TINY}base",
+        repack=repack,
+        max_prompt_tokens=64,
+    )
+
+
+#: Resident sizes were computed from the tensor shapes.
+BUILT_IN: dict[str, Variant] = {
+    "Q4_0": _gguf("Q4_0", 11.0),
+    "Q5_K_S": _gguf("Q5_K_S", 12.5),
+    "Q8_0": _gguf("Q8_0", 16.9),
+    "Q8_0-w8a8": _gguf("Q8_0", 16.4, "w8a8"),
+    "Q8_0-fp8": _gguf("Q8_0", 16.4, "fp8"),
+    "tiny-Q4_0": _tiny("Q4_0"),
+    "tiny-Q5_K_S": _tiny("Q5_K_S"),
+    "tiny-Q8_0": _tiny("Q8_0"),
+    "tiny-Q8_0-w8a8": _tiny("Q8_0", "w8a8"),
+    "telea": Variant(family="telea"),
+}
+
+
+class Trial(_Value):
+    """One painting of a cell, timed in the replica."""
+
+    #: From the painting's beginning to its end.
+    wall_s: float
+    #: By CUDA events; None where there is no GPU.
+    gpu_ms: float | None
+    #: Seconds: `prepare_s` (up to the first step: the photo is encoded), `denoise_s` (the steps), `decode_s` (what
+    #: follows the last step: decoding and blending). Summed over the windows. With one step, or none, it cannot be told
+    #: from what comes before: `prepare_s` is 0.
+    stages: Mapping[str, float]
+    #: Bytes of device memory, allocated at most and reserved at most while it was painted; None where there is no GPU.
+    peak_bytes: int | None
+    reserved_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """Pixels `x0 <= x < x1`, `y0 <= y < y1`."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> int:
+        return self.y1 - self.y0
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Index of these pixels in an array `[height, width, ...]`."""
+        return slice(self.y0, self.y1), slice(self.x0, self.x1)
+
+
+#: uint8; `[height, width, 3]` RGB for photos, `[height, width]` for masks.
+Pixels = npt.NDArray[np.uint8]
+
+
+class Progress(_Value):
+    #: Steps done, over all windows.
+    step: int = 0
+    #: Steps in all; 0 while unknown.
+    steps: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """0..1."""
+        return self.step / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaintRequest:
+    """What a replica needs for one job, and nothing about whose it is but the id."""
+
+    job_id: str
+    #: uint8 RGB, `[height, width, 3]`, at working scale.
+    canvas: Pixels
+    #: uint8, `[height, width]`; 255 is painted, 0 is kept.
+    mask: Pixels
+    #: In painting order, in canvas pixels; each is a bucket size.
+    windows: Sequence[Box]
+    steps: int
+    guidance_scale: float
+    seed: int
+    #: W3C trace context of the message that asked, for the replica's log; empty where there is none.
+    traceparent: str = ""
+    #: safetensors bytes with `prompt_embeds` `[1, tokens, d]` and `pooled_prompt_embeds` `[1, d]`; None where the
+    #: variant takes no prompt.
+    embeddings: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Painted:
+    #: uint8 RGB, the request's canvas size.
+    canvas: Pixels
+    #: Seconds the engine was at work.
+    busy_s: float
+    #: Device milliseconds; None where there is no GPU.
+    gpu_ms: float | None = None
+    #: Seconds: `prepare_s` (up to the first step: the photo is encoded), `denoise_s` (the steps), `decode_s` (what
+    #: follows the last step). Summed over the windows; of one that was begun again, the second time's.
+    stages: Mapping[str, float] = field(default_factory=dict)
+    #: Bytes of device memory, allocated at most and reserved at most meanwhile; None where there is no GPU.
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    #: Where it ran: device, compute capability, replica, node.
+    where: Mapping[str, Any] = field(default_factory=dict)
+    #: Those of the request that were painted: of the others nothing would have been kept.
+    windows: Sequence[Box] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One request painted several times for an audit."""
+
+    #: uint8 RGB, the request's canvas size: the last painting's.
+    canvas: Pixels
+    #: The first painting, then the warm ones.
+    trials: Sequence[Trial]
+    #: Whether all gave the same bytes.
+    repeats: bool
+    #: As in Painted, with `replica`, `node` and `pid`.
+    where: Mapping[str, Any]
+    #: As in Painted.
+    windows: Sequence[Box]
+
+
+OnProgress = Callable[[Progress], Awaitable[None]]
+
+
+class Painter(Protocol):
+    def is_ready(self, variant: str) -> bool:
+        """Whether a painting would begin without waiting for a replica to start or to load."""
+
+    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
+        """Paint the windows in order. Cancelling the call stops the engine within one step.
+
+        Raises UnknownVariant, VariantNotReady, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
+        """
+
+
+class PromptEncoder(Protocol):
+    async def encode(self, variant: str, prompt: str) -> bytes | None:
+        """Embeddings as PaintRequest wants them; None where the variant takes no prompt.
+
+        Raises UnknownVariant, VariantLoadFailed, ReplicaLost, StoreUnavailable.
+        """

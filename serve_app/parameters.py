@@ -1,0 +1,192 @@
+"""What a job may ask for: the values and their limits, and the parameters of each type of job."""
+
+import math
+from enum import StrEnum
+from itertools import product
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+#: What may stand in a user or session id; nothing that matches can escape a path.
+ID_PATTERN = r"\A[A-Za-z0-9_-]{1,128}\z"
+
+
+def _whole(value: object) -> object:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
+
+#: JSON has one kind of number: 28.0 is 28. A string or a fraction is no whole number.
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+
+#: Range checks shared with the settings' own defaults.
+Steps = Annotated[Whole, Field(ge=1, le=100)]
+
+GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
+
+VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
+
+Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+class CropStrategy(StrEnum):
+    """How much of the photo the model sees, and at which scale; see `serve_app.edit.windows`."""
+
+    AUTO = "auto"
+    CROP = "crop"
+    RESIZE = "resize"
+    ORIGINAL = "original"
+
+
+#: Also in a Ray submission id, and a folder of the blob store.
+RUN_ID_PATTERN = r"\A[A-Za-z0-9_-]{1,64}\z"
+
+RunId = Annotated[str, StringConstraints(pattern=RUN_ID_PATTERN)]
+
+_RUN_ID: TypeAdapter[str] = TypeAdapter(RunId)
+
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
+
+#: A matrix of an L4 takes about a minute a cell, twice.
+MAX_CELLS = 500
+
+#: V4 signed links live no longer.
+MAX_LINK_HOURS = 168
+
+
+class Cell(_Value):
+    """One value of each axis."""
+
+    variant: VariantName
+    guidance_scale: GuidanceScale
+    steps: Steps
+    seed: Seed
+    prompt: Prompt
+    crop: CropStrategy
+
+
+class Matrix(_Value):
+    """The axes. A cell is painted for every combination."""
+
+    variants: tuple[VariantName, ...] = Field(("Q4_0", "Q5_K_S", "Q8_0"), min_length=1)
+    guidance_scales: tuple[GuidanceScale, ...] = Field((2.0, 4.0, 10.0, 20.0, 30.0), min_length=1)
+    steps: tuple[Steps, ...] = Field((28,), min_length=1)
+    #: One for all cells by default: what differs between two pictures is then the axis, not the noise.
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
+    prompts: tuple[Prompt, ...] = Field(
+        ("empty ground, nothing here, just the natural ground surface continuing seamlessly",), min_length=1
+    )
+    crops: tuple[CropStrategy, ...] = Field((CropStrategy.AUTO,), min_length=1)
+
+    @model_validator(mode="after")
+    def _sound(self) -> "Matrix":
+        axes = {name: getattr(self, name) for name in type(self).model_fields}
+        for name, values in axes.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: a value is given twice")
+        # Counted without making them: a body of 64 kB can ask for millions of millions.
+        if (count := math.prod(map(len, axes.values()))) > MAX_CELLS:
+            raise ValueError(f"{count} cells are more than {MAX_CELLS}")
+        return self
+
+    def cells(self) -> list[Cell]:
+        """Variant by variant, in the order of the axes."""
+        axes = (self.variants, self.guidance_scales, self.steps, self.seeds, self.prompts, self.crops)
+        return [
+            Cell(variant=variant, guidance_scale=guidance, steps=steps, seed=seed, prompt=prompt, crop=crop)
+            for variant, guidance, steps, seed, prompt, crop in product(*axes)
+        ]
+
+    def name(self, cell: Cell) -> str:
+        """Of the cell's files, without their ending: `Q4_0_gs2`. An axis beyond variant and guidance scale joins the
+        name where it has several values: `Q4_0_gs2_st20_seed1_p2_crop`; prompts by their number, from 1."""
+        more = (
+            (self.steps, f"st{cell.steps}"),
+            (self.seeds, f"seed{cell.seed}"),
+            (self.prompts, f"p{self.prompts.index(cell.prompt) + 1}"),
+            (self.crops, str(cell.crop)),
+        )
+        parts = [cell.variant, f"gs{plain(cell.guidance_scale)}", *(part for axis, part in more if len(axis) > 1)]
+        return "_".join(parts)
+
+
+def plain(number: float) -> str:
+    """Without a fraction where there is none: 2, 2.5."""
+    return str(int(number)) if float(number).is_integer() else repr(float(number))
+
+
+class QualityBudget(_Value):
+    """How far from the reference variant, inside the mask, a smaller one may be and still be recommended."""
+
+    #: At least, mean over the variant's cells.
+    min_ssim: float = Field(0.95, ge=-1, le=1)
+    min_psnr_db: float = Field(30.0, ge=0)
+
+
+class AuditRequest(_Value):
+    """What is asked for: the parameters of the run's job, whose command line so repeats no caller's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    type: Literal["audit"] = "audit"
+    user_id: Id
+    session_id: Id
+    matrix: Matrix = Matrix()
+    #: What pictures are compared with. None: the last variant of the matrix.
+    reference: VariantName | None = None
+    #: Paintings of each cell: the first is timed apart, `wall_s` is the median of the others.
+    runs: Annotated[Whole, Field(ge=2, le=20)] = 2
+    #: Variants for which torch.compile is looked at. None: the recommended one.
+    compile_variants: tuple[VariantName, ...] | None = None
+    link_hours: float = Field(72.0, strict=True, gt=0, le=MAX_LINK_HOURS)
+    budget: QualityBudget = QualityBudget()
+    #: Of one replica's machine, in any one currency; None: costs are not given.
+    price_per_hour: float | None = Field(None, strict=True, ge=0)
+    #: GPUs the cluster can have. None: those it has when the audit starts.
+    gpus: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _among(self) -> "AuditRequest":
+        for name in (*((self.reference,) if self.reference else ()), *(self.compile_variants or ())):
+            if name not in self.matrix.variants:
+                raise ValueError(f"{name} is not among the matrix's variants: {', '.join(self.matrix.variants)}")
+        return self
+
+    @property
+    def reference_variant(self) -> str:
+        return self.reference or self.matrix.variants[-1]
+
+
+def is_run_id(text: str) -> bool:
+    # By pydantic, whose pattern it is: Python's own re has no \z yet.
+    try:
+        _RUN_ID.validate_python(text)
+    except ValidationError:
+        return False
+    return True
+
+
+class EditParameters(_Value):
+    """How to paint an edit, resolved at the first claim and the same for every attempt."""
+
+    type: Literal["inpaint"] = "inpaint"
+    prompt: str
+    guidance_scale: float
+    #: Denoising steps.
+    steps: int
+    crop_strategy: CropStrategy
