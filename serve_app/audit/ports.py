@@ -1,4 +1,4 @@
-"""TODO"""
+"""What an audit asks of the cluster: that its Ray job starts, and stops."""
 
 from typing import Literal, Protocol
 

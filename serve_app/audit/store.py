@@ -2,7 +2,7 @@
 
 While a run is queued its lease is its launch's: a run has died whose driver does not come in time, or stops renewing.
 Runs that exclude each other have one `lock_key`, and are refused when they are asked for. What a run has found lies in
-the blob store (`audit_files.py`), where only its claim's holder writes.
+the blob store (`files.py`), where only its claim's holder writes.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A session: where its files lie in the blob store, and what its document says of a job."""
 
 from typing import Any
 

@@ -1,4 +1,9 @@
-"""TODO"""
+"""The rules by which a claim on a job is taken, kept and given up.
+
+Pure functions from the stored records to the records to store. A job store runs one of them inside an atomic
+read-modify-write (`ports.JobStore.update`), so every backend keeps the same rules. The store passes its own present
+time, so the rules compare moments of one clock only, and no host's clock matters.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta

@@ -29,7 +29,7 @@ from .record import Debt, Job, JobType, receiver_of
 
 log = logging.getLogger(__name__)
 
-#: How long telling may take, in seconds; nobody else tells it meanwhile. Shorter than jobs.HEAD_START_S.
+#: How long telling may take, in seconds; nobody else tells it meanwhile. Shorter than record.HEAD_START_S.
 TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0, "dispatch": 12.0}
 #: The longest waits between two attempts, in seconds. The stores and the broker are ours, a receiver is a stranger's.
 LONGEST_WAIT_S: Mapping[Debt, float] = {

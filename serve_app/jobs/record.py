@@ -1,8 +1,4 @@
-"""Jobs: their record, their states, and the rules by which a claim is taken, kept and given up.
-
-The rules are pure functions from the stored records to the records to store. A job store runs one of them
-inside an atomic read-modify-write (`ports.JobStore.update`), so every backend keeps the same rules. The store passes
-its own present time, so the rules compare moments of one clock only, and no host's clock matters.
+"""A job's record, and its states. `claims.py` has the rules that change it.
 
     queued ──claimed──► running ──succeeded──► succeeded
        ▲                  ├──rejected, exhausted──► failed
@@ -15,7 +11,7 @@ its own present time, so the rules compare moments of one clock only, and no hos
     failed ──resumed──► queued, canceled ──resumed──► queued, succeeded ──resumed──► queued
 
 A job that is over owes what others must be told (`Job.owed`), from the same write that ended it. One that is not over
-owes its message (`dispatch`), should the broker have lost it. `outbox.py` pays.
+owes its message (`dispatch`), should the broker have lost it. `notifications.py` sends them.
 """
 
 from collections.abc import Mapping
@@ -99,7 +95,7 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.SUCCEEDED, Cause.RESUMED): State.QUEUED,
 }
 
-JobType = Literal["inpaint", "generate", "audit"]
+JobType = Literal["inpaint", "audit"]
 
 
 class _Value(BaseModel):

@@ -4,7 +4,7 @@ Whatever brings a message, pulled or pushed, it ends here, over the same claim:
 
     read ► identify ► claim ► attempt (by the kind of job, under lease.py) ► finish ► verdict
 
-What others are told of a job's end is owed from the write that ended it, and told by outbox.py.
+What others are told of a job's end is owed from the write that ended it, and told by notifications.py.
 """
 
 import asyncio
