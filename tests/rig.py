@@ -176,7 +176,7 @@ class Receivers:
         if not url.startswith("https://example.org/"):
             raise CallbackRefused(f"{url} may not be called")
 
-    async def call(self, job: Job, _document: Mapping[str, Any]) -> None:
+    async def call(self, job: Job, _event: str, _document: Mapping[str, Any]) -> None:
         self.check(job.callback_url)
         if self.is_down:
             raise WebhookFailed("nobody answers")
@@ -289,7 +289,7 @@ class Rig:
             metrics=self.metrics,
             poll_s=0.01,
         )
-        self.worker = Worker(
+        self.parts: dict[str, Any] = dict(
             kinds=[self.editor],
             job_store=self.jobs,
             mirror=self.mirror,
@@ -301,6 +301,7 @@ class Rig:
             settings=self.settings,
             pace=self.pace,
         )
+        self.worker = Worker(**self.parts)
 
     def beside(self) -> "Rig":
         return Rig(self.work_settings, self.name, self.inference, self.clock, pace=self.pace)

@@ -224,7 +224,7 @@ class Held:
 
     def check(self, url: str) -> None: ...
 
-    async def call(self, job: Job, _document: Mapping[str, object]) -> None:
+    async def call(self, job: Job, _event: str, _document: Mapping[str, object]) -> None:
         self.called.append(job)
         self.at_once += 1
         await self.go_on.wait()

@@ -73,9 +73,9 @@ def over(authority: str, status: State = State.SUCCEEDED, *, scheme: str = "http
     return make_job(status=status, callback_url=url, error=error, finished_at=at(60), fence=3).evolve(**changes)
 
 
-def told_of(authority: str, status: State = State.SUCCEEDED, **changes: Any) -> tuple[Job, Mapping[str, Any]]:
+def told_of(authority: str, status: State = State.SUCCEEDED, **changes: Any) -> tuple[Job, str, Mapping[str, Any]]:
     job = over(authority, status, **changes)
-    return job, session_document(job)
+    return job, f"edit.{job.status}", session_document(job)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ async def test_it_carries_the_trace(make_webhooks: MakeWebhooks, receiver: Recei
 async def test_the_id_is_the_outcomes_whatever_the_try(make_webhooks: MakeWebhooks, receiver: Receiver) -> None:
     job = over(receiver.authority)
     for told in (job, job, job.evolve(fence=4)):
-        await make_webhooks(receiver.authority).call(told, session_document(told))
+        await make_webhooks(receiver.authority).call(told, "edit.succeeded", session_document(told))
     first, again, another = (request.headers["webhook-id"] for request in receiver.requests)
     assert first == again != another
 
@@ -221,10 +221,10 @@ async def test_certificates_are_verified(
         webhooks = make_webhooks(receiver.authority, allow_http=False)
         job = over(receiver.authority, scheme="https")
         if is_trusted:
-            await webhooks.call(job, session_document(job))
+            await webhooks.call(job, "edit.succeeded", session_document(job))
         else:
             with pytest.raises(WebhookFailed, match="CERTIFICATE_VERIFY_FAILED"):
-                await webhooks.call(job, session_document(job))
+                await webhooks.call(job, "edit.succeeded", session_document(job))
         assert len(receiver.requests) == is_trusted
 
 
@@ -383,7 +383,7 @@ async def test_the_documented_event_is_what_arrives(make_webhooks: MakeWebhooks,
         artifacts=tuple(Artifact(role=role, path=data[f"{role}Path"]) for role in ("edited", "preview")),
         traceparent=TRACEPARENT,
     )
-    await make_webhooks(receiver.authority).call(job, session_document(job))
+    await make_webhooks(receiver.authority).call(job, "edit.succeeded", session_document(job))
     (request,) = receiver.requests
     assert json.loads(request.body) == example
     missing = {f"{name}:" for name in request.headers if name.startswith(("webhook-", "traceparent"))}

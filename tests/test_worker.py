@@ -1,9 +1,10 @@
 """Every row of the ack table, over memory stores and a real engine. tests/test_serve_app.py repeats some on Serve."""
 
 import asyncio
+import json
 import re
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -31,9 +32,13 @@ from serve_app.errors import (
 )
 from serve_app.jobs import claims
 from serve_app.jobs.admission import Shares
+from serve_app.jobs.kinds import Asked, Attempt, Result
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.ports import Delivery, Verdict
-from serve_app.jobs.record import State
+from serve_app.jobs.record import Artifact, Job, JobType, State, Timings
+from serve_app.jobs.worker import Worker
+from serve_app.models import Progress
+from serve_app.parameters import AuditRequest
 from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings
 
 from .backends import make_audit
@@ -194,6 +199,46 @@ async def test_a_changed_photo_is_new_work(rig: Rig) -> None:
     await rig.work()
     assert len(await rig.jobs.list()) == 2
     assert rig.engine.painted == 2
+
+
+class Tally:
+    """A kind of job that is no edit, and needs nothing of one."""
+
+    type: JobType = "audit"
+    event = "tally"
+
+    def read(self, data: bytes) -> Asked:
+        return Asked(message=json.loads(data)["word"], variant="telea")
+
+    async def new_job(self, asked: Asked, *, variant: str, idempotency_key: str | None) -> Job:
+        request = AuditRequest(user_id=asked.message, session_id="s")
+        return Job(id=f"tally-{asked.message}", variant=variant, lock_key="tally", parameters=request)
+
+    async def run(self, job: Job, attempt: Attempt) -> Result:
+        await attempt.on_progress(Progress(step=1, steps=1))
+        await attempt.confirm()
+        assert isinstance(job.parameters, AuditRequest)
+        return Result(artifacts=(Artifact(role=job.parameters.user_id, path="tally/1"),), timings=Timings())
+
+    def document(self, job: Job) -> Mapping[str, Any]:
+        return {"jobId": job.id}
+
+
+async def test_the_worker_works_on_any_kind_of_job(rig: Rig) -> None:
+    worker = Worker(**{**rig.parts, "kinds": [rig.editor, Tally()]})
+    message = Delivery(data=b'{"word": "cat"}', attributes={"jobType": "audit"}, message_id="m1")
+    for _ in range(2):
+        assert (await worker.work(message)).action == "ack"
+    job = await rig.job()
+    assert (job.id, job.status, job.attempt, job.lock_key) == ("tally-cat", State.SUCCEEDED, 1, "tally")
+    assert job.paths == {"cat": "tally/1"}
+    worker.close()
+
+
+async def test_a_type_that_no_kind_has_is_dead_lettered(rig: Rig) -> None:
+    assert (await rig.take(delivery(attributes={"jobType": "poem"}))).action == "ack"
+    assert rig.topics.dead[0][1]["deadLetterError"] == "attributes.jobType: 'poem' is none of inpaint"
+    assert await rig.jobs.list() == []
 
 
 async def test_an_idempotency_key_replaces_the_versions(rig: Rig) -> None:

@@ -42,8 +42,9 @@ class Webhooks:
         """Raises CallbackRefused for a URL that may not be called, and says why."""
         self._allowed(url)
 
-    async def call(self, job: Job, document: Mapping[str, Any]) -> None:
-        """Send `document`, which says what became of `job`, to `job.callback_url`. 410 Gone counts as told.
+    async def call(self, job: Job, event: str, document: Mapping[str, Any]) -> None:
+        """Send `document`, which says what became of `job`, to `job.callback_url` as an event of the type `event`. 410
+        Gone counts as told.
 
         The event's id, of job and fence, is the same in every try; its timestamp is this try's.
 
@@ -52,7 +53,7 @@ class Webhooks:
         """
         url = self._allowed(job.callback_url)
         host = _authority(url)
-        status = await self._post(self._request(url, job, document), host)
+        status = await self._post(self._request(url, job, _event(job, event, document)), host)
         if status == 410:
             log.info(
                 "%s answered 410: not called again for this job",
@@ -90,8 +91,8 @@ class Webhooks:
             raise CallbackRefused(f"callbackUrl: {host!r} is not listed in webhooks.hosts", host=host)
         return url
 
-    def _request(self, url: httpx.URL, job: Job, document: Mapping[str, Any]) -> httpx.Request:
-        event_id, now, body = f"{job.id}-{job.fence}", datetime.now(UTC), json.dumps(_event(job, document))
+    def _request(self, url: httpx.URL, job: Job, event: Mapping[str, Any]) -> httpx.Request:
+        event_id, now, body = f"{job.id}-{job.fence}", datetime.now(UTC), json.dumps(event)
         headers = {
             "content-type": "application/json",
             "user-agent": "flux-fill-serve",
@@ -119,9 +120,9 @@ class Webhooks:
         return response.status_code
 
 
-def _event(job: Job, document: Mapping[str, Any]) -> dict[str, Any]:
+def _event(job: Job, event: str, document: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "type": f"edit.{job.status}",
+        "type": event,
         "timestamp": job.finished_at.isoformat() if job.finished_at else None,
         "data": {"userId": job.user_id, "sessionId": job.session_id, **document},
     }

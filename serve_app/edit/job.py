@@ -137,6 +137,7 @@ class Editor:
     """The kind of job that an edit is."""
 
     type: JobType = "inpaint"
+    event = "edit"
 
     def __init__(
         self,

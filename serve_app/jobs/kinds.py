@@ -44,6 +44,10 @@ class Kind(Protocol):
     @property
     def type(self) -> JobType: ...
 
+    @property
+    def event(self) -> str:
+        """What begins the names of its webhooks' events: `edit` of `edit.succeeded`."""
+
     def read(self, data: bytes) -> Asked:
         """Raises MalformedMessage, which names the first field at fault."""
 

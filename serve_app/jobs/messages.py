@@ -110,6 +110,8 @@ class Attributes(BaseModel):
     traceparent: str = ""
     #: See ASKED_AT.
     asked_at: Moment | None = None
+    #: Which kind of job the message asks for; None: an edit.
+    job_type: Annotated[str, StringConstraints(max_length=64)] | None = None
 
     @field_validator("traceparent")
     @classmethod

@@ -52,8 +52,9 @@ class Webhooks(Protocol):
     def check(self, url: str) -> None:
         """Raises CallbackRefused for a URL that may not be called."""
 
-    async def call(self, job: Job, document: Mapping[str, Any]) -> None:
-        """Send `document` to `job.callback_url`. Raises WebhookFailed, which is worth another try; CallbackRefused."""
+    async def call(self, job: Job, event: str, document: Mapping[str, Any]) -> None:
+        """Send `document` to `job.callback_url` as an event of the type `event`. Raises WebhookFailed, which is worth
+        another try; CallbackRefused."""
 
 
 class Courier:
@@ -249,7 +250,8 @@ class Courier:
         await self._publisher.publish("completed", json.dumps(body).encode(), named)
 
     async def _call_webhook(self, job: Job) -> None:
-        await self._webhooks.call(job, self._kinds[job.type].document(job))
+        kind = self._kinds[job.type]
+        await self._webhooks.call(job, f"{kind.event}.{job.status}", kind.document(job))
 
     async def _dispatch(self, job: Job) -> None:
         """The copy is the same message to the rules of asking again: it carries the moment of the first."""

@@ -126,10 +126,9 @@ class Worker:
         try:
             if delivery.fault:
                 raise MalformedMessage(delivery.fault)
-            # Messages of edits are the only ones so far.
-            kind = self._kinds["inpaint"]
-            asked = kind.read(delivery.data)
             attributes = parse_attributes(delivery.attributes)
+            kind = self._kind(attributes.job_type)
+            asked = kind.read(delivery.data)
             with logged_with(trace_id=trace_id(attributes.traceparent)):
                 if asked.unknown_fields:
                     names = ", ".join(asked.unknown_fields)
@@ -138,6 +137,13 @@ class Worker:
         except MalformedMessage as e:
             await self._dead_letter(delivery, e.code, e.message)
             return Verdict(action="ack", reason=e.code)
+
+    def _kind(self, job_type: str | None) -> Kind:
+        found = [kind for kind in self._kinds.values() if kind.type == (job_type or "inpaint")]
+        if not found:
+            known = ", ".join(self._kinds)
+            raise MalformedMessage(f"attributes.jobType: {job_type!r} is none of {known}", field="attributes.jobType")
+        return found[0]
 
     async def _shared(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery) -> Verdict:
         """Work on it within the share of its job's variant, which need not be the one it names today."""
@@ -298,7 +304,7 @@ class Worker:
         if e.disposition == Disposition.RETRY and job.attempt < work.max_attempts:
             backoff_s = self._backoff_s(job.attempt)
             await self._update(job, claims.retry(claim, error=error, backoff_s=backoff_s))
-            return Verdict(action="hold", delay_s=backoff_s, reason=e.code)
+            return self._hold(e, backoff_s)
         change = claims.finish(claim, _ENDS_BY[e.disposition], error=error)
         return await self._settle(await self._update(job, change), delivery)
 
@@ -353,7 +359,9 @@ class Worker:
     # -- holding back
 
     def _held_back(self, delivery: Delivery, e: Exception, at_most_s: float = float("inf")) -> Verdict:
-        delay_s = min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s)
+        return self._hold(e, min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s))
+
+    def _hold(self, e: Exception, delay_s: float) -> Verdict:
         code = e.code if isinstance(e, FluxFillError) else FluxFillError.code
         self._metrics.add("fluxfill_messages_deferred_total", code=code)
         log.info("Deferred a message: %s", e, extra={"action": "deferred", "code": code, "delay_s": delay_s})
