@@ -171,6 +171,10 @@ class AuditRequest(_Value):
     def reference_variant(self) -> str:
         return self.reference or self.matrix.variants[-1]
 
+    @property
+    def link_s(self) -> int:
+        return max(1, round(self.link_hours * 3600))
+
 
 def is_run_id(text: str) -> bool:
     # By pydantic, whose pattern it is: Python's own re has no \z yet.

@@ -61,17 +61,20 @@ class MatrixPainter:
         """Where a wave's GPUs do not become free, its cells and those of the waves after it fail."""
         after = ""
         for number, wave in enumerate(waves):
-            if wave.waits and (error := await self._freed(after, wave)):
-                await self._give_up(waves[number:], error)
-                return
+            if wave.waits:
+                self._tell(f"waiting for a GPU for {', '.join(wave.wanted)}")
+                reading, error = await self.settling.wait(after, wave, self._tell)
+                self.record.change(memory=(*self.record.audit.memory, reading))
+                if error:
+                    await self._give_up(waves[number:], error)
+                    return
             await self._paint_wave(wave)
             after = ", ".join(wave.wanted)
 
-    async def _freed(self, after: str, wave: Wave) -> AuditImpossible | None:
-        self._tell(f"waiting for a GPU for {', '.join(wave.wanted)}")
-        reading, error = await self.settling.wait(after, wave, self._tell)
-        self.record.settled(reading)
-        return error
+    async def _give_up(self, waves: Sequence[Wave], error: AuditImpossible) -> None:
+        for wave in waves:
+            for name, cell in self._left(wave).items():
+                self._note(await self._failed(name, cell, error))
 
     def _tell(self, stage: str) -> None:
         if stage != self.record.audit.stage:
@@ -93,23 +96,17 @@ class MatrixPainter:
         return {name: cell for name, cell in cells.items() if name not in self.results}
 
     async def _paint_cell(self, fan: FanOut, name: str, cell: Cell) -> None:
-        async def on_progress(progress: Progress) -> None:
-            self.record.cell(name, CellProgress(status="running", step=progress.step, steps=progress.steps))
-
-        self._note(await self._painted(fan, name, cell, on_progress))
-
-    async def _painted(self, fan: FanOut, name: str, cell: Cell, on_progress: OnProgress) -> CellResult:
-        """The cell's result, stored after its picture. One that cannot be painted or stored is a failed result.
-        Raises StaleClaim and Canceled: the run is not to go on here."""
+        """The picture is stored before the result; a cell that cannot be painted or stored has a failed one. Raises
+        StaleClaim and Canceled: the run is not to go on here."""
         began: list[datetime] = []
 
-        async def on_step(progress: Progress) -> None:
+        async def on_progress(progress: Progress) -> None:
             # The first report comes when the engine begins.
             began[:] = began or [self.clock()]
-            await on_progress(progress)
+            self.record.cell(name, CellProgress(status="running", step=progress.step, steps=progress.steps))
 
         try:
-            measured = await self._measured(fan, name, cell, on_step)
+            measured = await self._measured(fan, name, cell, on_progress)
             png = await asyncio.to_thread(self._png, measured.canvas, cell)
             path = await insist(partial(self.record.files.keep_image, name, png), self.keep_s)
             result = figures.succeeded(
@@ -130,8 +127,8 @@ class MatrixPainter:
             # One failed cell is reported as failed, with its error; the others go on.
             extra = {"action": "audit_cell_failed", "cell": name, "code": fault(e).code}
             log.warning("Cell %s failed: %s", name, e, extra=extra, exc_info=not isinstance(e, FluxFillError))
-            return await self._failed(name, cell, e)
-        return result
+            result = await self._failed(name, cell, e)
+        self._note(result)
 
     async def _failed(self, name: str, cell: Cell, error: Exception) -> CellResult:
         """Stored where the store can be reached: a resume paints the cell anyway."""
@@ -139,9 +136,8 @@ class MatrixPainter:
         try:
             await self.record.files.keep_cell(result)
         except FluxFillError as e:
-            log.warning(
-                "A failed cell could not be noted: %s", e, extra={"action": "audit_cell_not_stored", "cell": name}
-            )
+            extra = {"action": "audit_cell_not_stored", "cell": name}
+            log.warning("A failed cell could not be noted: %s", e, extra=extra)
         return result
 
     async def _measured(self, fan: FanOut, name: str, cell: Cell, on_progress: OnProgress) -> Measured:
@@ -159,21 +155,21 @@ class MatrixPainter:
 
     def _png(self, canvas: Pixels, cell: Cell) -> bytes:
         out = io.BytesIO()
-        pixels = self.session.picture(canvas, cell.crop)
-        profile = self.session.photo.icc
-        Image.fromarray(pixels).save(out, "PNG", compress_level=_PNG_LEVEL, icc_profile=profile)
+        picture = Image.fromarray(self.session.picture(canvas, cell.crop))
+        picture.save(out, "PNG", compress_level=_PNG_LEVEL, icc_profile=self.session.photo.icc)
         return out.getvalue()
-
-    async def _give_up(self, waves: Sequence[Wave], error: AuditImpossible) -> None:
-        for wave in waves:
-            for name, cell in self._left(wave).items():
-                self._note(await self._failed(name, cell, error))
 
     def _note(self, result: CellResult) -> None:
         self.results[result.name] = result
         self.record.cell(result.name, progress_of(result))
         self.record.change(**devices(self.results.values()))
-        out.print(f"{len(self.results)}/{len(self.record.audit.cells)} {result.name} {_words(result)}")
+        error = result.error
+        said = (
+            f"failed: {error.code}: {error.message}"
+            if error
+            else f"{result.wall_s:.2f} s (first {result.first_wall_s:.2f} s)"
+        )
+        out.print(f"{len(self.results)}/{len(self.record.audit.cells)} {result.name} {said}")
 
 
 def progress_of(result: CellResult) -> CellProgress:
@@ -186,9 +182,3 @@ def devices(results: Iterable[CellResult]) -> dict[str, str]:
     painted = [result for result in results if result.status == "succeeded"]
     found = {"gpu": sorted({result.gpu for result in painted}), "sm": sorted({result.sm for result in painted})}
     return {name: ", ".join(values) for name, values in found.items() if values}
-
-
-def _words(result: CellResult) -> str:
-    if result.error is not None:
-        return f"failed: {result.error.code}: {result.error.message}"
-    return f"{result.wall_s:.2f} s (first {result.first_wall_s:.2f} s)"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import FluxFillError, StoreUnavailable
 from .files import RunFiles
-from .record import Audit, AuditFault, CellProgress, Findings, MemoryReading
+from .record import Audit, AuditFault, CellProgress, Findings
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,6 @@ class Record:
 
     def cell(self, name: str, progress: CellProgress) -> None:
         self.change(cells={**self.audit.cells, name: progress})
-
-    def settled(self, reading: MemoryReading) -> None:
-        self.change(memory=(*self.audit.memory, reading))
 
     async def keep(self) -> None:
         """For ever. Raises StaleClaim, Canceled: whoever works on the run must stop. A store that is down is waited

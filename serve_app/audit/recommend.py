@@ -11,7 +11,7 @@ in no mean, and is named; what has too few cells left is not judged by them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, log2
 from statistics import fmean
@@ -47,7 +47,9 @@ def recommend(
     of_reference = len(_of(painted, request.reference_variant))
     judged, few_of_variants = _enough(painted, lambda result: result.cell.variant, of_reference)
     variant, variant_reason = _variant(request, judged, sizes)
-    of_variant, few_of_guidance = _enough(_of(judged, variant), lambda result: f"guidance scale {_scale(result)}")
+    of_variant, few_of_guidance = _enough(
+        _of(judged, variant), lambda result: f"guidance scale {plain(result.cell.guidance_scale)}"
+    )
     guidance, guidance_reason = _guidance(of_variant)
     at_guidance = [result for result in of_variant if result.cell.guidance_scale == guidance]
     of_steps, few_of_steps = _enough(at_guidance, lambda result: f"{result.cell.steps} steps")
@@ -89,23 +91,22 @@ def pareto(request: AuditRequest, painted: Sequence[CellResult]) -> tuple[str, .
 
     Combination by combination in the matrix's order, fastest first within each.
     """
+    # Seconds, nearness below 0, name.
     points: dict[tuple[int, str, str, int], list[tuple[float, float, str]]] = {
         combination(cell): [] for cell in request.matrix.cells()
     }
     for result in painted:
         if point := _point(request, result):
             points[combination(result.cell)].append((point[0], -point[1], result.name))
-    return tuple(name for of in points.values() for name in _front(sorted(of)))
-
-
-def _front(points: Sequence[tuple[float, float, str]]) -> Iterator[str]:
-    """Names of those that none beats. `points`: seconds, nearness below 0, name; sorted."""
-    best: tuple[float, float] | None = None
-    for seconds, nearness, name in points:
-        # Sorted by seconds, so only what is nearer than all before it is not beaten; or its equal in both.
-        if best is None or nearness < best[1] or (seconds, nearness) == best:
-            best = seconds, nearness
-            yield name
+    front = []
+    for of in points.values():
+        best = inf, inf
+        for seconds, distance, name in sorted(of):
+            # Sorted by seconds, so only what is nearer than all before it is not beaten; or its equal in both.
+            if distance < best[1] or (seconds, distance) == best:
+                best = seconds, distance
+                front.append(name)
+    return tuple(front)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +117,11 @@ class _Likeness:
     ssim: float
     psnr_db: float
 
+    def is_within(self, budget: QualityBudget) -> bool:
+        return self.ssim >= budget.min_ssim and self.psnr_db >= budget.min_psnr_db
+
     def __str__(self) -> str:
-        return f"SSIM {self.ssim:.4f}, PSNR {self.psnr_db:.1f} dB over {_counted(self.cells, 'cell')}"
+        return f"SSIM {self.ssim:.4f}, PSNR {self.psnr_db:.1f} dB over {self.cells} cell{'s' * (self.cells != 1)}"
 
 
 def _enough(
@@ -136,10 +140,6 @@ def _of(cells: Sequence[CellResult], variant: str) -> list[CellResult]:
     return [result for result in cells if result.cell.variant == variant]
 
 
-def _scale(result: CellResult) -> str:
-    return plain(result.cell.guidance_scale)
-
-
 def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mapping[str, float]) -> tuple[str, str]:
     """The first rule's choice, and why."""
     reference, smallest_first = request.reference_variant, _smallest_first(request, painted, sizes)
@@ -148,10 +148,12 @@ def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mappin
             f"Variant {smallest_first[-1]}: the largest with enough cells. The reference {reference} painted none, so "
             "no other can be shown to be within the quality budget."
         )
-    found = {name: _likeness(painted, name) for name in smallest_first}
-    chosen = next(name for name in smallest_first if name == reference or _is_within(request.budget, found[name]))
+    found = {name: _likeness(_of(painted, name)) for name in smallest_first}
+    within = [name for name, likeness in found.items() if likeness and likeness.is_within(request.budget)]
+    chosen = next(name for name in smallest_first if name == reference or name in within)
+    gb = {name: f" ({size:.3g} GB)" for name, size in sizes.items()}
     figures = (
-        f"{name}{_size(name, sizes)}: {'the reference' if name == reference else found[name] or 'not compared'}"
+        f"{name}{gb.get(name, '')}: {'the reference' if name == reference else found[name] or 'not compared'}"
         for name in smallest_first
     )
     return chosen, (
@@ -168,16 +170,8 @@ def _smallest_first(request: AuditRequest, painted: Sequence[CellResult], sizes:
     )
 
 
-def _is_within(budget: QualityBudget, likeness: _Likeness | None) -> bool:
-    return likeness is not None and likeness.ssim >= budget.min_ssim and likeness.psnr_db >= budget.min_psnr_db
-
-
-def _likeness(painted: Sequence[CellResult], variant: str) -> _Likeness | None:
-    pairs = [
-        (result.compared.ssim, result.compared.psnr_db)
-        for result in painted
-        if result.cell.variant == variant and result.compared
-    ]
+def _likeness(cells: Sequence[CellResult]) -> _Likeness | None:
+    pairs = [(result.compared.ssim, result.compared.psnr_db) for result in cells if result.compared]
     known = [(ssim, psnr_db) for ssim, psnr_db in pairs if ssim is not None and psnr_db is not None]
     return _Likeness(len(known), *map(fmean, zip(*known, strict=True))) if known else None
 
@@ -222,24 +216,16 @@ def _beaten(request: AuditRequest, alike: Sequence[CellResult], chosen: str, sma
     said = []
     for name in smallest_first[smallest_first.index(chosen) + 1 :]:
         if shared := sorted(points[chosen].keys() & points[name].keys()):
-            ours, theirs = (_mean([points[of][at] for at in shared]) for of in (chosen, name))
-            if theirs != ours and theirs[0] <= ours[0] and theirs[1] >= ours[1]:
-                said.append(_better(name, theirs, ours))
+            (our_s, ours), (their_s, theirs) = (
+                map(fmean, zip(*(points[of][at] for at in shared), strict=True)) for of in (chosen, name)
+            )
+            if (their_s, theirs) != (our_s, ours) and their_s <= our_s and theirs >= ours:
+                said.append(
+                    f"{name} is {'faster' if their_s < our_s else 'as fast'} ({their_s:.4g} s against {our_s:.4g} s) "
+                    f"and {'nearer' if theirs > ours else 'as near'} to the reference (SSIM {theirs:.4f} against "
+                    f"{ours:.4f})"
+                )
     return f"{'; '.join(said)}: all that {chosen} can save is memory." if said else ""
-
-
-def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    seconds, nearness = zip(*points, strict=True)
-    return fmean(seconds), fmean(nearness)
-
-
-def _better(name: str, theirs: tuple[float, float], ours: tuple[float, float]) -> str:
-    speed = "faster" if theirs[0] < ours[0] else "as fast"
-    likeness = "nearer" if theirs[1] > ours[1] else "as near"
-    return (
-        f"{name} is {speed} ({theirs[0]:.4g} s against {ours[0]:.4g} s) and {likeness} to the reference (SSIM "
-        f"{theirs[1]:.4f} against {ours[1]:.4f})"
-    )
 
 
 def _by_value(cells: Sequence[CellResult], value: Callable[[CellResult], float]) -> dict[float, float]:
@@ -256,11 +242,17 @@ def _about_best(seen: Mapping[float, float]) -> list[float]:
     return [value for value, score in seen.items() if score <= least + TIE]
 
 
+def nearness(request: AuditRequest, result: CellResult) -> float | None:
+    """SSIM, 1 for the reference."""
+    if result.cell.variant == request.reference_variant:
+        return 1.0
+    return result.compared.ssim if result.compared else None
+
+
 def _point(request: AuditRequest, result: CellResult) -> tuple[float, float] | None:
     """Seconds and nearness to the reference."""
-    is_reference = result.cell.variant == request.reference_variant
-    nearness = 1.0 if is_reference else result.compared.ssim if result.compared else None
-    return None if result.wall_s is None or nearness is None else (result.wall_s, nearness)
+    near = nearness(request, result)
+    return None if result.wall_s is None or near is None else (result.wall_s, near)
 
 
 def _failed(results: Sequence[CellResult]) -> str:
@@ -281,13 +273,5 @@ def _changed_outside(painted: Sequence[CellResult]) -> str:
     return f"A defect: the photo was changed outside what may change by {', '.join(changed)}." if changed else ""
 
 
-def _size(variant: str, sizes: Mapping[str, float]) -> str:
-    return f" ({sizes[variant]:.3g} GB)" if variant in sizes else ""
-
-
 def _listed(seen: Mapping[float, float]) -> str:
     return ", ".join(f"{plain(value)}: {score:.2f}" for value, score in seen.items())
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..blobs import BlobStore
 from ..clock import Clock
@@ -145,7 +145,9 @@ class Auditor:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _stop(tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         if not keeping.cancelled():
             # It raises where the run is not to go on.
             keeping.result()
@@ -191,7 +193,9 @@ class Auditor:
         run.record.stage("reading the session")
         read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
         run.session = await self._patiently(partial(read, run.request))
-        _note_inputs(run, run.session.digest)
+        if run.results and run.record.audit.inputs not in (None, run.session.digest):
+            raise AuditError("the session's photo or mask was replaced since this run began: start another run")
+        run.record.change(inputs=run.session.digest)
         of_run = (run.record, run.session, run.results)
         run.verdicts = Verdicts(*of_run, blobs=self._blobs, settings=self._settings, locked=locked)
         painter = MatrixPainter(
@@ -209,7 +213,8 @@ class Auditor:
         run.verdicts.recommend()
         await run.verdicts.compile(self._compiler)
         run.record.stage("writing the report")
-        status = _status(run)
+        is_whole = all(result.status == "succeeded" for result in run.results.values())
+        status = AuditStatus.SUCCEEDED if is_whole else AuditStatus.INCOMPLETE
         over = {"status": status, "stage": "", "finished_at": self._clock()}
         await self._publish(run, run.record.audit.model_copy(update=over))
         return status
@@ -246,21 +251,3 @@ class Auditor:
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         return await insist(call, self._pace.outage_s)
-
-
-async def _stop(tasks: set[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-
-
-def _note_inputs(run: _Run, digest: str) -> None:
-    """Raises AuditError where cells of an earlier attempt were painted from other files."""
-    if run.results and run.record.audit.inputs not in (None, digest):
-        raise AuditError("the session's photo or mask was replaced since this run began: start another run")
-    run.record.change(inputs=digest)
-
-
-def _status(run: _Run) -> AuditStatus:
-    is_whole = all(result.status == "succeeded" for result in run.results.values())
-    return AuditStatus.SUCCEEDED if is_whole else AuditStatus.INCOMPLETE

@@ -98,7 +98,9 @@ class Audits:
         audit = await self._store.get(run_id)
         if audit.status.is_over:
             return audit
-        state = await self._job_state(audit)
+        state = None
+        with suppress(JobsUnavailable):
+            state = await self._launcher.state(audit)
         if state in _ENDED:
             why = f"its job has {state} before the run was over; its log says more"
             return await self._store.fail(run_id, audit.attempt, AuditFault(code=JOB_DIED, message=why))
@@ -136,7 +138,7 @@ class Audits:
         path = f"{folder(audit.id)}/{PAGE}"
         if not audit.status.is_over or not await self._is_there(path):
             return None
-        return Report(path, await self._blobs.link(path, expires_s=_link_s(audit.request)))
+        return Report(path, await self._blobs.link(path, expires_s=audit.request.link_s))
 
     async def close(self) -> None:
         """Jobs that were asked to stop see that for themselves."""
@@ -150,23 +152,21 @@ class Audits:
         stores = {"jobs": self.settings.jobs, "blobs": self.settings.blobs}
         for name, url in stores.items():
             if url.startswith("memory:") and self._launcher.is_apart:
-                what = f"{name}: {url} is in the app's own memory, where no audit's job can reach it"
-                raise AuditImpossible(what)
+                raise AuditImpossible(f"{name}: {url} is in the app's own memory, where no audit's job can reach it")
         for variant in request.matrix.variants:
             if variant not in self.settings.variants:
                 served = ", ".join(self.settings.variants)
                 raise UnknownVariant(f"variant {variant} is not served here; there are {served}")
         paths = [session_path(request.user_id, request.session_id, name) for name in INPUTS.values()]
-        await asyncio.gather(*map(self._check_there, paths))
+        there = await asyncio.gather(*map(self._is_there, paths))
+        if not all(there):
+            path = paths[there.index(False)]
+            raise MissingInput(f"{path} is not in the blob store", path=path)
         try:
             # Rather now than after an hour of painting.
-            await self._blobs.link(paths[0], expires_s=_link_s(request))
+            await self._blobs.link(paths[0], expires_s=request.link_s)
         except ValueError as e:
             raise InputError(f"link_hours: {e}") from e
-
-    async def _check_there(self, path: str) -> None:
-        if not await self._is_there(path):
-            raise MissingInput(f"{path} is not in the blob store", path=path)
 
     async def _is_there(self, path: str) -> bool:
         try:
@@ -188,7 +188,13 @@ class Audits:
 
     async def _launch(self, audit: Audit) -> Audit:
         try:
-            await self._stop_earlier(audit)
+            # Jobs of earlier attempts that fell silent and yet go would paint beside the new one. One that does not end
+            # in time writes nothing any more.
+            for attempt in range(1, audit.attempt):
+                earlier = audit.model_copy(update={"attempt": attempt})
+                if await self._launcher.state(earlier) in _GOING:
+                    await self._launcher.stop(earlier)
+                    await self._until_ended(earlier, GRACE_S)
             await self._launcher.launch(audit)
         except JobsUnavailable as e:
             # Kept, because Ray may have taken the job and not said so: an attempt that is over begins nothing.
@@ -201,26 +207,11 @@ class Audits:
 
     # -- ending
 
-    async def _stop_earlier(self, audit: Audit) -> None:
-        """Jobs of earlier attempts that fell silent and yet go: they would paint beside the new one. One that does not
-        end in time writes nothing any more."""
-        for attempt in range(1, audit.attempt):
-            earlier = audit.model_copy(update={"attempt": attempt})
-            if await self._launcher.state(earlier) in _GOING:
-                await self._launcher.stop(earlier)
-                await self._until_ended(earlier, GRACE_S)
-
     async def _until_ended(self, audit: Audit, limit_s: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while await self._launcher.state(audit) in _GOING:
                     await asyncio.sleep(POLL_S)
-
-    async def _job_state(self, audit: Audit) -> LaunchState | None:
-        """None where it cannot be had."""
-        with suppress(JobsUnavailable):
-            return await self._launcher.state(audit)
-        return None
 
     async def _stop(self, audit: Audit, grace_s: float) -> None:
         try:
@@ -242,7 +233,3 @@ class Audits:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _link_s(request: AuditRequest) -> int:
-    return max(1, round(request.link_hours * 3600))

@@ -103,17 +103,11 @@ async def _embeddings(matrix: Matrix, prompts: PromptEncoder, settings: Settings
         for prompt in matrix.prompts:
             key = row.base if row.takes_prompt else None, row.max_prompt_tokens, prompt
             if key not in encoded:
-                encoded[key] = await _encoded(variant, prompt, prompts, settings)
+                try:
+                    encoded[key] = await encode_within(prompts, variant, prompt, settings.work.replica_wait_s)
+                except FluxFillError as e:
+                    extra = {"action": "audit_prompt_failed", "variant": variant, "code": e.code}
+                    log.warning("A prompt could not be encoded for %s: %s", variant, e, extra=extra)
+                    encoded[key] = e
             found[variant, prompt] = encoded[key]
     return found
-
-
-async def _encoded(
-    variant: str, prompt: str, prompts: PromptEncoder, settings: Settings
-) -> bytes | FluxFillError | None:
-    try:
-        return await encode_within(prompts, variant, prompt, settings.work.replica_wait_s)
-    except FluxFillError as e:
-        extra = {"action": "audit_prompt_failed", "variant": variant, "code": e.code}
-        log.warning("A prompt could not be encoded for %s: %s", variant, e, extra=extra)
-        return e

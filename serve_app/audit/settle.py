@@ -53,7 +53,8 @@ class Settling:
         try:
             async with timeout:
                 while not await self._is_settled(wave):
-                    tell(self._waited_for())
+                    what = "its GPU" if len(self._in_the_way.keys() & self._kept) == 1 else "their GPUs"
+                    tell(f"waiting for {', '.join(self._in_the_way)} to give {what} back")
                     await asyncio.sleep(self._poll_s)
         except TimeoutError:
             if not timeout.expired():
@@ -76,20 +77,15 @@ class Settling:
             log.warning("Replicas could not be counted: %s", e, extra={"action": "replica_count_failed"})
             self._in_the_way = {"replicas that nobody can count": 0}
             return False
+        self._in_the_way = {}
+        if all(counts[name].running for name in wave.wanted):
+            return True
         held = {name: max(kept, counts.get(name, ReplicaCounts()).total) for name, kept in self._kept.items()}
-        is_missing = any(not counts[name].running for name in wave.wanted)
-        self._in_the_way = self._holding(wave, held) if is_missing else {}
-        return not self._in_the_way
-
-    def _holding(self, wave: Wave, held: Mapping[str, int]) -> dict[str, int]:
-        """Who has more replicas than always, and stands in the wave's way: by name, how many."""
+        # Who has more replicas than always, and stands in the wave's way.
         more = {name: count for name, count in held.items() if count > max(self._kept[name], name in wave.wanted)}
         is_short = sum(held.values()) + sum(not held[name] for name in wave.wanted) > self._gpus
-        return more if is_short else {name: count for name, count in more.items() if name in self._variants}
-
-    def _waited_for(self) -> str:
-        what = "its GPU" if len(self._in_the_way.keys() & self._kept) == 1 else "their GPUs"
-        return f"waiting for {', '.join(self._in_the_way)} to give {what} back"
+        self._in_the_way = {name: count for name, count in more.items() if is_short or name in self._variants}
+        return not self._in_the_way
 
     def _too_long(self, after: str) -> AuditImpossible:
         left = [f"{name} has {count}, and keeps {self._kept.get(name, 0)}" for name, count in self._in_the_way.items()]

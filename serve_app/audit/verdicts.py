@@ -19,11 +19,10 @@ from ..engine.flux import tiny
 from ..engine.weights.lock import Lock
 from ..jobs.lease import insist
 from ..models import TINY, PaintRequest, Pixels
-from ..parameters import AuditRequest
 from ..settings import Settings
 from . import metrics, recommend
 from .progress import OUTAGE_S, Record, fault
-from .record import CellResult, Compared, CompileVerdict, Recommendation, image_path
+from .record import CellResult, Compared, CompileVerdict, image_path
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -54,8 +53,14 @@ class Verdicts:
     async def compare(self) -> None:
         """Each picture with the reference variant's at the same other axes, where that one was painted."""
         self._record.stage("comparing the pictures")
-        for name, group in self._by_reference().items():
-            reference = await self._picture(name) if self._is_painted(name) else None
+        # By the name of the cell that they are compared with: each of those is read once.
+        groups = defaultdict(list)
+        for result in self._ordered():
+            if result.status == "succeeded":
+                cell = result.cell.model_copy(update={"variant": self._request.reference_variant})
+                groups[self._request.matrix.name(cell)].append(result)
+        for name, group in groups.items():
+            reference = await self._picture(name) if any(result.name == name for result in group) else None
             for result in group:
                 against = None if result.name == name else reference
                 compared = await self._compared(result, against)
@@ -76,28 +81,18 @@ class Verdicts:
         measured nothing where there is something to measure: what was in the way then may be gone."""
         kept = tuple(verdict for verdict in self._record.audit.compile if _holds(verdict, self._settings))
         self._record.change(compile=kept)
-        known = {verdict.variant for verdict in kept}
-        for name in _to_compile(self._request, self._record.audit.recommended):
-            if name not in known:
+        wanted, choice = self._request.compile_variants, self._record.audit.recommended
+        if wanted is None:
+            wanted = (choice.variant,) if choice else ()
+        for name in wanted:
+            if name not in {verdict.variant for verdict in kept}:
                 self._record.stage(f"looking at torch.compile for {name}")
                 verdict = await self._verdict(compiler, name)
                 self._record.change(compile=(*self._record.audit.compile, verdict))
 
-    def _by_reference(self) -> dict[str, list[CellResult]]:
-        """By the name of the cell that they are compared with: each of those is read once."""
-        groups = defaultdict(list)
-        for result in self._ordered():
-            if result.status == "succeeded":
-                cell = result.cell.model_copy(update={"variant": self._request.reference_variant})
-                groups[self._request.matrix.name(cell)].append(result)
-        return groups
-
     def _ordered(self) -> list[CellResult]:
         names = map(self._request.matrix.name, self._request.matrix.cells())
         return [self._results[name] for name in names if name in self._results]
-
-    def _is_painted(self, name: str) -> bool:
-        return name in self._results and self._results[name].status == "succeeded"
 
     async def _compared(self, result: CellResult, reference: Pixels | None) -> Compared | None:
         picture = await self._picture(result.name)
@@ -160,12 +155,6 @@ def _holds(verdict: CompileVerdict, settings: Settings) -> bool:
     is_served = verdict.variant in settings.variants
     has_nothing = is_served and settings.variant(verdict.variant).family != "flux-fill"
     return verdict.eager_s is not None or has_nothing
-
-
-def _to_compile(request: AuditRequest, recommended: Recommendation | None) -> tuple[str, ...]:
-    if request.compile_variants is not None:
-        return request.compile_variants
-    return (recommended.variant,) if recommended else ()
 
 
 def _decode(png: bytes) -> Pixels:

@@ -34,18 +34,19 @@ def plan(cells: Mapping[str, int], settings: Settings, gpus: int) -> list[Wave]:
     free = gpus - sum(kept.values())
     if any(settings.variant(name).num_gpus for name in cells):
         _check_gpus(passing, kept, gpus)
-    is_roomy = not passing or len(passing) <= free - _passing_gpus(settings, beside=cells)
-    groups = [list(cells)] if is_roomy else _apart(cells, passing, free)
-    return [
-        _wave(_wanted(group, cells, settings, free), settings, waits=not is_roomy and group[0] in passing)
-        for group in groups
-        if group
-    ]
-
-
-def _wave(wanted: Mapping[str, int], settings: Settings, *, waits: bool) -> Wave:
-    growing = frozenset(name for name, count in wanted.items() if count < settings.variants[name].max_replicas)
-    return Wave(wanted=wanted, waits=waits, growing=growing)
+    # What others than these variants may take beyond the GPUs that they keep.
+    others = [one for name, one in gpu_holders(settings).items() if name not in cells]
+    is_roomy = not passing or len(passing) <= free - sum(one.max_replicas - one.min_replicas for one in others)
+    groups = [list(cells)]
+    if not is_roomy:
+        staying = [name for name in cells if name not in passing]
+        groups = [staying, *(passing[at : at + free] for at in range(0, len(passing), free))]
+    waves = []
+    for group in filter(None, groups):
+        wanted = _wanted(group, cells, settings, free)
+        growing = frozenset(name for name, count in wanted.items() if count < settings.variants[name].max_replicas)
+        waves.append(Wave(wanted=wanted, waits=not is_roomy and group[0] in passing, growing=growing))
+    return waves
 
 
 def text_encoders(settings: Settings) -> dict[str, str]:
@@ -69,12 +70,6 @@ def kept_gpus(settings: Settings) -> dict[str, int]:
     return {name: one.min_replicas for name, one in gpu_holders(settings).items() if one.min_replicas}
 
 
-def _passing_gpus(settings: Settings, beside: Mapping[str, int]) -> int:
-    """GPUs that others than the variants `beside` may take beyond those that they keep."""
-    others = (one for name, one in gpu_holders(settings).items() if name not in beside)
-    return sum(one.max_replicas - one.min_replicas for one in others)
-
-
 def _comes_and_goes(name: str, settings: Settings) -> bool:
     return settings.variant(name).num_gpus > 0 and not settings.variants[name].min_replicas
 
@@ -87,24 +82,15 @@ def _check_served(names: Mapping[str, int], settings: Settings) -> None:
 
 def _check_gpus(passing: Sequence[str], kept: Mapping[str, int], gpus: int) -> None:
     """Raises AuditImpossible, which names what holds the GPUs."""
-    more = "give `audit.gpus` where it can have more"
+    there, more = f"{gpus} GPU{'s' * (gpus != 1)}", "give `audit.gpus` where it can have more"
     if not gpus:
         raise AuditImpossible(f"the cluster has no GPU, and the audited variants want one each; {more}", gpus=gpus)
     holders = " and ".join(f"{name} keeps {count} (min_replicas {count})" for name, count in kept.items())
     if sum(kept.values()) > gpus:
-        raise AuditImpossible(f"{holders} are more than the cluster's {_gpus(gpus)}; {more}", gpus=gpus)
+        raise AuditImpossible(f"{holders} are more than the cluster's {there}; {more}", gpus=gpus)
     if passing and sum(kept.values()) == gpus:
-        what = f"of the cluster's {_gpus(gpus)}, {holders}, so {', '.join(passing)} can never start"
+        what = f"of the cluster's {there}, {holders}, so {', '.join(passing)} can never start"
         raise AuditImpossible(f"{what}; set min_replicas to 0 for the time of the audit, or {more}", gpus=gpus)
-
-
-def _gpus(count: int) -> str:
-    return f"{count} GPU" if count == 1 else f"{count} GPUs"
-
-
-def _apart(cells: Mapping[str, int], passing: Sequence[str], free: int) -> list[list[str]]:
-    staying = [name for name in cells if name not in passing]
-    return [staying, *(list(passing[at : at + free]) for at in range(0, len(passing), free))]
 
 
 def _wanted(group: Sequence[str], cells: Mapping[str, int], settings: Settings, free: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...parameters import AuditRequest, plain
+from ..recommend import combination, nearness
 from ..record import CellResult
 from .sheets import title
 
@@ -76,16 +77,16 @@ def scatter(
     found = [
         (result, round(result.wall_s, 6), round(ssim, 6))
         for result in results
-        if result.wall_s is not None and (ssim := ssim_of(request, result)) is not None
+        if result.wall_s is not None and (ssim := nearness(request, result)) is not None
     ]
     if len(found) < 2:
         return None
     axes, fronts = _axes(290), defaultdict(list)
     for result, seconds, ssim in found:
-        cell, is_pareto, said = result.cell, result.name in pareto, f"{seconds:.2f} s, SSIM {ssim:.4f}"
+        is_pareto, said = result.name in pareto, f"{seconds:.2f} s, SSIM {ssim:.4f}"
         _mark(axes, request, result, (seconds, ssim), said, result.name in recommended, fill=float(is_pareto))
         if is_pareto:
-            fronts[cell.steps, cell.seed, cell.prompt, cell.crop].append((seconds, ssim))
+            fronts[combination(result.cell)].append((seconds, ssim))
     for front in fronts.values():
         # A staircase: what a second more buys comes only at the next cell of the front.
         if len(front) > 1:
@@ -99,12 +100,6 @@ def scatter(
     used = {result.cell.variant for result, *_ in found}
     svg = _svg(axes, "scatter-chart", "Seconds against SSIM; the Pareto front is listed below")
     return Scatter(svg, [key for key in legend if key[0] in used])
-
-
-def ssim_of(request: AuditRequest, result: CellResult) -> float | None:
-    if result.cell.variant == request.reference_variant:
-        return 1.0
-    return result.compared.ssim if result.compared else None
 
 
 def _axes(height: float) -> Axes:

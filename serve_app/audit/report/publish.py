@@ -52,12 +52,11 @@ async def publish(
     StoreUnavailable.
     """
     results = _stored(audit, results)
-    expires_s = max(1, round(audit.request.link_hours * 3600))
     # Before the first is signed: none ends earlier than the report says.
-    expires_at = clock() + timedelta(seconds=expires_s)
+    expires_at = clock() + timedelta(seconds=audit.request.link_s)
     paths = [path for result in results if (path := result.image_path)]
     files = {name: f"{folder(audit.id)}/{name}" for name in _CONTENT_TYPES}
-    signed = {path: await blobs.link(path, expires_s=expires_s) for path in (*paths, *files.values())}
+    signed = {path: await blobs.link(path, expires_s=audit.request.link_s) for path in (*paths, *files.values())}
 
     content = document(audit, results, signed)
     pictures = await show_all(blobs, photo, mask, results)
