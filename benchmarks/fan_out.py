@@ -21,7 +21,7 @@ from deployments.app import build
 from deployments.own_ray import free_port
 from serve_app.audit.fan_out import fan_out
 from serve_app.audit.waves import Wave
-from serve_app.models import Box, PaintRequest, Progress
+from serve_app.models import Box, EditRequest, Progress
 from serve_app.settings import Settings
 
 from .audit.ray_replicas import RayReplicas
@@ -91,9 +91,9 @@ async def _painted(config: Settings, count: int, canvas_px: int) -> float:
         return time.monotonic() - started_s
 
 
-def _request(side_px: int) -> PaintRequest:
+def _request(side_px: int) -> EditRequest:
     """Of one window. The canvas goes to the replica and back, as in an audit: the larger, the longer that takes."""
-    return PaintRequest(
+    return EditRequest(
         job_id="fan-out",
         canvas=np.zeros((side_px, side_px, 3), np.uint8),
         mask=np.full((side_px, side_px), 255, np.uint8),

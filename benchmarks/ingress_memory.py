@@ -29,7 +29,7 @@ from serve_app.edit.session import session_path
 from serve_app.jobs.kinds import Attempt
 from serve_app.jobs.record import Job
 from serve_app.jobs.worker import pixel_pool
-from serve_app.models import OnProgress, Painted, PaintRequest, Progress
+from serve_app.models import EditRequest, Images, OnProgress, Progress
 from serve_app.parameters import CropStrategy, EditParameters
 from serve_app.settings import Inference, Settings
 
@@ -64,21 +64,20 @@ class Memory:
 
 
 class Busy:
-    """Replicas that paint when they are let, and nothing then."""
+    """A model that paints when it is let, and nothing then."""
+
+    is_ready = True
 
     def __init__(self, jobs: int) -> None:
         self._left, self.all_wait, self.go_on = jobs, asyncio.Event(), asyncio.Event()
 
-    def is_ready(self, variant: str) -> bool:
-        return True
-
-    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
+    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
         self._left -= 1
         if not self._left:
             self.all_wait.set()
         await self.go_on.wait()
         await on_progress(Progress())
-        return Painted(canvas=request.canvas, busy_s=0.0, windows=request.windows)
+        return Images(images=[request.canvas], busy_s=0.0, windows=request.windows)
 
 
 class NoPrompts:
@@ -114,19 +113,20 @@ async def measured(sessions: int, megapixels: float, settings: Settings) -> dict
         for role, data in sent.items():
             path = session_path("u", f"s{number}", edit_session.INPUTS[role])
             await blobs.put(path, data, content_type="image/png")
-    painter, pool = Busy(sessions), pixel_pool()
-    editor = Editor(blobs=blobs, painter=painter, prompts=NoPrompts(), settings=settings, defaults=Inference)
+    model, pool = Busy(sessions), pixel_pool()
+    models = {"telea": model}
+    editor = Editor(blobs=blobs, models=models, prompts=NoPrompts(), settings=settings, defaults=Inference)
     memory, started = Memory(), time.perf_counter()
 
     async def progress(_: Progress) -> None: ...
 
     attempt = Attempt(on_progress=progress, confirm=confirmed, pool=pool)
     jobs = [asyncio.create_task(editor.run(job_of(f"s{n}"), attempt)) for n in range(sessions)]
-    await painter.all_wait.wait()
+    await model.all_wait.wait()
     # What malloc holds and nobody uses is not what the jobs take.
     ctypes.CDLL(None).malloc_trim(0)
     waiting = memory.bytes
-    painter.go_on.set()
+    model.go_on.set()
     await asyncio.gather(*jobs)
     memory.end()
     pool.shutdown()

@@ -129,7 +129,7 @@ async def _edit(note: Any) -> None:
     from serve_app.edit.job import Editor
     from serve_app.edit.session import session_path
     from serve_app.engine.families import create
-    from serve_app.engine.painting import LocalPainter
+    from serve_app.engine.painting import LocalModel
     from serve_app.jobs.notifications import Courier
     from serve_app.jobs.record import State
     from serve_app.jobs.worker import Worker
@@ -140,10 +140,10 @@ async def _edit(note: Any) -> None:
     publisher = adapters.publisher(settings.messages)
     webhooks = Webhooks(settings.webhooks, Secrets())
     engine = create("telea", settings.variant("telea"), None, settings.variants["telea"])
-    painter = LocalPainter({"telea": engine})
+    models = {"telea": LocalModel("telea", engine)}
     editor = Editor(
         blobs=blobs,
-        painter=painter,
+        models=models,
         prompts=_NoPrompts(),
         settings=settings,
         defaults=lambda: Inference(variant="telea"),
@@ -163,7 +163,7 @@ async def _edit(note: Any) -> None:
         publisher=publisher,
         courier=courier,
         webhooks=webhooks,
-        painter=painter,
+        models=models,
         settings=settings,
     )
     for name, data in (("original.jpg", _jpeg()), ("mask_auto.png", _png())):

@@ -33,7 +33,7 @@ STOP_S = 30
 def build(args: Settings) -> serve.Application:
     """The import path of serve_config.yaml: `deployments.app:build`."""
     settings = absolute(args)
-    painters = {name: _inpainter(name, settings) for name in settings.variants}
+    inpainters = {name: _inpainter(name, settings) for name in settings.variants}
     encoders = {base: _text_encoder(base, variant, settings) for base, variant in _bases(settings).items()}
     names = {name: inpainter_name(name) for name in settings.variants}
     ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
@@ -47,7 +47,7 @@ def build(args: Settings) -> serve.Application:
         user_config=Inference(variant=next(iter(settings.variants))).model_dump(mode="json"),
     )
     broker = serve.deployment(PubSub).options(ray_actor_options={"num_cpus": 0.1}).bind(settings.messages)
-    return ingress.bind(settings, painters, encoders, names, broker if settings.messages.is_embedded else None)
+    return ingress.bind(settings, inpainters, encoders, names, broker if settings.messages.is_embedded else None)
 
 
 def inpainter_name(variant: str) -> str:
@@ -56,9 +56,9 @@ def inpainter_name(variant: str) -> str:
 
 def deployment_names(settings: Settings) -> list[str]:
     """Every deployment the app has with these settings."""
-    painters = [inpainter_name(name) for name in settings.variants]
+    inpainters = [inpainter_name(name) for name in settings.variants]
     encoders = [text_encoder_name(base) for base in _bases(settings)]
-    return ["Ingress", *painters, *encoders, *(["PubSub"] if settings.messages.is_embedded else [])]
+    return ["Ingress", *inpainters, *encoders, *(["PubSub"] if settings.messages.is_embedded else [])]
 
 
 def absolute(settings: Settings) -> Settings:

@@ -37,7 +37,7 @@ from .audit_job import RayJobs
 from .broker import BrokerWatch
 from .metrics import RayMetrics
 from .readiness import VariantWatch
-from .remote import RemotePainter, RemotePrompts
+from .remote import RemoteModel, RemotePrompts
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Ingress:
     def __init__(
         self,
         settings: Settings,
-        painters: Mapping[str, DeploymentHandle],
+        inpainters: Mapping[str, DeploymentHandle],
         encoders: Mapping[str, DeploymentHandle],
         deployments: Mapping[str, str],
         broker: DeploymentHandle | None,
@@ -106,7 +106,7 @@ class Ingress:
         self._settings = settings
         self._inference: Inference | None = None
         self._defaults_error = ""
-        self._watch = VariantWatch(painters, deployments, self.metrics)
+        self._watch = VariantWatch(inpainters, deployments, self.metrics)
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
         job_store = adapters.job_store(settings.jobs)
@@ -118,8 +118,8 @@ class Ingress:
         mirror = adapters.session_mirror(settings, job_store)
         publisher = adapters.publisher(settings.messages)
         self._webhooks = Webhooks(settings.webhooks, secrets)
-        painter = RemotePainter(painters, self._watch)
-        kinds = [self._editor(painter, encoders)]
+        models = {name: RemoteModel(name, handle, self._watch) for name, handle in inpainters.items()}
+        kinds = [self._editor(models, encoders)]
         self._courier = Courier(
             kinds=kinds,
             job_store=job_store,
@@ -138,7 +138,7 @@ class Ingress:
             publisher=publisher,
             courier=self._courier,
             webhooks=self._webhooks,
-            painter=painter,
+            models=models,
             settings=settings,
             metrics=self.metrics,
         )
@@ -147,10 +147,10 @@ class Ingress:
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), response_timeout_s=settings.push.response_timeout_s)
 
-    def _editor(self, painter: RemotePainter, encoders: Mapping[str, DeploymentHandle]) -> Editor:
+    def _editor(self, models: Mapping[str, RemoteModel], encoders: Mapping[str, DeploymentHandle]) -> Editor:
         return Editor(
             blobs=self._blobs,
-            painter=painter,
+            models=models,
             prompts=RemotePrompts(encoders, PromptCache(self._blobs), self._settings),
             settings=self._settings,
             defaults=self._defaults,

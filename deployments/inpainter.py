@@ -19,7 +19,7 @@ from serve_app.engine.slot import Seat
 from serve_app.engine.trials import measuring
 from serve_app.engine.weights import fetch
 from serve_app.errors import FluxFillError, GpuLost, ReplicaTaken
-from serve_app.models import Measured, Painted, PaintRequest, Progress
+from serve_app.models import EditRequest, Images, Measured, Progress
 from serve_app.settings import Settings
 from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_id
 
@@ -81,8 +81,8 @@ class Inpainter:
         )
         self._seat = Seat()
 
-    async def paint(self, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
-        """Progress as it comes, then the one Painted. Closing the stream stops the engine within one step.
+    async def paint(self, request: EditRequest) -> AsyncGenerator[Progress | Images, None]:
+        """Progress as it comes, then the Images. Closing the stream stops the engine within one step.
 
         Raises VariantLoadFailed with the reason; VariantNotReady at once where the GPU failed before; what the engine
         raises.
@@ -91,12 +91,12 @@ class Inpainter:
         with self._watched(request):
             async with aclosing(painting(engine, request, self._seat, self._out_of_memory)) as events:
                 async for event in events:
-                    if isinstance(event, Painted):
+                    if isinstance(event, Images):
                         self._note(request, event)
                     yield event
 
     async def measure(
-        self, request: PaintRequest, trials: int, places: int
+        self, request: EditRequest, trials: int, places: int
     ) -> AsyncGenerator[Progress | Measured | ReplicaTaken, None]:
         """As `paint`, for an audit's cell: painted `trials` times, 1 or more, behind all paintings; at last the one
         Measured. Its times and steps are in no metric and in no usage: they are no user's. Where whoever asks is killed
@@ -119,7 +119,7 @@ class Inpainter:
             yield e
 
     @contextmanager
-    def _watched(self, request: PaintRequest) -> Iterator[None]:
+    def _watched(self, request: EditRequest) -> Iterator[None]:
         try:
             yield
         except GpuLost as e:
@@ -129,7 +129,7 @@ class Inpainter:
     def _out_of_memory(self) -> None:
         self._metrics.add("fluxfill_out_of_memory_total", variant=self._name)
 
-    def _note(self, request: PaintRequest, painted: Painted) -> None:
+    def _note(self, request: EditRequest, painted: Images) -> None:
         used_bytes = painted.where.get("memory_used_bytes")
         if used_bytes is not None:
             self._metrics.put("fluxfill_gpu_memory_bytes", used_bytes, variant=self._name)
@@ -137,7 +137,7 @@ class Inpainter:
             per_s = request.steps * len(painted.windows) / painted.busy_s
             self._metrics.observe("fluxfill_steps_per_second", per_s, variant=self._name)
 
-    def _lose(self, request: PaintRequest, error: GpuLost) -> None:
+    def _lose(self, request: EditRequest, error: GpuLost) -> None:
         # A second job, which waited for the first one to end, meets the same GPU.
         if self._loading.lose(error):
             self._metrics.add("fluxfill_gpu_lost_total", variant=self._name)

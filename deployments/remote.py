@@ -1,4 +1,4 @@
-"""Painter and PromptEncoder over Serve handles, and what an audit asks of the same replicas."""
+"""ImageModel and PromptEncoder over Serve handles, and what an audit asks of the same replicas."""
 
 import asyncio
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from serve_app.errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from serve_app.models import Measured, OnProgress, Painted, PaintRequest
+from serve_app.models import EditRequest, Images, Measured, OnProgress
 from serve_app.settings import Settings
 
 from .loading import sources
@@ -30,24 +30,23 @@ from .readiness import VariantWatch
 T = TypeVar("T")
 
 
-class RemotePainter:
-    """The Painter port over one handle per variant."""
+class RemoteModel:
+    """The ImageModel port over one variant's handle."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle], watch: VariantWatch) -> None:
-        self._watch = watch
+    def __init__(self, name: str, handle: DeploymentHandle, watch: VariantWatch) -> None:
+        self._name, self._watch = name, watch
         # Made once: each options() call would make a router of its own.
-        self._paint = {name: h.options(stream=True, method_name="paint") for name, h in handles.items()}
+        self._paint = handle.options(stream=True, method_name="paint")
 
-    def is_ready(self, variant: str) -> bool:
-        state = self._watch.states.get(variant)
-        return state is not None and state.state == "ready"
+    @property
+    def is_ready(self) -> bool:
+        return self._watch.states[self._name].state == "ready"
 
-    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
-        stream = _handle(self._paint, variant).remote(request)
+    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
         try:
-            return await _last(stream, variant, Painted, on_progress)
+            return await _last(self._paint.remote(request), self._name, Images, on_progress)
         except (VariantLoadFailed, VariantNotReady, GpuLost):
-            self._watch.doubt(variant)
+            self._watch.doubt(self._name)
             raise
 
 
@@ -58,10 +57,13 @@ class RemoteTrials:
         self._measure = {name: h.options(stream=True, method_name="measure") for name, h in handles.items()}
 
     async def measure(
-        self, variant: str, request: PaintRequest | ObjectRef, on_progress: OnProgress, *, trials: int, places: int
+        self, variant: str, request: EditRequest | ObjectRef, on_progress: OnProgress, *, trials: int, places: int
     ) -> Measured:
         """As `Replicas.measure` of the audit says. The request may be one that was put into Ray's object store."""
-        stream = _handle(self._measure, variant).remote(request, trials, places)
+        if variant not in self._measure:
+            known = ", ".join(self._measure)
+            raise UnknownVariant(f"variant {variant!r} is not served here; there are {known}")
+        stream = self._measure[variant].remote(request, trials, places)
         return await _last(stream, variant, Measured, on_progress)
 
 
@@ -87,12 +89,6 @@ class RemotePrompts:
             return embeddings
 
         return await self._cache.get_or_encode(row, base_revision(row, self._sources), prompt, ask)
-
-
-def _handle(handles: Mapping[str, DeploymentHandle], variant: str) -> DeploymentHandle:
-    if variant not in handles:
-        raise UnknownVariant(f"variant {variant!r} is not served here; there are {', '.join(handles)}")
-    return handles[variant]
 
 
 async def _last(stream: DeploymentResponseGenerator, variant: str, kind: type[T], on_progress: OnProgress) -> T:

@@ -44,7 +44,7 @@ class TextEncoder:
         self._since: float | None = None
 
     async def encode(self, prompt: str, max_tokens: int) -> bytes:
-        """safetensors bytes as `ports.PaintRequest.embeddings` wants them.
+        """safetensors bytes as `EditRequest.embeddings` wants them.
 
         Raises VariantLoadFailed with the reason; InferenceTimeout where encoding itself takes longer than
         `work.inference_timeout_s`; OutOfMemory, GpuLost, PaintError.

@@ -154,7 +154,7 @@ class Progress(_Value):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PaintRequest:
+class EditRequest:
     """What a replica needs for one job, and nothing about whose it is but the id."""
 
     job_id: str
@@ -175,9 +175,11 @@ class PaintRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Painted:
-    #: uint8 RGB, the request's canvas size.
-    canvas: Pixels
+class Images:
+    """What a model made of one request."""
+
+    #: An edit gives one, of the request's canvas size.
+    images: Sequence[Pixels]
     #: Seconds the engine was at work.
     busy_s: float
     #: Device milliseconds; None where there is no GPU.
@@ -204,29 +206,32 @@ class Measured:
     trials: Sequence[Trial]
     #: Whether all gave the same bytes.
     repeats: bool
-    #: As in Painted, with `replica`, `node` and `pid`.
+    #: As in Images, with `replica`, `node` and `pid`.
     where: Mapping[str, Any]
-    #: As in Painted.
+    #: As in Images.
     windows: Sequence[Box]
 
 
 OnProgress = Callable[[Progress], Awaitable[None]]
 
 
-class Painter(Protocol):
-    def is_ready(self, variant: str) -> bool:
-        """Whether a painting would begin without waiting for a replica to start or to load."""
+class ImageModel(Protocol):
+    """One variant, wherever it runs."""
 
-    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would begin without waiting for a replica to start or to load."""
+
+    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
         """Paint the windows in order. Cancelling the call stops the engine within one step.
 
-        Raises UnknownVariant, VariantNotReady, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
+        Raises VariantNotReady, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
         """
 
 
 class PromptEncoder(Protocol):
     async def encode(self, variant: str, prompt: str) -> bytes | None:
-        """Embeddings as PaintRequest wants them; None where the variant takes no prompt.
+        """Embeddings as EditRequest wants them; None where the variant takes no prompt.
 
         Raises UnknownVariant, VariantLoadFailed, ReplicaLost, StoreUnavailable.
         """

@@ -22,7 +22,7 @@ from serve_app.engine.trials import measuring
 from serve_app.jobs import lease
 from serve_app.jobs.ports import JobStore
 from serve_app.jobs.record import Job
-from serve_app.models import Measured, OnProgress, PaintRequest, PromptEncoder
+from serve_app.models import EditRequest, Measured, OnProgress, PromptEncoder
 from serve_app.parameters import AuditRequest, Matrix
 from serve_app.settings import Settings
 
@@ -77,7 +77,7 @@ class LocalReplicas:
         return self._replicas[variant][0].seat
 
     async def measure(
-        self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int, places: int
+        self, variant: str, request: EditRequest, on_progress: OnProgress, *, trials: int, places: int
     ) -> Measured:
         name = request.job_id.rpartition("/")[2]
         self.asked.append((name, places))
@@ -213,7 +213,7 @@ class AuditRig:
         self.store = AuditStore(self.plain_jobs, self.plain)
         self.scripted = {name: [Scripted()] for name in self.variants if name not in self.engines}
         self.replicas = LocalReplicas({**self.scripted, **self.engines})
-        self.compiled: list[tuple[str, PaintRequest]] = []
+        self.compiled: list[tuple[str, EditRequest]] = []
         self.auditor = Auditor(
             job_store=self.jobs,
             blobs=self.blobs,
@@ -228,7 +228,7 @@ class AuditRig:
     def beside(self) -> "AuditRig":
         return replace(self)
 
-    async def _compile(self, name: str, request: PaintRequest) -> CompileVerdict:
+    async def _compile(self, name: str, request: EditRequest) -> CompileVerdict:
         self.compiled.append((name, request))
         return CompileVerdict(variant=name, viable=False, verdict="nothing to compile")
 

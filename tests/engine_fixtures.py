@@ -13,7 +13,7 @@ import pytest
 from serve_app.engine import Window
 from serve_app.engine.flux.tiny import TinyWeights, ensure
 from serve_app.engine.weights.fetch import Weights
-from serve_app.models import BUILT_IN, Box, PaintRequest, Pixels
+from serve_app.models import BUILT_IN, Box, EditRequest, Pixels
 from serve_app.settings import Optimizations, VariantSettings
 
 # torch takes seconds to import, and tests that need none of it load this module too.
@@ -125,7 +125,7 @@ def window(height: int = SIDE, width: int = SIDE, **changes: Any) -> Window:
     return Window(**given)
 
 
-def request(**changes: Any) -> PaintRequest:
+def request(**changes: Any) -> EditRequest:
     """One window, two steps."""
     whole = Box(x0=0, y0=0, x1=SIDE, y1=SIDE)
     given = {
@@ -138,4 +138,4 @@ def request(**changes: Any) -> PaintRequest:
         "seed": 1,
         **changes,
     }
-    return PaintRequest(**given)
+    return EditRequest(**given)

@@ -18,7 +18,7 @@ from serve_app.blobs import BlobInfo
 from serve_app.edit.job import Editor
 from serve_app.edit.session import session_path
 from serve_app.engine import Window
-from serve_app.engine.painting import LocalPainter
+from serve_app.engine.painting import LocalModel
 from serve_app.engine.telea import Telea
 from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
 from serve_app.jobs.lease import Pace
@@ -207,15 +207,6 @@ class Counters:
         return sum(self.values.get((name, *labels), ()))
 
 
-class Painter(LocalPainter):
-    """The painter of this process; `starting` names variants whose replicas are not up yet."""
-
-    starting: frozenset[str] = frozenset()
-
-    def is_ready(self, variant: str) -> bool:
-        return variant not in self.starting
-
-
 class Prompts:
     """Telea takes no prompt."""
 
@@ -271,10 +262,11 @@ class Rig:
         self.broker = Outage(self.topics, BrokerUnavailable)
         self.receivers = Receivers()
         self.metrics = Counters()
-        self.painter = Painter({"telea": self.engine})
+        #: More than `settings` serve: a test may serve more.
+        self.models = {name: LocalModel(name, self.engine) for name in ("telea", "b", "c")}
         self.editor = Editor(
             blobs=self.blobs,
-            painter=self.painter,
+            models=self.models,
             prompts=Prompts(),
             settings=self.settings,
             defaults=lambda: self.inference,
@@ -297,7 +289,7 @@ class Rig:
             courier=self.courier,
             webhooks=self.receivers,
             metrics=self.metrics,
-            painter=self.painter,
+            models=self.models,
             settings=self.settings,
             pace=self.pace,
         )

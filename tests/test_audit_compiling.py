@@ -16,7 +16,7 @@ from benchmarks.audit.forwards import Forward
 from serve_app.engine.flux import compiled
 from serve_app.engine.flux.fill import FluxFill
 from serve_app.engine.flux.tiny import TinyWeights
-from serve_app.models import Box, PaintRequest
+from serve_app.models import Box, EditRequest
 from serve_app.settings import Settings
 
 from .engine_fixtures import flux_fill, photo, request
@@ -48,7 +48,7 @@ def own_temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 @pytest.fixture
-def given() -> PaintRequest:
+def given() -> EditRequest:
     generator = torch.Generator().manual_seed(5)
     prompt = {
         "prompt_embeds": torch.randn(1, 16, 256, generator=generator),
@@ -80,7 +80,7 @@ def served(shallow: TinyWeights, cache: Path, **optimizations: Any) -> Settings:
     )
 
 
-def test_the_inputs_are_those_of_a_real_call_and_it_can_be_repeated(engine: FluxFill, given: PaintRequest) -> None:
+def test_the_inputs_are_those_of_a_real_call_and_it_can_be_repeated(engine: FluxFill, given: EditRequest) -> None:
     """More often than the run has steps, with the same output."""
     forward = Forward(engine, given)
     assert forward.per_edit == 4 * 1
@@ -93,13 +93,13 @@ def test_the_inputs_are_those_of_a_real_call_and_it_can_be_repeated(engine: Flux
 
 
 @pytest.mark.slow
-def test_the_forward_is_one_graph(engine: FluxFill, given: PaintRequest) -> None:
+def test_the_forward_is_one_graph(engine: FluxFill, given: EditRequest) -> None:
     found = Forward(engine, given).explained()
     assert (found.graphs, found.breaks, found.reasons) == (1, 0, ())
 
 
 @pytest.mark.slow
-def test_what_breaks_the_graph_is_named_once_without_its_folder(engine: FluxFill, given: PaintRequest) -> None:
+def test_what_breaks_the_graph_is_named_once_without_its_folder(engine: FluxFill, given: EditRequest) -> None:
     forward = Forward(engine, given)
     for block in engine._pipeline.transformer.transformer_blocks:
         block.forward = torch.no_grad()(breaking(block.forward))
@@ -118,16 +118,16 @@ def breaking(block: Any) -> Any:
     return forward
 
 
-def test_the_engine_paints_as_before_when_its_inputs_were_caught(engine: FluxFill, given: PaintRequest) -> None:
+def test_the_engine_paints_as_before_when_its_inputs_were_caught(engine: FluxFill, given: EditRequest) -> None:
     from serve_app.engine.painting import paint_canvas
 
-    before = paint_canvas(engine, given, lambda progress: None).canvas
+    before = paint_canvas(engine, given, lambda progress: None).images[0]
     Forward(engine, given)
-    assert np.array_equal(before, paint_canvas(engine, given, lambda progress: None).canvas)
+    assert np.array_equal(before, paint_canvas(engine, given, lambda progress: None).images[0])
 
 
 @pytest.mark.slow
-def test_compiled_against_eager(shallow: TinyWeights, tmp_path: Path, given: PaintRequest, own_temporary: Path) -> None:
+def test_compiled_against_eager(shallow: TinyWeights, tmp_path: Path, given: EditRequest, own_temporary: Path) -> None:
     """Optimizations that would be in the way are off: what is served is compiled already, and skips steps."""
     before = compiled.graphs()
     settings = served(shallow, tmp_path, compile=True, step_cache={"kind": "taylor_seer"})
@@ -146,7 +146,7 @@ def test_compiled_against_eager(shallow: TinyWeights, tmp_path: Path, given: Pai
 
 @pytest.mark.slow
 def test_without_a_c_compiler_there_is_a_verdict(
-    shallow: TinyWeights, tmp_path: Path, given: PaintRequest, own_temporary: Path
+    shallow: TinyWeights, tmp_path: Path, given: EditRequest, own_temporary: Path
 ) -> None:
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         found = verdict("v", served(shallow, tmp_path), given)
@@ -158,7 +158,7 @@ def test_without_a_c_compiler_there_is_a_verdict(
     assert not list(own_temporary.iterdir())
 
 
-def test_a_variant_that_does_not_load_has_a_verdict_without_folders(tmp_path: Path, given: PaintRequest) -> None:
+def test_a_variant_that_does_not_load_has_a_verdict_without_folders(tmp_path: Path, given: EditRequest) -> None:
     definition = {"family": "flux-fill", "file": str(tmp_path / "no.gguf"), "base": str(tmp_path)}
     settings = Settings.model_validate(
         {"variants": {"v": {"definition": definition}}, "weights": {"cache": tmp_path / "cache"}}
@@ -170,7 +170,7 @@ def test_a_variant_that_does_not_load_has_a_verdict_without_folders(tmp_path: Pa
     assert str(tmp_path) not in found.verdict
 
 
-def test_a_family_without_a_transformer_has_nothing_to_compile(tmp_path: Path, given: PaintRequest) -> None:
+def test_a_family_without_a_transformer_has_nothing_to_compile(tmp_path: Path, given: EditRequest) -> None:
     settings = Settings.model_validate({"variants": {"telea": {}}, "weights": {"cache": tmp_path}})
     found = verdict("telea", settings, given)
     assert (found.viable, found.verdict) == (False, "the telea family has nothing to compile")

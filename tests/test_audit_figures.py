@@ -12,7 +12,7 @@ from serve_app.audit.record import CellResult
 from serve_app.edit.cost import forward_flops
 from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.weights.lock import Lock, LockedRepo
-from serve_app.models import BUILT_IN, Box, Measured, PaintRequest, Trial, Variant
+from serve_app.models import BUILT_IN, Box, EditRequest, Measured, Trial, Variant
 from serve_app.parameters import AuditRequest, Cell, Matrix
 from serve_app.settings import Settings
 
@@ -162,5 +162,5 @@ async def test_an_audit_of_the_real_pipeline(tiny: TinyWeights, embeddings: byte
     assert len(prompts.asked) == 1
     name, request = rig.compiled[0]
     assert name in names
-    assert isinstance(request, PaintRequest)
+    assert isinstance(request, EditRequest)
     assert request.embeddings == embeddings

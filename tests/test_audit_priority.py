@@ -16,11 +16,11 @@ from tenacity import retry, retry_if_exception_type, wait_fixed
 from deployments.app import build, inpainter_name
 from deployments.inpainter import Inpainter
 from deployments.readiness import VariantWatch
-from deployments.remote import RemotePainter, RemoteTrials
+from deployments.remote import RemoteModel, RemoteTrials
 from serve_app.engine import Window
 from serve_app.engine.pause import Pause
 from serve_app.errors import ReplicaTaken
-from serve_app.models import Measured, Painted, PaintRequest, Pixels, Progress
+from serve_app.models import EditRequest, Images, Measured, Pixels, Progress
 from serve_app.settings import Settings
 
 from .backends import until
@@ -75,7 +75,7 @@ class NotingInpainter(Inpainter):
         super().__init__(name, settings)
         self._log, self._loading._value = log, Noting(name, log)
 
-    async def paint(self, request: PaintRequest) -> AsyncGenerator[Progress | Painted, None]:
+    async def paint(self, request: EditRequest) -> AsyncGenerator[Progress | Images, None]:
         self._log.note("arrived", request.seed)
         async with aclosing(super().paint(request)) as events:
             async for event in events:
@@ -90,14 +90,14 @@ class Replica:
         bound = build(SETTINGS)._bound_deployment.init_args[1][name]._bound_deployment
         deployment = bound.options(func_or_class=NotingInpainter, name=inpainter_name(name))
         handle: DeploymentHandle = serve.run(deployment.bind(name, SETTINGS, self.log), name=name, route_prefix=None)
-        self._painter = RemotePainter({name: handle}, VariantWatch({name: handle}, {name: inpainter_name(name)}))
+        self._model = RemoteModel(name, handle, VariantWatch({name: handle}, {name: inpainter_name(name)}))
         self._trials, self._name, self._cell_seeds = RemoteTrials({name: handle}), name, count(1)
 
     async def logged(self, *events: tuple[str, int]) -> None:
         await until(lambda: set(events) <= set(self.log.read()))
 
-    async def paint(self, seed: int) -> Painted:
-        return await self._painter.paint(self._name, request(seed=seed, steps=100), nothing)
+    async def paint(self, seed: int) -> Images:
+        return await self._model.run(request(seed=seed, steps=100), nothing)
 
     async def measure(self, seed: int) -> Measured:
         """The request goes through Ray's object store, as an audit's does."""
@@ -130,7 +130,7 @@ async def nothing(progress: Progress) -> None:
     """An on_progress that nobody follows."""
 
 
-async def canceled(*tasks: "asyncio.Task[Painted] | asyncio.Task[Measured]") -> None:
+async def canceled(*tasks: "asyncio.Task[Images] | asyncio.Task[Measured]") -> None:
     for one in tasks:
         one.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -33,7 +33,7 @@ from serve_app.audit.store import AuditStore
 from serve_app.edit.session import INPUTS, session_path
 from serve_app.errors import ReplicaLost
 from serve_app.jobs.record import Job
-from serve_app.models import PaintRequest
+from serve_app.models import EditRequest
 from serve_app.parameters import AuditRequest, Matrix
 from serve_app.settings import Settings
 
@@ -216,7 +216,7 @@ async def test_gpus_that_can_still_be_had_are_waited_for_to_compile() -> None:
     keeper = {"gpu-a": VARIANTS["gpu-a"], "keeper": sleeper(0.1, num_gpus=1, min_replicas=1)}
     settings = Settings(variants=keeper, audit={"replica_wait_s": 60.0, "gpus": 1})
     canvas = np.zeros((8, 8, 3), np.uint8)
-    request = PaintRequest(
+    request = EditRequest(
         job_id="job", canvas=canvas, mask=canvas[..., 0], windows=(), steps=1, guidance_scale=2.0, seed=0
     )
     kept = await RayCompiler(settings)("gpu-a", request)

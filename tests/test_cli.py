@@ -31,7 +31,7 @@ from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.clock import utc_now
 from serve_app.edit.job import Editor, edit_job_id
 from serve_app.engine.flux.tiny import TinyWeights
-from serve_app.engine.painting import LocalPainter
+from serve_app.engine.painting import LocalModel
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.notifications import Courier
@@ -107,10 +107,10 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     job_store = adapters.job_store(settings.jobs)
     mirror = adapters.session_mirror(settings, job_store)
     publisher, receivers = adapters.publisher(settings.messages), Receivers()
-    painter = LocalPainter(engines)
+    models = {name: LocalModel(name, engine) for name, engine in engines.items()}
     editor = Editor(
         blobs=adapters.blob_store(settings.blobs),
-        painter=painter,
+        models=models,
         prompts=Prompts(),
         settings=settings,
         defaults=lambda: Inference(variant="telea", steps=4),
@@ -130,7 +130,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
         publisher=publisher,
         courier=courier,
         webhooks=receivers,
-        painter=painter,
+        models=models,
         settings=settings,
         pace=Pace(cancel_poll_s=0.1),
     )

@@ -27,7 +27,7 @@ from deployments.config import load
 from deployments.ingress import Pushes, check_ray_token
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
-from deployments.remote import RemotePainter, RemotePrompts, RemoteTrials, typed_errors
+from deployments.remote import RemoteModel, RemotePrompts, RemoteTrials, typed_errors
 from deployments.text_encoder import TextEncoder
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
@@ -48,7 +48,7 @@ from serve_app.errors import (
 from serve_app.http.app import VariantReadiness
 from serve_app.http.problems import BODIES_AT_ONCE
 from serve_app.jobs.ports import Verdict
-from serve_app.models import Measured, Painted, PaintRequest, Progress, Variant
+from serve_app.models import EditRequest, Images, Measured, Progress, Variant
 from serve_app.settings import MessagesSettings, Settings
 
 from .backends import until
@@ -399,16 +399,16 @@ def test_what_ray_itself_raises_is_a_lost_replica(error: Exception, told: str) -
 class Replica:
     """Streams what it is told to."""
 
-    def __init__(self, events: list[Progress | Painted | Measured | Exception]) -> None:
+    def __init__(self, events: list[Progress | Images | Measured | Exception]) -> None:
         self._events = events
 
-    async def paint(self, request: PaintRequest) -> AsyncIterator[Progress | Painted | Measured]:
+    async def paint(self, request: EditRequest) -> AsyncIterator[Progress | Images | Measured]:
         for event in self._events:
             if isinstance(event, Exception):
                 raise event
             yield event
 
-    async def measure(self, request: PaintRequest, trials: int, places: int) -> AsyncIterator[Any]:
+    async def measure(self, request: EditRequest, trials: int, places: int) -> AsyncIterator[Any]:
         assert (trials, places) == (2, 1)
         for event in self._events:
             yield event
@@ -417,35 +417,30 @@ class Replica:
         return ""
 
 
-PICTURE = Painted(canvas=np.zeros((2, 2, 3), np.uint8), busy_s=1.0)
+PICTURE = Images(images=[np.zeros((2, 2, 3), np.uint8)], busy_s=1.0)
 
 
-MEASURED = Measured(canvas=PICTURE.canvas, trials=[], repeats=True, where={}, windows=[])
+MEASURED = Measured(canvas=PICTURE.images[0], trials=[], repeats=True, where={}, windows=[])
 
 
-def handle_of(*events: Progress | Painted | Measured | Exception) -> DeploymentHandle:
+def handle_of(*events: Progress | Images | Measured | Exception) -> DeploymentHandle:
     return serve.run(Replica.bind(list(events)), _local_testing_mode=True)
 
 
-async def paint(handle: DeploymentHandle, variant: str = "v") -> tuple[Painted, list[Progress]]:
+async def paint(handle: DeploymentHandle) -> tuple[Images, list[Progress]]:
     progress: list[Progress] = []
 
     async def note(step: Progress) -> None:
         progress.append(step)
 
-    painter = RemotePainter({"v": handle}, VariantWatch({"v": handle}, {"v": "Inpainter-v"}))
-    return await painter.paint(variant, request(), note), progress
+    model = RemoteModel("v", handle, VariantWatch({"v": handle}, {"v": "Inpainter-v"}))
+    return await model.run(request(), note), progress
 
 
 async def test_progress_and_the_picture_come_through_a_handle() -> None:
     steps = [Progress(step=n, steps=2) for n in range(3)]
     painted, progress = await paint(handle_of(*steps, PICTURE))
     assert (painted.busy_s, progress) == (1.0, steps)
-
-
-async def test_a_variant_that_is_not_served_is_named_with_those_that_are() -> None:
-    with pytest.raises(UnknownVariant, match=r"^variant 'w' is not served here; there are v$"):
-        await paint(handle_of(PICTURE), "w")
 
 
 async def test_a_stream_without_a_picture_is_an_error() -> None:
@@ -481,12 +476,11 @@ async def test_a_variant_whose_replica_cannot_paint_is_asked_again(error: FluxFi
     handle = handle_of(error)
     watch = VariantWatch({"v": handle}, {"v": "Inpainter-v"})
     watch.states["v"] = VariantReadiness(state="ready")
-    painter = RemotePainter({"v": handle}, watch)
-    assert painter.is_ready("v")
+    model = RemoteModel("v", handle, watch)
+    assert model.is_ready
     with pytest.raises(type(error)):
-        await painter.paint("v", request(), _ignore)
-    assert not painter.is_ready("v")
-    assert not painter.is_ready("w")
+        await model.run(request(), _ignore)
+    assert not model.is_ready
 
 
 async def _ignore(_: Progress) -> None: ...

@@ -14,11 +14,11 @@ from serve_app.edit.paste import cut
 from serve_app.edit.windows import plan
 from serve_app.engine import Window
 from serve_app.engine.flux.tiny import TinyWeights
-from serve_app.engine.painting import LocalPainter, load, paint_canvas
+from serve_app.engine.painting import LocalModel, load, paint_canvas
 from serve_app.engine.pause import Pause
 from serve_app.engine.telea import Telea
-from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ReplicaLost, UnknownVariant, VariantLoadFailed
-from serve_app.models import Box, Painted, Pixels, Progress, Variant
+from serve_app.errors import Canceled, CorruptWeights, OutOfMemory, ReplicaLost, VariantLoadFailed
+from serve_app.models import Box, Images, Pixels, Progress, Variant
 from serve_app.parameters import CropStrategy
 from serve_app.settings import VariantSettings, WindowSettings
 from serve_app.telemetry import JsonFormatter
@@ -77,8 +77,8 @@ def test_each_window_sees_what_the_ones_before_painted() -> None:
     assert np.array_equal(second[own_of_second], photo()[RIGHT.slices][own_of_second])
     assert (second_mask[own_of_second] == 255).all()
     assert first_seed != second_seed
-    assert (painted.canvas[square_mask() > 0] == 255).all()
-    assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])
+    assert (painted.images[0][square_mask() > 0] == 255).all()
+    assert np.array_equal(painted.images[0][square_mask() == 0], photo()[square_mask() == 0])
 
 
 def test_the_request_is_not_written_to() -> None:
@@ -117,7 +117,7 @@ def test_every_window_that_is_painted_is_seen_in_the_picture(seed: int) -> None:
     engine, told = Numbering(), list[Progress]()
     given = request(canvas=canvas, mask=canvas_mask, windows=planned.windows, seed=5)
     result = paint_canvas(engine, given, told.append)
-    painted = result.canvas
+    painted = result.images[0]
 
     numbers = range(1, len(engine.seen) + 1)
     # Of these spots' four windows, one shows only what lies deeper in others.
@@ -149,7 +149,7 @@ def test_a_window_that_runs_out_of_memory_is_begun_again_once() -> None:
     _, second, again = engine.seen
     assert all(np.array_equal(before, after) for before, after in ((second[0], again[0]), (second[1], again[1])))
     assert second[2] == again[2]
-    assert np.array_equal(painted.canvas, paint_canvas(Recorder(), given, lambda p: None).canvas)
+    assert np.array_equal(painted.images[0], paint_canvas(Recorder(), given, lambda p: None).images[0])
 
 
 def test_a_window_that_runs_out_of_memory_twice_is_given_up() -> None:
@@ -171,7 +171,7 @@ def test_the_real_pipeline_out_of_memory(
     engine, forward, calls = flux_fill(tiny), FluxTransformer2DModel.forward, itertools.count(1)
     engine.load()
     given = request(embeddings=embeddings, steps=3)
-    expected = paint_canvas(engine, given, lambda p: None).canvas
+    expected = paint_canvas(engine, given, lambda p: None).images[0]
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         if next(calls) in (2, 4)[:failures]:
@@ -180,7 +180,7 @@ def test_the_real_pipeline_out_of_memory(
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", fail)
     if failures == 1:
-        assert np.array_equal(paint_canvas(engine, given, lambda p: None).canvas, expected)
+        assert np.array_equal(paint_canvas(engine, given, lambda p: None).images[0], expected)
     else:
         with pytest.raises(OutOfMemory, match="Tried to allocate"):
             paint_canvas(engine, given, lambda p: None)
@@ -220,8 +220,8 @@ async def test_what_the_painting_thread_logs_carries_the_job_and_its_trace(caplo
     kept = Kept()
     logging.getLogger("serve_app").addHandler(kept)
     trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
-    await LocalPainter({"v": out_of_memory_at(1)}).paint("v", request(job_id="job-7", traceparent=trace), nothing)
-    await LocalPainter({"v": pause()}).paint("v", request(job_id="job-8"), nothing)
+    await LocalModel("v", out_of_memory_at(1)).run(request(job_id="job-7", traceparent=trace), nothing)
+    await LocalModel("v", pause()).run(request(job_id="job-8"), nothing)
     logging.getLogger("serve_app").removeHandler(kept)
     told = [(line["action"], line["job_id"], line.get("trace_id")) for line in lines]
     assert told == [
@@ -231,31 +231,31 @@ async def test_what_the_painting_thread_logs_carries_the_job_and_its_trace(caplo
     ]
 
 
-async def test_the_real_pipeline_through_the_painter(tiny: TinyWeights, embeddings: bytes) -> None:
-    painter = LocalPainter({"tiny-Q4_0": flux_fill(tiny)})
+async def test_the_real_pipeline_through_the_model(tiny: TinyWeights, embeddings: bytes) -> None:
+    model = LocalModel("tiny-Q4_0", flux_fill(tiny))
     told: list[Progress] = []
 
     async def tell(progress: Progress) -> None:
         told.append(progress)
 
-    painted = await painter.paint("tiny-Q4_0", request(embeddings=embeddings), tell)
+    painted = await model.run(request(embeddings=embeddings), tell)
     assert [progress.step for progress in told] == [0, 1, 2]
-    assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])
-    assert not np.array_equal(painted.canvas[square_mask() > 0], photo()[square_mask() > 0])
-    await painter.close()
+    assert np.array_equal(painted.images[0][square_mask() == 0], photo()[square_mask() == 0])
+    assert not np.array_equal(painted.images[0][square_mask() > 0], photo()[square_mask() > 0])
+    await model.close()
 
 
 @pytest.mark.slow
 async def test_jobs_at_once_on_one_pipeline_do_not_mix(tiny: TinyWeights, embeddings: bytes) -> None:
-    painter = LocalPainter({"tiny-Q4_0": flux_fill(tiny), "pause": pause()})
+    model = LocalModel("tiny-Q4_0", flux_fill(tiny))
     requests = [request(embeddings=embeddings, seed=seed) for seed in (1, 2, 3)]
-    alone = [(await painter.paint("tiny-Q4_0", one, nothing)).canvas for one in requests]
+    alone = [(await model.run(one, nothing)).images[0] for one in requests]
     together = await asyncio.gather(
-        *(painter.paint("tiny-Q4_0", one, nothing) for one in requests), painter.paint("pause", request(), nothing)
+        *(model.run(one, nothing) for one in requests), LocalModel("pause", pause()).run(request(), nothing)
     )
     for expected, painted in zip(alone, together, strict=False):
-        assert np.array_equal(painted.canvas, expected)
-    await painter.close()
+        assert np.array_equal(painted.images[0], expected)
+    await model.close()
 
 
 async def test_canceling_stops_within_a_step_and_waits_for_the_thread() -> None:
@@ -266,8 +266,8 @@ async def test_canceling_stops_within_a_step_and_waits_for_the_thread() -> None:
         assert go_on.wait(30)
 
     engine = Recorder(block)
-    painter = LocalPainter({"v": engine})
-    task = asyncio.create_task(painter.paint("v", request(steps=8), nothing))
+    model = LocalModel("v", engine)
+    task = asyncio.create_task(model.run(request(steps=8), nothing))
     assert await asyncio.to_thread(begun.wait, 30)
     for _ in range(3):
         task.cancel()
@@ -277,25 +277,25 @@ async def test_canceling_stops_within_a_step_and_waits_for_the_thread() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert engine.steps_begun == 1
-    assert isinstance(await painter.paint("v", request(), nothing), Painted)
+    assert isinstance(await model.run(request(), nothing), Images)
 
 
 @pytest.mark.slow
 async def test_canceling_the_real_pipeline_leaves_it_usable(tiny: TinyWeights, embeddings: bytes) -> None:
-    painter = LocalPainter({"v": flux_fill(tiny)})
-    first = await painter.paint("v", request(embeddings=embeddings), nothing)
-    task: asyncio.Task[Painted]
+    model = LocalModel("v", flux_fill(tiny))
+    first = await model.run(request(embeddings=embeddings), nothing)
+    task: asyncio.Task[Images]
 
     async def cancel_at_two(progress: Progress) -> None:
         if progress.step == 2:
             task.cancel()
 
-    task = asyncio.create_task(painter.paint("v", request(embeddings=embeddings, steps=50), cancel_at_two))
+    task = asyncio.create_task(model.run(request(embeddings=embeddings, steps=50), cancel_at_two))
     with pytest.raises(asyncio.CancelledError):
         await task
-    again = await painter.paint("v", request(embeddings=embeddings), nothing)
-    assert np.array_equal(again.canvas, first.canvas)
-    await painter.close()
+    again = await model.run(request(embeddings=embeddings), nothing)
+    assert np.array_equal(again.images[0], first.images[0])
+    await model.close()
 
 
 @pytest.mark.parametrize("error", [Canceled("a user asked"), ReplicaLost("the process ends")])
@@ -306,7 +306,7 @@ async def test_what_on_progress_raises_stops_the_engine(error: Exception) -> Non
         raise error
 
     with pytest.raises(type(error)) as caught:
-        await LocalPainter({"v": engine}).paint("v", request(steps=10_000), refuse)
+        await LocalModel("v", engine).run(request(steps=10_000), refuse)
     assert caught.value is error
     assert engine.steps_begun < 10_000
 
@@ -317,7 +317,7 @@ async def test_progress_is_told_in_the_event_loop() -> None:
     async def tell(progress: Progress) -> None:
         loops.append(asyncio.get_running_loop())
 
-    await LocalPainter({"v": pause()}).paint("v", request(), tell)
+    await LocalModel("v", pause()).run(request(), tell)
     assert set(loops) == {asyncio.get_running_loop()}
 
 
@@ -326,21 +326,16 @@ async def test_what_the_engine_raises_passes_through() -> None:
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        await LocalPainter({"v": Recorder(fail)}).paint("v", request(), nothing)
-
-
-async def test_an_unknown_variant_is_named_with_those_that_are_known() -> None:
-    with pytest.raises(UnknownVariant, match="no variant Q9 here; there are telea"):
-        await LocalPainter({"telea": pause()}).paint("Q9", request(), nothing)
+        await LocalModel("v", Recorder(fail)).run(request(), nothing)
 
 
 async def test_a_failed_load_gives_its_reason_and_is_tried_again() -> None:
     engine = Recorder()
     engine.load_errors = [CorruptWeights("the file is cut short")]
-    painter = LocalPainter({"v": engine})
+    model = LocalModel("v", engine)
     with pytest.raises(VariantLoadFailed, match="variant v did not load: corrupt_weights: the file is cut short"):
-        await painter.paint("v", request(), nothing)
-    assert isinstance(await painter.paint("v", request(), nothing), Painted)
+        await model.run(request(), nothing)
+    assert isinstance(await model.run(request(), nothing), Images)
 
 
 def test_whatever_a_loader_raises_is_a_failed_load() -> None:
@@ -353,7 +348,7 @@ def test_whatever_a_loader_raises_is_a_failed_load() -> None:
     assert caught.value.details == {"variant": "v", "reason": "KeyError"}
 
 
-async def test_telea_through_the_painter() -> None:
+async def test_telea_through_the_model() -> None:
     engine = Telea(Variant(family="telea"), None, VariantSettings())
-    painted = await LocalPainter({"telea": engine}).paint("telea", request(windows=[LEFT, RIGHT]), nothing)
-    assert np.array_equal(painted.canvas[square_mask() == 0], photo()[square_mask() == 0])
+    painted = await LocalModel("telea", engine).run(request(windows=[LEFT, RIGHT]), nothing)
+    assert np.array_equal(painted.images[0][square_mask() == 0], photo()[square_mask() == 0])

@@ -175,7 +175,7 @@ def test_memory_that_is_out_is_told_and_freed(prompt: bytes, loaded: Callable[..
 
 def test_a_window_that_ran_out_of_memory_is_painted_once_more(prompt: bytes, loaded: Callable[..., FluxFill]) -> None:
     engine, given = loaded(), request(embeddings=prompt)
-    expected = paint_canvas(engine, given, lambda progress: None).canvas
+    expected = paint_canvas(engine, given, lambda progress: None).images[0]
     engine.free_memory()
     taken, out = fill(), list[bool]()
 

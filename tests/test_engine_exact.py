@@ -274,7 +274,7 @@ def test_a_window_forced_to_the_whole_frame_paints_the_plain_pipelines_bits(
     engine = flux_fill(tiny, quant, dtype=dtype, unpack=unpack)
     engine.load()
     asked = request(canvas=whole_frame.canvas, mask=mask, windows=windows, embeddings=embeddings, steps=1, seed=3)
-    painted = paint_canvas(engine, asked, lambda progress: None).canvas
+    painted = paint_canvas(engine, asked, lambda progress: None).images[0]
     whole, is_painted = expected("whole frame"), mask > 0
     assert np.array_equal(painted[is_painted], whole[is_painted])
     assert np.array_equal(painted[~is_painted], frame[~is_painted])

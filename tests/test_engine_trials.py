@@ -22,7 +22,7 @@ from serve_app.engine.stages import STAGES, split
 from serve_app.engine.telea import Telea
 from serve_app.engine.trials import measuring
 from serve_app.errors import OutOfMemory, ReplicaTaken
-from serve_app.models import Box, Measured, PaintRequest, Pixels, Progress, Variant
+from serve_app.models import Box, EditRequest, Measured, Pixels, Progress, Variant
 from serve_app.settings import VariantSettings
 
 from .backends import until
@@ -67,7 +67,7 @@ def test_stages_are_never_negative_and_add_up(moments: list[int]) -> None:
 
 
 def events(
-    engine: Engine, request: PaintRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
+    engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
 ) -> list[Any]:
     """All that a cell at a seat of its own tells."""
 
@@ -78,7 +78,7 @@ def events(
 
 
 def measure(
-    engine: Engine, request: PaintRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
+    engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
 ) -> Measured:
     measured: Measured = events(engine, request, trials, on_out_of_memory)[-1]
     return measured
@@ -159,7 +159,7 @@ def test_pictures_that_differ_do_not_repeat() -> None:
     measured = measure(engine, request(), 3)
     assert not measured.repeats
     # The last one's, which is like the one before it.
-    assert np.array_equal(measured.canvas, paint_canvas(engine, request(), lambda progress: None).canvas)
+    assert np.array_equal(measured.canvas, paint_canvas(engine, request(), lambda progress: None).images[0])
 
 
 def test_without_a_gpu_and_without_steps_nothing_is_invented() -> None:

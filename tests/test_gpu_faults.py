@@ -13,11 +13,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.inpainter import Inpainter
 from deployments.readiness import VariantWatch
-from deployments.remote import RemotePainter
+from deployments.remote import RemoteModel
 from serve_app.engine import Window
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory
-from serve_app.models import Painted, Pixels, Progress
+from serve_app.models import Images, Pixels, Progress
 from serve_app.settings import Settings
 
 from .backends import until
@@ -58,13 +58,13 @@ def deployed(variant: str, kind: type[Inpainter]) -> DeploymentHandle:
     return serve.run(replica.bind(variant, SETTINGS), name=variant, route_prefix=None)
 
 
-async def paint(handle: DeploymentHandle, guidance_scale: float, begun: asyncio.Event | None = None) -> Painted:
+async def paint(handle: DeploymentHandle, guidance_scale: float, begun: asyncio.Event | None = None) -> Images:
     async def note(_: Progress) -> None:
         if begun is not None:
             begun.set()
 
-    painter = RemotePainter({"v": handle}, VariantWatch({"v": handle}, {"v": "Inpainter-v"}))
-    return await painter.paint("v", request(guidance_scale=guidance_scale), note)
+    model = RemoteModel("v", handle, VariantWatch({"v": handle}, {"v": "Inpainter-v"}))
+    return await model.run(request(guidance_scale=guidance_scale), note)
 
 
 async def pid_of(handle: DeploymentHandle) -> int:
@@ -99,7 +99,7 @@ async def test_a_replica_that_lost_its_gpu_is_replaced_after_it_said_so() -> Non
     await until(lambda: is_gone(lost), 60)
     names = ("fluxfill_steps_per_second_count", "fluxfill_out_of_memory_total", "fluxfill_gpu_lost_total")
     await until(lambda: [exported(name, "faulty") for name in names] == [1, 1, 1], 60)
-    assert isinstance(await paint(faulty, 30.0), Painted)
+    assert isinstance(await paint(faulty, 30.0), Images)
 
 
 async def test_an_engine_that_hangs_is_killed_with_its_replica() -> None:

@@ -14,7 +14,7 @@ from deployments.inpainter import Inpainter, open_engine
 from serve_app.engine import Engine, Window, families
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory, PaintError, ReplicaTaken, VariantLoadFailed, VariantNotReady
-from serve_app.models import Box, Measured, Painted, PaintRequest, Progress
+from serve_app.models import Box, EditRequest, Images, Measured, Progress
 from serve_app.settings import Settings
 
 from .backends import until
@@ -30,10 +30,10 @@ def settings(
     return Settings(variants=variants, work=work or {})
 
 
-def request(job_id: str = "j") -> PaintRequest:
+def request(job_id: str = "j") -> EditRequest:
     canvas, mask = np.zeros((32, 32, 3), np.uint8), np.full((32, 32), 255, np.uint8)
     window = Box(x0=0, y0=0, x1=32, y1=32)
-    return PaintRequest(job_id=job_id, canvas=canvas, mask=mask, windows=[window], steps=4, guidance_scale=1.0, seed=0)
+    return EditRequest(job_id=job_id, canvas=canvas, mask=mask, windows=[window], steps=4, guidance_scale=1.0, seed=0)
 
 
 class Replica(Inpainter):
@@ -51,11 +51,11 @@ class Replica(Inpainter):
     def _here(self) -> dict[str, Any]:
         return {"replica": "r", "node": "n", "pid": 1}
 
-    async def events(self, request: PaintRequest) -> list[Progress | Painted]:
+    async def events(self, request: EditRequest) -> list[Progress | Images]:
         return [event async for event in self.paint(request)]
 
     async def cell(
-        self, request: PaintRequest, trials: int = 2, places: int = 1
+        self, request: EditRequest, trials: int = 2, places: int = 1
     ) -> list[Progress | Measured | ReplicaTaken]:
         return [event async for event in self.measure(request, trials, places)]
 
@@ -89,8 +89,8 @@ class Stubborn(Scripted):
 
 async def test_it_streams_progress_and_then_the_picture() -> None:
     events = await Replica(settings()).events(request())
-    assert isinstance(events[-1], Painted)
-    assert events[-1].canvas.mean() == 127
+    assert isinstance(events[-1], Images)
+    assert events[-1].images[0].mean() == 127
     progress = [event for event in events if isinstance(event, Progress)]
     assert progress[-1] == Progress(step=4, steps=4)
     assert progress == sorted(progress, key=lambda p: p.step)
@@ -99,7 +99,7 @@ async def test_it_streams_progress_and_then_the_picture() -> None:
 async def test_two_jobs_are_painted_one_after_the_other() -> None:
     replica = Replica(settings())
     both = await asyncio.gather(replica.events(request("a")), replica.events(request("b")))
-    assert all(isinstance(events[-1], Painted) for events in both)
+    assert all(isinstance(events[-1], Images) for events in both)
     usage = replica._seat.usage.as_dict()
     assert usage["jobs"] == 2 and 0.1 <= usage["busy_s"] <= usage["wall_s"]
 
@@ -175,7 +175,7 @@ async def test_an_engine_that_paints_for_longer_than_any_worker_waits_makes_the_
     with pytest.raises(RuntimeError, match="began to paint more than"):
         replica.check_health()
     engine.let_go.set()
-    assert isinstance((await painting)[-1], Painted)
+    assert isinstance((await painting)[-1], Images)
     replica.check_health()
 
 
@@ -236,7 +236,7 @@ async def test_a_replica_takes_so_many_cells_and_refuses_the_next_at_once(places
     assert isinstance(refusal, ReplicaTaken)
     job = asyncio.create_task(replica.events(request()))
     engine.let_go.set()
-    assert isinstance((await job)[-1], Painted)
+    assert isinstance((await job)[-1], Images)
     assert all(isinstance(events[-1], Measured) for events in await asyncio.gather(*cells))
     # What has ended has left when its figures are there.
     assert isinstance((await replica.cell(request()))[-1], Measured)
@@ -337,13 +337,13 @@ async def test_a_failure_that_may_pass_leaves_the_replica_in_service() -> None:
     with pytest.raises(PaintError, match="the GPU failed"):
         await replica.events(request())
     replica.check_health()
-    assert isinstance((await replica.events(request()))[-1], Painted)
+    assert isinstance((await replica.events(request()))[-1], Images)
 
 
 async def test_a_painting_without_memory_is_tried_once_more_and_counted() -> None:
     full = OutOfMemory("no memory left")
     replica = Replica(settings(), Scripted(fail_with(full, None, full, full)))
-    assert isinstance((await replica.events(request()))[-1], Painted)
+    assert isinstance((await replica.events(request()))[-1], Images)
     assert replica.counters.total("fluxfill_out_of_memory_total", "v") == 1
     with pytest.raises(OutOfMemory, match="no memory left"):
         await replica.events(request())
@@ -354,7 +354,7 @@ async def test_a_painting_without_memory_is_tried_once_more_and_counted() -> Non
 async def test_a_painting_leaves_its_figures() -> None:
     replica = Replica(settings(), Scripted(fail_with()))
     painted = (await replica.events(request()))[-1]
-    assert isinstance(painted, Painted)
+    assert isinstance(painted, Images)
     assert replica.counters.total("fluxfill_gpu_memory_bytes", "v") == 11_000_000_000
     assert replica.counters.total("fluxfill_steps_per_second", "v") == 4 / painted.busy_s
 
@@ -363,7 +363,7 @@ async def test_steps_per_second_count_what_was_painted() -> None:
     replica = Replica(settings(), Scripted(fail_with()))
     inside = Box(x0=8, y0=8, x1=16, y1=16)
     painted = (await replica.events(replace(request(), windows=[*request().windows, inside])))[-1]
-    assert isinstance(painted, Painted) and painted.windows == request().windows
+    assert isinstance(painted, Images) and painted.windows == request().windows
     assert replica.counters.total("fluxfill_steps_per_second", "v") == 4 / painted.busy_s
 
 

@@ -11,16 +11,17 @@ import pytest
 
 from serve_app.edit import images, outputs
 from serve_app.edit import job as edit_job
+from serve_app.engine.painting import LocalModel
 from serve_app.errors import ReplicaLost, StoreDenied, StoreUnavailable, VariantLoadFailed
 from serve_app.jobs import claims
 from serve_app.jobs.admission import Waits
 from serve_app.jobs.lease import Orphans
 from serve_app.jobs.ports import Verdict
 from serve_app.jobs.record import State
-from serve_app.models import OnProgress, Painted, PaintRequest
+from serve_app.models import EditRequest, Images, OnProgress
 from serve_app.settings import Inference, Settings, VariantSettings, Work
 
-from .rig import Held, Painter, Rig, delivery, jpeg, photo
+from .rig import Held, Rig, delivery, jpeg, photo
 
 DAY_S = 86_400.0
 
@@ -42,29 +43,28 @@ def raising(error: Exception) -> Callable[[], None]:
 # -- weights, replicas, the text encoder
 
 
-class Away(Painter):
-    """A painter whose replicas do not begin while `error` is set: it is raised, or waited for without end."""
+class Away(LocalModel):
+    """A model whose replicas do not begin while `error` is set: it is raised, or waited for without end."""
 
     error: Exception | None = None
     is_awaited = False
 
-    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
+    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
         if self.is_awaited:
             await asyncio.Event().wait()
         if self.error is not None:
             raise self.error
-        return await super().paint(variant, request, on_progress)
+        return await super().run(request, on_progress)
 
 
 def away(rig: Rig, error: Exception | None = None) -> Away:
-    painter = Away({"telea": rig.engine})
-    painter.error = error
-    rig.editor._painter = painter
-    return painter
+    rig.models["telea"] = model = Away("telea", rig.engine)
+    model.error = error
+    return model
 
 
 async def test_a_variant_that_does_not_load_holds_its_messages_back_and_uses_no_attempt(rig: Rig) -> None:
-    painter = away(rig, VariantLoadFailed("variant telea did not load: no such file"))
+    model = away(rig, VariantLoadFailed("variant telea did not load: no such file"))
     for _ in range(20):
         verdict = await rig.work()
         assert (verdict.action, verdict.reason) == ("hold", "variant_failed")
@@ -73,7 +73,7 @@ async def test_a_variant_that_does_not_load_holds_its_messages_back_and_uses_no_
     job = await rig.job()
     assert (job.status, job.attempt, rig.topics.dead) == (State.QUEUED, 0, [])
     assert job.error and "no such file" in job.error.message
-    painter.error = None
+    model.error = None
     assert (await rig.work()).reason == "succeeded"
     assert (await rig.job()).attempt == 1
 
@@ -94,14 +94,14 @@ async def test_waiting_ends_in_a_dead_letter_that_says_what_for(rig: Rig) -> Non
 
 
 async def test_an_attempt_that_began_ends_the_wait(rig: Rig) -> None:
-    painter = away(rig, VariantLoadFailed("not there"))
+    model = away(rig, VariantLoadFailed("not there"))
     await rig.work()
     rig.clock.advance(DAY_S - 1)
-    painter.error = None
+    model.error = None
     rig.engine.on_paint = raising(ReplicaLost("gone"))
     assert (await rig.work()).reason == "replica_lost"
     rig.clock.advance(600)
-    painter.error = VariantLoadFailed("not there")
+    model.error = VariantLoadFailed("not there")
     assert (await rig.work()).action == "hold"
     assert (await rig.job()).attempt == 1
 
@@ -109,8 +109,8 @@ async def test_an_attempt_that_began_ends_the_wait(rig: Rig) -> None:
 async def test_a_replica_that_never_begins_gives_the_place_back_and_uses_no_attempt() -> None:
     rig = Rig(work_settings={"replica_wait_s": 0.05})
     await rig.put_session()
-    painter = away(rig)
-    painter.is_awaited = True
+    model = away(rig)
+    model.is_awaited = True
     for _ in range(4):
         verdict = await rig.work()
         assert (verdict.action, verdict.reason) == ("hold", "variant_not_ready")
@@ -159,7 +159,7 @@ async def test_a_text_encoder_that_does_not_answer_gives_the_place_back_and_uses
 async def fill(rig: Rig, held: Held) -> list[asyncio.Task[Verdict]]:
     """Jobs that take the whole share of a variant that is not ready."""
     rig.engine.on_paint = held
-    rig.painter.starting = frozenset({"telea"})
+    rig.models["telea"].is_ready = False
     sessions = [f"s{n}" for n in range(rig.settings.share("telea"))]
     for session in sessions:
         await rig.put_session(session)
@@ -217,15 +217,13 @@ async def test_a_jobs_share_is_that_of_the_variant_it_was_claimed_with() -> None
     """The operator moves the default: jobs that began with the old one do not fill the places of the new one."""
     rig = Rig()
     settings = Settings(
-        variants={"telea": {}, "other": {"definition": {"family": "telea"}}},
+        variants={"telea": {}, "b": {"definition": {"family": "telea"}}},
         blobs=rig.settings.blobs,
         jobs=rig.settings.jobs,
         work=rig.settings.work,
     )
     rig.worker._settings = rig.worker._shares._settings = settings
-    rig.editor._painter = painter = Painter({"telea": rig.engine, "other": rig.engine})
-    rig.worker._shares._painter = painter
-    rig.inference = Inference(variant="other", steps=2)
+    rig.inference = Inference(variant="b", steps=2)
     old, new = [f"old{n}" for n in range(settings.in_flight())], [f"new{n}" for n in range(4)]
     for session in (*old, *new):
         await rig.put_session(session)
@@ -234,19 +232,18 @@ async def test_a_jobs_share_is_that_of_the_variant_it_was_claimed_with() -> None
         assert (await rig.work(session, sessionId=session)).reason == "replica_lost"
     rig.clock.advance(600)
     rig.inference = Inference(variant="telea", steps=2)
-    painter.starting = frozenset({"other"})
+    (model := rig.models["b"]).is_ready = False
     stuck = asyncio.Event()
 
-    async def waits(variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
-        if variant == "other":
-            await stuck.wait()
-        return await Painter.paint(painter, variant, request, on_progress)
+    async def waits(request: EditRequest, on_progress: OnProgress) -> Images:
+        await stuck.wait()
+        return await LocalModel.run(model, request, on_progress)
 
-    painter.paint = waits  # type: ignore[method-assign]
+    model.run = waits  # type: ignore[method-assign]
     rig.engine.on_paint = lambda: None
     waiting = [asyncio.create_task(rig.worker.work(delivery(s, sessionId=s))) for s in old]
     done, pending = await asyncio.wait(waiting, timeout=0.5)
-    assert len(pending) == min(settings.share("other"), settings.in_flight() // 2)
+    assert len(pending) == min(settings.share("b"), settings.in_flight() // 2)
     assert {task.result().reason for task in done} == {"variant_not_ready"}
     assert [(await rig.work(s, sessionId=s)).reason for s in new] == ["succeeded"] * 4
     stuck.set()

@@ -643,7 +643,7 @@ async def test_an_output_that_others_keep_writing_ends_the_attempt(rig: Rig) -> 
 
 
 async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig: Rig, held: Held) -> None:
-    rig.painter.starting = frozenset({"telea"})
+    rig.models["telea"].is_ready = False
     share = rig.settings.share("telea")
     sessions = [f"s{i}" for i in range(share + 1)]
     for session in sessions:
@@ -652,7 +652,7 @@ async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig:
     await eventually(held.entered.is_set)
     verdict = await rig.work(sessionId=sessions[-1])
     assert (verdict.action, verdict.reason) == ("hold", "variant_not_ready")
-    rig.painter.starting = frozenset()
+    rig.models["telea"].is_ready = True
     last = asyncio.create_task(rig.work(sessionId=sessions[-1]))
     held.let_go.set()
     assert [verdict.reason for verdict in await asyncio.gather(*working, last)] == ["succeeded"] * len(sessions)
@@ -661,7 +661,7 @@ async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig:
 @pytest.mark.parametrize("others", [("b",), ("b", "c")])
 async def test_a_variant_that_paints_leaves_the_others_a_place(rig: Rig, others: tuple[str, ...]) -> None:
     settings = rig.settings.model_copy(update={"variants": dict.fromkeys(("telea", *others), VariantSettings())})
-    shares = Shares(rig.painter, settings)
+    shares = Shares(rig.models, settings)
     with ExitStack() as taken:
         while True:
             try:
@@ -684,18 +684,18 @@ def test_a_variant_that_cannot_paint_has_no_more_than_its_part_of_few_places(rig
             "messages": MessagesSettings(max_in_flight=4),
         }
     )
-    rig.painter.starting = frozenset({"telea"})
-    shares = Shares(rig.painter, settings)
+    rig.models["telea"].is_ready = False
+    shares = Shares(rig.models, settings)
     with shares.taken("telea"), shares.taken("telea"), pytest.raises(VariantNotReady), shares.taken("telea"):
         pass
 
 
-@pytest.mark.parametrize(("starting", "at_most_s"), [(frozenset[str](), 1.0), (frozenset({"telea"}), 10.0)])
+@pytest.mark.parametrize(("is_ready", "at_most_s"), [(True, 1.0), (False, 10.0)])
 async def test_a_message_beyond_the_share_of_a_variant_that_paints_comes_again_soon(
-    rig: Rig, starting: frozenset[str], at_most_s: float
+    rig: Rig, is_ready: bool, at_most_s: float
 ) -> None:
     """However often it came: the variant has room again long before one that starts."""
-    rig.painter.starting = starting
+    rig.models["telea"].is_ready = is_ready
     shares = rig.worker._shares
     shares._settings = rig.settings.model_copy(
         update={
@@ -708,16 +708,16 @@ async def test_a_message_beyond_the_share_of_a_variant_that_paints_comes_again_s
     assert max(delays) == at_most_s
 
 
-@pytest.mark.parametrize("starting", [frozenset[str](), frozenset({"telea"})])
-def test_a_variant_has_one_place_where_places_are_fewer_than_variants(rig: Rig, starting: frozenset[str]) -> None:
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_a_variant_has_one_place_where_places_are_fewer_than_variants(rig: Rig, is_ready: bool) -> None:
     settings = rig.settings.model_copy(
         update={
             "variants": dict.fromkeys(("telea", "b", "c"), VariantSettings()),
             "messages": MessagesSettings(max_in_flight=2),
         }
     )
-    rig.painter.starting = starting
-    shares = Shares(rig.painter, settings)
+    rig.models["telea"].is_ready = is_ready
+    shares = Shares(rig.models, settings)
     with shares.taken("telea"), shares.taken("b"), pytest.raises(VariantNotReady), shares.taken("telea"):
         pass
 

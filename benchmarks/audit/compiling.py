@@ -10,7 +10,7 @@ from typing import Any
 from deployments.inpainter import open_engine
 from serve_app.audit.record import CompileVerdict
 from serve_app.engine import Engine
-from serve_app.models import PaintRequest
+from serve_app.models import EditRequest
 from serve_app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _MAX_CHARS = 300
 _FOLDERS = re.compile(r"(?<![\w/:.])/(?:[\w.+-]+/)*(?=\w)")
 
 
-def verdict(name: str, settings: Settings, request: PaintRequest) -> CompileVerdict:
+def verdict(name: str, settings: Settings, request: EditRequest) -> CompileVerdict:
     """torch.compile against eager for the variant `name`, on the first forward of the request's first window.
 
     Loads the variant into this process, which should be one of its own with the device that the variant wants, and
@@ -48,7 +48,7 @@ def verdict(name: str, settings: Settings, request: PaintRequest) -> CompileVerd
     return CompileVerdict(variant=name, **known)
 
 
-def _figures(name: str, settings: Settings, request: PaintRequest) -> Iterator[Mapping[str, Any]]:
+def _figures(name: str, settings: Settings, request: EditRequest) -> Iterator[Mapping[str, Any]]:
     """Fields of a CompileVerdict, as they become known."""
     engine = open_engine(name, _eager(name, settings, request))
     try:
@@ -57,7 +57,7 @@ def _figures(name: str, settings: Settings, request: PaintRequest) -> Iterator[M
         engine.close()
 
 
-def _measured(engine: Engine, request: PaintRequest) -> Iterator[Mapping[str, Any]]:
+def _measured(engine: Engine, request: EditRequest) -> Iterator[Mapping[str, Any]]:
     # Variants with nothing to compile run without torch.
     from torch._inductor.utils import fresh_cache
 
@@ -118,7 +118,7 @@ def _obstacle(gain: float, difference: float, largest: float) -> str | None:
     return None
 
 
-def _eager(name: str, settings: Settings, request: PaintRequest) -> Settings:
+def _eager(name: str, settings: Settings, request: EditRequest) -> Settings:
     """The variant as served, but for one job, each step computed, nothing compiled; warmed up for the first window."""
     served, box = settings.variants[name], request.windows[0]
     optimizations = served.optimizations.model_copy(update={"compile": False, "step_cache": None})

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve_app.audit.record import CompileVerdict
 from serve_app.audit.waves import kept_gpus
-from serve_app.models import PaintRequest
+from serve_app.models import EditRequest
 from serve_app.settings import Settings
 
 from .compiling import verdict
@@ -29,7 +29,7 @@ class RayCompiler:
         self._settings = settings
         self._gpus = settings.audit.gpus if gpus is None else gpus
 
-    async def __call__(self, name: str, request: PaintRequest) -> CompileVerdict:
+    async def __call__(self, name: str, request: EditRequest) -> CompileVerdict:
         """Waits `audit.replica_wait_s` at most for what a replica of the variant would take: the variant's own replicas
         may hold the GPU until they are scaled down. What stands in the way is a verdict, too. Cancelling the call ends
         the task."""
@@ -58,7 +58,7 @@ class RayCompiler:
         there: float = (await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0)
         return sum(kept_gpus(self._settings).values()) >= max(there, self._gpus or 0)
 
-    def _start(self, name: str, request: PaintRequest, group: PlacementGroup) -> Any:
+    def _start(self, name: str, request: EditRequest, group: PlacementGroup) -> Any:
         needs = self._needs(name)
         task = ray.remote(verdict).options(
             num_cpus=needs["CPU"],

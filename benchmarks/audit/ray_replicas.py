@@ -1,4 +1,4 @@
-"""The running app's painters over Serve handles, and the cluster's GPUs: the Replicas port."""
+"""The running app's replicas over Serve handles, and the cluster's GPUs: the Replicas port."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from deployments.remote import RemoteTrials, typed_errors
 from serve_app.audit.replicas import ReplicaCounts
 from serve_app.audit.waves import text_encoders
 from serve_app.errors import ReplicaLost
-from serve_app.models import Measured, OnProgress, PaintRequest
+from serve_app.models import EditRequest, Measured, OnProgress
 from serve_app.settings import Settings
 
 from . import gpu_memory
@@ -41,10 +41,10 @@ class RayReplicas:
             words: text_encoder_name(base) for base, words in text_encoders(settings).items()
         }
         #: By identity, which is the request's own for as long as it is kept here.
-        self._put: dict[int, tuple[PaintRequest, Any]] = {}
+        self._put: dict[int, tuple[EditRequest, Any]] = {}
 
     async def measure(
-        self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int, places: int
+        self, variant: str, request: EditRequest, on_progress: OnProgress, *, trials: int, places: int
     ) -> Measured:
         stored = self._stored(request)
         measured = await self._trials.measure(variant, stored, on_progress, trials=trials, places=places)
@@ -52,7 +52,7 @@ class RayReplicas:
         self._put.pop(id(request), None)
         return measured
 
-    def _stored(self, request: PaintRequest) -> Any:
+    def _stored(self, request: EditRequest) -> Any:
         """The request in Ray's object store: megabytes, put there once however often it is refused."""
         if id(request) not in self._put:
             self._put[id(request)] = request, ray.put(request)

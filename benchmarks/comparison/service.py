@@ -13,7 +13,7 @@ from serve_app.engine.flux.text_encoder import TextEncoder
 from serve_app.engine.painting import paint_canvas
 from serve_app.engine.prompts import PromptCache
 from serve_app.engine.weights.fetch import Weights
-from serve_app.models import PaintRequest, Pixels, Variant
+from serve_app.models import EditRequest, Pixels, Variant
 from serve_app.settings import Inference, VariantSettings, WindowSettings
 
 from .meter import Meter
@@ -89,7 +89,7 @@ class Service:
     def _edit(self, photo: Pixels, mask: Pixels, scenario: Scenario, asked: Inference) -> Pixels:
         found = planned(scenario)
         canvas, canvas_mask = cut(photo, mask, found, WINDOWS.feather_px)
-        request = PaintRequest(
+        request = EditRequest(
             job_id="benchmark",
             canvas=canvas,
             mask=canvas_mask,
@@ -100,7 +100,7 @@ class Service:
             embeddings=asyncio.run(self._embeddings(asked.prompt)),
         )
         painted = paint_canvas(self._engine, request, lambda progress: None)
-        return paste(photo, painted.canvas, mask, found, WINDOWS.feather_px)
+        return paste(photo, painted.images[0], mask, found, WINDOWS.feather_px)
 
     def close(self) -> None:
         self._pipeline = None

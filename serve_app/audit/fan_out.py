@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random, wait_random_exponential
 
 from ..errors import AuditImpossible, FluxFillError, ReplicaTaken
-from ..models import Measured, OnProgress, PaintRequest, Progress
+from ..models import EditRequest, Measured, OnProgress, Progress
 from ..settings import AuditSettings
 from .replicas import Replicas
 from .waves import Wave
@@ -43,7 +43,7 @@ class FanOut:
         #: Of the cells that are asked for.
         self._timeouts: defaultdict[str, set[asyncio.Timeout]] = defaultdict(set)
 
-    async def measure(self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int) -> Measured:
+    async def measure(self, variant: str, request: EditRequest, on_progress: OnProgress, *, trials: int) -> Measured:
         """As `Replicas.measure`, but that it waits for its turn, and asks again until a replica takes it.
 
         Raises AuditImpossible when the variant has had no running replica for `audit.replica_wait_s`."""
@@ -54,7 +54,7 @@ class FanOut:
         finally:
             self._left[variant] -= 1
 
-    async def _asked(self, variant: str, request: PaintRequest, on_progress: OnProgress, trials: int) -> Measured:
+    async def _asked(self, variant: str, request: EditRequest, on_progress: OnProgress, trials: int) -> Measured:
         def pause(state: RetryCallState) -> float:
             return (_LATER_S if self._is_starting(variant) else _AGAIN_S)(state)
 

@@ -1,10 +1,10 @@
-"""The running app's painters, as an audit sees them."""
+"""The running app's replicas, as an audit sees them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..models import Measured, OnProgress, PaintRequest
+from ..models import EditRequest, Measured, OnProgress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +23,13 @@ class ReplicaCounts:
 
 class Replicas(Protocol):
     async def measure(
-        self, variant: str, request: PaintRequest, on_progress: OnProgress, *, trials: int, places: int
+        self, variant: str, request: EditRequest, on_progress: OnProgress, *, trials: int, places: int
     ) -> Measured:
         """Paint the request `trials` times on one replica, behind all paintings that are no audit's. Progress is over
         all trials; none comes before the engine begins with it. Cancelling the call stops the engine within one step.
 
         Raises ReplicaTaken, at once, where the replica that was asked has `places` audit cells in hand already: ask
-        again; otherwise as `Painter.paint`.
+        again; otherwise as `ImageModel.run`.
         """
 
     async def counts(self) -> Mapping[str, ReplicaCounts]:

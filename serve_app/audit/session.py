@@ -12,7 +12,7 @@ from ..edit.images import Photo
 from ..edit.job import encode_within
 from ..edit.session import INPUTS, read_input, session_path
 from ..errors import FluxFillError, InvalidImage
-from ..models import PaintRequest, Pixels, PromptEncoder
+from ..models import EditRequest, Pixels, PromptEncoder
 from ..parameters import AuditRequest, Cell, CropStrategy, Matrix
 from ..settings import Settings
 
@@ -42,13 +42,13 @@ class Session:
     #: SHA-256 of both files.
     digest: str
 
-    def request(self, job_id: str, cell: Cell) -> PaintRequest:
+    def request(self, job_id: str, cell: Cell) -> EditRequest:
         """Raises what encoding the cell's prompt raised."""
         embeddings = self.embeddings[cell.variant, cell.prompt]
         if isinstance(embeddings, FluxFillError):
             raise embeddings
         cut = self.cuts[cell.crop]
-        return PaintRequest(
+        return EditRequest(
             job_id=job_id,
             canvas=cut.canvas,
             mask=cut.mask,

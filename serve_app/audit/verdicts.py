@@ -18,7 +18,7 @@ from ..blobs import BlobStore
 from ..engine.flux import tiny
 from ..engine.weights.lock import Lock
 from ..jobs.lease import insist
-from ..models import TINY, PaintRequest, Pixels
+from ..models import TINY, EditRequest, Pixels
 from ..settings import Settings
 from . import metrics, recommend
 from .progress import OUTAGE_S, Record, fault
@@ -27,7 +27,7 @@ from .session import Session
 
 log = logging.getLogger(__name__)
 
-Compiler = Callable[[str, PaintRequest], Awaitable[CompileVerdict]]
+Compiler = Callable[[str, EditRequest], Awaitable[CompileVerdict]]
 
 #: Of a picture that this audit wrote: more than a PNG of the largest photo takes.
 _MAX_BYTES = 1_000_000_000

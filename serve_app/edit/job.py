@@ -15,7 +15,7 @@ from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, VariantNo
 from ..jobs.kinds import Asked, Attempt, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, JobType, Message, Timings
-from ..models import OnProgress, Painted, Painter, PaintRequest, Pixels, Progress, PromptEncoder
+from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder
 from ..parameters import CropStrategy, EditParameters
 from ..settings import Inference, Settings
 from . import images, masks, paste, windows
@@ -143,13 +143,13 @@ class Editor:
         self,
         *,
         blobs: BlobStore,
-        painter: Painter,
+        models: Mapping[str, ImageModel],
         prompts: PromptEncoder,
         settings: Settings,
         defaults: Callable[[], Inference],
     ) -> None:
-        """`defaults` is asked at each first claim, so it may change meanwhile."""
-        self._blobs, self._painter, self._prompts = blobs, painter, prompts
+        """`models` by variant. `defaults` is asked at each first claim, so it may change meanwhile."""
+        self._blobs, self._models, self._prompts = blobs, models, prompts
         self._settings, self._defaults = settings, defaults
         self._outputs = Outputs(blobs, upload_s=settings.work.upload_timeout_s)
         #: How many decoded pixels more may be kept.
@@ -188,7 +188,7 @@ class Editor:
     async def run(self, job: Job, attempt: Attempt) -> Result:
         """Paint `job` and store the result. What was painted and could not be stored is kept, and not painted again.
 
-        Raises MissingInput, InvalidImage, ImageTooLarge, MaskMismatch, MaskUnclear for bad input; what the painter, the
+        Raises MissingInput, InvalidImage, ImageTooLarge, MaskMismatch, MaskUnclear for bad input; what the model, the
         encoder and the store raise; InferenceTimeout; and what `attempt.confirm` raises.
         """
         clock, paths = _Clock(), _paths(job)
@@ -251,13 +251,13 @@ class Editor:
             original=original, mask=mask_bytes, decoded=decoded, plan=plan, canvas=cut[0], canvas_mask=cut[1]
         )
 
-    async def _paint(self, job: Job, prepared: _Prepared, on_progress: OnProgress, clock: _Clock) -> Painted | None:
+    async def _paint(self, job: Job, prepared: _Prepared, on_progress: OnProgress, clock: _Clock) -> Images | None:
         if prepared.plan is None or prepared.canvas is None or prepared.canvas_mask is None:
             return None
         asked = time.perf_counter()
         embeddings = await self._embeddings(job)
         clock.seconds["prepare_s"] += time.perf_counter() - asked
-        request = PaintRequest(
+        request = EditRequest(
             job_id=job.id,
             canvas=prepared.canvas,
             mask=prepared.canvas_mask,
@@ -270,19 +270,19 @@ class Editor:
         )
         started = time.perf_counter()
         limit_s = self._settings.work.inference_timeout_s
-        paint = partial(self._painter.paint, job.variant, request)
+        paint = partial(self._models[job.variant].run, request)
         wait_s = self._settings.work.replica_wait_s
         painted = await begun_within(limit_s, job.variant, paint, on_progress, wait_s=wait_s)
         clock.seconds["engine_s"] = painted.busy_s
         clock.seconds["wait_s"] = max(0.0, time.perf_counter() - started - painted.busy_s)
         return painted
 
-    def _encode(self, prepared: _Prepared, painted: Painted | None) -> dict[str, tuple[bytes, str]]:
+    def _encode(self, prepared: _Prepared, painted: Images | None) -> dict[str, tuple[bytes, str]]:
         photo, mask = prepared.decoded or self._decode(prepared.original, prepared.mask)
         if prepared.plan is None or painted is None:
             preview = images.encode_preview(photo, photo.pixels)
             return {"preview": (preview, "image/jpeg"), "edited": images.unchanged(photo, prepared.original)}
-        pixels = paste.paste(photo.pixels, painted.canvas, mask, prepared.plan, self._settings.windows.feather_px)
+        pixels = paste.paste(photo.pixels, painted.images[0], mask, prepared.plan, self._settings.windows.feather_px)
         edited, preview = images.encode_edited(photo, pixels), images.encode_preview(photo, pixels)
         return {"preview": (preview, "image/jpeg"), "edited": (edited, "image/jpeg")}
 

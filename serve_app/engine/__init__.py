@@ -21,7 +21,7 @@ class Window:
     steps: int
     guidance_scale: float
     seed: int
-    #: As in `ports.PaintRequest`.
+    #: As in `EditRequest`.
     embeddings: bytes | None
     #: Gets the number of steps done, from 1 up to `steps` (fewer where the family knows no steps). What it raises ends
     #: the painting within that step and passes through unchanged.

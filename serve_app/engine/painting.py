@@ -1,7 +1,7 @@
 """Painting one request: its windows in order on its own canvas, in a thread, stopped within a step.
 
-`paint_canvas` is the work, `painting` runs it from an event loop (`at_seat` does so with any work), `LocalPainter` is
-the Painter port over both without Ray. An engine is held by one request at a time.
+`paint_canvas` is the work, `painting` runs it from an event loop (`at_seat` does so with any work), `LocalModel` is
+the ImageModel port over both without Ray. An engine is held by one request at a time.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from functools import partial
 from typing import TypeVar
 
 from ..edit.paste import paste_window, share_out
-from ..errors import FluxFillError, OutOfMemory, UnknownVariant, VariantLoadFailed
-from ..models import OnProgress, Painted, PaintRequest, Pixels, Progress
+from ..errors import FluxFillError, OutOfMemory, VariantLoadFailed
+from ..models import EditRequest, Images, OnProgress, Pixels, Progress
 from ..telemetry import logged_with, trace_id
 from . import Engine, Window
 from .slot import Seat, Sitting
@@ -36,10 +36,10 @@ def nobody_counts() -> None:
 
 def paint_canvas(
     engine: Engine,
-    request: PaintRequest,
+    request: EditRequest,
     on_step: Callable[[Progress], None],
     on_out_of_memory: Callable[[], None] = nobody_counts,
-) -> Painted:
+) -> Images:
     """Paint the windows in order on a copy of the canvas; each sees what the ones before it left, and keeps its share.
     Windows of which nothing would be kept are left out.
 
@@ -73,8 +73,8 @@ def paint_canvas(
     extra = {"action": "painted", "windows": len(windows), "busy_s": round(busy_s, 3)}
     peak_bytes, reserved_bytes = engine.peak_memory() or (None, None)
     log.info("Painted %d windows in %.2f s", len(windows), busy_s, extra=extra)
-    return Painted(
-        canvas=canvas,
+    return Images(
+        images=[canvas],
         busy_s=busy_s,
         gpu_ms=None if started_ms is None or ended_ms is None else ended_ms - started_ms,
         stages=dict(stages),
@@ -87,7 +87,7 @@ def paint_canvas(
 
 def _paint_window(
     engine: Engine,
-    request: PaintRequest,
+    request: EditRequest,
     number: int,
     pixels: Pixels,
     mask: Pixels,
@@ -128,11 +128,11 @@ def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Cal
 
 
 def painting(
-    engine: Engine, request: PaintRequest, seat: Seat, on_out_of_memory: Callable[[], None] = nobody_counts
-) -> AsyncGenerator[Progress | Painted, None]:
+    engine: Engine, request: EditRequest, seat: Seat, on_out_of_memory: Callable[[], None] = nobody_counts
+) -> AsyncGenerator[Progress | Images, None]:
     """`paint_canvas` as `at_seat` runs it. It counts in the seat's usage."""
 
-    def paint(sitting: Sitting) -> Painted:
+    def paint(sitting: Sitting) -> Images:
         with seat.usage.painting():
             return paint_canvas(engine, request, sitting.report, on_out_of_memory)
 
@@ -140,7 +140,7 @@ def painting(
 
 
 async def at_seat(
-    request: PaintRequest,
+    request: EditRequest,
     seat: Seat,
     take: Callable[[], Awaitable[Sitting]],
     work: Callable[[Sitting], T],
@@ -199,39 +199,29 @@ def load(name: str, engine: Engine) -> None:
         raise VariantLoadFailed(f"variant {name} did not load: {code}: {e}", variant=name, reason=code) from e
 
 
-class LocalPainter:
-    """The Painter port in this process. An engine is loaded when first asked for; a failed load is tried again."""
+class LocalModel:
+    """The ImageModel port in this process. Its engine is loaded when first asked for; a failed load is tried again."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._engines = engines
-        self._seats = {name: Seat() for name in engines}
-        self._loading = {name: asyncio.Lock() for name in engines}
-        self._loaded: set[str] = set()
+    is_ready = True
 
-    def is_ready(self, variant: str) -> bool:
-        return variant in self._engines
+    def __init__(self, name: str, engine: Engine) -> None:
+        self._name, self._engine, self._seat = name, engine, Seat()
+        self._loading, self._is_loaded = asyncio.Lock(), False
 
-    async def paint(self, variant: str, request: PaintRequest, on_progress: OnProgress) -> Painted:
-        if variant not in self._engines:
-            raise UnknownVariant(f"no variant {variant} here; there are {', '.join(self._engines) or 'none'}")
-        engine = self._engines[variant]
-        async with self._loading[variant]:
-            await self._ready(variant, engine)
-        async with aclosing(painting(engine, request, self._seats[variant])) as events:
+    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
+        async with self._loading:
+            if not self._is_loaded:
+                await asyncio.to_thread(load, self._name, self._engine)
+                self._is_loaded = True
+        async with aclosing(painting(self._engine, request, self._seat)) as events:
             async for event in events:
-                if isinstance(event, Painted):
+                if isinstance(event, Images):
                     return event
                 await on_progress(event)
         raise AssertionError("painting ends with what was painted, or raises")
 
-    async def _ready(self, variant: str, engine: Engine) -> None:
-        if variant not in self._loaded:
-            await asyncio.to_thread(load, variant, engine)
-            self._loaded.add(variant)
-
     async def close(self) -> None:
-        """Free every engine, each when its job has ended. Painting again loads it again."""
-        for name, engine in self._engines.items():
-            async with self._loading[name], self._seats[name].emptied():
-                engine.close()
-                self._loaded.discard(name)
+        """Free the engine when its job has ended. Painting again loads it again."""
+        async with self._loading, self._seat.emptied():
+            self._engine.close()
+            self._is_loaded = False

@@ -41,7 +41,7 @@ def key_of(variant: Variant, base_revision: str | None, prompt: str) -> str:
 
 
 def is_sound(data: bytes, *, tokens: int) -> bool:
-    """Whether these are whole safetensors bytes of the two tensors, shaped as `ports.PaintRequest` wants them for so
+    """Whether these are whole safetensors bytes of the two tensors, shaped as `EditRequest` wants them for so
     many `tokens`, each number finite. Format: github.com/huggingface/safetensors.
     """
     header_bytes = int.from_bytes(data[:8], "little")

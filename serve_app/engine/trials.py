@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import numpy as np
 
-from ..models import Measured, Painted, PaintRequest, Progress, Trial
+from ..models import EditRequest, Images, Measured, Progress, Trial
 from . import Engine
 from .painting import at_seat, nobody_counts, paint_canvas
 from .slot import Seat, Sitting
@@ -13,7 +13,7 @@ from .slot import Seat, Sitting
 
 async def measuring(
     engine: Engine,
-    request: PaintRequest,
+    request: EditRequest,
     seat: Seat,
     trials: int,
     places: int,
@@ -38,7 +38,7 @@ async def measuring(
         cell.begin(seat.jobs_seated)
         return sitting
 
-    def work(sitting: Sitting) -> tuple[Painted, int]:
+    def work(sitting: Sitting) -> tuple[Images, int]:
         return paint_canvas(engine, request, sitting.report, on_out_of_memory), seat.jobs_seated
 
     async with seat.audited(places):
@@ -57,7 +57,7 @@ class _Cell:
 
     def __init__(self, trials: int) -> None:
         self._wanted, self._done = trials, list[Trial]()
-        self._last: Painted | None = None
+        self._last: Images | None = None
         self._repeats = True
         self._jobs_seated = 0
         #: Whether the painting that has begun is a trial, and whether one was not.
@@ -72,7 +72,7 @@ class _Cell:
         """Once it is over."""
         assert self._last is not None
         return Measured(
-            canvas=self._last.canvas,
+            canvas=self._last.images[0],
             trials=self._done,
             repeats=self._repeats,
             where=self._last.where,
@@ -91,10 +91,10 @@ class _Cell:
         step = len(self._done) * one.steps + (one.step if self._counts else 0)
         return Progress(step=step, steps=self._wanted * one.steps)
 
-    def add(self, painted: Painted, jobs_seated: int) -> None:
+    def add(self, painted: Images, jobs_seated: int) -> None:
         """What was painted, and how many jobs had been given a place by then."""
         self._jobs_seated = jobs_seated
-        self._repeats = self._repeats and (self._last is None or np.array_equal(painted.canvas, self._last.canvas))
+        self._repeats = self._repeats and (self._last is None or np.array_equal(painted.images, self._last.images))
         self._last = painted
         if self._counts:
             self._done.append(

@@ -2,11 +2,11 @@
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ..errors import VariantNotReady
-from ..models import Painter
+from ..models import ImageModel
 from ..settings import Settings
 
 #: How long a message is held back at most whose variant paints and has its share, in seconds.
@@ -17,8 +17,8 @@ class Shares:
     """Keeps one variant's messages from holding every place of this process: one that cannot paint now has what its own
     replicas could use, one that paints leaves a place to each of the others. What is over waits with the broker."""
 
-    def __init__(self, painter: Painter, settings: Settings) -> None:
-        self._painter, self._settings = painter, settings
+    def __init__(self, models: Mapping[str, ImageModel], settings: Settings) -> None:
+        self._models, self._settings = models, settings
         self._in_hand: Counter[str] = Counter()
 
     @contextmanager
@@ -31,7 +31,7 @@ class Shares:
         share = self._share(variant)
         if share is not None and self._in_hand[variant] >= share:
             # One that paints has room again soon, and must not wait for a message then.
-            soon = {"retry_after_s": RETRY_S} if self._painter.is_ready(variant) else {}
+            soon = {"retry_after_s": RETRY_S} if self._models[variant].is_ready else {}
             raise VariantNotReady(f"variant {variant} has its share of messages in flight", **soon)
         self._in_hand[variant] += 1
         try:
@@ -41,7 +41,7 @@ class Shares:
 
     def _share(self, variant: str) -> int | None:
         variants, places = self._settings.variants, self._settings.in_flight()
-        if self._painter.is_ready(variant):
+        if self._models[variant].is_ready:
             return max(1, places - (len(variants) - 1)) if len(variants) > 1 else None
         # No more than an equal part, where the settings allow fewer places than all variants could use.
         return min(self._settings.share(variant), max(1, places // len(variants)))

@@ -34,7 +34,7 @@ from ..errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from ..models import Painter
+from ..models import ImageModel
 from ..settings import Settings
 from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
 from . import claims
@@ -77,12 +77,12 @@ class Worker:
         publisher: Publisher,
         courier: Courier,
         webhooks: Webhooks,
-        painter: Painter,
+        models: Mapping[str, ImageModel],
         settings: Settings,
         metrics: Metrics | None = None,
         pace: Pace | None = None,
     ) -> None:
-        """`painter` says which variants can paint now; jobs of each of `kinds` are worked on."""
+        """`models`, by variant, say which can paint now; jobs of each of `kinds` are worked on."""
         self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
         self._jobs, self._mirror, self._publisher = job_store, mirror, publisher
         self._courier, self._webhooks = courier, webhooks
@@ -91,7 +91,7 @@ class Worker:
         self._pool = pixel_pool()
         self._orphans = Orphans(job_store)
         self._waits = Waits()
-        self._shares = Shares(painter, settings)
+        self._shares = Shares(models, settings)
 
     def close(self) -> None:
         self._orphans.close()
