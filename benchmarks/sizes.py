@@ -130,7 +130,7 @@ async def _edit(note: Any) -> None:
     from serve_app.edit.session import session_path
     from serve_app.engine.families import create
     from serve_app.engine.painting import LocalModel
-    from serve_app.jobs.notifications import Courier
+    from serve_app.jobs.notifications import Notifier
     from serve_app.jobs.record import State
     from serve_app.jobs.worker import Worker
     from serve_app.settings import Inference, Secrets, Settings
@@ -148,7 +148,7 @@ async def _edit(note: Any) -> None:
         settings=settings,
         defaults=lambda: Inference(variant="telea"),
     )
-    courier = Courier(
+    notifier = Notifier(
         kinds=[editor],
         job_store=store,
         mirror=store,
@@ -161,7 +161,7 @@ async def _edit(note: Any) -> None:
         job_store=store,
         mirror=store,
         publisher=publisher,
-        courier=courier,
+        notifier=notifier,
         webhooks=webhooks,
         models=models,
         settings=settings,

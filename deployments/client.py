@@ -130,7 +130,7 @@ class Client:
         return canceled
 
     async def _show(self, canceled: Sequence[Job]) -> None:
-        """Have the sessions say so at once: the app's couriers do, too, but it may be stopped."""
+        """Have the sessions say so at once: the app's notifiers do, too, but it may be stopped."""
         mirror = adapters.session_mirror(self._settings, self._jobs)
         for job in canceled:
             with suppress(StoreUnavailable):

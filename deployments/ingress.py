@@ -26,7 +26,7 @@ from serve_app.errors import InvalidLink, SettingsError, Unavailable
 from serve_app.http.app import Readiness, create_app
 from serve_app.http.auth import Access
 from serve_app.jobs.cancel import Canceler
-from serve_app.jobs.notifications import Courier
+from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.jobs.record import Job
 from serve_app.jobs.worker import Worker
@@ -74,7 +74,7 @@ class Pushes:
         task.add_done_callback(self._tasks.discard)
         done, _ = await asyncio.wait({task}, timeout=self._response_timeout_s)
         # Pushed again, the message finds its job running or done.
-        return task.result() if done else Verdict(action="hold", delay_s=self._response_timeout_s, reason="running")
+        return task.result() if done else Verdict(action="defer", delay_s=self._response_timeout_s, reason="running")
 
     async def end(self, *, grace_s: float) -> None:
         """Wait for the pushes in flight, then cancel the rest, which requeues their jobs."""
@@ -120,7 +120,7 @@ class Ingress:
         self._webhooks = Webhooks(settings.webhooks, secrets)
         models = {name: RemoteModel(name, handle, self._watch) for name, handle in inpainters.items()}
         kinds = [self._editor(models, encoders)]
-        self._courier = Courier(
+        self._notifier = Notifier(
             kinds=kinds,
             job_store=job_store,
             mirror=mirror,
@@ -136,14 +136,14 @@ class Ingress:
             job_store=job_store,
             mirror=mirror,
             publisher=publisher,
-            courier=self._courier,
+            notifier=self._notifier,
             webhooks=self._webhooks,
             models=models,
             settings=settings,
             metrics=self.metrics,
         )
         self._pulling: asyncio.Task[None] | None = None
-        background = (self._watch.run(), self._broker.run(), self._courier.run(), self._show_subscriptions())
+        background = (self._watch.run(), self._broker.run(), self._notifier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), response_timeout_s=settings.push.response_timeout_s)
 
@@ -213,13 +213,13 @@ class Ingress:
 
     async def cancel_job(self, job_id: str) -> Job:
         job = await self._canceler.job(job_id)
-        self._courier.tell(job)
+        self._notifier.notify(job)
         return job
 
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         canceled = await self._canceler.session(user_id, session_id)
         for job in canceled:
-            self._courier.tell(job)
+            self._notifier.notify(job)
         return canceled
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
@@ -260,7 +260,7 @@ class Ingress:
             task.cancel()
         self._worker.close()
         await self.audits.close()
-        await self._courier.close(grace_s=TELL_GRACE_S)
+        await self._notifier.close(grace_s=TELL_GRACE_S)
         await self._webhooks.close()
 
 

@@ -15,7 +15,7 @@ from ray import serve
 from serve_app.engine import Engine, families
 from serve_app.engine.cold_start import timed
 from serve_app.engine.painting import painting
-from serve_app.engine.slot import Seat
+from serve_app.engine.slot import Slot
 from serve_app.engine.trials import measuring
 from serve_app.engine.weights import fetch
 from serve_app.errors import FluxFillError, GpuLost, ReplicaTaken
@@ -79,7 +79,7 @@ class Inpainter:
         self._loading: Loading[Engine] = Loading(
             f"variant {name}", lambda: open_engine(name, settings), Engine.close, self._metrics
         )
-        self._seat = Seat()
+        self._slot = Slot()
 
     async def paint(self, request: EditRequest) -> AsyncGenerator[Progress | Images, None]:
         """Progress as it comes, then the Images. Closing the stream stops the engine within one step.
@@ -89,7 +89,7 @@ class Inpainter:
         """
         engine = self._loading.value
         with self._watched(request):
-            async with aclosing(painting(engine, request, self._seat, self._out_of_memory)) as events:
+            async with aclosing(painting(engine, request, self._slot, self._out_of_memory)) as events:
                 async for event in events:
                     if isinstance(event, Images):
                         self._note(request, event)
@@ -102,12 +102,12 @@ class Inpainter:
         Measured. Its times and steps are in no metric and in no usage: they are no user's. Where whoever asks is killed
         the cell goes on to its end: Serve notices no caller's death.
 
-        Where as many cells are in hand here as may be (`Seat.audited`), `places` at most, the one answer, at once, is
+        Where as many cells are in hand here as may be (`Slot.audited`), `places` at most, the one answer, at once, is
         ReplicaTaken. It is not raised: that is nothing out of the ordinary, and Serve would log it with its traceback
         each time.
         """
         engine = self._loading.value
-        cell = measuring(engine, request, self._seat, trials, places, self._out_of_memory)
+        cell = measuring(engine, request, self._slot, trials, places, self._out_of_memory)
         try:
             with self._watched(request):
                 async with aclosing(cell) as events:
@@ -148,10 +148,10 @@ class Inpainter:
         """Raises when Serve is to replace the replica, so that jobs go elsewhere: GpuLost when its GPU failed for good;
         RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
         self._loading.check_health()
-        self._check(self._seat.stopping_since, self._work.engine_stop_timeout_s, "was told to stop")
+        self._check(self._slot.stopping_since, self._work.engine_stop_timeout_s, "was told to stop")
         # A worker that died tells no replica to stop. An audit's cell has each painting's own beginning.
         self._check(
-            self._seat.taken_since, self._work.inference_timeout_s + self._work.engine_stop_timeout_s, "began to paint"
+            self._slot.taken_since, self._work.inference_timeout_s + self._work.engine_stop_timeout_s, "began to paint"
         )
 
     def _check(self, since: float | None, limit_s: float, what: str) -> None:
@@ -166,7 +166,7 @@ class Inpainter:
         """Device, memory, process: for audits, benchmarks and people."""
         engine = self._loading.value
         device = await asyncio.to_thread(engine.describe)
-        return {**device, **self._here(), "usage": self._seat.usage.as_dict(), "cold_start": self._loading.parts}
+        return {**device, **self._here(), "usage": self._slot.usage.as_dict(), "cold_start": self._loading.parts}
 
     def _here(self) -> dict[str, Any]:
         replica = serve.get_replica_context().replica_id.unique_id

@@ -17,7 +17,7 @@ from serve_app.audit.store import AuditStore
 from serve_app.blobs import ANY_VERSION, BlobInfo
 from serve_app.edit.session import session_path
 from serve_app.engine import Engine
-from serve_app.engine.slot import Seat
+from serve_app.engine.slot import Slot
 from serve_app.engine.trials import measuring
 from serve_app.jobs import lease
 from serve_app.jobs.ports import JobStore
@@ -30,7 +30,11 @@ from .rig import SESSION, USER, Clock, Prompts, Scripted, jpeg, line_mask, photo
 
 #: Every wait as short as it can be.
 QUICK = Pace(
-    lease=lease.Pace(cancel_poll_s=0.05, progress_s=0.05), write_s=0.02, settle_poll_s=0.01, again_s=0.01, outage_s=0.5
+    lease=lease.Pace(cancel_poll_s=0.05, progress_s=0.05),
+    write_s=0.02,
+    handover_poll_s=0.01,
+    again_s=0.01,
+    outage_s=0.5,
 )
 
 
@@ -46,7 +50,7 @@ NAMES = ["a_gs2", "a_gs4", "b_gs2", "b_gs4"]
 
 class Replica:
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.seat = engine, Seat()
+        self.engine, self.slot = engine, Slot()
         self.in_hand = 0
 
 
@@ -72,9 +76,9 @@ class LocalReplicas:
     def in_hand(self, variant: str) -> int:
         return sum(replica.in_hand for replica in self._replicas[variant])
 
-    def seat(self, variant: str) -> Seat:
+    def slot(self, variant: str) -> Slot:
         """The first replica's."""
-        return self._replicas[variant][0].seat
+        return self._replicas[variant][0].slot
 
     async def measure(
         self, variant: str, request: EditRequest, on_progress: OnProgress, *, trials: int, places: int
@@ -85,7 +89,7 @@ class LocalReplicas:
         replica = min(self._replicas[variant], key=lambda one: one.in_hand)
         replica.in_hand += 1
         try:
-            cell = measuring(replica.engine, request, replica.seat, trials, places)
+            cell = measuring(replica.engine, request, replica.slot, trials, places)
             async with aclosing(cell) as events:
                 return await self._followed(name, variant, events, on_progress)
         finally:

@@ -22,7 +22,7 @@ from serve_app.engine.painting import LocalModel
 from serve_app.engine.telea import Telea
 from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
 from serve_app.jobs.lease import Pace
-from serve_app.jobs.notifications import Courier
+from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.jobs.record import Job
 from serve_app.jobs.worker import Worker
@@ -271,7 +271,7 @@ class Rig:
             settings=self.settings,
             defaults=lambda: self.inference,
         )
-        self.courier = Courier(
+        self.notifier = Notifier(
             kinds=[self.editor],
             job_store=self.jobs,
             mirror=self.mirror,
@@ -286,7 +286,7 @@ class Rig:
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
-            courier=self.courier,
+            notifier=self.notifier,
             webhooks=self.receivers,
             metrics=self.metrics,
             models=self.models,
@@ -317,7 +317,7 @@ class Rig:
     async def take(self, one: Delivery) -> Verdict:
         """Work on it, and wait until others were told of what came of it, or could not be."""
         verdict = await self.worker.work(one)
-        await self.courier.settled()
+        await self.notifier.drained()
         return verdict
 
     async def job(self) -> Job:

@@ -151,7 +151,7 @@ async def test_a_cell_that_takes_too_long_is_stopped() -> None:
     held = Held()
     rig.scripted["a"][0].on_step = lambda step: held()
     running = asyncio.create_task(rig.run(matrix={"guidance_scales": (2.0,)}))
-    await until(lambda: rig.replicas.seat("a").stopping_since is not None)
+    await until(lambda: rig.replicas.slot("a").stopping_since is not None)
     held.let_go.set()
     error = (await running).cells["a_gs2"].error
     assert error is not None

@@ -40,7 +40,7 @@ async def test_a_canceled_run_stops_what_it_paints_and_keeps_what_is_painted(way
         rig.auditor.cancel()
     else:
         await rig.store.cancel("run")
-    await until(lambda: rig.replicas.seat("b").stopping_since is not None)
+    await until(lambda: rig.replicas.slot("b").stopping_since is not None)
     held.let_go.set()
     audit = await running
     assert audit.status == AuditStatus.CANCELED
@@ -63,7 +63,7 @@ async def canceled_at_b(rig: AuditRig, **fields: Any) -> Audit:
     running = asyncio.create_task(rig.run(**fields))
     await until(lambda: {"a_gs2", "a_gs4"} <= set(_stored(rig)))
     rig.auditor.cancel()
-    await until(lambda: rig.replicas.seat("b").stopping_since is not None)
+    await until(lambda: rig.replicas.slot("b").stopping_since is not None)
     held.let_go.set()
     return await running
 
@@ -115,7 +115,7 @@ async def test_a_canceled_resume_forgets_what_was_recommended_before() -> None:
     running = asyncio.create_task(rig.resume())
     await asyncio.to_thread(held.entered.wait)
     rig.auditor.cancel()
-    await until(lambda: rig.replicas.seat("b").stopping_since is not None)
+    await until(lambda: rig.replicas.slot("b").stopping_since is not None)
     held.let_go.set()
     assert (await running).recommended is None
 

@@ -34,7 +34,7 @@ from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.painting import LocalModel
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.messages import EditMessage
-from serve_app.jobs.notifications import Courier
+from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.record import Artifact, Job, JobError, State, Timings
 from serve_app.jobs.worker import Worker
 from serve_app.settings import Inference, Settings
@@ -115,7 +115,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
         settings=settings,
         defaults=lambda: Inference(variant="telea", steps=4),
     )
-    courier = Courier(
+    notifier = Notifier(
         kinds=[editor],
         job_store=job_store,
         mirror=mirror,
@@ -128,7 +128,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
         job_store=job_store,
         mirror=mirror,
         publisher=publisher,
-        courier=courier,
+        notifier=notifier,
         webhooks=receivers,
         models=models,
         settings=settings,
@@ -143,7 +143,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
     finally:
         asyncio.run_coroutine_threadsafe(source.close(grace_s=10), loop).result()
         running.result()
-        asyncio.run_coroutine_threadsafe(courier.close(grace_s=10), loop).result()
+        asyncio.run_coroutine_threadsafe(notifier.close(grace_s=10), loop).result()
         worker.close()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -725,7 +725,7 @@ async def test_a_push_that_takes_long_is_answered_in_time_and_worked_on() -> Non
         return Verdict(action="ack")
 
     verdict = await pushes.run(work())
-    assert (verdict.action, verdict.reason, done) == ("hold", "running", [])
+    assert (verdict.action, verdict.reason, done) == ("defer", "running", [])
     go_on.set()
     await pushes.end(grace_s=10)
     assert done == ["stored"]

@@ -17,7 +17,7 @@ from serve_app.engine import Engine, Window
 from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.painting import nobody_counts, paint_canvas, painting
 from serve_app.engine.pause import Pause
-from serve_app.engine.slot import Seat
+from serve_app.engine.slot import Slot
 from serve_app.engine.stages import STAGES, split
 from serve_app.engine.telea import Telea
 from serve_app.engine.trials import measuring
@@ -69,10 +69,10 @@ def test_stages_are_never_negative_and_add_up(moments: list[int]) -> None:
 def events(
     engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
 ) -> list[Any]:
-    """All that a cell at a seat of its own tells."""
+    """All that a cell at a slot of its own tells."""
 
     async def run() -> list[Any]:
-        return await all_of(measuring(engine, request, Seat(), trials, 1, on_out_of_memory))
+        return await all_of(measuring(engine, request, Slot(), trials, 1, on_out_of_memory))
 
     return asyncio.run(run())
 
@@ -200,7 +200,7 @@ def test_peak_memory_begins_anew_each_time_it_is_asked_for(monkeypatch: pytest.M
     assert device.peak_memory() == (5, 8) and calls == ["reset"]
 
 
-# -- at a seat, with others
+# -- at a slot, with others
 
 
 class Stopped(Pause):
@@ -232,17 +232,17 @@ def task_of(events: AsyncGenerator[Any, None]) -> "asyncio.Task[list[Any]]":
 
 
 async def test_paintings_go_between_the_cells_and_only_they_are_usage() -> None:
-    engine, seat = Stopped(), Seat()
-    cells = [task_of(measuring(engine, request(seed=seed), seat, 2, 2)) for seed in (1, 2)]
+    engine, slot = Stopped(), Slot()
+    cells = [task_of(measuring(engine, request(seed=seed), slot, 2, 2)) for seed in (1, 2)]
     await until(engine.entered.is_set)
-    jobs = [task_of(painting(engine, request(seed=seed), seat)) for seed in (8, 9)]
-    await until(lambda: len(seat._place._ahead) == 2)
+    jobs = [task_of(painting(engine, request(seed=seed), slot)) for seed in (8, 9)]
+    await until(lambda: len(slot._lock._ahead) == 2)
     engine.let_go.set()
     told = await asyncio.gather(*cells, *jobs)
     # One painting more of the first cell, whose second one is the first after the jobs.
     assert engine.begun == [1, 8, 9, 1, 1, 2, 2]
     assert [isinstance(events[-1], Measured) for events in told] == [True, True, False, False]
-    assert seat.usage.as_dict()["jobs"] == 2
+    assert slot.usage.as_dict()["jobs"] == 2
 
 
 class Crowded(Stopped):
@@ -251,7 +251,7 @@ class Crowded(Stopped):
     def __init__(self, jobs: int) -> None:
         super().__init__()
         self.let_go.set()
-        self.seat, self.jobs, self._left = Seat(), list[asyncio.Task[list[Any]]](), jobs
+        self.slot, self.jobs, self._left = Slot(), list[asyncio.Task[list[Any]]](), jobs
         self._loop = asyncio.get_running_loop()
 
     def paint(self, window: Window) -> Pixels:
@@ -261,8 +261,8 @@ class Crowded(Stopped):
         return super().paint(window)
 
     async def _come(self) -> None:
-        self.jobs.append(task_of(painting(self, request(seed=8), self.seat)))
-        await until(lambda: bool(self.seat._place._ahead))
+        self.jobs.append(task_of(painting(self, request(seed=8), self.slot)))
+        await until(lambda: bool(self.slot._lock._ahead))
 
     def peak_memory(self) -> tuple[int, int]:  # type: ignore[override]  # Pause has none.
         return self.begun.count(1), 0
@@ -276,7 +276,7 @@ async def test_a_job_waits_for_one_painting_of_a_cell_and_the_next_one_is_painte
     jobs: int, order: list[int], counted: list[int]
 ) -> None:
     engine = Crowded(jobs)
-    told = await all_of(measuring(engine, request(seed=1), engine.seat, 3, 1))
+    told = await all_of(measuring(engine, request(seed=1), engine.slot, 3, 1))
     await asyncio.gather(*engine.jobs)
     assert engine.begun == order
     assert [one.peak_bytes for one in told[-1].trials] == counted and told[-1].repeats
@@ -285,7 +285,7 @@ async def test_a_job_waits_for_one_painting_of_a_cell_and_the_next_one_is_painte
 
 
 async def test_a_cell_that_waits_for_its_next_painting_is_in_hand_until_it_is_canceled() -> None:
-    job_goes_on, seat = threading.Event(), Seat()
+    job_goes_on, slot = threading.Event(), Slot()
 
     class Gated(Stopped):
         def paint(self, window: Window) -> Pixels:
@@ -296,38 +296,38 @@ async def test_a_cell_that_waits_for_its_next_painting_is_in_hand_until_it_is_ca
             return super().paint(window)
 
     engine = Gated()
-    cell = task_of(measuring(engine, request(seed=1), seat, 3, 2))
+    cell = task_of(measuring(engine, request(seed=1), slot, 3, 2))
     await until(engine.entered.is_set)
-    job = task_of(painting(engine, request(seed=8), seat))
-    await until(lambda: bool(seat._place._ahead))
+    job = task_of(painting(engine, request(seed=8), slot))
+    await until(lambda: bool(slot._lock._ahead))
     engine.let_go.set()
-    await until(lambda: engine.begun == [1, 8] and bool(seat._place._behind))
-    assert seat.audits == 1 and not cell.done()
+    await until(lambda: engine.begun == [1, 8] and bool(slot._lock._behind))
+    assert slot.audits == 1 and not cell.done()
     with pytest.raises(ReplicaTaken):
-        await all_of(measuring(engine, request(seed=2), seat, 1, 2))
+        await all_of(measuring(engine, request(seed=2), slot, 1, 2))
     cell.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cell
-    assert seat.audits == 0
+    assert slot.audits == 0
     job_goes_on.set()
     await job
-    assert engine.begun == [1, 8] and await is_empty(seat)
+    assert engine.begun == [1, 8] and await is_empty(slot)
 
 
-async def is_empty(seat: Seat) -> bool:
-    async with asyncio.timeout(10), seat.emptied():
-        return not (seat.audits or seat.jobs or seat._sitting or seat._audit_turn.locked())
+async def is_empty(slot: Slot) -> bool:
+    async with asyncio.timeout(10), slot.drained():
+        return not (slot.audits or slot.jobs or slot._occupancy or slot._audit_turn.locked())
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_nothing_leaks_whoever_is_canceled_whenever(seed: int) -> None:
     async def run() -> None:
-        chance, seat, engine = random.Random(seed), Seat(), Pause(QUICK, None, VariantSettings())
+        chance, slot, engine = random.Random(seed), Slot(), Pause(QUICK, None, VariantSettings())
         tasks = list[asyncio.Task[list[Any]]]()
         for _ in range(12):
             is_cell = chance.random() < 0.5
-            events = measuring(engine, request(), seat, 3, 2) if is_cell else painting(engine, request(), seat)
+            events = measuring(engine, request(), slot, 3, 2) if is_cell else painting(engine, request(), slot)
             tasks.append(task_of(events))
             for _ in range(chance.randrange(12)):
                 await asyncio.sleep(0)
@@ -335,32 +335,32 @@ def test_nothing_leaks_whoever_is_canceled_whenever(seed: int) -> None:
                 chance.choice(tasks).cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, (list, asyncio.CancelledError, ReplicaTaken))
-        assert await is_empty(seat)
+        assert await is_empty(slot)
 
     asyncio.run(run())
 
 
 async def test_each_painting_of_a_cell_has_begun_by_itself() -> None:
-    seat, begun = Seat(), list[float | None]()
+    slot, begun = Slot(), list[float | None]()
 
     class Looking(Stopped):
         def paint(self, window: Window) -> Pixels:
-            begun.append(seat.taken_since)
+            begun.append(slot.taken_since)
             return super().paint(window)
 
     engine = Looking()
     engine.let_go.set()
-    await all_of(measuring(engine, request(), seat, 3, 1))
-    assert all(begun) and len(set(begun)) == 3 and seat.taken_since is None
+    await all_of(measuring(engine, request(), slot, 3, 1))
+    assert all(begun) and len(set(begun)) == 3 and slot.taken_since is None
 
 
 async def test_a_cell_that_nobody_wants_any_more_ends_within_a_step() -> None:
-    engine, seat = Stopped(), Seat()
-    cell = task_of(measuring(engine, request(steps=50), seat, 20, 1))
+    engine, slot = Stopped(), Slot()
+    cell = task_of(measuring(engine, request(steps=50), slot, 20, 1))
     await until(engine.entered.is_set)
     cell.cancel()
-    await until(lambda: seat.stopping_since is not None)
+    await until(lambda: slot.stopping_since is not None)
     engine.let_go.set()
     with pytest.raises(asyncio.CancelledError):
         await cell
-    assert (engine.steps, seat.audits) == (1, 0)
+    assert (engine.steps, slot.audits) == (1, 0)

@@ -100,7 +100,7 @@ async def test_two_jobs_are_painted_one_after_the_other() -> None:
     replica = Replica(settings())
     both = await asyncio.gather(replica.events(request("a")), replica.events(request("b")))
     assert all(isinstance(events[-1], Images) for events in both)
-    usage = replica._seat.usage.as_dict()
+    usage = replica._slot.usage.as_dict()
     assert usage["jobs"] == 2 and 0.1 <= usage["busy_s"] <= usage["wall_s"]
 
 
@@ -156,7 +156,7 @@ async def test_an_engine_that_does_not_stop_makes_the_replica_unhealthy() -> Non
     await until(engine.entered.is_set)
     replica.check_health()
     painting.cancel()
-    await until(lambda: replica._seat.stopping_since is not None)
+    await until(lambda: replica._slot.stopping_since is not None)
     with pytest.raises(RuntimeError, match="was told to stop more than 1e-06 s ago"):
         replica.check_health()
     engine.let_go.set()
@@ -183,9 +183,9 @@ async def test_an_engine_that_paints_for_longer_than_any_worker_waits_makes_the_
 async def test_a_deaf_pause_neither_reports_a_step_nor_stops() -> None:
     replica = Replica(settings({"engine_stop_timeout_s": 1e-6}, deaf=True, pause_s=0.5))
     painting = asyncio.create_task(anext(_second(replica)))
-    await until(lambda: replica._seat.taken_since is not None)
+    await until(lambda: replica._slot.taken_since is not None)
     painting.cancel()
-    await until(lambda: replica._seat.stopping_since is not None)
+    await until(lambda: replica._slot.stopping_since is not None)
     with pytest.raises(RuntimeError, match="was told to stop"):
         replica.check_health()
     with pytest.raises(asyncio.CancelledError):
@@ -223,7 +223,7 @@ async def test_a_cell_leaves_no_figures_among_the_jobs_of_users() -> None:
     replica = Replica(settings(), Scripted(fail_with()))
     assert isinstance((await replica.cell(request()))[-1], Measured)
     assert {name for name, *_ in replica.counters.values} == {"fluxfill_load_seconds"}
-    assert replica._seat.usage.as_dict() == {"jobs": 0, "busy_s": 0.0, "wall_s": 0.0}
+    assert replica._slot.usage.as_dict() == {"jobs": 0, "busy_s": 0.0, "wall_s": 0.0}
 
 
 @pytest.mark.parametrize("places", [1, 2])
@@ -231,7 +231,7 @@ async def test_a_replica_takes_so_many_cells_and_refuses_the_next_at_once(places
     engine = Stubborn()
     replica = Replica(settings(), engine)
     cells = [asyncio.create_task(replica.cell(request(), places=places)) for _ in range(places)]
-    await until(lambda: engine.entered.is_set() and replica._seat.audits == places)
+    await until(lambda: engine.entered.is_set() and replica._slot.audits == places)
     (refusal,) = await replica.cell(request(), places=places)
     assert isinstance(refusal, ReplicaTaken)
     job = asyncio.create_task(replica.events(request()))
@@ -253,8 +253,8 @@ async def test_a_cell_that_is_closed_stops_within_a_step() -> None:
     replica = Replica(settings(pause_s=60))
     async with aclosing(_measure(replica, trials=20)) as events, asyncio.timeout(60):
         await anext(events)
-    assert replica._seat.audits == 0 and replica._seat.taken_since is None
-    assert not replica._seat.thread._work_queue.qsize()
+    assert replica._slot.audits == 0 and replica._slot.taken_since is None
+    assert not replica._slot.thread._work_queue.qsize()
 
 
 def _measure(replica: Replica, trials: int) -> AsyncGenerator[Progress | Measured | ReplicaTaken, None]:
@@ -267,7 +267,7 @@ async def test_a_cell_may_paint_for_as_long_as_each_of_its_paintings_may() -> No
     hung, seen = threading.Event(), list[float]()
 
     def hang_at_the_third() -> None:
-        seen.append(replica._seat.taken_since or 0.0)
+        seen.append(replica._slot.taken_since or 0.0)
         assert len(seen) < 3 or hung.wait(30)
 
     replica = Replica(

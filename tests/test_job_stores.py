@@ -17,7 +17,7 @@ from serve_app.jobs import claims as jobs_claims
 from serve_app.jobs import record
 from serve_app.jobs.claims import Change
 from serve_app.jobs.ports import JobStore, SessionMirror
-from serve_app.jobs.record import Artifact, Cause, Job, Owed, State
+from serve_app.jobs.record import Artifact, Cause, Due, Job, State
 from serve_app.models import Progress
 
 from .backends import at, make_audit, make_job
@@ -233,7 +233,7 @@ async def test_an_old_claim_can_do_nothing(jobs_url: str, opened: Opened) -> Non
     assert second.fence == first.fence + 1
     for change in (
         jobs_claims.renew(first, lease_s=60),
-        jobs_claims.give_back(first),
+        jobs_claims.requeue(first),
         jobs_claims.finish(first, Cause.SUCCEEDED),
     ):
         with pytest.raises(StaleClaim):
@@ -296,7 +296,10 @@ async def test_jobs_of_a_type_are_listed_apart(store: JobStore) -> None:
 
 
 def owing(id: str, *due_at: float) -> Job:
-    owed = {debt: Owed(due_at=at(second)) for debt, second in zip(("session", "completion"), due_at, strict=False)}
+    owed = {
+        notification: Due(due_at=at(second))
+        for notification, second in zip(("session", "completion"), due_at, strict=False)
+    }
     return make_job(id, status=State.SUCCEEDED, owed=owed)
 
 
@@ -312,7 +315,7 @@ async def test_debts_that_are_due_are_listed_the_earliest_first(store: JobStore)
 
 async def test_each_debt_is_listed_apart_and_webhooks_by_receiver(store: JobStore) -> None:
     def owes(id: str, url: str, **due_at: float) -> Job:
-        owed = {debt: Owed(due_at=at(second)) for debt, second in due_at.items()}
+        owed = {notification: Due(due_at=at(second)) for notification, second in due_at.items()}
         return make_job(id, status=State.SUCCEEDED, owed=owed, callback_url=url)
 
     records = [
@@ -324,8 +327,8 @@ async def test_each_debt_is_listed_apart_and_webhooks_by_receiver(store: JobStor
     for job in records:
         await store.update(job.id, "", put(job))
 
-    async def listed(debt: record.Debt, by: float = 5, **which: Any) -> list[str]:
-        return [job.id for job in await store.list(owes_by=at(by), debt=debt, **which)]
+    async def listed(notification: record.Notification, by: float = 5, **which: Any) -> list[str]:
+        return [job.id for job in await store.list(owes_by=at(by), notification=notification, **which)]
 
     assert await listed("session") == ["all"]
     assert await listed("session", 9) == ["all", "b"]
@@ -344,11 +347,11 @@ async def test_a_debt_that_is_paid_is_listed_no_more(store: JobStore) -> None:
     job = await claimed(store, make_job())
     told = await store.update(job.id, KEY, dated(jobs_claims.finish(jobs_claims.claim_of(job), Cause.SUCCEEDED), 11))
     assert [*await store.list(owes_by=told.owes_at)] == [told]
-    later = told.evolve(owed=dict.fromkeys(told.owed, Owed(due_at=at(76), attempts=1)))
+    later = told.evolve(owed=dict.fromkeys(told.owed, Due(due_at=at(76), attempts=1)))
     await store.update(job.id, KEY, put(later))
     assert list(await store.list(owes_by=at(75))) == []
     assert [*await store.list(owes_by=at(76))] == [later]
-    paid = await store.update(job.id, KEY, jobs_claims.pay(told, ["session", "completion"]))
+    paid = await store.update(job.id, KEY, jobs_claims.mark_sent(told, ["session", "completion"]))
     assert paid.owed == {} and list(await store.list(owes_by=at(76))) == []
 
 
@@ -358,9 +361,9 @@ async def test_a_job_that_is_not_over_owes_its_message(store: JobStore) -> None:
     assert list(await store.list(owes_by=at(109.999999))) == []
     renewed = await store.update(job.id, KEY, dated(jobs_claims.renew(jobs_claims.claim_of(job), lease_s=60), 50))
     assert [*await store.list(owes_by=at(110))] == [renewed], "a renewal moves nothing"
-    queued = await store.update(job.id, KEY, dated(jobs_claims.give_back(jobs_claims.claim_of(job)), 60))
+    queued = await store.update(job.id, KEY, dated(jobs_claims.requeue(jobs_claims.claim_of(job)), 60))
     assert list(await store.list(owes_by=at(159.999999))) == []
-    assert [*await store.list(owes_by=at(160), debt="dispatch")] == [queued]
+    assert [*await store.list(owes_by=at(160), notification="dispatch")] == [queued]
     done = await store.update(job.id, KEY, dated(jobs_claims.cancel, 70))
     assert done.owed.keys() == {"session", "completion"} and done.message == job.message
 
@@ -432,7 +435,7 @@ async def test_no_host_takes_a_live_lease_over(hosts: Sequence[JobStore]) -> Non
             assert 0 < caught.value.details["retry_after_s"] <= 50
             renewed = await other.update("edit-1", KEY, jobs_claims.renew(jobs_claims.claim_of(job), lease_s=50))
             assert renewed.lease_until and job.lease_until and renewed.lease_until >= job.lease_until
-        await host.update("edit-1", KEY, jobs_claims.give_back(jobs_claims.claim_of(job)))
+        await host.update("edit-1", KEY, jobs_claims.requeue(jobs_claims.claim_of(job)))
 
 
 async def test_the_document_of_the_job_claimed_later_stands_whichever_hosts_clock_is_ahead(

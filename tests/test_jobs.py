@@ -201,11 +201,11 @@ def test_a_queued_job_whose_message_is_a_finished_one_now_is_superseded() -> Non
 
 def test_a_claim_is_disowned_by_its_claimer_only() -> None:
     [claimed] = claimed_at(1, None)(None, ())
-    assert claims.disown("somebody else")(claimed, (), at(2)) == ()
-    [queued] = claims.disown("me")(claimed, (), at(2))
+    assert claims.release("somebody else")(claimed, (), at(2)) == ()
+    [queued] = claims.release("me")(claimed, (), at(2))
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, 0, None)
-    assert claims.disown("me")(queued, (), at(2)) == ()
-    assert claims.disown("me")(None, (), at(2)) == ()
+    assert claims.release("me")(queued, (), at(2)) == ()
+    assert claims.release("me")(None, (), at(2)) == ()
 
 
 def test_a_job_that_nobody_knows_is_not_replayed() -> None:
@@ -243,7 +243,7 @@ def test_a_claim_and_what_puts_a_job_back_push_its_message_on() -> None:
     assert due_at(job) == at(105)
     for second, (change, _) in enumerate(PUT_BACK.values(), start=50):
         assert due_at(one(change(claim_of(job))(job, (), at(second)))) == at(second + 100)
-    assert due_at(one(claims.disown(job.claimed_by)(job, (), at(70)))) == at(170)
+    assert due_at(one(claims.release(job.claimed_by)(job, (), at(70)))) == at(170)
     _, lost = claim(make_job(), 5 + LEASE_S)(None, (job.evolve(id="rival"),))
     assert due_at(lost) == at(105 + LEASE_S)
 
@@ -255,31 +255,31 @@ def test_a_renewal_rewrites_nothing_but_the_lease() -> None:
 
 
 def take_dispatch(job: Job, second: float) -> Sequence[Job]:
-    return claims.take_debts("me", ["dispatch"], wait_s=lambda _debt, n: 10 * n)(job, (), at(second))
+    return claims.take_notifications("me", ["dispatch"], wait_s=lambda _debt, n: 10 * n)(job, (), at(second))
 
 
 def test_a_job_under_a_live_lease_is_heard_of_whatever_it_owes() -> None:
     job = claimed(make_job(redispatch_s=100)).evolve(lease_until=at(130))
     assert take_dispatch(job, 99) == ()
     put_off = one(take_dispatch(job, 101))
-    assert put_off == job.evolve(owed={"dispatch": records.Owed(due_at=at(230))})
+    assert put_off == job.evolve(owed={"dispatch": records.Due(due_at=at(230))})
     dead = one(take_dispatch(job, 130))
-    assert dead.owed == {"dispatch": records.Owed(due_at=at(140), attempts=1, taken_by="me")}
+    assert dead.owed == {"dispatch": records.Due(due_at=at(140), attempts=1, taken_by="me")}
 
 
 def test_a_waiting_job_whose_message_is_lost_ends_unless_it_has_moved_on() -> None:
     for status in (State.QUEUED, State.RUNNING):
         found = make_job(status=status, fence=3)
-        failed = one(claims.lose(found, "gone")(found, (), at(9)))
+        failed = one(claims.fail_lost(found, "gone")(found, (), at(9)))
         assert (failed.status, failed.fence, failed.error) == (
             State.FAILED,
             4,
             JobError(code="message_lost", message="gone"),
         )
-        assert claims.lose(found, "gone")(found.evolve(fence=4), (), at(9)) == ()
-        assert claims.lose(found, "gone")(failed, (), at(9)) == ()
-        assert claims.lose(found, "gone")(found.evolve(status=State.SUCCEEDED), (), at(9)) == ()
-        assert claims.lose(found, "gone")(None, (), at(9)) == ()
+        assert claims.fail_lost(found, "gone")(found.evolve(fence=4), (), at(9)) == ()
+        assert claims.fail_lost(found, "gone")(failed, (), at(9)) == ()
+        assert claims.fail_lost(found, "gone")(found.evolve(status=State.SUCCEEDED), (), at(9)) == ()
+        assert claims.fail_lost(found, "gone")(None, (), at(9)) == ()
 
 
 def test_a_record_without_its_message_takes_the_next_ones() -> None:
@@ -387,7 +387,7 @@ def test_finishing(cause: Cause) -> None:
 
 PUT_BACK: dict[str, tuple[Callable[[claims.Claim], Change], int]] = {
     "retry": (lambda claim: claims.retry(claim, error=ERROR, backoff_s=1), 1),
-    "give_back": (claims.give_back, 0),
+    "give_back": (claims.requeue, 0),
     "wait": (lambda claim: claims.wait(claim, error=ERROR, limit_s=1), 0),
 }
 
@@ -427,7 +427,7 @@ def test_an_attempt_that_was_made_ends_the_wait() -> None:
     waits = one(claims.wait(claim_of(job), error=ERROR, limit_s=10)(job, (), at(0)))
     job = one(claim(waits, 1)(waits, ()))
     assert one(claims.retry(claim_of(job), error=ERROR, backoff_s=1)(job, (), at(2))).waiting_since is None
-    assert one(claims.give_back(claim_of(job))(job, (), at(2))).waiting_since == at(0)
+    assert one(claims.requeue(claim_of(job))(job, (), at(2))).waiting_since == at(0)
 
 
 def test_a_job_stays_of_the_variant_it_was_first_claimed_with() -> None:
@@ -483,7 +483,7 @@ def test_the_fence_never_falls_and_only_the_last_claim_holds(steps: list[str]) -
             "renew": claims.renew(mine, lease_s=LEASE_S),
             "finish": claims.finish(mine, Cause.SUCCEEDED),
             "retry": claims.retry(mine, error=ERROR, backoff_s=LEASE_S),
-            "give_back": claims.give_back(mine),
+            "give_back": claims.requeue(mine),
             "wait": claims.wait(mine, error=ERROR, limit_s=LEASE_S * 4),
             "cancel": claims.cancel,
         }[step]

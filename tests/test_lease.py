@@ -83,7 +83,7 @@ def moves(host: Host, seconds: float) -> Callable[[], Any]:
 @pytest.mark.slow
 async def test_a_lease_counts_from_before_the_renewal_was_sent(host: Host) -> None:
     """The answer took 500 s; what it promises is 100 s more."""
-    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    holding = asyncio.create_task(host.keeper(await host.claim()).guard(forever()))
     await host.looks("get")
     host.jobs.after["update"] = moves(host, 500)
     host.pass_s(200)
@@ -105,12 +105,12 @@ async def test_a_lease_counts_from_before_the_claim_was_sent(host: Host) -> None
     host.jobs.is_down = True
     with pytest.raises(StoreUnavailable):
         async with asyncio.timeout(10):
-            await host.keeper(job, asked_at).hold(forever())
+            await host.keeper(job, asked_at).guard(forever())
 
 
 @pytest.mark.slow
 async def test_a_renewal_makes_the_lease_last_from_then_on(host: Host) -> None:
-    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    holding = asyncio.create_task(host.keeper(await host.claim()).guard(forever()))
     await host.looks("get")
     host.pass_s(200)
     await host.looks("update", 1)
@@ -125,7 +125,7 @@ async def test_a_renewal_makes_the_lease_last_from_then_on(host: Host) -> None:
 
 @pytest.mark.slow
 async def test_a_missed_renewal_is_made_up_for_before_the_lease_ends(host: Host) -> None:
-    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    holding = asyncio.create_task(host.keeper(await host.claim()).guard(forever()))
     await host.looks("get")
     host.jobs.is_down, host.jobs.only = True, {"update"}
     host.pass_s(200)
@@ -146,7 +146,7 @@ async def test_a_missed_renewal_is_made_up_for_before_the_lease_ends(host: Host)
 
 @pytest.mark.slow
 async def test_a_renewal_that_succeeded_is_not_made_again_before_its_time(host: Host) -> None:
-    holding = asyncio.create_task(host.keeper(await host.claim()).hold(forever()))
+    holding = asyncio.create_task(host.keeper(await host.claim()).guard(forever()))
     await host.looks("get")
     host.pass_s(200)
     await host.looks("update", 1)
@@ -177,7 +177,7 @@ class Painting:
 
 async def test_a_cancellation_is_seen_between_renewals(host: Host) -> None:
     job, painting = await host.claim(), Painting()
-    holding = asyncio.create_task(host.keeper(job).hold(painting()))
+    holding = asyncio.create_task(host.keeper(job).guard(painting()))
     await host.looks("get", 1)
     await host.jobs.update(job.id, job.lock_key, claims.cancel)
     with pytest.raises(Canceled):
@@ -189,7 +189,7 @@ async def test_a_cancellation_is_seen_between_renewals(host: Host) -> None:
 
 async def test_a_painting_is_stopped_before_its_lost_claim_is_told_of(host: Host) -> None:
     painting = Painting()
-    holding = asyncio.create_task(host.keeper(await host.claim()).hold(painting()))
+    holding = asyncio.create_task(host.keeper(await host.claim()).guard(painting()))
     await host.looks("get", 1)
     host.clock.advance(601)
     assert (await host.claim()).fence == 2
@@ -210,7 +210,7 @@ async def test_the_session_is_shown_one_progress_at_a_time_and_then_the_latest(h
         await go_on.wait()
 
     host.mirror.before["write_session"] = hang
-    holding = asyncio.create_task(keeper.hold(forever()))
+    holding = asyncio.create_task(keeper.guard(forever()))
     for step in (1, 2, 3):
         await keeper.note(Progress(step=step, steps=4))
         await host.looks("report", 1)
@@ -235,7 +235,7 @@ async def test_a_deadline_is_counted_from_the_claim_by_the_stores_clock(host: Ho
     host.ahead_s += since_the_claim_s
     with pytest.raises(DeadlineExceeded):
         async with asyncio.timeout(10):
-            await host.keeper(job, asked_at).hold(forever())
+            await host.keeper(job, asked_at).guard(forever())
 
 
 async def test_a_job_goes_on_until_its_deadline(host: Host) -> None:
@@ -245,4 +245,4 @@ async def test_a_job_goes_on_until_its_deadline(host: Host) -> None:
         await host.looks("get")
         return "painted"
 
-    assert await host.keeper(job).hold(paint()) == "painted"
+    assert await host.keeper(job).guard(paint()) == "painted"

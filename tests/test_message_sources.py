@@ -88,7 +88,7 @@ async def test_what_is_acknowledged_does_not_come_again(forgetting_broker: Broke
 
 
 async def test_a_message_that_is_held_back_for_no_time_comes_again(broker: Broker) -> None:
-    handle = Recorder(once(Verdict(action="hold")))
+    handle = Recorder(once(Verdict(action="defer")))
     async with broker.source(handle):
         await publish(broker, b"x")
         await until(lambda: len(handle.deliveries) == 2)
@@ -98,7 +98,7 @@ async def test_a_message_that_is_held_back_for_no_time_comes_again(broker: Broke
 async def test_a_held_message_comes_after_its_delay_and_no_earlier(broker: Broker) -> None:
     async def decide(delivery: Delivery) -> Verdict:
         is_first = handle.bodies.count(delivery.data) == 1
-        return Verdict(action="hold", delay_s=1) if is_first and delivery.data == b"held" else ACK
+        return Verdict(action="defer", delay_s=1) if is_first and delivery.data == b"held" else ACK
 
     handle = Recorder(decide)
     async with broker.source(handle):
@@ -111,7 +111,7 @@ async def test_a_held_message_comes_after_its_delay_and_no_earlier(broker: Broke
 
 async def test_held_messages_take_no_place(broker: Broker) -> None:
     async def decide(delivery: Delivery) -> Verdict:
-        return Verdict(action="hold", delay_s=60) if delivery.data.startswith(b"held") else ACK
+        return Verdict(action="defer", delay_s=60) if delivery.data.startswith(b"held") else ACK
 
     handle = Recorder(decide)
     async with broker.source(handle, in_flight=2) as source:
@@ -136,7 +136,7 @@ async def test_no_more_than_in_flight_are_handled_at_a_time(broker: Broker) -> N
 
 @pytest.mark.slow
 async def test_a_handler_that_fails_gets_the_message_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pubsub, "ERROR_HOLD_S", 1.0)
+    monkeypatch.setattr(pubsub, "ERROR_DEFER_S", 1.0)
 
     async def fail_once(_delivery: Delivery) -> Verdict:
         if len(handle.deliveries) == 1:

@@ -11,7 +11,7 @@ import pytest
 from serve_app import adapters
 from serve_app.errors import StoreUnavailable, WebhookFailed
 from serve_app.jobs import claims, notifications, record
-from serve_app.jobs.notifications import Courier
+from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.record import Artifact, Cause, Job, State
 from serve_app.settings import Settings, WebhookSettings
 
@@ -32,10 +32,10 @@ async def rig() -> Rig:
 
 
 async def told_later(rig: Rig, seconds: float) -> None:
-    """What another process's courier tells when it looks `seconds` from now."""
+    """What another process's notifier tells when it looks `seconds` from now."""
     rig.clock.advance(seconds)
-    await rig.courier.look()
-    await rig.courier.settled()
+    await rig.notifier.send_due()
+    await rig.notifier.drained()
 
 
 async def test_every_end_is_told_to_the_session_the_topic_and_the_url(rig: Rig) -> None:
@@ -109,8 +109,8 @@ async def test_only_one_of_many_couriers_takes_a_debt_on(rig: Rig) -> None:
 
     for other in others:
         other.jobs.after["list"] = wait_for_the_others
-    await asyncio.gather(*(other.courier.look() for other in others))
-    await asyncio.gather(*(other.courier.settled() for other in others))
+    await asyncio.gather(*(other.notifier.send_due() for other in others))
+    await asyncio.gather(*(other.notifier.drained() for other in others))
     assert sum(len(other.receivers.called) for other in others) == 1
 
 
@@ -142,12 +142,12 @@ async def test_a_slow_receiver_keeps_no_session_waiting(rig: Rig) -> None:
         await never.wait()
         raise WebhookFailed("too late")
 
-    rig.courier._ways = {**rig.courier._ways, "webhook": hang}
+    rig.notifier._ways = {**rig.notifier._ways, "webhook": hang}
     assert (await rig.worker.work(delivery(callbackUrl=URL))).action == "ack"
     async with asyncio.timeout(10):
         while (await rig.job()).owed.keys() != {"webhook"}:
             await asyncio.sleep(0.01)
-    await rig.courier.close(grace_s=0)
+    await rig.notifier.close(grace_s=0)
     assert (await rig.job()).owed.keys() == {"webhook"}, "what is not told by the end of the process stays owed"
 
 
@@ -156,9 +156,9 @@ async def test_what_was_told_while_the_store_is_down_stays_owed_and_is_told_agai
     await rig.work()
     rig.mirror.is_down = False
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     rig.jobs.is_down = True
-    await rig.courier.settled()
+    await rig.notifier.drained()
     rig.jobs.is_down = False
     assert (await rig.document())["processingStatus"] == "completed"
     assert (await rig.job()).owed.keys() == {"session"}
@@ -182,7 +182,7 @@ async def test_paying_is_refused_for_a_job_that_has_changed_since() -> None:
     assert again.owed.keys() == {"dispatch"}
     failed_again = again.evolve(status=State.RUNNING).after(Cause.REJECTED, make_job().created_at)
     assert failed_again.owed.keys() == {"session", "completion"}
-    pay, now = claims.pay(over, ["session"]), over.created_at
+    pay, now = claims.mark_sent(over, ["session"]), over.created_at
     assert pay(failed_again, (), now) == (), "that it failed before was told, not this"
     assert pay(over.evolve(status=State.CANCELED), (), now) == (), "nor another end"
     [paid] = pay(over, (), now)
@@ -195,8 +195,8 @@ def test_a_debt_is_taken_only_when_it_is_due() -> None:
     due_at = over.created_at + timedelta(seconds=record.HEAD_START_S["session"])
     assert over.owes_at == due_at
 
-    def take(at: datetime, *debts: record.Debt) -> Sequence[Job]:
-        return claims.take_debts("me", debts, wait_s=lambda debt, n: 10 * n)(over, (), at)
+    def take(at: datetime, *notifications: record.Notification) -> Sequence[Job]:
+        return claims.take_notifications("me", notifications, wait_s=lambda notification, n: 10 * n)(over, (), at)
 
     assert take(due_at - timedelta(seconds=1), "session", "completion") == ()
     [taken] = take(due_at, "session")
@@ -206,11 +206,14 @@ def test_a_debt_is_taken_only_when_it_is_due() -> None:
 
 
 def test_the_head_start_is_longer_than_telling_may_take() -> None:
-    assert all(head_start_s > notifications.TELL_S[debt] for debt, head_start_s in record.HEAD_START_S.items())
-    assert {*record.HEAD_START_S, "dispatch"} == set(notifications.TELL_S)
+    assert all(
+        head_start_s > notifications.SEND_TIMEOUT_S[notification]
+        for notification, head_start_s in record.HEAD_START_S.items()
+    )
+    assert {*record.HEAD_START_S, "dispatch"} == set(notifications.SEND_TIMEOUT_S)
     assert (
         Settings(variants={"telea": {}}, webhooks={"timeout_s": 25}).webhooks.timeout_s
-        < notifications.TELL_S["webhook"]
+        < notifications.SEND_TIMEOUT_S["webhook"]
     )
 
 
@@ -234,22 +237,24 @@ class Held:
 AT_ONCE = notifications.AT_ONCE["webhook"]
 
 
-async def over(rig: Rig, number: int, url: str, owes: Sequence[record.Debt] = get_args(record.Debt)) -> None:
+async def over(
+    rig: Rig, number: int, url: str, owes: Sequence[record.Notification] = get_args(record.Notification)
+) -> None:
     """A stored job that has just ended, and of which only these were not told."""
     ended = make_job(f"edit-{number}", session_id=f"s{number}", status=State.RUNNING, fence=1, callback_url=url)
     job = ended.after(Cause.REJECTED, rig.clock())
-    job = job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt in owes})
+    job = job.evolve(owed={notification: owed for notification, owed in job.owed.items() if notification in owes})
     await rig.jobs.update(job.id, job.lock_key, lambda *_: (job,))
 
 
 async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made(rig: Rig) -> None:
     held = Held()
-    rig.courier._webhooks = held
+    rig.notifier._webhooks = held
     for number in range(20):
         await over(rig, number, "https://dead.example/")
     await over(rig, 99, "https://live.example/")
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     async with asyncio.timeout(10):
         while held.at_once < AT_ONCE + 1:
             await asyncio.sleep(0.01)
@@ -258,10 +263,10 @@ async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made
     attempts = [job.owed["webhook"].attempts for job in await rig.jobs.list(limit=50) if "webhook" in job.owed]
     assert sum(attempts) == len(held.called)
     held.go_on.set()
-    await rig.courier.settled()
+    await rig.notifier.drained()
     for _ in range(20 // AT_ONCE):
-        await rig.courier.look()
-        await rig.courier.settled()
+        await rig.notifier.send_due()
+        await rig.notifier.drained()
     assert len(held.called) == 21, "what found no place is told when there is one, and once"
 
 
@@ -269,7 +274,7 @@ async def test_a_dead_host_takes_few_places_and_counts_no_call_that_was_not_made
 async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: Rig) -> None:
     """Everything else is told at the first look, whatever is older and in whatever number."""
     held = Held()
-    courier = Courier(
+    notifier = Notifier(
         kinds=[rig.editor],
         job_store=rig.jobs,
         mirror=rig.mirror,
@@ -283,51 +288,51 @@ async def test_thousands_that_a_dead_receiver_is_owed_hold_up_nobody_else(rig: R
     await over(rig, 9998, "https://live.example/")
     await over(rig, 9999, "")
     rig.clock.advance(HEAD_START_S + 1)
-    await courier.look()
+    await notifier.send_due()
     async with asyncio.timeout(10):
         while held.at_once < AT_ONCE + 1 or len(rig.topics.completed) < 2:
             await asyncio.sleep(0.01)
         for number in (9998, 9999):
             while (await rig.jobs.get(f"edit-{number}")).owed.keys() - {"webhook"}:
                 await asyncio.sleep(0.01)
-    await courier.close(grace_s=0)
+    await notifier.close(grace_s=0)
     assert {job.receiver for job in held.called} == {"dead.example", "live.example"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("owed", ["session", "completion"])
-async def test_a_dead_mirror_or_topic_holds_up_what_it_is_owed_only(rig: Rig, owed: record.Debt) -> None:
+async def test_a_dead_mirror_or_topic_holds_up_what_it_is_owed_only(rig: Rig, owed: record.Notification) -> None:
     never = asyncio.Event()
 
     async def hang(_job: Job) -> None:
         await never.wait()
 
-    rig.courier._ways = {**rig.courier._ways, owed: hang}
+    rig.notifier._ways = {**rig.notifier._ways, owed: hang}
     for number in range(3 * notifications.BATCH):
         await over(rig, number, "", owes=[owed])
     rig.clock.advance(1)
     await over(rig, 9999, URL)
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     async with asyncio.timeout(10):
         while (await rig.jobs.get("edit-9999")).owed.keys() != {owed}:
             await asyncio.sleep(0.01)
-    await rig.courier.close(grace_s=0)
+    await rig.notifier.close(grace_s=0)
 
 
 async def test_what_is_still_being_told_is_not_told_again(rig: Rig) -> None:
     held = Held()
-    rig.courier._webhooks = held
+    rig.notifier._webhooks = held
     await rig.worker.work(delivery(callbackUrl=URL))
     async with asyncio.timeout(10):
         while not held.called:
             await asyncio.sleep(0.01)
     for _ in range(3):
         rig.clock.advance(1000)
-        await rig.courier.look()
+        await rig.notifier.send_due()
     assert len(held.called) == 1
     held.go_on.set()
-    await rig.courier.settled()
+    await rig.notifier.drained()
     assert (await rig.job()).owed == {}
 
 
@@ -338,12 +343,12 @@ async def test_a_slow_mirror_keeps_no_completion_unpaid(rig: Rig) -> None:
     async def hang(_job: Job) -> None:
         await never.wait()
 
-    rig.courier._ways = {**rig.courier._ways, "session": hang}
+    rig.notifier._ways = {**rig.notifier._ways, "session": hang}
     await rig.worker.work(delivery())
     async with asyncio.timeout(10):
         while (await rig.job()).owed.keys() != {"session"}:
             await asyncio.sleep(0.01)
-    await rig.courier.close(grace_s=0)
+    await rig.notifier.close(grace_s=0)
     assert len(rig.topics.completed) == 1
 
 
@@ -360,7 +365,7 @@ async def test_nothing_that_goes_wrong_ends_the_looking(error: Exception) -> Non
 
     rig.jobs.before["list"] = fail
     rig.clock.advance(HEAD_START_S + 1)
-    looking = asyncio.create_task(rig.courier.run())
+    looking = asyncio.create_task(rig.notifier.run())
     stored = adapters.job_store(rig.settings.jobs)
     async with asyncio.timeout(10):
         while any(job.owed for job in await stored.list()):
@@ -375,29 +380,29 @@ async def test_a_job_that_is_deleted_meanwhile_is_told_to_nobody(rig: Rig) -> No
     job = await rig.job()
     rig.jobs.before["update"] = lambda: rig.jobs.delete(job.id)
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
-    await rig.courier.settled()
+    await rig.notifier.send_due()
+    await rig.notifier.drained()
     assert list(await rig.jobs.list()) == []
 
 
 async def test_a_place_is_left_of_a_job_that_is_gone(rig: Rig) -> None:
     held = Held()
-    rig.courier._webhooks = held
+    rig.notifier._webhooks = held
     for number in range(AT_ONCE):
         await over(rig, number, URL, owes=["webhook"])
         rig.clock.advance(HEAD_START_S + 1)
         rig.jobs.before["update"] = partial(rig.jobs.delete, f"edit-{number}")
-        await rig.courier.look()
+        await rig.notifier.send_due()
     await over(rig, AT_ONCE, URL, owes=["webhook"])
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     async with asyncio.timeout(10):
         while not held.called:
             await asyncio.sleep(0.01)
-    await rig.courier.close(grace_s=0)
+    await rig.notifier.close(grace_s=0)
 
 
-async def hang_in(rig: Rig, *debts: record.Debt) -> list[Job]:
+async def hang_in(rig: Rig, *notifications: record.Notification) -> list[Job]:
     """Those that are told and hang; they are taken out again when the telling is cancelled."""
     telling: list[Job] = []
 
@@ -408,63 +413,63 @@ async def hang_in(rig: Rig, *debts: record.Debt) -> list[Job]:
         finally:
             telling.remove(job)
 
-    rig.courier._ways = {**rig.courier._ways, **dict.fromkeys(debts, hang)}
+    rig.notifier._ways = {**rig.notifier._ways, **dict.fromkeys(notifications, hang)}
     return telling
 
 
-@pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
+@pytest.mark.parametrize("notification", ["session", "completion", "webhook"])
 async def test_no_more_are_told_at_a_time_than_there_are_places_and_closing_ends_them(
-    rig: Rig, debt: record.Debt
+    rig: Rig, notification: record.Notification
 ) -> None:
-    telling = await hang_in(rig, debt)
-    most = notifications.AT_ONCE[debt]
+    telling = await hang_in(rig, notification)
+    most = notifications.AT_ONCE[notification]
     for number in range(most + 5):
-        await over(rig, number, URL, owes=[debt])
+        await over(rig, number, URL, owes=[notification])
     rig.clock.advance(HEAD_START_S + 1)
     for _ in range(3):
-        await rig.courier.look()
+        await rig.notifier.send_due()
     async with asyncio.timeout(10):
         while len(telling) < most:
             await asyncio.sleep(0.01)
     # All that began has come so far by now.
     await asyncio.sleep(0)
     assert len(telling) == most
-    await rig.courier.close(grace_s=0)
+    await rig.notifier.close(grace_s=0)
     assert telling == []
 
 
-@pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
-async def test_nobody_else_tells_while_telling_may_take(rig: Rig, debt: record.Debt) -> None:
-    telling = await hang_in(rig, debt)
-    await over(rig, 1, URL, owes=[debt])
+@pytest.mark.parametrize("notification", ["session", "completion", "webhook"])
+async def test_nobody_else_tells_while_telling_may_take(rig: Rig, notification: record.Notification) -> None:
+    telling = await hang_in(rig, notification)
+    await over(rig, 1, URL, owes=[notification])
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     other = rig.beside()
-    others = await hang_in(other, debt)
-    rig.clock.advance(notifications.TELL_S[debt] - 0.1)
-    await other.courier.look()
-    assert (await rig.jobs.get("edit-1")).owed[debt].attempts == 1, "nobody else has taken it on"
+    others = await hang_in(other, notification)
+    rig.clock.advance(notifications.SEND_TIMEOUT_S[notification] - 0.1)
+    await other.notifier.send_due()
+    assert (await rig.jobs.get("edit-1")).owed[notification].attempts == 1, "nobody else has taken it on"
     rig.clock.advance(10_000)
-    await other.courier.look()
+    await other.notifier.send_due()
     async with asyncio.timeout(10):
         while not others:
             await asyncio.sleep(0.01)
     assert len(telling) == 1
     for each in (rig, other):
-        await each.courier.close(grace_s=0)
+        await each.notifier.close(grace_s=0)
 
 
-@pytest.mark.parametrize("debt", ["session", "completion", "webhook"])
+@pytest.mark.parametrize("notification", ["session", "completion", "webhook"])
 async def test_telling_that_takes_too_long_is_given_up_for_now(
-    rig: Rig, debt: record.Debt, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, notification: record.Notification, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notifications, "TELL_S", dict.fromkeys(notifications.TELL_S, 0.01))
-    telling = await hang_in(rig, debt)
-    await over(rig, 1, URL, owes=[debt])
+    monkeypatch.setattr(notifications, "SEND_TIMEOUT_S", dict.fromkeys(notifications.SEND_TIMEOUT_S, 0.01))
+    telling = await hang_in(rig, notification)
+    await over(rig, 1, URL, owes=[notification])
     rig.clock.advance(HEAD_START_S + 1)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     async with asyncio.timeout(10):
-        await rig.courier.settled()
+        await rig.notifier.drained()
     assert telling == []
-    assert (await rig.jobs.get("edit-1")).owed.keys() == {debt}
-    assert rig.metrics.total("fluxfill_notifications_total", debt, "failed") == 1
+    assert (await rig.jobs.get("edit-1")).owed.keys() == {notification}
+    assert rig.metrics.total("fluxfill_notifications_total", notification, "failed") == 1

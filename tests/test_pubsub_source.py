@@ -183,7 +183,7 @@ async def test_a_thousand_messages_that_are_held_back_open_one_channel(
     monkeypatch.setattr(Connection, "transport", noted)
 
     async def hold(_delivery: Delivery) -> Verdict:
-        return Verdict(action="hold", delay_s=60)
+        return Verdict(action="defer", delay_s=60)
 
     handle = Recorder(hold)
     async with embedded.source(handle, in_flight=20) as source:

@@ -34,11 +34,11 @@ def fail_with(rig: Rig, error: Exception | None) -> None:
 
 
 async def look(rig: Rig, after_s: float = 0) -> list[Delivery]:
-    """What the courier publishes after so long."""
+    """What the notifier publishes after so long."""
     rig.clock.advance(after_s)
     before = len(rig.topics.sessions)
-    await rig.courier.look()
-    await rig.courier.settled()
+    await rig.notifier.send_due()
+    await rig.notifier.drained()
     return [replace(copy, publish_time=rig.clock()) for copy in rig.topics.sessions[before:]]
 
 
@@ -50,7 +50,7 @@ def published(rig: Rig, **fields: str) -> Delivery:
 async def test_a_job_whose_message_is_lost_is_published_again_and_ends(rig: Rig) -> None:
     fail_with(rig, ReplicaLost("gone"))
     first = published(rig, prompt="grass")
-    assert (await rig.take(first)).action == "hold"
+    assert (await rig.take(first)).action == "defer"
     assert await look(rig, HOUR_S - 1) == []
     [copy] = await look(rig, 1)
     assert copy.attributes == {**first.attributes, ASKED_AT: first.publish_time.isoformat()}  # type: ignore[union-attr]
@@ -88,7 +88,7 @@ async def test_a_job_that_waits_and_is_heard_of_is_not_published_again(rig: Rig)
     fail_with(rig, VariantLoadFailed("not yet"))
     message = published(rig)
     for _ in range(10):
-        assert (await rig.take(message)).action == "hold"
+        assert (await rig.take(message)).action == "defer"
         assert await look(rig, 0.9 * HOUR_S) == []
     assert len(await look(rig, 0.1 * HOUR_S)) == 1
 
@@ -121,8 +121,8 @@ async def test_of_many_couriers_one_publishes(rig: Rig) -> None:
 
     for other in others:
         other.jobs.after["list"] = wait_for_the_others
-    await asyncio.gather(*(other.courier.look() for other in others))
-    await asyncio.gather(*(other.courier.settled() for other in others))
+    await asyncio.gather(*(other.notifier.send_due() for other in others))
+    await asyncio.gather(*(other.notifier.drained() for other in others))
     assert sum(len(other.topics.sessions) for other in others) == 1
 
 
@@ -136,7 +136,7 @@ async def test_a_broker_that_is_away_gets_the_message_later(rig: Rig) -> None:
 
 
 async def test_a_copy_asks_for_nothing_that_was_canceled_meanwhile(rig: Rig) -> None:
-    """The courier had begun to publish it when the user canceled."""
+    """The notifier had begun to publish it when the user canceled."""
     fail_with(rig, ReplicaLost("gone"))
     await rig.take(published(rig))
     [copy] = await look(rig, HOUR_S)
@@ -169,9 +169,9 @@ async def test_a_message_that_the_broker_refuses_ends_its_job(rig: Rig) -> None:
     await stored(rig, message=record.Message(data="{}", attributes={"a": "b"}))
     rig.topics.max_attributes = 0
     rig.clock.advance(HOUR_S)
-    await rig.courier.look()
+    await rig.notifier.send_due()
     await until(lambda: rig.jobs.calls["update"] >= 3)
     job = await rig.job()
     assert (job.status, job.error and job.error.code) == (State.FAILED, "message_lost")
     assert "the broker refuses its copy" in (job.error.message if job.error else "")
-    await rig.courier.close(grace_s=0)
+    await rig.notifier.close(grace_s=0)

@@ -24,7 +24,7 @@ from serve_app.adapters.stores.sql_database import lock
 from serve_app.errors import SettingsError, StoreUnavailable
 from serve_app.jobs.claims import Change, claim_of
 from serve_app.jobs.ports import JobStore
-from serve_app.jobs.record import Job, Owed, State
+from serve_app.jobs.record import Due, Job, State
 from serve_app.models import Progress
 from serve_app.settings import Settings
 
@@ -188,31 +188,35 @@ async def test_a_database_of_schema_1_keeps_its_jobs_and_learns_to_list_debts(sq
     assert kept and kept.progress.step == 3 and kept.evolve(progress=job.progress) == job
     assert await mirror.read_session("u", "s") == {"jobId": "edit-1"}
     assert list(await store.list(owes_by=at(99))) == []
-    await store.update(job.id, KEY, put(job.evolve(owed={"completion": Owed(due_at=at(50))})))
+    await store.update(job.id, KEY, put(job.evolve(owed={"completion": Due(due_at=at(50))})))
     assert [owing.id for owing in await store.list(owes_by=at(50))] == ["edit-1"]
     await opened(adapters.job_store(sql_url)).cancel_until(KEY, at(1))
 
 
 async def test_debts_in_records_of_schema_1_are_found(sql_url: str, opened: Opened) -> None:
-    url, owed = "https://a.example/", {"session": Owed(due_at=at(5)), "webhook": Owed(due_at=at(6))}
+    url, owed = "https://a.example/", {"session": Due(due_at=at(5)), "webhook": Due(due_at=at(6))}
     owing = make_job("a", status=State.FAILED, owed=owed, callback_url=url)
     of_schema_1(sql_url, owing.model_dump_json(), make_job("b").model_dump_json(exclude=NEW))
     store = opened(adapters.job_store(sql_url))
-    for by, which in ((5, {}), (5, {"debt": "session"}), (6, {"debt": "webhook", "receiver": "a.example"})):
+    for by, which in (
+        (5, {}),
+        (5, {"notification": "session"}),
+        (6, {"notification": "webhook", "receiver": "a.example"}),
+    ):
         assert [job.id for job in await store.list(owes_by=at(by), **which)] == ["a"]
-    assert list(await store.list(owes_by=at(5), debt="webhook")) == []
+    assert list(await store.list(owes_by=at(5), notification="webhook")) == []
     assert len(await store.list()) == 2
 
 
 async def test_debts_of_schema_2_are_found(sql_url: str, opened: Opened) -> None:
-    owing = make_job("a", status=State.FAILED, owed={"completion": Owed(due_at=at(5))})
+    owing = make_job("a", status=State.FAILED, owed={"completion": Due(due_at=at(5))})
     of_schema_1(sql_url, owing.model_dump_json())
     with plain(sql_url) as connection:
         connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN owes_at DOUBLE PRECISION")
         connection.exec_driver_sql("CREATE INDEX ix_jobs_owes_at ON jobs (owes_at)")
         connection.exec_driver_sql("UPDATE schema_version SET version = 2")
     store = opened(adapters.job_store(sql_url))
-    assert [job.id for job in await store.list(owes_by=at(5), debt="completion")] == ["a"]
+    assert [job.id for job in await store.list(owes_by=at(5), notification="completion")] == ["a"]
 
 
 async def test_many_may_bring_the_tables_up_to_date_at_once(sql_url: str, opened: Opened) -> None:

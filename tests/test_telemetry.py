@@ -57,8 +57,8 @@ async def test_what_a_courier_says_later_carries_the_jobs_ids(lines: Callable[[]
     await rig.take(delivery(attributes={"traceparent": TRACE}))
     before = len(lines())
     rig.clock.advance(60)
-    await rig.courier.look()
-    await rig.courier.settled()
+    await rig.notifier.send_due()
+    await rig.notifier.drained()
     [line] = lines()[before:]
     assert (line["action"], line["job_id"], line["trace_id"]) == (
         "notification_failed",

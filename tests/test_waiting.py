@@ -14,8 +14,8 @@ from serve_app.edit import job as edit_job
 from serve_app.engine.painting import LocalModel
 from serve_app.errors import ReplicaLost, StoreDenied, StoreUnavailable, VariantLoadFailed
 from serve_app.jobs import claims
-from serve_app.jobs.admission import Waits
-from serve_app.jobs.lease import Orphans
+from serve_app.jobs.admission import Deferrals
+from serve_app.jobs.lease import UnconfirmedClaims
 from serve_app.jobs.ports import Verdict
 from serve_app.jobs.record import State
 from serve_app.models import EditRequest, Images, OnProgress
@@ -67,7 +67,7 @@ async def test_a_variant_that_does_not_load_holds_its_messages_back_and_uses_no_
     model = away(rig, VariantLoadFailed("variant telea did not load: no such file"))
     for _ in range(20):
         verdict = await rig.work()
-        assert (verdict.action, verdict.reason) == ("hold", "variant_failed")
+        assert (verdict.action, verdict.reason) == ("defer", "variant_failed")
         assert verdict.delay_s <= 10, "what loads within a minute is not waited for any longer"
         rig.clock.advance(verdict.delay_s)
     job = await rig.job()
@@ -82,7 +82,7 @@ async def test_waiting_ends_in_a_dead_letter_that_says_what_for(rig: Rig) -> Non
     away(rig, VariantLoadFailed("variant telea did not load: no such file"))
     await rig.work()
     rig.clock.advance(DAY_S - 1)
-    assert (await rig.work()).action == "hold"
+    assert (await rig.work()).action == "defer"
     rig.clock.advance(1)
     assert await rig.work() == Verdict(action="ack", reason="variant_failed")
     job = await rig.job()
@@ -102,7 +102,7 @@ async def test_an_attempt_that_began_ends_the_wait(rig: Rig) -> None:
     assert (await rig.work()).reason == "replica_lost"
     rig.clock.advance(600)
     model.error = VariantLoadFailed("not there")
-    assert (await rig.work()).action == "hold"
+    assert (await rig.work()).action == "defer"
     assert (await rig.job()).attempt == 1
 
 
@@ -113,7 +113,7 @@ async def test_a_replica_that_never_begins_gives_the_place_back_and_uses_no_atte
     model.is_awaited = True
     for _ in range(4):
         verdict = await rig.work()
-        assert (verdict.action, verdict.reason) == ("hold", "variant_not_ready")
+        assert (verdict.action, verdict.reason) == ("defer", "variant_not_ready")
     assert ((await rig.job()).status, (await rig.job()).attempt) == (State.QUEUED, 0)
     patient = Rig(name=rig.name, clock=rig.clock)
     assert (await patient.work()).reason == "succeeded"
@@ -148,7 +148,7 @@ async def test_a_text_encoder_that_does_not_answer_gives_the_place_back_and_uses
     rig.editor._prompts = encoder = OneByOne()
     await encoder.lock.acquire()
     verdict = await rig.work()
-    assert (verdict.action, verdict.reason, (await rig.job()).attempt) == ("hold", "variant_not_ready", 0)
+    assert (verdict.action, verdict.reason, (await rig.job()).attempt) == ("defer", "variant_not_ready", 0)
     patient = Rig(name=rig.name, clock=rig.clock)
     assert (await patient.work()).reason == "succeeded"
 
@@ -173,7 +173,7 @@ async def test_a_message_that_waits_for_its_share_for_too_long_ends_as_a_failed_
     working = await fill(rig, held)
     await rig.put_session("late")
     first = await rig.work("last", sessionId="late")
-    assert (first.action, first.reason) == ("hold", "variant_not_ready")
+    assert (first.action, first.reason) == ("defer", "variant_not_ready")
     await asyncio.sleep(0.1)
     assert await rig.work("last", sessionId="late") == Verdict(action="ack", reason="variant_not_ready")
     ((_, attributes),) = rig.topics.dead
@@ -193,7 +193,7 @@ async def test_a_hold_back_for_a_share_is_short_however_often_it_happened(rig: R
 
 
 def test_waits_are_counted_by_message_forgotten_and_bounded() -> None:
-    waits = Waits(at_most=2)
+    waits = Deferrals(at_most=2)
     assert [waits.count("a"), waits.count("a"), waits.count("b")] == [1, 2, 1]
     assert waits.count("a") == 3, "two are kept"
     waits.forget("a")
@@ -222,7 +222,7 @@ async def test_a_jobs_share_is_that_of_the_variant_it_was_claimed_with() -> None
         jobs=rig.settings.jobs,
         work=rig.settings.work,
     )
-    rig.worker._settings = rig.worker._shares._settings = settings
+    rig.worker._settings = rig.worker._admission._settings = settings
     rig.inference = Inference(variant="b", steps=2)
     old, new = [f"old{n}" for n in range(settings.in_flight())], [f"new{n}" for n in range(4)]
     for session in (*old, *new):
@@ -335,7 +335,7 @@ async def test_a_store_that_refuses_is_not_asked_again_and_again() -> None:
 
     rig.engine.on_paint = denied
     verdict = await rig.work()
-    assert (verdict.action, verdict.reason) == ("hold", "store_denied")
+    assert (verdict.action, verdict.reason) == ("defer", "store_denied")
     assert rig.blobs.calls["put"] == 2 + 1 + 1, "the test's own two, the probe, one upload"
     assert (await rig.job()).attempt == 0
     rig.clock.advance(DAY_S)
@@ -373,7 +373,7 @@ async def test_duplicates_of_a_failed_attempt_wait_for_its_backoff(rig: Rig) -> 
     assert first.reason == "replica_lost"
     for n in range(1, 5):
         verdict = await rig.work(f"m{n}")
-        assert (verdict.action, verdict.reason) == ("hold", "busy")
+        assert (verdict.action, verdict.reason) == ("defer", "busy")
         assert 0 < verdict.delay_s <= first.delay_s + 1e-5
     assert (rig.engine.painted, (await rig.job()).attempt) == (1, 1)
     rig.clock.advance(first.delay_s)
@@ -402,7 +402,7 @@ async def test_an_unexpected_error_loses_no_message(rig: Rig) -> None:
 
     rig.jobs.before["update"] = bug
     verdict = await rig.work()
-    assert (verdict.action, verdict.reason) == ("hold", "internal_error")
+    assert (verdict.action, verdict.reason) == ("defer", "internal_error")
     assert (await rig.work()).reason == "succeeded"
 
 
@@ -430,7 +430,7 @@ async def test_a_failure_that_the_store_cannot_note_is_given_back_when_it_return
         raise StoreUnavailable("the blob store went, and the job store with it")
 
     rig.engine.on_paint = down
-    assert (await rig.work()).action == "hold"
+    assert (await rig.work()).action == "defer"
     assert rig.jobs.is_down
     rig.jobs.is_down = False
     async with asyncio.timeout(10):
@@ -482,7 +482,7 @@ class SlowStore:
 async def test_claims_without_an_answer_are_given_back_one_at_a_time_and_bounded(rig: Rig) -> None:
     await rig.work()
     job, store = await rig.job(), SlowStore()
-    orphans = Orphans(store, at_most=50)  # type: ignore[arg-type]
+    orphans = UnconfirmedClaims(store, at_most=50)  # type: ignore[arg-type]
     for n in range(500):
         orphans.add(job, f"claimer{n}")
     await asyncio.sleep(0.05)

@@ -31,7 +31,7 @@ from serve_app.errors import (
     VariantNotReady,
 )
 from serve_app.jobs import claims
-from serve_app.jobs.admission import Shares
+from serve_app.jobs.admission import Admission
 from serve_app.jobs.kinds import Asked, Attempt, Result
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.ports import Delivery, Verdict
@@ -138,7 +138,7 @@ async def test_an_empty_mask_keeps_the_format_and_says_so_and_the_place_goes(rig
 async def test_nothing_is_acknowledged_before_the_job_is_stored(rig: Rig) -> None:
     rig.engine.on_paint = lambda: setattr(rig.jobs, "is_down", True)
     verdict = await rig.work()
-    assert verdict.action == "hold"
+    assert verdict.action == "defer"
     rig.jobs.is_down = False
     assert (await rig.job()).status == State.RUNNING
 
@@ -264,7 +264,7 @@ async def test_a_job_under_a_live_lease_is_held_back(rig: Rig, held: Held) -> No
     other = rig.beside()
     before = await rig.job()
     verdict = await other.work()
-    assert (verdict.action, verdict.reason) == ("hold", "busy")
+    assert (verdict.action, verdict.reason) == ("defer", "busy")
     assert 0 < verdict.delay_s <= 1.0
     assert (await rig.job()).attempt == before.attempt == 1
     held.let_go.set()
@@ -471,7 +471,7 @@ async def test_a_dead_letter_says_what_the_service_says_and_not_its_sender(rig: 
 async def test_an_unreadable_message_is_held_back_while_it_cannot_be_dead_lettered(rig: Rig) -> None:
     rig.broker.is_down = True
     broken = type(delivery())(data=b"{", attributes={}, message_id="m9")
-    assert (await rig.take(broken)).action == "hold"
+    assert (await rig.take(broken)).action == "defer"
     rig.broker.is_down = False
     assert (await rig.take(broken)).action == "ack"
     assert len(rig.topics.dead) == 1
@@ -517,7 +517,7 @@ async def test_bad_input_fails_the_job_and_is_dead_lettered(rig: Rig, case: str)
 async def test_a_failure_whose_dead_letter_was_lost_is_dead_lettered_by_the_duplicate(rig: Rig) -> None:
     await rig.put("original.jpg", b"hello")
     rig.broker.is_down = True
-    assert (await rig.work()).action == "hold"
+    assert (await rig.work()).action == "defer"
     assert (await rig.job()).status == State.FAILED
     rig.broker.is_down = False
     assert (await rig.work()).action == "ack"
@@ -534,7 +534,7 @@ async def test_a_failed_painting_is_tried_again_then_dead_lettered(rig: Rig, err
     for attempt in (1, 2):
         verdict = await rig.work()
         job = await rig.job()
-        assert (verdict.action, job.status, job.attempt) == ("hold", State.QUEUED, attempt)
+        assert (verdict.action, job.status, job.attempt) == ("defer", State.QUEUED, attempt)
         assert (await rig.document())["processingStatus"] == "processing"
         delays.append(verdict.delay_s)
         rig.clock.advance(verdict.delay_s)
@@ -561,7 +561,7 @@ async def test_a_painting_that_hangs_is_cut_off_and_tried_again(rig: Rig, held: 
 
     rig.engine.on_paint = slow
     verdict = await rig.work()
-    assert (verdict.action, verdict.reason) == ("hold", "inference_timeout")
+    assert (verdict.action, verdict.reason) == ("defer", "inference_timeout")
     assert (await rig.job()).status == State.QUEUED
 
 
@@ -572,7 +572,7 @@ async def test_weights_that_are_not_there_are_waited_for(rig: Rig) -> None:
     rig.engine.on_paint = _raise(VariantLoadFailed("variant telea did not load: no such file"))
     verdict = await rig.work()
     job = await rig.job()
-    assert (verdict.action, verdict.reason, verdict.delay_s <= 10) == ("hold", "variant_failed", True)
+    assert (verdict.action, verdict.reason, verdict.delay_s <= 10) == ("defer", "variant_failed", True)
     assert (job.error.code, job.status, job.attempt) == ("variant_failed", State.QUEUED, 0)
     assert "no such file" in job.error.message
 
@@ -583,7 +583,7 @@ async def test_weights_that_are_not_there_are_waited_for(rig: Rig) -> None:
 async def test_a_job_store_that_is_down_leaves_everything_as_it_was(rig: Rig) -> None:
     rig.jobs.is_down = True
     first, second = await rig.work(), await rig.work()
-    assert (first.action, first.reason) == ("hold", "store_unavailable")
+    assert (first.action, first.reason) == ("defer", "store_unavailable")
     assert second.delay_s > first.delay_s * 1.3
     rig.jobs.is_down = False
     assert await rig.jobs.list() == []
@@ -597,7 +597,7 @@ async def test_a_blob_store_that_is_down_uses_no_attempt(rig: Rig, method: str) 
     delays = []
     for _ in range(5):
         verdict = await rig.work()
-        assert (verdict.action, verdict.reason) == ("hold", "store_unavailable")
+        assert (verdict.action, verdict.reason) == ("defer", "store_unavailable")
         delays.append(verdict.delay_s)
     assert delays[-1] > delays[0] * 8
     rig.blobs.is_down = False
@@ -638,7 +638,7 @@ async def test_an_output_that_others_keep_writing_ends_the_attempt(rig: Rig) -> 
 
     rig.blobs.before["put"] = written_again
     verdict = await rig.work()
-    assert (verdict.action, verdict.reason) == ("hold", "blob_conflict")
+    assert (verdict.action, verdict.reason) == ("defer", "blob_conflict")
     assert (await rig.job()).status == State.QUEUED
 
 
@@ -651,7 +651,7 @@ async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig:
     working = [asyncio.create_task(rig.work(session, sessionId=session)) for session in sessions[:-1]]
     await eventually(held.entered.is_set)
     verdict = await rig.work(sessionId=sessions[-1])
-    assert (verdict.action, verdict.reason) == ("hold", "variant_not_ready")
+    assert (verdict.action, verdict.reason) == ("defer", "variant_not_ready")
     rig.models["telea"].is_ready = True
     last = asyncio.create_task(rig.work(sessionId=sessions[-1]))
     held.let_go.set()
@@ -661,19 +661,19 @@ async def test_a_variant_that_cannot_paint_yet_keeps_no_more_than_its_share(rig:
 @pytest.mark.parametrize("others", [("b",), ("b", "c")])
 async def test_a_variant_that_paints_leaves_the_others_a_place(rig: Rig, others: tuple[str, ...]) -> None:
     settings = rig.settings.model_copy(update={"variants": dict.fromkeys(("telea", *others), VariantSettings())})
-    shares = Shares(rig.models, settings)
+    admission = Admission(rig.models, settings)
     with ExitStack() as taken:
         while True:
             try:
-                taken.enter_context(shares.taken("telea"))
+                taken.enter_context(admission.admitted("telea"))
             except VariantNotReady:
                 break
             assert len(taken._exit_callbacks) < settings.in_flight()
         assert len(taken._exit_callbacks) == settings.in_flight() - len(others)
         for other in others:
-            with shares.taken(other):
+            with admission.admitted(other):
                 pass
-    with shares.taken("telea"):
+    with admission.admitted("telea"):
         pass
 
 
@@ -685,8 +685,13 @@ def test_a_variant_that_cannot_paint_has_no_more_than_its_part_of_few_places(rig
         }
     )
     rig.models["telea"].is_ready = False
-    shares = Shares(rig.models, settings)
-    with shares.taken("telea"), shares.taken("telea"), pytest.raises(VariantNotReady), shares.taken("telea"):
+    admission = Admission(rig.models, settings)
+    with (
+        admission.admitted("telea"),
+        admission.admitted("telea"),
+        pytest.raises(VariantNotReady),
+        admission.admitted("telea"),
+    ):
         pass
 
 
@@ -696,14 +701,14 @@ async def test_a_message_beyond_the_share_of_a_variant_that_paints_comes_again_s
 ) -> None:
     """However often it came: the variant has room again long before one that starts."""
     rig.models["telea"].is_ready = is_ready
-    shares = rig.worker._shares
-    shares._settings = rig.settings.model_copy(
+    admission = rig.worker._admission
+    admission._settings = rig.settings.model_copy(
         update={
             "variants": dict.fromkeys(("telea", "b"), VariantSettings()),
             "messages": MessagesSettings(max_in_flight=2),
         }
     )
-    with shares.taken("telea"):
+    with admission.admitted("telea"):
         delays = [(await rig.worker.work(delivery())).delay_s for _ in range(12)]
     assert max(delays) == at_most_s
 
@@ -717,8 +722,13 @@ def test_a_variant_has_one_place_where_places_are_fewer_than_variants(rig: Rig, 
         }
     )
     rig.models["telea"].is_ready = is_ready
-    shares = Shares(rig.models, settings)
-    with shares.taken("telea"), shares.taken("b"), pytest.raises(VariantNotReady), shares.taken("telea"):
+    admission = Admission(rig.models, settings)
+    with (
+        admission.admitted("telea"),
+        admission.admitted("b"),
+        pytest.raises(VariantNotReady),
+        admission.admitted("telea"),
+    ):
         pass
 
 
@@ -954,7 +964,7 @@ async def test_a_claim_that_was_stored_without_a_word_costs_no_attempt(rig: Rig)
         raise StoreUnavailable("the connection broke after the commit")
 
     rig.jobs.after["update"] = lose_the_answer
-    assert (await rig.work()).action == "hold"
+    assert (await rig.work()).action == "defer"
     async with asyncio.timeout(10):
         while (await rig.job()).status != State.QUEUED:
             await asyncio.sleep(0.01)

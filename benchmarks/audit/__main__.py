@@ -24,7 +24,7 @@ from serve_app.audit.store import AuditStore
 from serve_app.blobs import BlobStore
 from serve_app.clock import utc_now
 from serve_app.errors import FluxFillError, JobsUnavailable
-from serve_app.jobs.lease import insist
+from serve_app.jobs.lease import retry_unavailable
 from serve_app.jobs.ports import JobStore
 from serve_app.parameters import AuditRequest
 from serve_app.settings import Settings
@@ -103,7 +103,7 @@ async def _run_of(given: Given, store: AuditStore, settings: Settings) -> tuple[
     """The stored run, and which of its attempts this job is."""
     if given.launched:
         run_id, attempt = given.launched
-        return await insist(partial(store.get, run_id), OUTAGE_S), attempt
+        return await retry_unavailable(partial(store.get, run_id), OUTAGE_S), attempt
     audit = await queued(given.asked, store, settings, out.print)
     out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
     return audit, audit.attempt

@@ -17,7 +17,7 @@ from serve_app.audit.record import Audit, AuditStatus
 from serve_app.audit.runs import OUTAGE_S, Audits
 from serve_app.audit.store import AuditStore
 from serve_app.errors import AuditError, BlobNotFound, JobsUnavailable, UnknownAudit
-from serve_app.jobs.lease import insist
+from serve_app.jobs.lease import retry_unavailable
 from serve_app.settings import Settings
 
 #: Seconds between two looks at a run's record; every so many-th time its job is looked at, too.
@@ -53,7 +53,7 @@ class AuditClient:
         for turn in itertools.count(1):
             get = self.store.get if turn % JOB_EVERY else look or self.runs.look
             # A run takes up to an hour: a store that is away for a moment is no reason to stop looking.
-            audit = await insist(partial(get, run_id), OUTAGE_S)
+            audit = await retry_unavailable(partial(get, run_id), OUTAGE_S)
             on_change(audit)
             if audit.status.is_over:
                 return audit

@@ -16,7 +16,7 @@ from ..blobs import ANY_VERSION, BlobInfo
 from ..clock import Clock, utc_now
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs.claims import Change, Claim
-from ..jobs.record import Debt, Job, JobType, State
+from ..jobs.record import Job, JobType, Notification, State
 from ..models import Progress
 from .blobs.links import LocalLinks
 from .blobs.paths import check_path
@@ -142,12 +142,12 @@ class MemoryJobStore:
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
-        debt: Debt | None = None,
+        notification: Notification | None = None,
         receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
-            return self._owing(owes_by, debt, receiver)[:limit]
+            return self._owing(owes_by, notification, receiver)[:limit]
         with self._content.lock:
             found = [
                 self._with_progress(job)
@@ -180,14 +180,14 @@ class MemoryJobStore:
         stored = self._content.sessions.get((user_id, session_id))
         return dict(stored.fields) if stored else None
 
-    def _owing(self, by: datetime, debt: Debt | None, receiver: str | None) -> Sequence[Job]:
+    def _owing(self, by: datetime, notification: Notification | None, receiver: str | None) -> Sequence[Job]:
         with self._content.lock:
             jobs = list(self._content.jobs.values())
         owing = [
             (min(owed[name].due_at for name in owed), job)
             for job in jobs
             if receiver in (None, job.receiver)
-            and (owed := {name: owed for name, owed in job.owed.items() if debt in (None, name)})
+            and (owed := {name: owed for name, owed in job.owed.items() if notification in (None, name)})
         ]
         return [job for due_at, job in sorted(owing, key=lambda pair: pair[0]) if due_at <= by]
 

@@ -17,17 +17,17 @@ from ..clock import Clock
 from ..edit.job import begun_within
 from ..engine.weights.lock import Lock
 from ..errors import AuditImpossible, Canceled, FluxFillError, GpuLost, ReplicaLost, StaleClaim, VariantNotReady
-from ..jobs.lease import insist
+from ..jobs.lease import retry_unavailable
 from ..models import Measured, OnProgress, Pixels, Progress
 from ..parameters import Cell
 from ..settings import Settings
 from . import figures
 from .fan_out import FanOut, fan_out
+from .handover import GpuHandover
 from .progress import OUTAGE_S, Record, fault
 from .record import CellProgress, CellResult
 from .replicas import Replicas
 from .session import Session
-from .settle import Settling
 from .waves import Wave
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class MatrixPainter:
     #: By name: what is in there at first is not painted again.
     results: dict[str, CellResult]
     replicas: Replicas
-    settling: Settling
+    handover: GpuHandover
     settings: Settings
     locked: Lock
     clock: Clock
@@ -63,7 +63,7 @@ class MatrixPainter:
         for number, wave in enumerate(waves):
             if wave.waits:
                 self._tell(f"waiting for a GPU for {', '.join(wave.wanted)}")
-                reading, error = await self.settling.wait(after, wave, self._tell)
+                reading, error = await self.handover.wait(after, wave, self._tell)
                 self.record.change(memory=(*self.record.audit.memory, reading))
                 if error:
                     await self._give_up(waves[number:], error)
@@ -108,7 +108,7 @@ class MatrixPainter:
         try:
             measured = await self._measured(fan, name, cell, on_progress)
             png = await asyncio.to_thread(self._png, measured.canvas, cell)
-            path = await insist(partial(self.record.files.keep_image, name, png), self.keep_s)
+            path = await retry_unavailable(partial(self.record.files.keep_image, name, png), self.keep_s)
             result = figures.succeeded(
                 name,
                 cell,
@@ -120,7 +120,7 @@ class MatrixPainter:
                 started_at=began[0] if began else None,
                 finished_at=self.clock(),
             )
-            await insist(partial(self.record.files.keep_cell, result), self.keep_s)
+            await retry_unavailable(partial(self.record.files.keep_cell, result), self.keep_s)
         except (StaleClaim, Canceled):
             raise
         except Exception as e:

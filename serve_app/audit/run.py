@@ -19,22 +19,22 @@ from ..engine.weights import lock
 from ..errors import AuditError, Canceled, FluxFillError, StaleClaim
 from ..jobs import claims
 from ..jobs.claims import Claim
-from ..jobs.lease import Lease, insist
+from ..jobs.lease import Lease, retry_unavailable
 from ..jobs.lease import Pace as LeasePace
 from ..jobs.ports import JobStore
 from ..models import PromptEncoder
 from ..parameters import AuditRequest
 from ..settings import Settings
 from ..telemetry import logged_with
-from . import progress, settle
+from . import handover, progress
 from .files import RunFiles, read_cells
+from .handover import GpuHandover
 from .matrix import MatrixPainter, devices, progress_of
 from .progress import Record, fault
 from .record import Audit, AuditFault, AuditStatus, CellResult
 from .replicas import Replicas
 from .report.publish import publish
 from .session import Session, read_session
-from .settle import Settling
 from .store import AuditStore
 from .verdicts import Compiler, Verdicts
 from .waves import plan
@@ -53,7 +53,7 @@ class Pace:
     #: Between two writes of the findings.
     write_s: float = progress.EVERY_S
     #: Looking whether GPUs are free.
-    settle_poll_s: float = settle.POLL_S
+    handover_poll_s: float = handover.POLL_S
     #: Before a cell that was lost with its replica is asked for again; doubles.
     again_s: float = 2.0
     #: A store that is down is waited for.
@@ -124,7 +124,7 @@ class Auditor:
     async def _ended(self, run: _Run, held: Lease) -> Audit:
         try:
             try:
-                status = await held.hold(self._attempt(run))
+                status = await held.guard(self._attempt(run))
                 return await self._finish(run, status)
             except (Canceled, StaleClaim):
                 raise
@@ -186,10 +186,12 @@ class Auditor:
         locked = lock.read(self._settings.weights.lock)
         gpus = await self._gpus(run.request)
         waves = plan(await self._left(run), self._settings, gpus)
-        settling = Settling(self._replicas, run.request.matrix.variants, self._settings, gpus, self._pace.settle_poll_s)
+        handover = GpuHandover(
+            self._replicas, run.request.matrix.variants, self._settings, gpus, self._pace.handover_poll_s
+        )
         if any(wave.waits for wave in waves):
             # Before the prompts, for which a text encoder may wake on a GPU.
-            await settling.note_floor()
+            await handover.note_floor()
         run.record.stage("reading the session")
         read = partial(read_session, blobs=self._blobs, prompts=self._prompts, settings=self._settings)
         run.session = await self._patiently(partial(read, run.request))
@@ -201,7 +203,7 @@ class Auditor:
         painter = MatrixPainter(
             *of_run,
             replicas=self._replicas,
-            settling=settling,
+            handover=handover,
             settings=self._settings,
             locked=locked,
             clock=self._clock,
@@ -250,4 +252,4 @@ class Auditor:
         return await self._patiently(partial(self._store.finish, run.claim, status, error))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await insist(call, self._pace.outage_s)
+        return await retry_unavailable(call, self._pace.outage_s)

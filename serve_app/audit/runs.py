@@ -21,7 +21,7 @@ from ..errors import (
     UnknownAudit,
     UnknownVariant,
 )
-from ..jobs.lease import insist
+from ..jobs.lease import retry_unavailable
 from ..jobs.ports import JobStore
 from ..parameters import AuditRequest
 from ..settings import Settings
@@ -111,7 +111,7 @@ class Audits:
     async def wait(self, run_id: str) -> Audit:
         """The run when it is over, or as it is when this process is about to end."""
         while True:
-            audit = await insist(partial(self.look, run_id), OUTAGE_S)
+            audit = await retry_unavailable(partial(self.look, run_id), OUTAGE_S)
             if audit.status.is_over or await self._is_stopping():
                 return audit
             await asyncio.sleep(POLL_S)

@@ -17,7 +17,7 @@ from PIL import Image
 from ..blobs import BlobStore
 from ..engine.flux import tiny
 from ..engine.weights.lock import Lock
-from ..jobs.lease import insist
+from ..jobs.lease import retry_unavailable
 from ..models import TINY, EditRequest, Pixels
 from ..settings import Settings
 from . import metrics, recommend
@@ -66,7 +66,7 @@ class Verdicts:
                 compared = await self._compared(result, against)
                 if compared != result.compared:
                     self._results[result.name] = result.model_copy(update={"compared": compared})
-                    await insist(partial(self._record.files.keep_cell, self._results[result.name]), OUTAGE_S)
+                    await retry_unavailable(partial(self._record.files.keep_cell, self._results[result.name]), OUTAGE_S)
 
     def recommend(self) -> None:
         try:
@@ -110,7 +110,7 @@ class Verdicts:
     async def _picture(self, name: str) -> Pixels | None:
         path = image_path(self._run_id, name)
         try:
-            data, _ = await insist(partial(self._blobs.get, path, max_bytes=_MAX_BYTES), OUTAGE_S)
+            data, _ = await retry_unavailable(partial(self._blobs.get, path, max_bytes=_MAX_BYTES), OUTAGE_S)
             return await asyncio.to_thread(_decode, data)
         except Exception as e:
             extra = {"action": "audit_picture_unreadable", "cell": name}

@@ -1,6 +1,6 @@
 """Painting one request: its windows in order on its own canvas, in a thread, stopped within a step.
 
-`paint_canvas` is the work, `painting` runs it from an event loop (`at_seat` does so with any work), `LocalModel` is
+`paint_canvas` is the work, `painting` runs it from an event loop (`in_slot` does so with any work), `LocalModel` is
 the ImageModel port over both without Ray. An engine is held by one request at a time.
 """
 
@@ -19,7 +19,7 @@ from ..errors import FluxFillError, OutOfMemory, VariantLoadFailed
 from ..models import EditRequest, Images, OnProgress, Pixels, Progress
 from ..telemetry import logged_with, trace_id
 from . import Engine, Window
-from .slot import Seat, Sitting
+from .slot import Occupancy, Slot
 from .stages import STAGES, split
 
 log = logging.getLogger(__name__)
@@ -128,24 +128,24 @@ def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Cal
 
 
 def painting(
-    engine: Engine, request: EditRequest, seat: Seat, on_out_of_memory: Callable[[], None] = nobody_counts
+    engine: Engine, request: EditRequest, slot: Slot, on_out_of_memory: Callable[[], None] = nobody_counts
 ) -> AsyncGenerator[Progress | Images, None]:
-    """`paint_canvas` as `at_seat` runs it. It counts in the seat's usage."""
+    """`paint_canvas` as `in_slot` runs it. It counts in the slot's usage."""
 
-    def paint(sitting: Sitting) -> Images:
-        with seat.usage.painting():
-            return paint_canvas(engine, request, sitting.report, on_out_of_memory)
+    def paint(occupancy: Occupancy) -> Images:
+        with slot.usage.painting():
+            return paint_canvas(engine, request, occupancy.report, on_out_of_memory)
 
-    return at_seat(request, seat, seat.take, paint)
+    return in_slot(request, slot, slot.acquire, paint)
 
 
-async def at_seat(
+async def in_slot(
     request: EditRequest,
-    seat: Seat,
-    take: Callable[[], Awaitable[Sitting]],
-    work: Callable[[Sitting], T],
+    slot: Slot,
+    take: Callable[[], Awaitable[Occupancy]],
+    work: Callable[[Occupancy], T],
 ) -> AsyncGenerator[Progress | T, None]:
-    """Run `work` in a thread at the engine's seat, where `take` gives it a place: yields the latest progress that it
+    """Run `work` in a thread at the engine's slot, where `take` gives it a place: yields the latest progress that it
     reports, and at last what it returns. Nothing is yielded before the engine begins with it.
 
     The place is free the moment the thread ends, however slowly the caller takes what is yielded.
@@ -153,32 +153,32 @@ async def at_seat(
     when the thread has stopped. The thread's log lines carry the request's job id and its trace. Raises as `take` and
     `work` do.
     """
-    sitting = await take()
+    occupancy = await take()
     with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
-        thread = partial(copy_context().run, work, sitting)
-    future = asyncio.get_running_loop().run_in_executor(seat.thread, thread)
-    future.add_done_callback(lambda _: seat.leave())
-    future.add_done_callback(lambda _: sitting.end())
+        thread = partial(copy_context().run, work, occupancy)
+    future = asyncio.get_running_loop().run_in_executor(slot.thread, thread)
+    future.add_done_callback(lambda _: slot.release())
+    future.add_done_callback(lambda _: occupancy.end())
     try:
         is_over = False
         while not is_over:
-            await sitting.changed()
-            is_over = sitting.is_over
-            if (progress := sitting.take()) is not None:
+            await occupancy.changed()
+            is_over = occupancy.is_over
+            if (progress := occupancy.take()) is not None:
                 yield progress
         yield future.result()
     finally:
-        await _ended(future, sitting)
+        await _ended(future, occupancy)
 
 
-async def _ended(work: asyncio.Future[T], sitting: Sitting) -> None:
+async def _ended(work: asyncio.Future[T], occupancy: Occupancy) -> None:
     """Wait for the thread through any number of cancellations: its place is not free before."""
     canceled = False
     if not work.done():
-        sitting.stop()
-    while not sitting.is_over:
+        occupancy.stop()
+    while not occupancy.is_over:
         try:
-            await sitting.changed()
+            await occupancy.changed()
         except asyncio.CancelledError:
             canceled = True
     # Asked for here, so that asyncio does not report it as never looked at.
@@ -205,7 +205,7 @@ class LocalModel:
     is_ready = True
 
     def __init__(self, name: str, engine: Engine) -> None:
-        self._name, self._engine, self._seat = name, engine, Seat()
+        self._name, self._engine, self._slot = name, engine, Slot()
         self._loading, self._is_loaded = asyncio.Lock(), False
 
     async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
@@ -213,7 +213,7 @@ class LocalModel:
             if not self._is_loaded:
                 await asyncio.to_thread(load, self._name, self._engine)
                 self._is_loaded = True
-        async with aclosing(painting(self._engine, request, self._seat)) as events:
+        async with aclosing(painting(self._engine, request, self._slot)) as events:
             async for event in events:
                 if isinstance(event, Images):
                     return event
@@ -222,6 +222,6 @@ class LocalModel:
 
     async def close(self) -> None:
         """Free the engine when its job has ended. Painting again loads it again."""
-        async with self._loading, self._seat.emptied():
+        async with self._loading, self._slot.drained():
             self._engine.close()
             self._is_loaded = False

@@ -43,7 +43,7 @@ class Usage:
         return {"jobs": self._jobs, "busy_s": self._busy_s, "wall_s": max(0.0, self._last_end - began)}
 
 
-class Sitting:
+class Occupancy:
     """One painting at an engine: its latest progress on the way from the painting thread to the event loop (a slow
     reader sees the newest only), and whether it is still wanted. Times are on the monotonic clock."""
 
@@ -84,7 +84,7 @@ class Sitting:
         return progress
 
 
-class Place:
+class PriorityLock:
     """Given to those ahead before those behind, and among equals in the order in which they ask. For one event loop."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Place:
         self._ahead: deque[asyncio.Future[None]] = deque()
         self._behind: deque[asyncio.Future[None]] = deque()
 
-    async def take(self, *, behind: bool = False) -> None:
+    async def acquire(self, *, behind: bool = False) -> None:
         if self._is_free:
             self._is_free = False
             return
@@ -103,10 +103,10 @@ class Place:
         except BaseException:
             # What cannot be canceled, and was not, has been given the place in this very moment.
             if not turn.cancel() and not turn.cancelled():
-                self.give_back()
+                self.release()
             raise
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         for waiting in (self._ahead, self._behind):
             while waiting:
                 turn = waiting.popleft()
@@ -116,20 +116,20 @@ class Place:
         self._is_free = True
 
 
-class Seat:
+class Slot:
     """One place: a pipeline keeps state between steps. Audit cells take it behind all jobs, one cell after the other,
     and each for one painting at a time."""
 
     def __init__(self) -> None:
-        self._place = Place()
+        self._lock = PriorityLock()
         self._audit_turn = asyncio.Lock()
-        self._sitting: Sitting | None = None
+        self._occupancy: Occupancy | None = None
         #: What is undone when it leaves.
         self._undo = ExitStack()
         #: In hand: painted, or waiting to be.
         self.jobs = self.audits = 0
         #: Jobs that have been given the place, ever.
-        self.jobs_seated = 0
+        self.jobs_begun = 0
         #: Its own: asyncio's threads may all be taken.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="painting")
         self.usage = Usage()
@@ -137,24 +137,24 @@ class Seat:
     @property
     def taken_since(self) -> float | None:
         """Since when the painting goes on; None while there is none. On the monotonic clock."""
-        return self._sitting.begun_at if self._sitting else None
+        return self._occupancy.begun_at if self._occupancy else None
 
     @property
     def stopping_since(self) -> float | None:
         """Since when a painting that was told to stop goes on; None while none does. On the monotonic clock."""
-        return self._sitting.stopping_since if self._sitting else None
+        return self._occupancy.stopping_since if self._occupancy else None
 
-    async def take(self) -> Sitting:
+    async def acquire(self) -> Occupancy:
         with ExitStack() as undo:
             self._count(jobs=1)
             undo.callback(self._count, jobs=-1)
-            await self._place.take()
-            undo.callback(self._place.give_back)
-            self.jobs_seated += 1
-            return self._sit(undo)
+            await self._lock.acquire()
+            undo.callback(self._lock.release)
+            self.jobs_begun += 1
+            return self._occupy(undo)
 
     @asynccontextmanager
-    async def audited(self, most: int) -> AsyncIterator[None]:
+    async def audit_cell(self, most: int) -> AsyncIterator[None]:
         """An audit cell is in hand inside, from when no other is painted. Raises ReplicaTaken, at once, where as many
         are in hand as may be: up to `most` of what jobs leave of the place and one beside it, and one whatever jobs
         there are."""
@@ -166,29 +166,29 @@ class Seat:
             async with self._audit_turn:
                 yield
 
-    async def take_behind(self) -> Sitting:
+    async def acquire_behind(self) -> Occupancy:
         """For one painting of the cell that is `audited`: behind all jobs that wait."""
         with ExitStack() as undo:
-            await self._place.take(behind=True)
-            undo.callback(self._place.give_back)
-            return self._sit(undo)
+            await self._lock.acquire(behind=True)
+            undo.callback(self._lock.release)
+            return self._occupy(undo)
 
-    def leave(self) -> None:
-        self._sitting = None
+    def release(self) -> None:
+        self._occupancy = None
         self._undo.close()
 
     @asynccontextmanager
-    async def emptied(self) -> AsyncIterator[None]:
+    async def drained(self) -> AsyncIterator[None]:
         """When the painting has ended, and until this is left none begins."""
-        await self._place.take()
+        await self._lock.acquire()
         try:
             yield
         finally:
-            self._place.give_back()
+            self._lock.release()
 
-    def _sit(self, undo: ExitStack) -> Sitting:
-        self._sitting, self._undo = Sitting(), undo.pop_all()
-        return self._sitting
+    def _occupy(self, undo: ExitStack) -> Occupancy:
+        self._occupancy, self._undo = Occupancy(), undo.pop_all()
+        return self._occupancy
 
     def _count(self, *, jobs: int = 0, audits: int = 0) -> None:
         self.jobs, self.audits = self.jobs + jobs, self.audits + audits

@@ -7,20 +7,20 @@ import numpy as np
 
 from ..models import EditRequest, Images, Measured, Progress, Trial
 from . import Engine
-from .painting import at_seat, nobody_counts, paint_canvas
-from .slot import Seat, Sitting
+from .painting import in_slot, nobody_counts, paint_canvas
+from .slot import Occupancy, Slot
 
 
 async def measuring(
     engine: Engine,
     request: EditRequest,
-    seat: Seat,
+    slot: Slot,
     trials: int,
     places: int,
     on_out_of_memory: Callable[[], None] = nobody_counts,
 ) -> AsyncGenerator[Progress | Measured, None]:
-    """Paint the request `trials` times, 1 or more, each as `at_seat` runs it: yields the progress over all of them, and
-    at last the one Measured. It does not count in the seat's usage. The first painting is what a cold replica's first
+    """Paint the request `trials` times, 1 or more, each as `in_slot` runs it: yields the progress over all of them, and
+    at last the one Measured. It does not count in the slot's usage. The first painting is what a cold replica's first
     one with these parameters is, where nothing painted with them before.
 
     All paintings that are no audit's go first. The place is given back between two trials, so that a job waits for one
@@ -28,22 +28,22 @@ async def measuring(
     once more, and later ones count, so that the cell ends under any load. A trial in which a window was begun again
     after it ran out of memory has both in its `wall_s`, and the one that was painted in its stages.
 
-    Raises ReplicaTaken, at once, where as many audit cells are in hand at the seat as may be, `places` at most;
-    otherwise as `paint_canvas`. Stopped as `at_seat` is.
+    Raises ReplicaTaken, at once, where as many audit cells are in hand at the slot as may be, `places` at most;
+    otherwise as `paint_canvas`. Stopped as `in_slot` is.
     """
     cell = _Cell(trials)
 
-    async def take() -> Sitting:
-        sitting = await seat.take_behind()
-        cell.begin(seat.jobs_seated)
-        return sitting
+    async def take() -> Occupancy:
+        occupancy = await slot.acquire_behind()
+        cell.begin(slot.jobs_begun)
+        return occupancy
 
-    def work(sitting: Sitting) -> tuple[Images, int]:
-        return paint_canvas(engine, request, sitting.report, on_out_of_memory), seat.jobs_seated
+    def work(occupancy: Occupancy) -> tuple[Images, int]:
+        return paint_canvas(engine, request, occupancy.report, on_out_of_memory), slot.jobs_begun
 
-    async with seat.audited(places):
+    async with slot.audit_cell(places):
         while not cell.is_over:
-            async with aclosing(at_seat(request, seat, take, work)) as events:
+            async with aclosing(in_slot(request, slot, take, work)) as events:
                 async for event in events:
                     if isinstance(event, Progress):
                         yield cell.progress(event)
@@ -59,7 +59,7 @@ class _Cell:
         self._wanted, self._done = trials, list[Trial]()
         self._last: Images | None = None
         self._repeats = True
-        self._jobs_seated = 0
+        self._jobs_begun = 0
         #: Whether the painting that has begun is a trial, and whether one was not.
         self._counts, self._was_colder = True, False
 
@@ -79,10 +79,10 @@ class _Cell:
             windows=self._last.windows,
         )
 
-    def begin(self, jobs_seated: int) -> None:
+    def begin(self, jobs_begun: int) -> None:
         """The next painting, when so many jobs have been given a place."""
         # The engine keeps what it worked out for the steps of the job before, such as modulation's rows.
-        is_colder = bool(self._done) and jobs_seated > self._jobs_seated
+        is_colder = bool(self._done) and jobs_begun > self._jobs_begun
         self._counts = self._was_colder or not is_colder
         self._was_colder = self._was_colder or is_colder
 
@@ -91,9 +91,9 @@ class _Cell:
         step = len(self._done) * one.steps + (one.step if self._counts else 0)
         return Progress(step=step, steps=self._wanted * one.steps)
 
-    def add(self, painted: Images, jobs_seated: int) -> None:
+    def add(self, painted: Images, jobs_begun: int) -> None:
         """What was painted, and how many jobs had been given a place by then."""
-        self._jobs_seated = jobs_seated
+        self._jobs_begun = jobs_begun
         self._repeats = self._repeats and (self._last is None or np.array_equal(painted.images, self._last.images))
         self._last = painted
         if self._counts:

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ..errors import Busy, MalformedMessage, OtherVariant, StaleClaim, UnknownJob
-from .record import Cause, Debt, Job, JobError, Owed, State, _Value
+from .record import Cause, Due, Job, JobError, Notification, State, _Value
 
 
 class Claim(_Value):
@@ -77,13 +77,13 @@ def claim(new: Job, *, lease_s: float, max_attempts: int, claimer: str = "") -> 
     return change
 
 
-def disown(claimer: str) -> Change:
+def release(claimer: str) -> Change:
     """Give a claim back of which `claimer` never heard that it was stored, and the attempt with it."""
 
     def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
         if job is None or job.status != State.RUNNING or job.claimed_by != claimer:
             return ()
-        return (job.after(Cause.GIVEN_BACK, now, attempt=job.attempt - 1),)
+        return (job.after(Cause.REQUEUED, now, attempt=job.attempt - 1),)
 
     return change
 
@@ -109,13 +109,13 @@ def retry(claim: Claim, *, error: JobError, backoff_s: float) -> Change:
     return _held(claim, after)
 
 
-def give_back(claim: Claim) -> Change:
+def requeue(claim: Claim) -> Change:
     """Put the job back, with the attempt uncounted. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job, now: job.after(Cause.GIVEN_BACK, now, attempt=job.attempt - 1))
+    return _held(claim, lambda job, now: job.after(Cause.REQUEUED, now, attempt=job.attempt - 1))
 
 
 def wait(claim: Claim, *, error: JobError, limit_s: float) -> Change:
-    """As `give_back`, for want of what `error` names; the job fails with it once it has waited for `limit_s` seconds.
+    """As `requeue`, for want of what `error` names; the job fails with it once it has waited for `limit_s` seconds.
 
     Raises StaleClaim where the claim no longer holds.
     """
@@ -124,7 +124,7 @@ def wait(claim: Claim, *, error: JobError, limit_s: float) -> Change:
         since = job.waiting_since or now
         if (now - since).total_seconds() >= limit_s:
             return job.after(Cause.EXHAUSTED, now, error=error)
-        return job.after(Cause.GIVEN_BACK, now, attempt=job.attempt - 1, error=error, waiting_since=since)
+        return job.after(Cause.REQUEUED, now, attempt=job.attempt - 1, error=error, waiting_since=since)
 
     return _held(claim, after)
 
@@ -150,39 +150,42 @@ def replay(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[J
     return (job.after(Cause.REPLAYED, now, **fresh, fence=job.fence + 1),)
 
 
-def take_debts(taker: str, debts: Collection[Debt], *, wait_s: Callable[[Debt, int], float]) -> Change:
-    """Take on telling those of `debts` that are due: each is due again `wait_s(debt, attempts)` later, so that nobody
-    else tells meanwhile. What is then `taken_by` the taker, a name used once, is the taker's to tell.
+def take_notifications(
+    taker: str, kinds: Collection[Notification], *, wait_s: Callable[[Notification, int], float]
+) -> Change:
+    """Take those notifications of `kinds` that are due, to send them: each is due again `wait_s(kind, attempts)` later,
+    so that no other process sends it meanwhile. Those then `taken_by` the taker, a name used once, are the taker's.
 
-    A job under a live lease is heard of, though renewals leave its debts alone: its message is put off until then."""
+    A job under a live lease is heard of, though renewals leave its notifications alone: its message is put off until
+    then."""
 
-    def after(job: Job, debt: Debt, now: datetime) -> Owed:
-        if debt == "dispatch" and job.lease_until is not None and job.lease_until > now:
-            return Owed(due_at=job.lease_until + timedelta(seconds=job.redispatch_s))
-        attempts = job.owed[debt].attempts + 1
-        return Owed(attempts=attempts, due_at=now + timedelta(seconds=wait_s(debt, attempts)), taken_by=taker)
+    def after(job: Job, kind: Notification, now: datetime) -> Due:
+        if kind == "dispatch" and job.lease_until is not None and job.lease_until > now:
+            return Due(due_at=job.lease_until + timedelta(seconds=job.redispatch_s))
+        attempts = job.owed[kind].attempts + 1
+        return Due(attempts=attempts, due_at=now + timedelta(seconds=wait_s(kind, attempts)), taken_by=taker)
 
     def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
         if job is None:
             return ()
-        due = {debt: after(job, debt, now) for debt in debts if debt in job.owed and job.owed[debt].due_at <= now}
+        due = {kind: after(job, kind, now) for kind in kinds if kind in job.owed and job.owed[kind].due_at <= now}
         return (job.evolve(owed=job.owed | due),) if due else ()
 
     return change
 
 
-def pay(told: Job, debts: Collection[Debt]) -> Change:
-    """Note that `debts` were told as of `told`. A job that has changed state since owes them still."""
+def mark_sent(told: Job, kinds: Collection[Notification]) -> Change:
+    """Note that `kinds` were sent as of `told`. A job that has changed state since owes them still."""
 
     def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
-        if job is None or (job.fence, job.status) != (told.fence, told.status) or not job.owed.keys() & set(debts):
+        if job is None or (job.fence, job.status) != (told.fence, told.status) or not job.owed.keys() & set(kinds):
             return ()
-        return (job.evolve(owed={debt: owed for debt, owed in job.owed.items() if debt not in debts}),)
+        return (job.evolve(owed={kind: owed for kind, owed in job.owed.items() if kind not in kinds}),)
 
     return change
 
 
-def lose(found: Job, message: str) -> Change:
+def fail_lost(found: Job, message: str) -> Change:
     """End the job, as it was `found`, because it waits for a message that will not come; `message` says why."""
 
     def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:

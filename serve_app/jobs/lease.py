@@ -59,7 +59,7 @@ class Lease:
         self._renewed_at = claimed_at
         self._showing: asyncio.Future[None] | None = None
 
-    async def hold(self, attempt: Awaitable[T]) -> T:
+    async def guard(self, attempt: Awaitable[T]) -> T:
         """Await `attempt` while the claim holds; stop it, and wait until it has stopped, when it does not.
 
         Raises what `attempt` raises; Canceled when a user canceled the job; StaleClaim when another worker took it;
@@ -94,7 +94,7 @@ class Lease:
         """
         with suppress(StoreUnavailable):
             await self._report()
-        await insist(self._renew, self._work.lease_s)
+        await retry_unavailable(self._renew, self._work.lease_s)
 
     def _seconds_left(self) -> float | None:
         if self._job.deadline is None or self._job.started_at is None:
@@ -159,7 +159,7 @@ class Lease:
             )
 
 
-async def insist(call: Callable[[], Awaitable[T]], for_s: float | None = None) -> T:
+async def retry_unavailable(call: Callable[[], Awaitable[T]], for_s: float | None = None) -> T:
     """What `call` returns, tried again while the store is unavailable, for at most `for_s` seconds (None: for ever)."""
     return await AsyncRetrying(
         retry=retry_if_exception_type(StoreUnavailable),
@@ -169,7 +169,7 @@ async def insist(call: Callable[[], Awaitable[T]], for_s: float | None = None) -
     )(call)
 
 
-class Orphans:
+class UnconfirmedClaims:
     """Claims whose store could not say whether it stored them. They are given back when it answers again, by one task
     and one at a time, so that a store that comes back is not run down by those who waited for it."""
 
@@ -197,10 +197,10 @@ class Orphans:
     async def _give_back(self) -> None:
         while self._claims:
             (job_id, claimer), lock_key = next(iter(self._claims.items()))
-            update = partial(self._jobs.update, job_id, lock_key, claims.disown(claimer))
+            update = partial(self._jobs.update, job_id, lock_key, claims.release(claimer))
             with suppress(FluxFillError):
                 # A claim that never was stored has no job.
-                await insist(update)
+                await retry_unavailable(update)
             self._claims.pop((job_id, claimer), None)
 
 

@@ -1,11 +1,12 @@
-"""Tells others what became of jobs: the session document, the completion topic, the publisher's own URL. And publishes
-the messages of jobs again that are not over and of which nothing was heard for long: the broker may have lost them.
+"""Notifications: what others are told of a job. The session document, the completion topic and the publisher's own URL
+hear how it ended; `dispatch` publishes the message of a job again that is not over and has been silent for long,
+because the broker may have lost it.
 
-A job owes these from the write that ended it (`Job.owed`), so nothing is lost with a process. The process that ended
-the job tells at once; what is still owed when its head start is over, anybody's courier takes on and tells, again and
-again with backoff. What finds no free place waits in the store, not here. None of it holds up a message, a worker or
-a debt to another: each lane has places of its own, and is looked for apart.
-At least once: a courier that dies between telling and noting it leaves the debt.
+A job owes its notifications from the write that ended it (`Job.owed`), so none is lost with a process. The process that
+ended the job sends them at once; what is still owed when its head start is over, any process's notifier takes and
+sends, again and again with backoff. What finds no free slot waits in the store, not here. None of it holds up a
+message, a worker or another notification: each lane has slots of its own, and is looked for apart.
+At least once: a notifier that dies between sending and noting it sends again.
 """
 
 import asyncio
@@ -25,25 +26,25 @@ from . import claims
 from .kinds import Kind
 from .messages import ASKED_AT
 from .ports import JobStore, Publisher, SessionMirror
-from .record import Debt, Job, JobType, receiver_of
+from .record import Job, JobType, Notification, receiver_of
 
 log = logging.getLogger(__name__)
 
-#: How long telling may take, in seconds; nobody else tells it meanwhile. Shorter than record.HEAD_START_S.
-TELL_S: Mapping[Debt, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0, "dispatch": 12.0}
+#: How long sending may take, in seconds; no other process sends it meanwhile. Shorter than record.HEAD_START_S.
+SEND_TIMEOUT_S: Mapping[Notification, float] = {"session": 12.0, "completion": 12.0, "webhook": 30.0, "dispatch": 12.0}
 #: The longest waits between two attempts, in seconds. The stores and the broker are ours, a receiver is a stranger's.
-LONGEST_WAIT_S: Mapping[Debt, float] = {
+LONGEST_WAIT_S: Mapping[Notification, float] = {
     "session": 60.0,
     "completion": 60.0,
     "webhook": 3 * 3600.0,
     "dispatch": 24 * 3600.0,
 }
-#: What is told at a time: session documents, completions, webhooks to each receiver, messages.
-AT_ONCE: Mapping[Debt, int] = {"session": 32, "completion": 32, "webhook": 4, "dispatch": 32}
-#: Between two looks for what is owed, in seconds.
+#: Sent at a time: session documents, completions, webhooks to each receiver, messages.
+AT_ONCE: Mapping[Notification, int] = {"session": 32, "completion": 32, "webhook": 4, "dispatch": 32}
+#: Between two looks for what is due, in seconds.
 POLL_S = 2.0
-#: Debts told within this are paid by one write; one that takes longer, by its own.
-TOGETHER_S = 0.5
+#: Those sent within this are noted by one write; one that takes longer, by its own.
+BATCH_WINDOW_S = 0.5
 #: Jobs looked at beyond those that a lane has places for: of receivers that the settings name no longer.
 BATCH = 100
 
@@ -57,7 +58,7 @@ class Webhooks(Protocol):
         another try; CallbackRefused."""
 
 
-class Courier:
+class Notifier:
     def __init__(
         self,
         *,
@@ -74,7 +75,7 @@ class Courier:
         self._jobs, self._mirror, self._publisher, self._webhooks = job_store, mirror, publisher, webhooks
         self._settings, self._metrics, self._poll_s = settings, metrics or NoMetrics(), poll_s
         self._tasks: set[asyncio.Task[None]] = set()
-        self._places = _Places()
+        self._in_flight = _InFlight()
         hosts = {receiver_of(f"https://{host}") for host in settings.webhooks.hosts}
         self._lanes = [
             _Lane("session"),
@@ -82,67 +83,69 @@ class Courier:
             _Lane("dispatch"),
             *(_Lane("webhook", host) for host in sorted(hosts)),
         ]
-        self._ways: Mapping[Debt, Callable[[Job], Awaitable[None]]] = {
+        self._ways: Mapping[Notification, Callable[[Job], Awaitable[None]]] = {
             "session": self._write_session,
             "completion": self._publish_completion,
             "webhook": self._call_webhook,
             "dispatch": self._dispatch,
         }
 
-    def tell(self, job: Job) -> None:
-        """Tell in the background what became of `job`, as it was just stored. What finds no free place stays owed.
-        Wants a running event loop."""
-        begun: list[Debt] = [debt for debt in job.owed if debt != "dispatch" and self._places.take(job, debt)]
+    def notify(self, job: Job) -> None:
+        """Send in the background what `job`, as it was just stored, owes. What finds no free slot stays owed. Needs a
+        running event loop."""
+        begun: list[Notification] = [
+            kind for kind in job.owed if kind != "dispatch" and self._in_flight.start(job, kind)
+        ]
         if begun:
-            self._spawn(self._tell(job, begun))
+            self._spawn(self._send(job, begun))
 
     async def run(self) -> None:
-        """Look for debts that are due, for ever."""
+        """Send what is due, for ever."""
         while True:
             try:
-                await self.look()
+                await self.send_due()
             except Unavailable as e:
                 log.warning("Could not list due notifications: %s", e, extra={"action": "notifications_unavailable"})
             except Exception:
-                # A record that cannot be read must not end the telling of all others.
+                # A record that cannot be read must not end the sending of all others.
                 log.exception("Could not list due notifications", extra={"action": "notifications_failed"})
             await asyncio.sleep(self._poll_s * random.uniform(0.8, 1.2))
 
-    async def look(self) -> None:
+    async def send_due(self) -> None:
         """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""
         now = await self._jobs.now()
         # Each lane's own, and no more than it has places for: what is owed to a dead receiver may be any number.
         for lane in self._lanes:
-            if free := self._places.free(lane):
-                await self._look(now, free, debt=lane.debt, receiver=lane.receiver)
+            if free := self._in_flight.free(lane):
+                await self._look(now, free, notification=lane.kind, receiver=lane.receiver)
         await self._look(now, BATCH)
 
     async def _look(self, now: datetime, limit: int, **whose: Any) -> None:
         for job in await self._jobs.list(owes_by=now, limit=limit, **whose):
-            due = [debt for debt, owed in job.owed.items() if owed.due_at <= now]
-            reserved = [debt for debt in due if self._places.take(job, debt)]
+            due = [kind for kind, owed in job.owed.items() if owed.due_at <= now]
+            reserved = [kind for kind in due if self._in_flight.start(job, kind)]
             if not reserved:
                 continue
-            mine: list[Debt] = []
+            mine: list[Notification] = []
             try:
                 taken, mine = await self._take_on(job, reserved)
             except UnknownJob:
                 continue
             finally:
-                for debt in set(reserved) - set(mine):
-                    self._places.leave(job, debt)
+                for kind in set(reserved) - set(mine):
+                    self._in_flight.end(job, kind)
             if mine:
-                self._spawn(self._tell(taken, mine))
+                self._spawn(self._send(taken, mine))
 
-    async def _take_on(self, job: Job, debts: list[Debt]) -> tuple[Job, list[Debt]]:
-        """The present record, and those of `debts` that are ours to tell."""
+    async def _take_on(self, job: Job, kinds: list[Notification]) -> tuple[Job, list[Notification]]:
+        """The present record, and those of `kinds` that are ours to send."""
         taker = uuid.uuid4().hex
-        change = claims.take_debts(taker, debts, wait_s=self._wait_s)
-        # Without the session's other jobs, which debts have nothing to do with.
+        change = claims.take_notifications(taker, kinds, wait_s=self._wait_s)
+        # Without the session's other jobs, which notifications have nothing to do with.
         taken = await self._jobs.update(job.id, "", change)
-        return taken, [debt for debt, owed in taken.owed.items() if owed.taken_by == taker]
+        return taken, [kind for kind, owed in taken.owed.items() if owed.taken_by == taker]
 
-    async def settled(self) -> None:
+    async def drained(self) -> None:
         """Wait until everything begun has ended, told or not."""
         while self._tasks:
             await asyncio.wait(self._tasks)
@@ -160,26 +163,26 @@ class Courier:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _tell(self, job: Job, debts: list[Debt]) -> None:
+    async def _send(self, job: Job, kinds: list[Notification]) -> None:
         with logged_with(job_id=job.id, lock_key=job.lock_key, trace_id=trace_id(job.traceparent)):
-            telling = {asyncio.create_task(self._is_told(job, debt)): debt for debt in debts}
+            sending = {asyncio.create_task(self._is_sent(job, kind)): kind for kind in kinds}
         try:
-            await asyncio.wait(telling, timeout=TOGETHER_S)
-            while telling:
-                done, _ = await asyncio.wait(telling, return_when=asyncio.FIRST_COMPLETED)
-                ended = {telling.pop(task): task.result() for task in done}
+            await asyncio.wait(sending, timeout=BATCH_WINDOW_S)
+            while sending:
+                done, _ = await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
+                ended = {sending.pop(task): task.result() for task in done}
                 # A job that is not over goes on owing its message.
-                await self._pay(job, [debt for debt, is_told in ended.items() if is_told and debt != "dispatch"])
+                await self._mark_sent(job, [kind for kind, is_told in ended.items() if is_told and kind != "dispatch"])
         finally:
-            for task in telling:
+            for task in sending:
                 task.cancel()
-            await asyncio.gather(*telling, return_exceptions=True)
+            await asyncio.gather(*sending, return_exceptions=True)
 
-    async def _pay(self, job: Job, debts: list[Debt]) -> None:
-        if not debts:
+    async def _mark_sent(self, job: Job, kinds: list[Notification]) -> None:
+        if not kinds:
             return
         try:
-            await self._jobs.update(job.id, "", claims.pay(job, debts))
+            await self._jobs.update(job.id, "", claims.mark_sent(job, kinds))
         except FluxFillError as e:
             log.info(
                 "Could not record a sent notification, which is sent again: %s",
@@ -187,55 +190,55 @@ class Courier:
                 extra={"action": "notification_not_recorded", "job_id": job.id},
             )
 
-    async def _is_told(self, job: Job, debt: Debt) -> bool:
-        """Whether `debt` is done with: told, or given up."""
+    async def _is_sent(self, job: Job, kind: Notification) -> bool:
+        """Whether `kind` is done with: sent, or given up."""
         try:
-            outcome = await self._outcome(job, debt)
+            outcome = await self._outcome(job, kind)
         finally:
-            self._places.leave(job, debt)
-        self._metrics.add("fluxfill_notifications_total", kind=debt, outcome=outcome)
-        if outcome != "failed" and debt == "completion":
+            self._in_flight.end(job, kind)
+        self._metrics.add("fluxfill_notifications_total", kind=kind, outcome=outcome)
+        if outcome != "failed" and kind == "completion":
             # Every job that ends comes by here, whoever ended it; twice only where its payment was lost.
             variant = self._settings.variant_label(job.variant)
             self._metrics.add("fluxfill_jobs_total", type=job.type, variant=variant, outcome=job.status)
             self._metrics.observe("fluxfill_job_attempts", job.attempt, variant=variant)
         return outcome != "failed"
 
-    async def _outcome(self, job: Job, debt: Debt) -> str:
+    async def _outcome(self, job: Job, kind: Notification) -> str:
         try:
-            await self._in_time(job, debt)
+            await self._in_time(job, kind)
             return "sent"
         except (InputError, MessageRefused) as e:
-            log.error("Gave up a %s notification: %s", debt, e, extra={"action": "notification_given_up", "kind": debt})
+            log.error("Gave up a %s notification: %s", kind, e, extra={"action": "notification_given_up", "kind": kind})
             return "given_up"
         except WebhookFailed as e:
             # The first call, by the process that ended the job, is not counted among the attempts.
-            if job.owed[debt].attempts + 1 >= self._settings.webhooks.max_attempts:
+            if job.owed[kind].attempts + 1 >= self._settings.webhooks.max_attempts:
                 log.error(
-                    "Gave up a %s notification: %s", debt, e, extra={"action": "notification_given_up", "kind": debt}
+                    "Gave up a %s notification: %s", kind, e, extra={"action": "notification_given_up", "kind": kind}
                 )
                 return "given_up"
             log.warning(
-                "Could not send a %s notification: %s", debt, e, extra={"action": "notification_failed", "kind": debt}
+                "Could not send a %s notification: %s", kind, e, extra={"action": "notification_failed", "kind": kind}
             )
         except FluxFillError as e:
             log.warning(
-                "Could not send a %s notification: %s", debt, e, extra={"action": "notification_failed", "kind": debt}
+                "Could not send a %s notification: %s", kind, e, extra={"action": "notification_failed", "kind": kind}
             )
         except Exception:
-            # A fault of ours, but of this debt's only: it is seen, and the debt stays.
+            # A fault of ours, but of this notification's only: it is seen, and the notification stays owed.
             log.exception(
-                "Could not send a %s notification", debt, extra={"action": "notification_failed", "kind": debt}
+                "Could not send a %s notification", kind, extra={"action": "notification_failed", "kind": kind}
             )
         return "failed"
 
-    async def _in_time(self, job: Job, debt: Debt) -> None:
+    async def _in_time(self, job: Job, kind: Notification) -> None:
         try:
-            async with asyncio.timeout(TELL_S[debt]):
-                await self._ways[debt](job)
+            async with asyncio.timeout(SEND_TIMEOUT_S[kind]):
+                await self._ways[kind](job)
         except TimeoutError as e:
-            late = WebhookFailed if debt == "webhook" else Unavailable
-            raise late(f"no answer within {TELL_S[debt]:g} s") from e
+            late = WebhookFailed if kind == "webhook" else Unavailable
+            raise late(f"no answer within {SEND_TIMEOUT_S[kind]:g} s") from e
 
     async def _write_session(self, job: Job) -> None:
         await self._mirror.write_session(job, self._kinds[job.type].document(job))
@@ -256,59 +259,59 @@ class Courier:
     async def _dispatch(self, job: Job) -> None:
         """The copy is the same message to the rules of asking again: it carries the moment of the first."""
         if job.message is None:
-            await self._lose(job, "its message is lost, and its record has no copy")
+            await self._fail_lost(job, "its message is lost, and its record has no copy")
             return
         asked_at = {ASKED_AT: job.asked_at.isoformat()} if job.asked_at else {}
         try:
             await self._publisher.publish("sessions", job.message.data.encode(), {**job.message.attributes, **asked_at})
         except MessageRefused as e:
-            await self._lose(job, f"its message is lost, and the broker refuses its copy: {e}")
+            await self._fail_lost(job, f"its message is lost, and the broker refuses its copy: {e}")
             return
         log.warning("Published a job's message again", extra={"action": "redispatched", **job.log_context()})
 
-    async def _lose(self, job: Job, why: str) -> None:
-        self.tell(await self._jobs.update(job.id, "", claims.lose(job, why)))
+    async def _fail_lost(self, job: Job, why: str) -> None:
+        self.notify(await self._jobs.update(job.id, "", claims.fail_lost(job, why)))
 
-    def _wait_s(self, debt: Debt, attempts: int) -> float:
+    def _wait_s(self, kind: Notification, attempts: int) -> float:
         firsts_s = {"webhook": self._settings.webhooks.backoff_s, "dispatch": self._settings.work.redispatch_after_s}
-        first_s = firsts_s.get(debt, self._settings.work.backoff_s)
-        backoff_s = min(LONGEST_WAIT_S[debt], first_s * 2.0 ** min(attempts - 1, 30))
-        return TELL_S[debt] + backoff_s * random.uniform(0.8, 1.2)
+        first_s = firsts_s.get(kind, self._settings.work.backoff_s)
+        backoff_s = min(LONGEST_WAIT_S[kind], first_s * 2.0 ** min(attempts - 1, 30))
+        return SEND_TIMEOUT_S[kind] + backoff_s * random.uniform(0.8, 1.2)
 
 
 class _Lane(NamedTuple):
     """Those that are told of the same place, and wait for each other only."""
 
-    debt: Debt
+    kind: Notification
     #: Of webhooks.
     receiver: str | None = None
 
     @classmethod
-    def of(cls, job: Job, debt: Debt) -> "_Lane":
-        return cls(debt, job.receiver if debt == "webhook" else None)
+    def of(cls, job: Job, kind: Notification) -> "_Lane":
+        return cls(kind, job.receiver if kind == "webhook" else None)
 
 
-class _Places:
-    """What is being told. No debt twice at a time, and no lane more than its share."""
+class _InFlight:
+    """What is being sent. No notification twice at a time, and no lane more than its share."""
 
     def __init__(self) -> None:
-        self._telling: set[tuple[str, Debt]] = set()
+        self._sending: set[tuple[str, Notification]] = set()
         self._taken: Counter[_Lane] = Counter()
 
     def free(self, lane: _Lane) -> int:
-        return AT_ONCE[lane.debt] - self._taken[lane]
+        return AT_ONCE[lane.kind] - self._taken[lane]
 
-    def take(self, job: Job, debt: Debt) -> bool:
+    def start(self, job: Job, kind: Notification) -> bool:
         """Whether there was a place; it is then to be left."""
-        lane = _Lane.of(job, debt)
-        if (job.id, debt) in self._telling or not self.free(lane):
+        lane = _Lane.of(job, kind)
+        if (job.id, kind) in self._sending or not self.free(lane):
             return False
-        self._telling.add((job.id, debt))
+        self._sending.add((job.id, kind))
         self._taken[lane] += 1
         return True
 
-    def leave(self, job: Job, debt: Debt) -> None:
-        self._telling.discard((job.id, debt))
-        self._taken[_Lane.of(job, debt)] -= 1
+    def end(self, job: Job, kind: Notification) -> None:
+        self._sending.discard((job.id, kind))
+        self._taken[_Lane.of(job, kind)] -= 1
         # Nothing is kept of a receiver that nobody calls.
         self._taken = +self._taken

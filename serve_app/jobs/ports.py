@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from ..models import Progress
 from .claims import Change, Claim
-from .record import Debt, Job, JobType, State
+from .record import Job, JobType, Notification, State
 
 
 class JobStore(Protocol):
@@ -42,13 +42,13 @@ class JobStore(Protocol):
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
-        debt: Debt | None = None,
+        notification: Notification | None = None,
         receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         """Newest first by `created_at`. With `owes_by` (and then none of `type`, `status` and `lock_key`) those that
-        owe something due by then, earliest due first; with `debt` too, those that owe this by then; with a `receiver`
-        (`Job.receiver`) beside the debt `webhook`, those that owe it to this one."""
+        owe something due by then, earliest due first; with `notification` too, those that owe this by then; with a
+        `receiver` (`Job.receiver`) beside the notification `webhook`, those that owe it to this one."""
 
     async def delete(self, job_id: str) -> None:
         """Deleting what is not there is no error."""
@@ -86,7 +86,7 @@ class Delivery:
 class Verdict:
     """What becomes of the message: acknowledged, or held back for `delay_s` seconds; 0 gives it back at once."""
 
-    action: Literal["ack", "hold"]
+    action: Literal["ack", "defer"]
     delay_s: float = 0.0
     #: Why, in a word, for the log and for the answer to a push: an outcome or an error code.
     reason: str = ""

@@ -5,7 +5,7 @@
        │                  ├──canceled──► canceled
        └─lease_lost,──────┤
          retried,         └──expired──► expired
-         given_back
+         requeued
     queued ──exhausted──► failed, queued ──canceled, superseded──► canceled, queued ──expired──► expired
     failed ──replayed, asked_again──► queued, canceled ──asked_again──► queued, expired ──asked_again──► queued
     failed ──resumed──► queued, canceled ──resumed──► queued, succeeded ──resumed──► queued
@@ -62,7 +62,7 @@ class Cause(StrEnum):
     #: Painting failed for a reason that may pass.
     RETRIED = "retried"
     #: Its worker shut down, or something outside was down: nothing wrong with the job.
-    GIVEN_BACK = "given_back"
+    REQUEUED = "requeued"
     #: An operator sent its dead letter again.
     REPLAYED = "replayed"
     #: A message asked for it once more: published after it failed or was canceled, or with a later deadline.
@@ -85,7 +85,7 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.RUNNING, Cause.EXPIRED): State.EXPIRED,
     (State.RUNNING, Cause.LEASE_LOST): State.QUEUED,
     (State.RUNNING, Cause.RETRIED): State.QUEUED,
-    (State.RUNNING, Cause.GIVEN_BACK): State.QUEUED,
+    (State.RUNNING, Cause.REQUEUED): State.QUEUED,
     (State.FAILED, Cause.REPLAYED): State.QUEUED,
     (State.FAILED, Cause.ASKED_AGAIN): State.QUEUED,
     (State.CANCELED, Cause.ASKED_AGAIN): State.QUEUED,
@@ -145,11 +145,11 @@ class Timings(_Value):
 
 #: Who is told that a job is over: the session document, the completion topic, the publisher's own URL. `dispatch` is
 #: what a job that is not over owes: its message, published again.
-Debt = Literal["session", "completion", "webhook", "dispatch"]
+Notification = Literal["session", "completion", "webhook", "dispatch"]
 
 #: The process that ended a job tells the others at once; should it die first, anybody may after this. Longer than
 #: telling may take, in seconds.
-HEAD_START_S: Mapping[Debt, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
+HEAD_START_S: Mapping[Notification, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
 
 #: A URL of these schemes need not name the port.
 _PORTS = {"https": 443, "http": 80}
@@ -157,7 +157,7 @@ _PORTS = {"https": 443, "http": 80}
 _NOT_YET = datetime.fromtimestamp(0, UTC)
 
 
-class Owed(_Value):
+class Due(_Value):
     """Something a job still has to tell."""
 
     #: Not to be told before.
@@ -211,7 +211,7 @@ class Job(_Value):
     #: Whether its message was copied to the dead-letter topic.
     dead_lettered: bool = False
     #: What is still to be told.
-    owed: dict[Debt, Owed] = Field(default_factory=dict)
+    owed: dict[Notification, Due] = Field(default_factory=dict)
     #: Where the publisher wants to be called when the job is over; empty: nowhere.
     callback_url: str = ""
     #: W3C trace context of the message that asked; empty where there is none.
@@ -278,7 +278,7 @@ class Job(_Value):
         lease_until = self.lease_until if to == State.RUNNING else None
         finished_at = now if to.is_final else None
         after = self.evolve(status=to, lease_until=lease_until, finished_at=finished_at, **changes)
-        return after.evolve(owed=_debts(after, now))
+        return after.evolve(owed=_notifications(after, now))
 
     def log_context(self) -> dict[str, Any]:
         return {
@@ -303,19 +303,17 @@ def receiver_of(url: str) -> str:
     return f"{host}:{port}" if port and port != _PORTS.get(parts.scheme) else host
 
 
-def _debts(job: Job, now: datetime) -> dict[Debt, Owed]:
+def _notifications(job: Job, now: datetime) -> dict[Notification, Due]:
     if job.type == "audit":
         # It has no message, and whoever asked looks.
         return {}
     if not job.status.is_final:
-        return {"dispatch": Owed(due_at=now + timedelta(seconds=job.redispatch_s))}
-    wanted: dict[Debt, bool] = {
+        return {"dispatch": Due(due_at=now + timedelta(seconds=job.redispatch_s))}
+    wanted: dict[Notification, bool] = {
         "session": bool(job.session_id),
         "completion": True,
         "webhook": bool(job.callback_url),
     }
     return {
-        debt: Owed(due_at=now + timedelta(seconds=HEAD_START_S[debt]))
-        for debt, is_wanted in wanted.items()
-        if is_wanted
+        kind: Due(due_at=now + timedelta(seconds=HEAD_START_S[kind])) for kind, is_wanted in wanted.items() if is_wanted
     }

@@ -38,12 +38,12 @@ from ..models import ImageModel
 from ..settings import Settings
 from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
 from . import claims
-from .admission import Shares, Waits
+from .admission import Admission, Deferrals
 from .claims import Change
 from .kinds import Asked, Attempt, Kind, Result
-from .lease import Lease, Orphans, Pace, insist
+from .lease import Lease, Pace, UnconfirmedClaims, retry_unavailable
 from .messages import Attributes, parse_attributes, without_reasons
-from .notifications import Courier, Webhooks
+from .notifications import Notifier, Webhooks
 from .ports import Delivery, JobStore, Publisher, SessionMirror, Verdict
 from .record import Cause, Job, JobError, JobType, State, Timings
 
@@ -75,7 +75,7 @@ class Worker:
         job_store: JobStore,
         mirror: SessionMirror,
         publisher: Publisher,
-        courier: Courier,
+        notifier: Notifier,
         webhooks: Webhooks,
         models: Mapping[str, ImageModel],
         settings: Settings,
@@ -85,16 +85,16 @@ class Worker:
         """`models`, by variant, say which can paint now; jobs of each of `kinds` are worked on."""
         self._kinds: Mapping[JobType, Kind] = {kind.type: kind for kind in kinds}
         self._jobs, self._mirror, self._publisher = job_store, mirror, publisher
-        self._courier, self._webhooks = courier, webhooks
+        self._notifier, self._webhooks = notifier, webhooks
         self._metrics = metrics or NoMetrics()
         self._settings, self._pace = settings, pace
         self._pool = pixel_pool()
-        self._orphans = Orphans(job_store)
-        self._waits = Waits()
-        self._shares = Shares(models, settings)
+        self._unconfirmed = UnconfirmedClaims(job_store)
+        self._deferrals = Deferrals()
+        self._admission = Admission(models, settings)
 
     def close(self) -> None:
-        self._orphans.close()
+        self._unconfirmed.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def work(self, delivery: Delivery) -> Verdict:
@@ -109,17 +109,17 @@ class Worker:
         try:
             verdict = await self._work(delivery)
         except Busy as e:
-            return self._held_back(delivery, e, at_most_s=e.details["retry_after_s"])
+            return self._deferred(delivery, e, at_most_s=e.details["retry_after_s"])
         except (VariantNotReady, VariantLoadFailed) as e:
             at_most_s = e.details.get("retry_after_s", LONGEST_WAIT_FOR_A_VARIANT_S)
-            return self._held_back(delivery, e, at_most_s=at_most_s)
+            return self._deferred(delivery, e, at_most_s=at_most_s)
         except (Unavailable, StaleClaim) as e:
-            return self._held_back(delivery, e)
+            return self._deferred(delivery, e)
         except Exception as e:
             log.exception("Working on message %s failed", delivery.message_id, extra={"action": "work_failed"})
-            return self._held_back(delivery, e)
+            return self._deferred(delivery, e)
         if verdict.action == "ack":
-            self._waits.forget(delivery.message_id)
+            self._deferrals.forget(delivery.message_id)
         return verdict
 
     async def _work(self, delivery: Delivery) -> Verdict:
@@ -152,12 +152,12 @@ class Worker:
         while True:
             try:
                 # Before the stores are asked anything: what is over its share comes again.
-                with self._shares.taken(variant):
+                with self._admission.admitted(variant):
                     return await self._work_on(await new_job(variant), delivery)
             except OtherVariant as e:
                 variant = e.details["variant"]
             except VariantNotReady as e:
-                if self._waits.waited_s(delivery.message_id) < self._settings.work.wait_limit_s:
+                if self._deferrals.waited_s(delivery.message_id) < self._settings.work.wait_limit_s:
                     raise
                 return await self._given_up(await new_job(variant), delivery, e)
 
@@ -167,7 +167,7 @@ class Worker:
         if not job.status.is_final:
             change = claims.finish(claims.claim_of(job), Cause.EXHAUSTED, error=_job_error(error))
             job = await self._update(job, change)
-        return await self._settle(job, delivery)
+        return await self._conclude(job, delivery)
 
     async def _work_on(self, new: Job, delivery: Delivery) -> Verdict:
         with logged_with(job_id=new.id, lock_key=new.lock_key):
@@ -176,7 +176,7 @@ class Worker:
             if job.status.is_final:
                 if job.claimed_by != claimer:
                     self._metrics.add("fluxfill_duplicate_messages_total")
-                return await self._settle(job, delivery)
+                return await self._conclude(job, delivery)
             log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
             self._metrics.observe(
                 "fluxfill_queue_wait_seconds", self._queued_s(job, delivery), variant=self._label(job)
@@ -203,13 +203,13 @@ class Worker:
         try:
             return await asyncio.shield(claiming)
         except StoreUnavailable:
-            self._orphans.add(new, claimer)
+            self._unconfirmed.add(new, claimer)
             raise
         except asyncio.CancelledError:
             # The store may commit the claim after all; then it is ours to give back.
             await asyncio.wait({claiming})
             if not claiming.cancelled() and claiming.exception() is None and not claiming.result().status.is_final:
-                await self._give_back(claiming.result())
+                await self._requeue(claiming.result())
             raise
 
     # -- running
@@ -218,7 +218,7 @@ class Worker:
         try:
             return await self._to_the_end(job, delivery, claimed_at)
         except asyncio.CancelledError:
-            await self._give_back(job)
+            await self._requeue(job)
             raise
 
     async def _to_the_end(self, job: Job, delivery: Delivery, claimed_at: float) -> Verdict:
@@ -226,11 +226,11 @@ class Worker:
             if await self._is_canceled(job):
                 error = JobError(code=Canceled.code, message="its session was canceled before it began")
                 change = claims.finish(claims.claim_of(job), Cause.CANCELED, error=error)
-                return await self._settle(await self._update(job, change), delivery)
+                return await self._conclude(await self._update(job, change), delivery)
             result = await self._attempt(job, delivery, claimed_at)
             done = {"artifacts": result.artifacts, "timings": result.timings}
             change = claims.finish(claims.claim_of(job), Cause.SUCCEEDED, **done)
-            return await self._settle(await self._update(job, change), delivery)
+            return await self._conclude(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):
             return await self._lost(job, delivery)
         except Exception as e:
@@ -239,10 +239,10 @@ class Worker:
             except StaleClaim:
                 return await self._lost(job, delivery)
 
-    async def _give_back(self, job: Job) -> None:
+    async def _requeue(self, job: Job) -> None:
         """On shutdown. A claim that is over, or a store that stays down, leaves the job to others."""
         with suppress(FluxFillError):
-            await asyncio.shield(self._update(job, claims.give_back(claims.claim_of(job))))
+            await asyncio.shield(self._update(job, claims.requeue(claims.claim_of(job))))
             log.info("Requeued a job on shutdown", extra={"action": "requeued", **job.log_context()})
 
     async def _is_canceled(self, job: Job) -> bool:
@@ -264,7 +264,7 @@ class Worker:
         if job.callback_url:
             self._webhooks.check(job.callback_url)
         attempt = Attempt(on_progress=lease.note, confirm=lease.confirm, pool=self._pool)
-        result = await lease.hold(kind.run(job, attempt))
+        result = await lease.guard(kind.run(job, attempt))
         timings = result.timings.model_copy(
             update={
                 "queued_s": self._queued_s(job, delivery),
@@ -296,39 +296,41 @@ class Worker:
             try:
                 after = await self._update(job, claims.wait(claim, error=error, limit_s=work.wait_limit_s))
             except StoreUnavailable:
-                self._orphans.add(job, job.claimed_by)
+                self._unconfirmed.add(job, job.claimed_by)
                 raise
             if after.status.is_final:
-                return await self._settle(after, delivery)
+                return await self._conclude(after, delivery)
             raise e
         if e.disposition == Disposition.RETRY and job.attempt < work.max_attempts:
             backoff_s = self._backoff_s(job.attempt)
             await self._update(job, claims.retry(claim, error=error, backoff_s=backoff_s))
             return self._hold(e, backoff_s)
         change = claims.finish(claim, _ENDS_BY[e.disposition], error=error)
-        return await self._settle(await self._update(job, change), delivery)
+        return await self._conclude(await self._update(job, change), delivery)
 
     async def _lost(self, job: Job, delivery: Delivery) -> Verdict:
         """The claim is over: somebody canceled the job, or another worker has it or ended it."""
         stored = await self._jobs.get(job.id)
         if stored is not None and stored.status == State.CANCELED:
-            return await self._settle(stored, delivery)
+            return await self._conclude(stored, delivery)
         log.warning("Lost a claim", extra={"action": "claim_lost", **job.log_context()})
         self._metrics.add("fluxfill_leases_lost_total")
         if stored is not None and stored.status.is_final:
-            return await self._settle(stored, delivery)
-        return self._held_back(delivery, StaleClaim("another worker has the job"))
+            return await self._conclude(stored, delivery)
+        return self._deferred(delivery, StaleClaim("another worker has the job"))
 
     async def _update(self, job: Job, change: Change) -> Job:
         """A write that must not be lost to a hiccup: tried again for as long as the lease can last."""
-        return await insist(partial(self._jobs.update, job.id, job.lock_key, change), self._settings.work.lease_s)
+        return await retry_unavailable(
+            partial(self._jobs.update, job.id, job.lock_key, change), self._settings.work.lease_s
+        )
 
     # -- after the end
 
-    async def _settle(self, job: Job, delivery: Delivery) -> Verdict:
+    async def _conclude(self, job: Job, delivery: Delivery) -> Verdict:
         """Tell others, and the dead-letter topic of a failure. The dead letter is sent again for every duplicate until
         the record says that it was, so that a crash between the job's last write and this loses none."""
-        self._courier.tell(job)
+        self._notifier.notify(job)
         if job.status == State.FAILED and not job.dead_lettered:
             error = job.error or JobError(code="internal_error", message="")
             await self._dead_letter(delivery, error.code, error.message, job)
@@ -358,14 +360,14 @@ class Worker:
 
     # -- holding back
 
-    def _held_back(self, delivery: Delivery, e: Exception, at_most_s: float = float("inf")) -> Verdict:
-        return self._hold(e, min(self._backoff_s(self._waits.count(delivery.message_id)), at_most_s))
+    def _deferred(self, delivery: Delivery, e: Exception, at_most_s: float = float("inf")) -> Verdict:
+        return self._hold(e, min(self._backoff_s(self._deferrals.count(delivery.message_id)), at_most_s))
 
     def _hold(self, e: Exception, delay_s: float) -> Verdict:
         code = e.code if isinstance(e, FluxFillError) else FluxFillError.code
         self._metrics.add("fluxfill_messages_deferred_total", code=code)
         log.info("Deferred a message: %s", e, extra={"action": "deferred", "code": code, "delay_s": delay_s})
-        return Verdict(action="hold", delay_s=delay_s, reason=code)
+        return Verdict(action="defer", delay_s=delay_s, reason=code)
 
     def _backoff_s(self, times: int) -> float:
         work = self._settings.work

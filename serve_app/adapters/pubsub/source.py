@@ -1,8 +1,8 @@
 """Messages from the subscriptions of Google Cloud Pub/Sub, or of a server that speaks its protocol, by unary pulls.
 
 A pull asks for no more messages than can be handled now, so that the others stay with Pub/Sub, for any replica that is
-free. Where there are several subscriptions, each may have a few messages more (`Places.share`) that wait here: when a
-place is free again it goes to the highest priority, and every so often to a lower one (`places`).
+free. Where there are several subscriptions, each may have a few messages more (`FlowControl.share`) that wait here:
+when a slot is free again it goes to the highest priority, and every so often to a lower one (`flow`).
 
 One task for each subscription extends the leases of its messages in flight, well before they end.
 """
@@ -22,16 +22,16 @@ from ...errors import BrokerUnavailable
 from ...jobs.ports import Handler, SourceStatus, Verdict
 from ...settings import MessagesSettings
 from .client import GrpcSubscriber, Received, Subscriber
-from .places import RANKS, Places
+from .flow import RANKS, FlowControl
 
 log = logging.getLogger(__name__)
 
 #: How often the leases of messages in flight are extended, as a share of a lease.
 EXTENSIONS_PER_LEASE = 4
 #: Pub/Sub holds a message back for no longer, in seconds.
-MAX_HOLD_S = 600
+MAX_DEFER_S = 600
 #: How long a message is held back whose handler raised, in seconds.
-ERROR_HOLD_S = 5.0
+ERROR_DEFER_S = 5.0
 #: How long a pull waits for messages, in seconds.
 PULL_S = 20.0
 #: How long a source that closes waits for the answer to its last pull, in seconds.
@@ -43,7 +43,7 @@ RETRY_MAX_S = 30.0
 #: What closing may take beyond its grace, in seconds.
 CLOSING_S = 10.0
 
-_INTERRUPTED = Verdict(action="hold", reason="interrupted")
+_INTERRUPTED = Verdict(action="defer", reason="interrupted")
 
 
 @dataclass(eq=False, slots=True)
@@ -80,9 +80,9 @@ class PubSubSource:
         Raises SettingsError where there are no credentials.
         """
         self._subscriber = subscriber or GrpcSubscriber(settings)
-        self._places = Places(in_flight)
+        self._flow = FlowControl(in_flight)
         self._ranks = {name: RANKS[subscription.priority] for name, subscription in settings.subscriptions.items()}
-        self._ahead = self._places.share if len(self._ranks) > 1 else 0
+        self._ahead = self._flow.share if len(self._ranks) > 1 else 0
         self._max_lease_s = max_lease_s
         self._in_flight: dict[str, _InFlight] = {}
         #: Of the last pull, and of the last extension of leases; empty where it went well.
@@ -179,7 +179,7 @@ class PubSubSource:
     def _room(self, name: str) -> int:
         """Messages that may be pulled now."""
         waiting = len(self._waiting(name))
-        return max(0, max(self._places.free, self._ahead) - waiting)
+        return max(0, max(self._flow.free, self._ahead) - waiting)
 
     def _waiting(self, name: str) -> list[_InFlight]:
         """What has no place yet, the longest-waiting first."""
@@ -210,7 +210,7 @@ class PubSubSource:
         held.is_begun = True
         delivery = held.received.delivery
         try:
-            async with self._places.taken(self._ranks[held.subscription]):
+            async with self._flow.slot(self._ranks[held.subscription]):
                 held.is_placed = True
                 self._announce_room()
                 verdict = _INTERRUPTED if self._closing.is_set() else await handle(delivery)
@@ -218,7 +218,7 @@ class PubSubSource:
             verdict = _INTERRUPTED
         except Exception:
             log.exception("The handler of message %s failed", delivery.message_id, extra={"action": "handler_failed"})
-            verdict = Verdict(action="hold", delay_s=ERROR_HOLD_S, reason="handler_failed")
+            verdict = Verdict(action="defer", delay_s=ERROR_DEFER_S, reason="handler_failed")
         self._announce_room()
         await self._settle(held, verdict)
 
@@ -234,7 +234,7 @@ class PubSubSource:
                 return
             async with self._extending[held.subscription]:
                 pass
-            seconds = min(MAX_HOLD_S, math.ceil(verdict.delay_s))
+            seconds = min(MAX_DEFER_S, math.ceil(verdict.delay_s))
             await self._subscriber.set_deadline(held.subscription, [held.received.ack_id], seconds)
         except BrokerUnavailable as e:
             # Nothing is lost: a message that is not settled comes again when its lease ends.

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ...errors import StoreUnavailable, UnknownJob
 from ...jobs.claims import Change, Claim
-from ...jobs.record import Debt, Job, JobType, State
+from ...jobs.record import Job, JobType, Notification, State
 from ...models import Progress
 from ..calls import current_call
 from .firestore_database import ONCE, Firestore, Transaction, document_name
@@ -53,13 +53,13 @@ class FirestoreJobStore:
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
-        debt: Debt | None = None,
+        notification: Notification | None = None,
         receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         def query() -> Sequence[Job]:
             if owes_by is not None:
-                return self._owing(owes_by, debt, receiver, limit)
+                return self._owing(owes_by, notification, receiver, limit)
             return self._newest({"type": type, "status": status, "sessionKey": lock_key}, limit)
 
         return await self._database.run(query)
@@ -137,8 +137,10 @@ class FirestoreJobStore:
                 query = query.where(filter=FieldFilter(field, "==", value))
         return self._listed(query.order_by("createdAt", direction=Query.DESCENDING), limit)
 
-    def _owing(self, by: datetime, debt: Debt | None, receiver: str | None, limit: int) -> Sequence[Job]:
-        due_at = f"owes.{debt}" if debt else "owesAt"
+    def _owing(
+        self, by: datetime, notification: Notification | None, receiver: str | None, limit: int
+    ) -> Sequence[Job]:
+        due_at = f"owes.{notification}" if notification else "owesAt"
         query = self._where(due_at, "<=", by).order_by(due_at)
         if receiver is not None:
             query = query.where(filter=FieldFilter("receiver", "==", receiver))
@@ -182,7 +184,7 @@ def _columns(job: Job) -> Mapping[str, Any]:
         "sessionKey": job.lock_key,
         "createdAt": job.created_at,
         "owesAt": job.owes_at,
-        "owes": {debt: owed.due_at for debt, owed in job.owed.items()},
+        "owes": {notification: owed.due_at for notification, owed in job.owed.items()},
         "receiver": job.receiver if "webhook" in job.owed else None,
         "record": job.model_dump_json(),
     }

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from ...clock import Clock, utc_now
 from ...errors import UnknownJob
 from ...jobs.claims import Change, Claim
-from ...jobs.record import Debt, Job, JobType, State
+from ...jobs.record import Job, JobType, Notification, State
 from ...models import Progress
 from ..calls import current_call
 from .records import read_all, read_record, read_stored, with_progress
@@ -44,12 +44,12 @@ class SqlJobStore:
         status: State | None = None,
         lock_key: str | None = None,
         owes_by: datetime | None = None,
-        debt: Debt | None = None,
+        notification: Notification | None = None,
         receiver: str | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
-            due_at = JOBS.c[f"owes_{debt}_at" if debt else "owes_at"]
+            due_at = JOBS.c[f"owes_{notification}_at" if notification else "owes_at"]
             query = _JOBS.where(due_at <= seconds(owes_by)).order_by(due_at)
             query = query if receiver is None else query.where(JOBS.c.receiver == receiver)
         else:

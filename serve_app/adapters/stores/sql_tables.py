@@ -11,7 +11,7 @@ from typing import Any, get_args
 import sqlalchemy as sa
 
 from ...errors import SettingsError
-from ...jobs.record import Debt, Job
+from ...jobs.record import Job, Notification
 from .records import read_all, read_record
 
 #: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations. 3: what is owed, apart.
@@ -30,9 +30,9 @@ JOBS = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False, index=True),
     sa.Column("fence", sa.Integer, nullable=False),
     sa.Column("record", sa.Text, nullable=False),
-    #: When the first debt is due, and when each is.
+    #: When the first notification is due, and when each is.
     sa.Column("owes_at", sa.Double),
-    *(sa.Column(f"owes_{debt}_at", sa.Double) for debt in get_args(Debt)),
+    *(sa.Column(f"owes_{notification}_at", sa.Double) for notification in get_args(Notification)),
     #: Whom the webhook is owed.
     sa.Column("receiver", sa.Text),
 )
@@ -103,17 +103,17 @@ def seconds(moment: datetime | None) -> float | None:
 
 def owed_columns(job: Job) -> Mapping[str, Any]:
     """What is owed, and to whom, as it is stored."""
-    due = {debt: owed.due_at for debt, owed in job.owed.items()}
+    due = {notification: owed.due_at for notification, owed in job.owed.items()}
     return {
         "owes_at": seconds(job.owes_at),
-        **{f"owes_{debt}_at": seconds(due.get(debt)) for debt in get_args(Debt)},
+        **{f"owes_{notification}_at": seconds(due.get(notification)) for notification in get_args(Notification)},
         "receiver": job.receiver if "webhook" in due else None,
     }
 
 
 def _add_columns(connection: sa.Connection, version: int) -> None:
     # Cancellations are there already: a table that is absent is made whatever the version.
-    added = {2: ["owes_at"], 3: [*(f"owes_{debt}_at" for debt in get_args(Debt)), "receiver"]}
+    added = {2: ["owes_at"], 3: [*(f"owes_{notification}_at" for notification in get_args(Notification)), "receiver"]}
     for since in range(version + 1, SCHEMA + 1):
         for name in added[since]:
             kind = "TEXT" if name == "receiver" else "DOUBLE PRECISION"

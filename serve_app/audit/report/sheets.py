@@ -9,7 +9,7 @@ from ..record import CellResult, Recommendation
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SheetCell:
     name: str
     cell: Cell
     #: None: the cell was not painted.
@@ -22,22 +22,22 @@ class Sheet:
     #: The further axes' values, those of several; empty where there is one sheet.
     title: str
     #: By variant, guidance scale by guidance scale.
-    rows: Mapping[str, Sequence[Place]]
+    rows: Mapping[str, Sequence[SheetCell]]
 
 
 def sheets(request: AuditRequest, results: Sequence[CellResult], recommended: Recommendation | None) -> list[Sheet]:
     matrix, found = request.matrix, {result.name: result for result in results}
 
-    def place(cell: Cell) -> Place:
+    def sheet_cell(cell: Cell) -> SheetCell:
         name = matrix.name(cell)
-        return Place(name, cell, found.get(name), is_recommended(cell, recommended))
+        return SheetCell(name, cell, found.get(name), is_recommended(cell, recommended))
 
     made = []
     for steps, seed, prompt, crop in product(matrix.steps, matrix.seeds, matrix.prompts, matrix.crops):
         further = {"steps": steps, "seed": seed, "prompt": prompt, "crop": crop}
         rows = {
             variant: [
-                place(Cell.model_validate({"variant": variant, "guidance_scale": guidance, **further}))
+                sheet_cell(Cell.model_validate({"variant": variant, "guidance_scale": guidance, **further}))
                 for guidance in matrix.guidance_scales
             ]
             for variant in matrix.variants

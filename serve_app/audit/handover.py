@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 
 
-class Settling:
+class GpuHandover:
     """For the audited `variants`, on a cluster that can have `gpus`."""
 
     def __init__(

@@ -1,36 +1,36 @@
-"""Who is given the next place."""
+"""Who is given the next slot."""
 
 import asyncio
 
 import pytest
 
-from serve_app.adapters.pubsub.places import TURN, Places, Turns
+from serve_app.adapters.pubsub.flow import TURN, FlowControl, PriorityTurns
 
 HIGH, NORMAL, LOW = 0, 1, 2
 
 
 def test_one_priority_alone_is_served_in_order() -> None:
-    turns = Turns()
+    turns = PriorityTurns()
     assert [turns.choose([LOW, LOW]) for _ in range(2 * TURN)] == [0] * 2 * TURN
 
 
 def test_the_highest_goes_first_and_every_eighth_is_the_longest_waiting_of_the_others() -> None:
-    turns = Turns()
+    turns = PriorityTurns()
     chosen = [turns.choose([LOW, NORMAL, HIGH, HIGH]) for _ in range(2 * TURN)]
     assert chosen == 2 * ([2] * (TURN - 1) + [0])
 
 
 def test_turns_are_counted_only_while_a_lower_priority_waits() -> None:
-    turns = Turns()
+    turns = PriorityTurns()
     for _ in range(3 * TURN - 1):
         turns.choose([HIGH])
     assert [turns.choose([LOW, HIGH]) for _ in range(TURN)] == [1] * (TURN - 1) + [0]
 
 
 class Users:
-    """Tasks that take places and note the order they are given them in."""
+    """Tasks that take slots and note the order they are given them in."""
 
-    def __init__(self, pool: Places) -> None:
+    def __init__(self, pool: FlowControl) -> None:
         self._pool = pool
         self.given: list[str] = []
         self.leave = asyncio.Event()
@@ -41,13 +41,13 @@ class Users:
         return task
 
     async def _use(self, name: str, rank: int) -> None:
-        async with self._pool.taken(rank):
+        async with self._pool.slot(rank):
             self.given.append(name)
             await self.leave.wait()
 
 
-async def test_places_are_given_by_priority_then_by_arrival() -> None:
-    users = Users(Places(1))
+async def test_flow_are_given_by_priority_then_by_arrival() -> None:
+    users = Users(FlowControl(1))
     tasks = [await users.start(name, rank) for name, rank in (("a", LOW), ("b", LOW), ("c", HIGH), ("d", NORMAL))]
     tasks.append(await users.start("e", HIGH))
     users.leave.set()
@@ -56,12 +56,12 @@ async def test_places_are_given_by_priority_then_by_arrival() -> None:
 
 
 async def test_a_place_whose_taker_is_cancelled_is_passed_on() -> None:
-    pool = Places(1)
+    pool = FlowControl(1)
     users = Users(pool)
     first, gone, last = [await users.start(name, NORMAL) for name in ("first", "gone", "last")]
     waiting = await users.start("waiting, then gone", NORMAL)
     waiting.cancel()
-    # `gone` is given the place, and cancelled before it knows.
+    # `gone` is given the slot, and cancelled before it knows.
     first.cancel()
     await asyncio.sleep(0)
     gone.cancel()
@@ -72,4 +72,4 @@ async def test_a_place_whose_taker_is_cancelled_is_passed_on() -> None:
 
 @pytest.mark.parametrize(("count", "share"), [(1, 1), (2, 2), (8, 2), (9, 3), (30, 5)])
 def test_what_a_subscription_may_have_waiting(count: int, share: int) -> None:
-    assert Places(count).share == share
+    assert FlowControl(count).share == share

@@ -1,7 +1,7 @@
-"""Places for messages in hand, and who is given the next one.
+"""FlowControl for messages in hand, and who is given the next one.
 
-While messages of several priorities wait, a place goes to the longest-waiting of the highest priority. Every `TURN`th
-place goes to the longest-waiting of the others instead, so that none starves.
+While messages of several priorities wait, a slot goes to the longest-waiting of the highest priority. Every `TURN`th
+slot goes to the longest-waiting of the others instead, so that none starves.
 """
 
 import asyncio
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 from ...settings import Priority
 
-#: One in so many places goes to a lower priority while a higher one waits.
+#: One in so many slots goes to a lower priority while a higher one waits.
 TURN = 8
 #: The lower, the sooner served.
 RANKS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
 
-class Turns:
+class PriorityTurns:
     def __init__(self) -> None:
         self._given = 0
 
@@ -37,24 +37,24 @@ class _Waiter:
     turn: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-class Places:
+class FlowControl:
     """As many as `count`; for one event loop."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.free = count
         self._waiting: list[_Waiter] = []
-        self._turns = Turns()
+        self._turns = PriorityTurns()
 
     @property
     def share(self) -> int:
-        """What each of several subscriptions may have waiting here while all places are taken, so that a place that is
+        """What each of several subscriptions may have waiting here while all slots are taken, so that a slot that is
         free again finds the next message of each priority: a lower one's turns, and one more."""
         return min(self.count, -(-self.count // TURN) + 1)
 
     @asynccontextmanager
-    async def taken(self, rank: int) -> AsyncIterator[None]:
-        """One place, as soon as it is given."""
+    async def slot(self, rank: int) -> AsyncIterator[None]:
+        """One slot, as soon as it is given."""
         if self.free:
             self.free -= 1
         else:
@@ -70,7 +70,7 @@ class Places:
             await waiter.turn
         except asyncio.CancelledError:
             if not waiter.turn.cancelled():
-                # It was given a place in the same moment.
+                # It was given a slot in the same moment.
                 self._pass_on()
             raise
         finally:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.engine.slot import Seat
+from serve_app.engine.slot import Slot
 from serve_app.errors import ReplicaTaken
 
 # If the place is lost, it is waited for in vain.
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.timeout(30)
 
 
 class Crowd:
-    """Tasks that take the place at one seat and note the order in which they are given it."""
+    """Tasks that take the place at one slot and note the order in which they are given it."""
 
     def __init__(self) -> None:
-        self.seat = Seat()
+        self.slot = Slot()
         self.given: list[str] = []
         self.leave = asyncio.Event()
         self.painting = self.audits_painting = 0
@@ -40,14 +40,14 @@ class Crowd:
     async def _seated(self, audits: int | None) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if audits is not None:
-                await stack.enter_async_context(self.seat.audited(audits))
-            await (self.seat.take() if audits is None else self.seat.take_behind())
-            stack.callback(self.seat.leave)
+                await stack.enter_async_context(self.slot.audit_cell(audits))
+            await (self.slot.acquire() if audits is None else self.slot.acquire_behind())
+            stack.callback(self.slot.release)
             yield
 
     async def place_is_free(self) -> bool:
-        async with asyncio.timeout(10), self.seat.emptied():
-            return self.seat.audits == 0
+        async with asyncio.timeout(10), self.slot.drained():
+            return self.slot.audits == 0
 
 
 async def test_jobs_go_before_audit_cells_and_each_in_their_order() -> None:
@@ -73,7 +73,7 @@ async def test_a_job_that_comes_while_a_cell_is_painted_is_next_whatever_cells_w
 async def test_no_more_audit_cells_are_in_hand_than_may_be(most: int) -> None:
     crowd = Crowd()
     tasks = [await crowd.start(str(number), audits=most) for number in range(most)]
-    assert crowd.seat.audits == most
+    assert crowd.slot.audits == most
     with pytest.raises(ReplicaTaken, match=f"^audit cells in flight here: {most}$"):
         await crowd.use("too many", most)
     tasks.pop().cancel()
@@ -95,7 +95,7 @@ async def test_the_slot_that_the_next_job_comes_into_is_given_to_no_cell(jobs: i
     assert jobs + cells <= 2 or jobs > 1
     crowd.leave.set()
     await asyncio.gather(*tasks)
-    assert crowd.seat.jobs == 0 and await crowd.place_is_free()
+    assert crowd.slot.jobs == 0 and await crowd.place_is_free()
 
 
 async def test_a_place_is_not_lost_with_whom_it_was_just_given_to() -> None:
@@ -141,7 +141,7 @@ class Restless(Crowd):
         is_audit = audits is not None
         async with self._seated(audits):
             self.painting, self.audits_painting = self.painting + 1, self.audits_painting + is_audit
-            assert self.painting <= 1 and self.audits_painting <= 1 and self.seat.audits <= 2
+            assert self.painting <= 1 and self.audits_painting <= 1 and self.slot.audits <= 2
             try:
                 for _ in range(turns):
                     await asyncio.sleep(0)
