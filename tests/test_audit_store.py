@@ -136,7 +136,7 @@ async def test_what_is_over_is_not_written_any_more(store: AuditStore) -> None:
         with pytest.raises(IllegalTransition):
             await write
     assert await store.fail("run", 1, AuditFault(code="x", message="y")) == ended
-    assert await store.bury("run") == ended
+    assert await store.fail_if_dead("run") == ended
 
 
 async def test_a_cell_that_was_begun_waits_once_nobody_works_on_it(store: AuditStore, blobs: BlobStore) -> None:
@@ -257,7 +257,7 @@ async def test_an_edits_job_is_no_run(store: AuditStore, job_store: JobStore) ->
     await job_store.update("edit", edit.lock_key, lambda *_: (edit,))
     with pytest.raises(AuditExists):
         await store.create(REQUEST, "edit")
-    for use in (store.get("edit"), store.resume("edit"), store.cancel("edit"), store.bury("edit")):
+    for use in (store.get("edit"), store.resume("edit"), store.cancel("edit"), store.fail_if_dead("edit")):
         with pytest.raises(UnknownAudit):
             await use
     assert await store.list() == []
@@ -367,13 +367,13 @@ async def test_a_run_that_was_canceled_before_its_driver_came_never_begins(store
 
 async def test_only_a_silent_run_is_buried(store: AuditStore, clock: Clock) -> None:
     await begun(store)
-    assert (await store.bury("run")).status == AuditStatus.RUNNING
+    assert (await store.fail_if_dead("run")).status == AuditStatus.RUNNING
     clock.advance(LEASE_S)
-    buried = await store.bury("run")
-    assert buried.status == AuditStatus.FAILED
-    assert buried.error is not None and buried.error.code == JOB_DIED
-    assert "was not heard of after 2026-01-01 00:01:00 UTC" in buried.error.message
-    assert await store.bury("run") == buried
+    failed = await store.fail_if_dead("run")
+    assert failed.status == AuditStatus.FAILED
+    assert failed.error is not None and failed.error.code == JOB_DIED
+    assert "was not heard of after 2026-01-01 00:01:00 UTC" in failed.error.message
+    assert await store.fail_if_dead("run") == failed
 
 
 # -- listing
@@ -416,7 +416,7 @@ async def test_ids_that_could_escape_are_refused(store: AuditStore, run_id: str)
         store.begin(run_id, 1, lease_s=LEASE_S),
         store.fail(run_id, 1, AuditFault(code="x", message="y")),
         store.cancel(run_id),
-        store.bury(run_id),
+        store.fail_if_dead(run_id),
     ):
         with pytest.raises(UnknownAudit, match="there is no such run"):
             await use
@@ -429,7 +429,7 @@ async def test_runs_that_never_were(store: AuditStore, blobs: BlobStore) -> None
         store.resume("x"),
         store.begin("x", 1, lease_s=LEASE_S),
         store.cancel("x"),
-        store.bury("x"),
+        store.fail_if_dead("x"),
     ):
         with pytest.raises(UnknownAudit, match="there is no run x"):
             await use
@@ -442,7 +442,13 @@ async def test_a_store_that_is_down_is_said_to_be(job_store: JobStore, blobs: Bl
     down = Outage(job_store, StoreUnavailable)
     down.is_down = True
     store = AuditStore(down, blobs)
-    for use in (store.create(REQUEST, "x"), store.get("x"), store.resume("x"), store.cancel("x"), store.bury("x")):
+    for use in (
+        store.create(REQUEST, "x"),
+        store.get("x"),
+        store.resume("x"),
+        store.cancel("x"),
+        store.fail_if_dead("x"),
+    ):
         with pytest.raises(StoreUnavailable):
             await use
 

@@ -106,7 +106,7 @@ class Audits:
             return await self._store.fail(run_id, audit.attempt, AuditFault(code=JOB_DIED, message=why))
         # A job that runs and cannot write is not dead; nor is one that nobody knows here while it renews its lease: it
         # may have been submitted by hand.
-        return audit if state in _GOING else await self._store.bury(run_id)
+        return audit if state in _GOING else await self._store.fail_if_dead(run_id)
 
     async def wait(self, run_id: str) -> Audit:
         """The run when it is over, or as it is when this process is about to end."""

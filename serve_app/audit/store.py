@@ -124,13 +124,13 @@ class AuditStore:
 
         return await self._changed(run_id, failed)
 
-    async def bury(self, run_id: str) -> Audit:
+    async def fail_if_dead(self, run_id: str) -> Audit:
         """The run, which has failed where it was not over and its driver is silent."""
 
-        def buried(job: Job, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        def failed(job: Job, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
             return () if job.status.is_final or _is_alive(job, now) else (_died(job, now),)
 
-        return await self._changed(run_id, buried)
+        return await self._changed(run_id, failed)
 
     async def cancel(self, run_id: str, attempt: int | None = None) -> Audit:
         """The run, over: its driver stops painting, and writes a report of what there is. Raises IllegalTransition

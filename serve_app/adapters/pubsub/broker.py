@@ -113,11 +113,13 @@ class Lease:
 
 
 class Subscription:
-    def __init__(self, config: SubscriptionConfig, clock: Callable[[], float], bury: Callable[[Queued], None]) -> None:
-        """`bury` forwards a message to the dead-letter topic."""
+    def __init__(
+        self, config: SubscriptionConfig, clock: Callable[[], float], dead_letter: Callable[[Queued], None]
+    ) -> None:
+        """`dead_letter` forwards a message to the dead-letter topic."""
         self.config = config
         self._clock = clock
-        self._bury = bury
+        self._dead_letter = dead_letter
         self._ready: deque[Queued] = deque()
         self._delayed: list[tuple[float, int, Queued]] = []
         self._order = itertools.count()
@@ -196,7 +198,7 @@ class Subscription:
         self._end(lease)
         if self.config.dead_letter_topic and lease.queued.attempts >= self.config.max_delivery_attempts:
             self._bytes -= lease.queued.message.size
-            self._bury(lease.queued)
+            self._dead_letter(lease.queued)
             return
         due = self._clock() + self.config.backoff_s(lease.queued.attempts)
         heapq.heappush(self._delayed, (due, next(self._order), lease.queued))
@@ -222,7 +224,7 @@ class Broker:
         if config.topic not in self.topics:
             raise KeyError(config.topic)
 
-        def bury(queued: Queued) -> None:
+        def dead_letter(queued: Queued) -> None:
             attributes = {
                 **queued.message.attributes,
                 "CloudPubSubDeadLetterSourceDeliveryCount": str(queued.attempts),
@@ -230,7 +232,7 @@ class Broker:
             }
             self._fan_out(config.dead_letter_topic, [Message(data=queued.message.data, attributes=attributes)])
 
-        self.subscriptions[config.name] = Subscription(config, self._clock, bury)
+        self.subscriptions[config.name] = Subscription(config, self._clock, dead_letter)
 
     def publish(self, topic: str, contents: Sequence[tuple[bytes, Mapping[str, str]]]) -> list[str]:
         """The message ids. Raises KeyError where there is no such topic; BrokerFull, and then stores none."""
