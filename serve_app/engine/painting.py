@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Progress is yielded this often at most, in seconds: each one is a message through Ray, which costs the thread that
+#: paints some of its time.
+PROGRESS_S = 0.1
 #: Seeds are below this.
 _SEEDS = 2**63
 
@@ -166,6 +169,7 @@ async def in_slot(
             is_over = occupancy.is_over
             if (progress := occupancy.take()) is not None:
                 yield progress
+                await occupancy.ends_within(PROGRESS_S)
         yield future.result()
     finally:
         await _ended(future, occupancy)

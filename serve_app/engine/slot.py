@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
 from ..errors import Canceled, ReplicaTaken
 from ..models import Progress
@@ -54,8 +54,7 @@ class Occupancy:
         self.begun_at = time.monotonic()
         #: Since when it is to stop; None where it is not.
         self.stopping_since: float | None = None
-        #: Whether the thread has ended and the place is free.
-        self.is_over = False
+        self._over = asyncio.Event()
 
     def report(self, progress: Progress) -> None:
         """For the thread. Raises Canceled once the painting is to stop."""
@@ -68,9 +67,19 @@ class Occupancy:
         if self.stopping_since is None:
             self.stopping_since = time.monotonic()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the thread has ended and the slot is free."""
+        return self._over.is_set()
+
     def end(self) -> None:
-        self.is_over = True
+        self._over.set()
         self.wake()
+
+    async def ends_within(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
 
     def wake(self) -> None:
         self._news.set()
