@@ -5,7 +5,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TypeVar
 
 import ray
@@ -110,22 +109,11 @@ class RayJobs:
         except (OSError, RayError, RuntimeError) as e:
             # The head node may be another one by now.
             self._client = None
-            raise JobsUnavailable(f"Ray accepts no jobs: {_first_line(e)}") from e
+            first_line = next(iter(str(e).strip().splitlines()), type(e).__name__)
+            raise JobsUnavailable(f"Ray accepts no jobs: {first_line}") from e
 
     def _connected(self) -> JobSubmissionClient:
         if self._client is None:
-            self._client = JobSubmissionClient(self._address or _own_cluster())
+            here = ray.get_runtime_context().gcs_address if ray.is_initialized() else "auto"
+            self._client = JobSubmissionClient(self._address or here)
         return self._client
-
-
-def _own_cluster() -> str:
-    if ray.is_initialized():
-        address: str = ray.get_runtime_context().gcs_address
-        return address
-    return "auto"
-
-
-def _first_line(e: Exception) -> str:
-    with suppress(IndexError):
-        return str(e).strip().splitlines()[0]
-    return type(e).__name__

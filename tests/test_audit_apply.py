@@ -47,7 +47,7 @@ def test_the_repository_s_config_gets_three_values_and_keeps_all_else(tmp_path: 
     assert text == SOUND.replace(USER_CONFIG, USER_CONFIG.replace("telea", "tiny-Q4_0").replace("28", "20")).replace(
         "guidance_scale: 30.0", "guidance_scale: 4.0"
     )
-    assert found.is_changed
+    assert found.diff
     before, after = found.before, found.after
     assert (before.variant, before.guidance_scale, before.steps) == ("telea", 30.0, 28)
     assert (after.variant, after.guidance_scale, after.steps) == ("tiny-Q4_0", 4.0, 20)
@@ -161,7 +161,7 @@ def test_odd_files_lose_no_line_stay_sound_and_a_second_time_changes_nothing(tmp
     assert [line for line in kept if line not in edited.splitlines()] == []
     assert ("\r\n" in edited) == ("\r\n" in text) and edited.count("\r") == edited.count("\r\n")
     again = apply(results(), path)
-    assert not again.is_changed and again.diff == ""
+    assert again.diff == ""
     assert "says this already" in again.next_step
     assert path.read_bytes().decode() == edited
 
@@ -235,7 +235,7 @@ def test_results_with_nothing_to_apply_are_refused(tmp_path: Path, changes: dict
 
 
 def test_an_incomplete_run_s_recommendation_is_taken(tmp_path: Path) -> None:
-    assert apply({**results(), "status": "incomplete"}, write(tmp_path, SOUND)).is_changed
+    assert apply({**results(), "status": "incomplete"}, write(tmp_path, SOUND)).diff
 
 
 def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_link_stays_a_link_and_the_mode_stays(tmp_path: Path) -> None:
     real.chmod(0o640)
     link = tmp_path / "config.yaml"
     link.symlink_to(real)
-    assert apply(results(), link).is_changed
+    assert apply(results(), link).diff
     assert link.is_symlink()
     assert "tiny-Q4_0" in real.read_text().partition("user_config")[2]
     assert real.stat().st_mode & 0o777 == 0o640

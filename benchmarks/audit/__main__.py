@@ -21,12 +21,9 @@ from serve_app.audit.progress import OUTAGE_S, fault
 from serve_app.audit.record import PAGE, Audit, AuditStatus, folder
 from serve_app.audit.run import Auditor
 from serve_app.audit.store import AuditStore
-from serve_app.blobs import BlobStore
 from serve_app.clock import utc_now
 from serve_app.errors import FluxFillError, JobsUnavailable
 from serve_app.jobs.lease import retry_unavailable
-from serve_app.jobs.ports import JobStore
-from serve_app.parameters import AuditRequest
 from serve_app.settings import Settings
 from serve_app.telemetry import configure_logging
 
@@ -53,7 +50,10 @@ def main(argv: Sequence[str]) -> int:
     except asyncio.CancelledError:
         err.print("stopped before the run began")
         return 1
-    _tell(audit)
+    why = f": {audit.error.message}" if audit.error else ""
+    out.print(f"{audit.id}: {audit.status}{why}; {audit.result_count} of {len(audit.cells)} cells", markup=False)
+    if audit.status != AuditStatus.FAILED:
+        out.print(f"report: {folder(audit.id)}/{PAGE}")
     return 0 if audit.status == AuditStatus.SUCCEEDED else 1
 
 
@@ -61,9 +61,8 @@ def _connect() -> None:
     try:
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError as e:
-        raise JobsUnavailable(
-            "there is no Ray here that takes this process in: start this as a job, with ray job submit"
-        ) from e
+        why = "there is no Ray here that takes this process in: start this as a job, with ray job submit"
+        raise JobsUnavailable(why) from e
 
 
 async def _audit(given: Given) -> Audit:
@@ -78,25 +77,21 @@ async def _audit(given: Given) -> Audit:
     store = AuditStore(job_store, blobs)
     audit, attempt = await _run_of(given, store, settings)
     try:
-        auditor = _auditor(name, audit.request, settings, job_store, blobs)
+        auditor = Auditor(
+            job_store=job_store,
+            blobs=blobs,
+            replicas=RayReplicas(name, settings),
+            prompts=app.prompts(name, settings, blobs),
+            settings=settings,
+            compiler=RayCompiler(settings, audit.request.gpus),
+            clock=utc_now,
+        )
     except Exception as e:
         with suppress(FluxFillError):
             await store.fail(audit.id, attempt, fault(e))
         raise
     loop.add_signal_handler(signal.SIGTERM, auditor.cancel)
     return await auditor.run(audit.id, attempt)
-
-
-def _auditor(name: str, request: AuditRequest, settings: Settings, job_store: JobStore, blobs: BlobStore) -> Auditor:
-    return Auditor(
-        job_store=job_store,
-        blobs=blobs,
-        replicas=RayReplicas(name, settings),
-        prompts=app.prompts(name, settings, blobs),
-        settings=settings,
-        compiler=RayCompiler(settings, request.gpus),
-        clock=utc_now,
-    )
 
 
 async def _run_of(given: Given, store: AuditStore, settings: Settings) -> tuple[Audit, int]:
@@ -107,13 +102,6 @@ async def _run_of(given: Given, store: AuditStore, settings: Settings) -> tuple[
     audit = await queued(given.asked, store, settings, out.print)
     out.print(f"run {audit.id}, attempt {audit.attempt}: {len(audit.cells)} cells")
     return audit, audit.attempt
-
-
-def _tell(audit: Audit) -> None:
-    why = f": {audit.error.message}" if audit.error else ""
-    out.print(f"{audit.id}: {audit.status}{why}; {audit.result_count} of {len(audit.cells)} cells", markup=False)
-    if audit.status != AuditStatus.FAILED:
-        out.print(f"report: {folder(audit.id)}/{PAGE}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from serve_app.audit import options
@@ -24,15 +25,6 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Given:
     if not argv and RUN in environment:
         launched = environment[RUN], int(environment[ATTEMPT])
         return Given(Asked({}, resume=launched[0]), environment.get(APP), launched)
-    parser = _parser()
-    given = vars(parser.parse_args(argv))
-    try:
-        return Given(options.asked(given), given["app"])
-    except ValueError as e:
-        parser.error(str(e))
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.audit",
         description="Paints a session with every cell of a matrix on the running app's replicas, measures the "
@@ -41,18 +33,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--app", help="the app's name in Serve; where one runs it needs no name")
     for option in (*options.RUN, *OPTIONS):
-        _add(parser, option)
-    return parser
+        action, parse = "append" if option.is_repeated else "store", partial(_parsed, option)
+        parser.add_argument(
+            option.flag, dest=option.field, type=parse, action=action, metavar=option.metavar, help=option.help
+        )
+    given = vars(parser.parse_args(argv))
+    try:
+        return Given(options.asked(given), given["app"])
+    except ValueError as e:
+        parser.error(str(e))
 
 
-def _add(parser: argparse.ArgumentParser, option: Option) -> None:
-    def parsed(text: str) -> object:
-        try:
-            return option.parse(text)
-        except ValueError as e:
-            raise argparse.ArgumentTypeError(str(e)) from e
-
-    action = "append" if option.is_repeated else "store"
-    parser.add_argument(
-        option.flag, dest=option.field, type=parsed, action=action, metavar=option.metavar, help=option.help
-    )
+def _parsed(option: Option, text: str) -> object:
+    try:
+        return option.parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e

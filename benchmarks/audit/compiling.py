@@ -37,27 +37,26 @@ def verdict(name: str, settings: Settings, request: EditRequest) -> CompileVerdi
         return CompileVerdict(variant=name, viable=False, verdict=f"the {family} family has nothing to compile")
     known: dict[str, Any] = {}
     try:
-        for figures in _figures(name, settings, request):
-            known |= figures
+        engine = open_engine(name, _eager(name, settings, request))
+        try:
+            # As they become known.
+            for figures in _measured(engine, request):
+                known |= figures
+        finally:
+            engine.close()
     except Exception as e:
         # The loaders and compilers of torch's world raise anything; all of it is what is in the way.
         what = "torch.compile fails" if known else "it could not be loaded and run"
         extra = {"action": "compile_not_measured", "variant": name}
         log.warning("torch.compile was not measured for %s: %s", name, what, exc_info=e, extra=extra)
-        known |= {"viable": False, "verdict": f"{what}: {_in_a_sentence(e)}"}
+        # The first line of what it says, without the machine's folders.
+        text = str(e).strip().partition("\n")[0] or type(e).__name__
+        known |= {"viable": False, "verdict": f"{what}: {_FOLDERS.sub('', text)[:_MAX_CHARS]}"}
     return CompileVerdict(variant=name, **known)
 
 
-def _figures(name: str, settings: Settings, request: EditRequest) -> Iterator[Mapping[str, Any]]:
-    """Fields of a CompileVerdict, as they become known."""
-    engine = open_engine(name, _eager(name, settings, request))
-    try:
-        yield from _measured(engine, request)
-    finally:
-        engine.close()
-
-
 def _measured(engine: Engine, request: EditRequest) -> Iterator[Mapping[str, Any]]:
+    """Fields of a CompileVerdict."""
     # Variants with nothing to compile run without torch.
     from torch._inductor.utils import fresh_cache
 
@@ -125,9 +124,3 @@ def _eager(name: str, settings: Settings, request: EditRequest) -> Settings:
     variants = {**settings.variants, name: served.model_copy(update={"optimizations": optimizations})}
     windows = settings.windows.model_copy(update={"buckets": ((box.width, box.height),)})
     return settings.model_copy(update={"variants": variants, "windows": windows})
-
-
-def _in_a_sentence(error: Exception) -> str:
-    """The first line of what it says, without the machine's folders."""
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
-    return _FOLDERS.sub("", text)[:_MAX_CHARS]

@@ -94,16 +94,13 @@ class Forward:
     def by_turns(self) -> tuple[float, float]:
         """Seconds of a warm forward, eager and compiled, medians: taken by turns, so that what else the machine does
         meets both alike. Raises what torch raises."""
-        turns = [self._turn()]
-        for _ in range(min(max(int(_BUDGET_S / sum(turns[0])), _LEAST), _MOST) - 1):
-            turns.append(self._turn())
+        turns: list[tuple[float, float]] = []
+        while not turns or len(turns) < min(max(int(_BUDGET_S / sum(turns[0])), _LEAST), _MOST):
+            with torch.compiler.set_stance("force_eager"):
+                eager_s, _ = self.lap()
+            compiled_s, _ = self.lap()
+            turns.append((eager_s, compiled_s))
         return statistics.median(eager for eager, _ in turns), statistics.median(compiled for _, compiled in turns)
-
-    def _turn(self) -> tuple[float, float]:
-        with torch.compiler.set_stance("force_eager"):
-            eager_s, _ = self.lap()
-        compiled_s, _ = self.lap()
-        return eager_s, compiled_s
 
     def _at_first_step(self) -> None:
         """Each forward takes the modulation of its run's next step; these are all the first."""

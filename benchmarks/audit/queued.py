@@ -15,19 +15,15 @@ async def queued(asked: Asked, store: AuditStore, settings: Settings, say: Calla
     UnknownVariant."""
     several = settings.audit.allow_concurrent
     if asked.resume is not None:
-        await _out_waited(asked.resume, store, say)
+        # A driver that was killed told nobody. One that lives renews its lease, and the resume is refused.
+        audit, now = await store.get(asked.resume), await store.now()
+        if audit.alive_until is not None and audit.alive_until > now:
+            left_s = (audit.alive_until - now).total_seconds()
+            say(f"{audit.id} is {audit.status}: waiting {left_s:.0f} s for a sign of life of its last job")
+            await asyncio.sleep(left_s)
         return await store.resume(asked.resume, several=several)
     wanted = asked.request(settings.audit)
     for name in wanted.matrix.variants:
         if name not in settings.variants:
             raise UnknownVariant(f"variant {name!r} is not served; there are {', '.join(settings.variants)}")
     return await store.create(wanted, asked.run_id, several=several)
-
-
-async def _out_waited(run_id: str, store: AuditStore, say: Callable[[str], None]) -> None:
-    """A driver that was killed told nobody. One that lives renews its lease, and the resume is refused."""
-    audit, now = await store.get(run_id), await store.now()
-    if audit.alive_until is not None and audit.alive_until > now:
-        left_s = (audit.alive_until - now).total_seconds()
-        say(f"{run_id} is {audit.status}: waiting {left_s:.0f} s for a sign of life of its last job")
-        await asyncio.sleep(left_s)

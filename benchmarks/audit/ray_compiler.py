@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
@@ -33,9 +33,11 @@ class RayCompiler:
         """Waits `audit.replica_wait_s` at most for what a replica of the variant would take: the variant's own replicas
         may hold the GPU until they are scaled down. What stands in the way is a verdict, too. Cancelling the call ends
         the task."""
-        if self._settings.variant(name).num_gpus and await self._are_kept():
-            return _not_looked_at(name, "other variants keep every GPU (min_replicas)")
         wait_s, needs = self._settings.audit.replica_wait_s, self._needs(name)
+        if "GPU" in needs:
+            there: float = (await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0)
+            if sum(kept_gpus(self._settings).values()) >= max(there, self._gpus or 0):
+                return _not_looked_at(name, "other variants keep every GPU (min_replicas)")
         async with _reserved(needs, wait_s) as group:
             if group is None:
                 what = " and ".join(f"{amount:g} {resource}" for resource, amount in needs.items())
@@ -53,10 +55,6 @@ class RayCompiler:
     def _needs(self, name: str) -> dict[str, float]:
         gpus = self._settings.variant(name).num_gpus
         return {"CPU": self._settings.variants[name].num_cpus, **({"GPU": gpus} if gpus else {})}
-
-    async def _are_kept(self) -> bool:
-        there: float = (await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0)
-        return sum(kept_gpus(self._settings).values()) >= max(there, self._gpus or 0)
 
     def _start(self, name: str, request: EditRequest, group: PlacementGroup) -> Any:
         needs = self._needs(name)
@@ -78,17 +76,12 @@ def _not_looked_at(name: str, why: str) -> CompileVerdict:
 async def _reserved(needs: dict[str, float], wait_s: float) -> AsyncIterator[PlacementGroup | None]:
     """The resources, for as long as the context lasts: what runs on them then is killed. None where they do not become
     free in time."""
-    group = placement_group([needs])
+    group, is_free = placement_group([needs]), False
     try:
-        yield group if await _is_free(group, wait_s) else None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await group.ready()
+                is_free = True
+        yield group if is_free else None
     finally:
         remove_placement_group(group)
-
-
-async def _is_free(group: PlacementGroup, wait_s: float) -> bool:
-    try:
-        async with asyncio.timeout(wait_s):
-            await group.ready()
-    except TimeoutError:
-        return False
-    return True

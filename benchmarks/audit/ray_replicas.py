@@ -46,17 +46,14 @@ class RayReplicas:
     async def measure(
         self, variant: str, request: EditRequest, on_progress: OnProgress, *, trials: int, places: int
     ) -> Measured:
-        stored = self._stored(request)
+        # In Ray's object store: megabytes, put there once however often they are refused.
+        if id(request) not in self._put:
+            self._put[id(request)] = request, ray.put(request)
+        _, stored = self._put[id(request)]
         measured = await self._trials.measure(variant, stored, on_progress, trials=trials, places=places)
         # Only now: what failed may be asked for again.
         self._put.pop(id(request), None)
         return measured
-
-    def _stored(self, request: EditRequest) -> Any:
-        """The request in Ray's object store: megabytes, put there once however often it is refused."""
-        if id(request) not in self._put:
-            self._put[id(request)] = request, ray.put(request)
-        return self._put[id(request)][1]
 
     async def counts(self) -> Mapping[str, ReplicaCounts]:
         """Raises ReplicaLost where Serve, or the app, is gone."""

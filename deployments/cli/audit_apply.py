@@ -54,13 +54,9 @@ class Applied:
     diff: str
 
     @property
-    def is_changed(self) -> bool:
-        return bool(self.diff)
-
-    @property
     def next_step(self) -> str:
         """For a person: how what the file says reaches the app."""
-        if not self.is_changed:
+        if not self.diff:
             return f"{self.config} says this already: nothing was changed."
         return (
             f"Deploy it with: serve deploy {shlex.quote(str(self.config))}   (RAY_AUTH_MODE=token if Ray asks for it)\n"
@@ -106,15 +102,14 @@ def drift(config: Config, running: Mapping[str, Any]) -> list[str]:
     found = [f"{name} is in the file, and not served" for name in named if name not in app.variants]
     found += [f"{name} is served, and not in the file" for name in app.variants if name not in named]
     ours = config.inference.model_dump(mode="json")
-    found += [f"{key} is {ours[key]} in the file, and {app.defaults[key]} in the app" for key in _shared(ours, app)]
+    found += [
+        f"{key} is {ours[key]} in the file, and {value} in the app"
+        for key, value in app.defaults.items()
+        if key in ours and value != ours[key]
+    ]
     if app.defaults_error:
         found.append(f"the app refused its last defaults: {app.defaults_error}")
     return found
-
-
-def _shared(ours: Mapping[str, Any], app: Readiness) -> list[str]:
-    """Defaults that both know, and that differ."""
-    return [key for key, value in app.defaults.items() if key in ours and value != ours[key]]
 
 
 def _choice(results: Mapping[str, Any]) -> _Choice:

@@ -43,10 +43,7 @@ class AuditClient:
         return await self.runs.resume(run_id, request.user_id, request.session_id)
 
     async def follow(
-        self,
-        run_id: str,
-        on_change: Callable[[Audit], None],
-        look: Callable[[str], Awaitable[Audit]] | None = None,
+        self, run_id: str, on_change: Callable[[Audit], None], look: Callable[[str], Awaitable[Audit]] | None = None
     ) -> Audit:
         """The run once it is over; one whose job has died meanwhile has failed. `look` finds that out, and does what
         `Audits.look` does, which it is when left out. Raises UnknownAudit."""

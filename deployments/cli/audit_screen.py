@@ -1,5 +1,6 @@
 """An audit on a terminal: how far it is, what came of it."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,28 +36,27 @@ class Follower:
 
     def show(self, audit: Audit) -> None:
         if self._bars is not None:
-            self._draw(audit, self._bars)
+            # After the cells comes the report: a bar that is full stands still.
+            rest = int(not audit.status.is_over)
+            self._bar(self._bars, "", audit.stage or str(audit.status), list(audit.cells.values()), rest)
+            matrix, by_variant = audit.request.matrix, defaultdict(list)
+            for cell in matrix.cells():
+                by_variant[cell.variant].append(audit.cells.get(matrix.name(cell), CellProgress()))
+            for variant, cells in by_variant.items():
+                self._bar(self._bars, variant, f"  {variant}", cells)
             return
         done = sum(cell.status in ("succeeded", "failed") for cell in audit.cells.values())
         line = f"{audit.status}: {done}/{len(audit.cells)} cells {audit.stage}".rstrip()
         if line != self._told:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(line, **PLAIN)
             self._told = line
-
-    def _draw(self, audit: Audit, bars: Progress) -> None:
-        # After the cells comes the report: a bar that is full stands still.
-        rest = int(not audit.status.is_over)
-        self._bar(bars, "", audit.stage or str(audit.status), list(audit.cells.values()), rest)
-        for variant, cells in by_variant(audit).items():
-            self._bar(bars, variant, f"  {variant}", cells)
 
     def _bar(self, bars: Progress, name: str, description: str, cells: Sequence[CellProgress], rest: int = 0) -> None:
         if name not in self._tasks:
             self._tasks[name] = bars.add_task(description, said="")
         failed = sum(cell.status == "failed" for cell in cells)
-        said = f"{sum(cell.status == 'succeeded' for cell in cells)}/{len(cells)}" + (
-            f", {failed} failed" if failed else ""
-        )
+        succeeded = sum(cell.status == "succeeded" for cell in cells)
+        said = f"{succeeded}/{len(cells)}" + (f", {failed} failed" if failed else "")
         done = sum(map(fraction, cells))
         bars.update(self._tasks[name], description=description, completed=done, total=len(cells) + rest, said=said)
 
@@ -66,22 +66,9 @@ def following(console: Console) -> Iterator[Follower]:
     if not console.is_terminal:
         yield Follower(console, None)
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+    variant, said = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[said]}")
+    with Progress(SpinnerColumn(), variant, BarColumn(), said, TimeElapsedColumn(), console=console) as bars:
         yield Follower(console, bars)
-
-
-def by_variant(audit: Audit) -> Mapping[str, list[CellProgress]]:
-    matrix = audit.request.matrix
-    found: dict[str, list[CellProgress]] = {}
-    for cell in matrix.cells():
-        found.setdefault(cell.variant, []).append(audit.cells.get(matrix.name(cell), CellProgress()))
-    return found
 
 
 def fraction(cell: CellProgress) -> float:
@@ -155,11 +142,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for _, title, _ in figures:
         table.add_column(title, justify="right")
     for cell in cells:
-        values = [_figure(cell.get(key), decimals) for key, _, decimals in figures]
+        values = [f"{value:.{n}f}" if (value := cell.get(key)) is not None else "-" for key, _, n in figures]
         failed = f" {cell['error']['code']}" if cell["error"] else ""
         table.add_row(Text(cell["name"] + failed), *values)
     return table
-
-
-def _figure(value: float | None, decimals: int) -> str:
-    return "-" if value is None else f"{value:.{decimals}f}"

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from serve_app.audit import options as audit_options
-from serve_app.audit.options import OPTIONS, RUN, Option, run_id
+from serve_app.audit.options import OPTIONS, RUN, run_id
 from serve_app.audit.ports import AuditLauncher
 from serve_app.audit.record import Audit, AuditStatus
 from serve_app.settings import Settings
@@ -25,7 +25,6 @@ from .subcommands import goes_to_subcommand
 audit_app = typer.Typer(help="Audits: a matrix of variants and guidance scales on one session, measured and compared.")
 audit_app.command()(compare)
 audit_app.command()(apply)
-T = TypeVar("T")
 
 ADDRESS = "http://127.0.0.1:8265"
 AddressOption = Annotated[str, typer.Option(help="Ray's job server.", envvar="RAY_API_SERVER_ADDRESS")]
@@ -37,7 +36,15 @@ RunArgument = Annotated[str, typer.Argument(parser=run_id, metavar="RUN", help="
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options of the table, of which it gets the values as `given`, by field. Typer knows a
     command's options by its signature."""
-    options = {option.field: _parameter(option) for option in (*RUN, *OPTIONS)}
+    options = {}
+    for option in (*RUN, *OPTIONS):
+        # Of a list typer takes no parser.
+        parser = None if option.is_repeated else option.parse
+        said = typer.Option(option.flag, parser=parser, metavar=option.metavar, help=option.help)
+        typed: Any = Annotated[list[str] | None, said] if option.is_repeated else Annotated[Any, said]
+        options[option.field] = inspect.Parameter(
+            option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typed
+        )
 
     @wraps(command)
     def wrapper(context: typer.Context, **values: Any) -> None:
@@ -46,14 +53,6 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     context, _, *rest = inspect.signature(command).parameters.values()
     wrapper.__signature__ = inspect.Signature([context, *options.values(), *rest])  # type: ignore[attr-defined]
     return wrapper
-
-
-def _parameter(option: Option) -> inspect.Parameter:
-    # Of a list typer takes no parser.
-    parser = None if option.is_repeated else option.parse
-    said = typer.Option(option.flag, parser=parser, metavar=option.metavar, help=option.help)
-    typed: Any = Annotated[list[str] | None, said] if option.is_repeated else Annotated[Any, said]
-    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=typed)
 
 
 @audit_app.callback(invoke_without_command=True)
@@ -100,7 +99,7 @@ def _followed(client: AuditClient, begun: Coroutine[Any, Any, Audit], config: Pa
         return audit
 
     try:
-        audit = _run(follow())
+        audit = asyncio.run(follow())
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if audit.status != AuditStatus.SUCCEEDED:
@@ -130,7 +129,7 @@ def list_runs(
     limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=1000)] = 20, config: ConfigOption = CONFIG
 ) -> None:
     """List the newest runs."""
-    out.print(list_table(_run(AuditClient(_settings(config)).store.list(limit))))
+    out.print(list_table(asyncio.run(AuditClient(_settings(config)).store.list(limit))))
 
 
 @audit_app.command()
@@ -146,7 +145,7 @@ def show(
     if follow:
         _followed(client, client.store.get(run), config)
     else:
-        _run(_shown(client, run, _options(config)))
+        asyncio.run(_shown(client, run, _options(config)))
 
 
 async def _shown(client: AuditClient, run: str, options: str) -> None:
@@ -157,7 +156,7 @@ async def _shown(client: AuditClient, run: str, options: str) -> None:
 def cancel(run: RunArgument, address: AddressOption = ADDRESS, config: ConfigOption = CONFIG) -> None:
     """Cancel a run: it stops within a denoising step, or by force after half a minute. Finished cells stay."""
     _take_tokens()
-    canceled = _run(AuditClient(_settings(config), _launcher(address)).cancel(run))
+    canceled = asyncio.run(AuditClient(_settings(config), _launcher(address)).cancel(run))
     out.print(f"{run} is {canceled.status}", **PLAIN)
 
 
@@ -168,7 +167,7 @@ def fetch(
     config: ConfigOption = CONFIG,
 ) -> None:
     """Write a run's report and pictures into a folder."""
-    for path in _run(AuditClient(_settings(config)).fetch(run, folder)):
+    for path in asyncio.run(AuditClient(_settings(config)).fetch(run, folder)):
         out.print(f"wrote {path}", **PLAIN)
 
 
@@ -191,9 +190,9 @@ def demo(
     out.print(f"a cat with a leash, to be painted in one window of {sizes}", **PLAIN)
     out.print(f"starting the app: serve run {own} (log: {folder / 'serve.log'})", **PLAIN)
     with serving(own, loaded.url, folder / "serve.log"), following(out) as follower:
-        audit = _run(audited(loaded.settings, loaded.url, files, follower))
+        audit = asyncio.run(audited(loaded.settings, loaded.url, files, follower))
     written = brought(loaded.settings, audit, folder)
-    out.print(results_table(_run(AuditClient(loaded.settings).results(audit.id))))
+    out.print(results_table(asyncio.run(AuditClient(loaded.settings).results(audit.id))))
     out.print(run_table(audit))
     out.print(f"done in {time.monotonic() - started:.0f} s; the app is stopped. Look at:", **PLAIN)
     for path in sorted(written):
@@ -218,7 +217,3 @@ def _settings(config: Path) -> Settings:
     from ..config import load
 
     return absolute(load(config).settings)
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)

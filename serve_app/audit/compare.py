@@ -130,11 +130,9 @@ class _Cell(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gathered(cls, data: Any) -> Any:
-        return (
-            {**data, "figures": {name: data.get(name) for name in (*TIMES, *BETTER)}}
-            if isinstance(data, dict)
-            else data
-        )
+        if isinstance(data, dict):
+            return {**data, "figures": {name: data.get(name) for name in (*TIMES, *BETTER)}}
+        return data
 
     @field_validator("figures")
     @classmethod
@@ -195,7 +193,7 @@ def compare(
         before=earlier.run_id,
         after=later.run_id,
         rows=rows,
-        failures=(*_nothing(pairs, rows), *_unpainted(then, now), *(_failure(row) for row in rows if row.is_failure)),
+        failures=tuple(_failures(pairs, rows, then, now)),
         added=tuple(cell.name for axes, cell in now.items() if axes not in then and cell.status == "succeeded"),
         differences=differences,
     )
@@ -228,30 +226,30 @@ def _read(results: Mapping[str, Any], which: str) -> _Run:
 
 
 def _differences(earlier: _Run, later: _Run, pairs: Iterable[tuple[_Cell, _Cell]]) -> tuple[str, ...]:
-    gpus = {(one.gpu, other.gpu) for one, other in pairs if one.gpu != other.gpu}
+    gpus = {(one.gpu, other.gpu) for one, other in pairs}
     sessions = (f"{earlier.user_id}/{earlier.session_id}", f"{later.user_id}/{later.session_id}")
     named = [("GPU", gpu) for gpu in sorted(gpus)]
-    named += [
-        (name, values)
-        for name, values in {"session": sessions, "reference": (earlier.reference, later.reference)}.items()
-        if values[0] != values[1]
-    ]
-    return tuple(f"another {name}, {one} and {other}" for name, (one, other) in named)
+    named += [("session", sessions), ("reference", (earlier.reference, later.reference))]
+    return tuple(f"another {name}, {one} and {other}" for name, (one, other) in named if one != other)
 
 
-def _nothing(pairs: Sequence[tuple[_Cell, _Cell]], rows: Iterable[Row]) -> Iterator[str]:
+def _failures(
+    pairs: Sequence[tuple[_Cell, _Cell]], rows: Sequence[Row], then: Mapping[Any, _Cell], now: Mapping[Any, _Cell]
+) -> Iterator[str]:
     if not pairs:
         yield "The two runs have no painted cell in common."
     elif all(row.after is None for row in rows):
         yield "The cells that both runs painted have no figure in common."
-
-
-def _unpainted(then: Mapping[tuple[Any, ...], _Cell], now: Mapping[tuple[Any, ...], _Cell]) -> Iterator[str]:
     for axes, cell in then.items():
         if axes not in now:
             yield f"{cell.name} is missing."
         elif now[axes].status == "failed":
             yield f"{now[axes].name} failed."
+    for row in rows:
+        if row.is_failure and row.after is None:
+            yield f"{row.cell}: {row.figure} is no longer measured."
+        elif row.is_failure:
+            yield f"{row.cell}: {row.figure} went from {_number(row.before)} to {_number(row.after)} ({_change(row)})."
 
 
 def _rows(one: _Cell, other: _Cell, thresholds: Thresholds) -> Iterator[Row]:
@@ -264,7 +262,6 @@ def _rows(one: _Cell, other: _Cell, thresholds: Thresholds) -> Iterator[Row]:
         after, limit = other.figures[figure], thresholds.limit(figure, before)
         noise = before * share if figure in TIMES else TOLERANCES[figure]
         worse_by = None if after is None else _worse_by(figure, before, after)
-        is_changed_outside = figure == "outside_max" and bool(after)
         is_beyond = limit is not None and (worse_by is None or worse_by > max(limit, noise))
         yield Row(
             cell=other.name,
@@ -273,7 +270,7 @@ def _rows(one: _Cell, other: _Cell, thresholds: Thresholds) -> Iterator[Row]:
             after=after,
             noise=noise,
             verdict=_verdict(figure, worse_by, noise),
-            is_failure=is_beyond or is_changed_outside,
+            is_failure=is_beyond or (figure == "outside_max" and bool(after)),
         )
 
 
@@ -293,12 +290,6 @@ def _verdict(figure: str, worse_by: float | None, noise: float) -> Verdict:
     if figure in TIMES:
         return "slower" if worse_by > 0 else "faster"
     return "worse" if worse_by > 0 else "better"
-
-
-def _failure(row: Row) -> str:
-    if row.after is None:
-        return f"{row.cell}: {row.figure} is no longer measured."
-    return f"{row.cell}: {row.figure} went from {_number(row.before)} to {_number(row.after)} ({_change(row)})."
 
 
 def _number(value: float | None) -> str:

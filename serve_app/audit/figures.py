@@ -5,6 +5,7 @@ Medians are over the warm trials. Rates divide by `denoise_s`, so that encoding 
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from statistics import median
 
 from ..edit.cost import BLOCKS, WIDTH, forward_flops
@@ -37,6 +38,7 @@ def succeeded(
     warm = measured.trials[1:] or measured.trials
     wall_s = median(trial.wall_s for trial in warm)
     price = settings.audit.price_per_hour if request.price_per_hour is None else request.price_per_hour
+    skips = settings.variants[cell.variant].optimizations.step_cache is not None
     return CellResult(
         name=name,
         cell=cell,
@@ -50,13 +52,7 @@ def succeeded(
         cost=None if price is None else price * wall_s / 3600,
         peak_bytes=_most([trial.peak_bytes for trial in measured.trials]),
         reserved_bytes=_most([trial.reserved_bytes for trial in measured.trials]),
-        **_rates(
-            variant,
-            cell,
-            measured.windows,
-            warm,
-            skips=settings.variants[cell.variant].optimizations.step_cache is not None,
-        ),
+        **_rates(variant, cell, measured.windows, warm, skips=skips),
         **_where(measured),
         revisions=revisions(variant, locked),
         started_at=started_at,
@@ -74,11 +70,8 @@ def step_tflop(variant: Variant, windows: Sequence[Box]) -> float | None:
     if variant.family != "flux-fill":
         return None
     blocks, width = TINY_SHAPE if (variant.base or "").startswith(TINY) else (BLOCKS, WIDTH)
-    tokens = variant.max_prompt_tokens
-    return (
-        sum(forward_flops(box.width, box.height, blocks=blocks, width=width, text_tokens=tokens) for box in windows)
-        / 1e12
-    )
+    flops = partial(forward_flops, blocks=blocks, width=width, text_tokens=variant.max_prompt_tokens)
+    return sum(flops(box.width, box.height) for box in windows) / 1e12
 
 
 def revisions(variant: Variant, locked: Lock) -> dict[str, str]:

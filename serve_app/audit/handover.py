@@ -59,7 +59,9 @@ class GpuHandover:
         except TimeoutError:
             if not timeout.expired():
                 raise
-            error = self._too_long(after)
+            left = (f"{name} has {n}, and keeps {self._kept.get(name, 0)}" for name, n in self._in_the_way.items())
+            what = f"the GPUs did not become free in {self._limit_s:g} s{f' after {after}' if after else ''}"
+            error = AuditImpossible(f"{what}: replicas are left: {'; '.join(left)}")
         waited_s = time.monotonic() - started_s
         used = await self._replicas.memory_used_bytes()
         # On the devices that were there at the floor. One that is gone is free.
@@ -86,8 +88,3 @@ class GpuHandover:
         is_short = sum(held.values()) + sum(not held[name] for name in wave.wanted) > self._gpus
         self._in_the_way = {name: count for name, count in more.items() if is_short or name in self._variants}
         return not self._in_the_way
-
-    def _too_long(self, after: str) -> AuditImpossible:
-        left = [f"{name} has {count}, and keeps {self._kept.get(name, 0)}" for name, count in self._in_the_way.items()]
-        what = f"the GPUs did not become free in {self._limit_s:g} s{f' after {after}' if after else ''}"
-        return AuditImpossible(f"{what}: replicas are left: {'; '.join(left)}")

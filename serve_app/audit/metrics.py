@@ -17,9 +17,9 @@ from skimage.filters import scharr_h, scharr_v
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..edit.paste import grow
-from ..edit.windows import bounding_box
-from ..models import Box, Pixels
-from .record import BETTER, Better, Compared
+from ..edit.windows import bounding_box, grown
+from ..models import Pixels
+from .record import Compared
 
 #: PSNR of equal pictures is infinite, which JSON cannot say, and would swallow every mean. One step of one channel in
 #: 150,000 pixels is 105 dB.
@@ -53,11 +53,8 @@ class Pictures:
 
     def around(self, px: int) -> tuple[slice, slice] | None:
         """Index of the mask's box and `px` pixels round it, as far as the photo goes. None for an empty mask."""
-        box, (height, width) = bounding_box(self.mask), self.mask.shape
-        if box is None:
-            return None
-        corner = {"x0": max(box.x0 - px, 0), "y0": max(box.y0 - px, 0)}
-        return Box(**corner, x1=min(box.x1 + px, width), y1=min(box.y1 + px, height)).slices
+        box = bounding_box(self.mask)
+        return None if box is None else grown(box, px, self.mask.shape).slices
 
     @cached_property
     def seam(self) -> "Seam | None":
@@ -182,10 +179,6 @@ class Metric:
     #: What it says, in a line for people.
     words: str
 
-    @property
-    def better(self) -> Better:
-        return BETTER[self.name]
-
 
 METRICS = (
     Metric("psnr_db", "PSNR", "dB", 1, psnr_db, "Closeness to the reference inside the mask; 100 is equal."),
@@ -203,14 +196,7 @@ METRICS = (
 )  # fmt: skip
 
 
-def compare(
-    picture: Pixels,
-    photo: Pixels,
-    mask: Pixels,
-    *,
-    reference: Pixels | None,
-    feather_px: int,
-) -> Compared:
+def compare(picture: Pixels, photo: Pixels, mask: Pixels, *, reference: Pixels | None, feather_px: int) -> Compared:
     """All of `METRICS`. Pictures are uint8 `[height, width, 3]`, the mask `[height, width]`, all the photo's size.
 
     Raises ValueError where a size differs.

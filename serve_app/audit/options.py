@@ -26,11 +26,7 @@ class Option(NamedTuple):
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Values with commas between them."""
-
-    def values(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part.strip()) for part in text.split(","))
-
-    return values
+    return lambda text: tuple(kind(part.strip()) for part in text.split(","))
 
 
 def _variants_or_none(text: str) -> tuple[str, ...]:

@@ -189,9 +189,12 @@ def composed(job: Job, findings: Findings) -> Audit:
     assert isinstance(request, AuditRequest)
     is_incomplete = job.error is not None and job.error.code == INCOMPLETE
     status = AuditStatus.INCOMPLETE if is_incomplete else AuditStatus(job.status)
+    # A cell waits that was begun where the run is not worked on, and one that failed where it is queued again.
+    is_past = {"running": job.status != State.RUNNING, "failed": job.status == State.QUEUED}
+    cells = {name: cell for name, cell in findings.cells.items() if not is_past.get(cell.status)}
     names = map(request.matrix.name, request.matrix.cells())
     found = {
-        "cells": {name: _seen(findings.cells.get(name), job.status) for name in names},
+        "cells": {name: cells.get(name, CellProgress()) for name in names},
         "stage": findings.stage if job.status == State.RUNNING else "",
         "started_at": findings.started_at or job.started_at,
     }
@@ -206,13 +209,6 @@ def composed(job: Job, findings: Findings) -> Audit:
         alive_until=job.lease_until,
         error=AuditFault(**job.error.model_dump()) if job.error and not is_incomplete else None,
     )
-
-
-def _seen(found: CellProgress | None, status: State) -> CellProgress:
-    """A cell that waits: one that was begun where the run is not worked on, and one that failed where it is queued
-    again."""
-    is_past = {"running": status != State.RUNNING, "failed": status == State.QUEUED}
-    return CellProgress() if found is None or is_past.get(found.status) else found
 
 
 def _audit(job: Job | None, run_id: str) -> Job:

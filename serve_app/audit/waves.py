@@ -28,7 +28,9 @@ def plan(cells: Mapping[str, int], settings: Settings, gpus: int) -> list[Wave]:
     Variants that need no waiting for, on the CPU or with replicas that never go, are in the first wave. Raises
     UnknownVariant; AuditImpossible where a variant's replica can never start.
     """
-    _check_served(cells, settings)
+    if unknown := [name for name in cells if name not in settings.variants]:
+        served = ", ".join(settings.variants)
+        raise UnknownVariant(f"{', '.join(unknown)}: not served here; there are {served}", variants=unknown)
     kept = kept_gpus(settings)
     passing = [name for name in cells if _comes_and_goes(name, settings)]
     free = gpus - sum(kept.values())
@@ -72,12 +74,6 @@ def kept_gpus(settings: Settings) -> dict[str, int]:
 
 def _comes_and_goes(name: str, settings: Settings) -> bool:
     return settings.variant(name).num_gpus > 0 and not settings.variants[name].min_replicas
-
-
-def _check_served(names: Mapping[str, int], settings: Settings) -> None:
-    if unknown := [name for name in names if name not in settings.variants]:
-        served = ", ".join(settings.variants)
-        raise UnknownVariant(f"{', '.join(unknown)}: not served here; there are {served}", variants=unknown)
 
 
 def _check_gpus(passing: Sequence[str], kept: Mapping[str, int], gpus: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models import Box, Pixels
-from .windows import Plan, bounding_box
+from .windows import Plan, bounding_box, grown
 
 _Number = TypeVar("_Number", np.uint8, np.float32)
 
@@ -177,15 +177,9 @@ def _reach(mask: Pixels, plan: Plan, feather_px: int) -> Box:
 
     Raises ValueError where the plan's region does not hold it: the plan is another mask's, or another feather's.
     """
-    height, width = mask.shape
     box, region = bounding_box(mask), plan.region
     if box is not None:
-        reach = Box(
-            x0=max(box.x0 - feather_px, 0),
-            y0=max(box.y0 - feather_px, 0),
-            x1=min(box.x1 + feather_px, width),
-            y1=min(box.y1 + feather_px, height),
-        )
+        reach = grown(box, feather_px, mask.shape)
         if region.x0 <= reach.x0 and region.y0 <= reach.y0 and reach.x1 <= region.x1 and reach.y1 <= region.y1:
             return reach
     raise ValueError(f"the mask, at {box} with a feather of {feather_px} px, is not what {region} was planned for")

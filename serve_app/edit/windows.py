@@ -76,6 +76,13 @@ def bounding_box(mask: Pixels) -> Box | None:
     return Box(x0=x, y0=y, x1=x + width, y1=y + height) if width else None
 
 
+def grown(box: Box, px: int, shape: tuple[int, ...]) -> Box:
+    """The box and `px` pixels on each side of it, as far as an array of `shape`, height first, goes."""
+    height, width = shape[:2]
+    corner = {"x0": max(box.x0 - px, 0), "y0": max(box.y0 - px, 0)}
+    return Box(**corner, x1=min(box.x1 + px, width), y1=min(box.y1 + px, height))
+
+
 @dataclass(frozen=True, slots=True)
 class _Cover:
     """Canvas pixels a photo pixel, and what each window shows."""

@@ -127,7 +127,9 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: B
             # This process is about to end, and the job goes on.
             return await _accepted(request, ended, audits(), {})
         if ended.status == AuditStatus.FAILED:
-            return _failed(ended)
+            # Whatever ended the run: nothing is wrong with the request any more, and there is no report.
+            fault = ended.error or AuditFault(code="internal_error", message="nobody said why it failed")
+            return problem(500, fault.code, fault.message, run_id=ended.id)
         return JSONResponse((await _with_report(AuditReport, ended, audits())).model_dump(mode="json"))
 
     @made.get("/audits")
@@ -159,19 +161,15 @@ async def _start(request: Request, audits: Audits, bodies: Bodies) -> Audit:
             whose = {"user_id": body.user_id, "session_id": body.session_id}
             return await audits.start(audits.settings.audit.request(whose | given), body.run_id)
     except ValidationError as e:
-        raise _invalid(e) from None
+        # With the caller's own name of the field.
+        first = e.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "matrix")
+        raise _wrong(where[:_NAME_CHARS], first["msg"]) from None
     if body.run_id is None:
         raise _wrong("run_id", "a resume names its run")
     if given:
         raise _wrong(min(given), "a resume goes by what its run was asked for")
     return await audits.resume(body.run_id, body.user_id, body.session_id)
-
-
-def _invalid(e: ValidationError) -> RequestValidationError:
-    """With the caller's own name of the field."""
-    first = e.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "matrix")
-    return _wrong(where[:_NAME_CHARS], first["msg"])
 
 
 def _wrong(field: str, why: str) -> RequestValidationError:
@@ -183,12 +181,6 @@ async def _accepted(request: Request, audit: Audit, audits: Audits, headers: Map
     view = await _with_report(AuditView, audit, audits)
     place = f"{request.scope.get('root_path', '')}/audits/{audit.id}"
     return JSONResponse(view.model_dump(mode="json"), status_code=202, headers={**headers, "Location": place})
-
-
-def _failed(audit: Audit) -> Response:
-    """500, whatever ended the run: nothing is wrong with the request any more, and there is no report."""
-    fault = audit.error or AuditFault(code="internal_error", message="nobody said why it failed")
-    return problem(500, fault.code, fault.message, run_id=audit.id)
 
 
 _QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...blobs import BlobStore
 from ...edit.images import decode_photo, encode_jpeg
-from ...edit.windows import bounding_box
+from ...edit.windows import bounding_box, grown
 from ...errors import BlobError, InputError, InvalidImage
 from ...models import Box, Pixels
 from ...settings import Limits
@@ -76,17 +76,10 @@ class Frame:
 
 def shown_box(mask: Pixels) -> Box:
     """The mask's box, grown on each side by a third of its longer side; the whole photo for an empty mask."""
-    height, width = mask.shape
     box = bounding_box(mask)
     if box is None:
-        return Box(x0=0, y0=0, x1=width, y1=height)
-    grow = math.ceil(max(box.width, box.height) / 3)
-    return Box(
-        x0=max(box.x0 - grow, 0),
-        y0=max(box.y0 - grow, 0),
-        x1=min(box.x1 + grow, width),
-        y1=min(box.y1 + grow, height),
-    )
+        return Box(x0=0, y0=0, x1=mask.shape[1], y1=mask.shape[0])
+    return grown(box, math.ceil(max(box.width, box.height) / 3), mask.shape)
 
 
 def tinted(photo: Pixels, mask: Pixels) -> Pixels:

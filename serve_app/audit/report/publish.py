@@ -9,7 +9,6 @@ import html
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -51,7 +50,9 @@ async def publish(
     `[height, width]`, not 0 where it was edited. A picture that cannot be read back is named in the page. Raises
     StoreUnavailable.
     """
-    results = _stored(audit, results)
+    # As the store has them, where what is not finite is None, in the matrix's order.
+    found = {result.cell: CellResult.model_validate_json(result.model_dump_json()) for result in results}
+    results = [found[cell] for cell in audit.request.matrix.cells() if cell in found]
     # Before the first is signed: none ends earlier than the report says.
     expires_at = clock() + timedelta(seconds=audit.request.link_s)
     paths = [path for result in results if (path := result.image_path)]
@@ -72,25 +73,12 @@ def markdown(said: Mapping[str, Any]) -> bytes:
 
 
 def page(said: Mapping[str, Any]) -> bytes:
-    style, script = (_source(name) for name in ("report.css", "report.js"))
+    loader = _TEMPLATES.loader
+    assert loader is not None
+    style, script = (loader.get_source(_TEMPLATES, name)[0] for name in ("report.css", "report.js"))
     hashes = {"style_hash": _csp_hash(style), "script_hash": _csp_hash(script)}
     template = _TEMPLATES.get_template("report.html.j2")
     return template.render(said, style=Markup(style), script=Markup(script), **hashes).encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The most device memory that a variant's cells took, GB; None where there is no GPU."""
-
-    variant: str
-    allocated: float | None
-    reserved: float | None
-
-
-def _stored(audit: Audit, results: Sequence[CellResult]) -> list[CellResult]:
-    """As the store has them, where what is not finite is None, in the matrix's order."""
-    found = {result.cell: CellResult.model_validate_json(result.model_dump_json()) for result in results}
-    return [found[cell] for cell in audit.request.matrix.cells() if cell in found]
 
 
 def _said(
@@ -136,13 +124,16 @@ def _unchosen(audit: Audit, results: Sequence[CellResult]) -> str:
     return "nothing could be recommended, for a reason that the job's log gives"
 
 
-def _peaks(audit: Audit, results: Sequence[CellResult]) -> list[Peak]:
+def _peaks(audit: Audit, results: Sequence[CellResult]) -> list[dict[str, Any]]:
+    """The most device memory that each variant's cells took, GB; None where there is no GPU."""
+
     def most(variant: str, name: str) -> float | None:
         own = [getattr(result, name) for result in results if result.cell.variant == variant]
         return gigabytes(max((count for count in own if count is not None), default=None))
 
     return [
-        Peak(name, most(name, "peak_bytes"), most(name, "reserved_bytes")) for name in audit.request.matrix.variants
+        {"variant": name, "allocated": most(name, "peak_bytes"), "reserved": most(name, "reserved_bytes")}
+        for name in audit.request.matrix.variants
     ]
 
 
@@ -170,12 +161,6 @@ def _as_text(text: object) -> Markup:
     """For Markdown: text on one line that is nothing but text."""
     line = html.escape(" ".join(str(text).split()), quote=False)
     return Markup(_MARKDOWN.sub(lambda mark: f"&#{ord(mark[0])};", line))
-
-
-def _source(name: str) -> str:
-    loader = _TEMPLATES.loader
-    assert loader is not None
-    return loader.get_source(_TEMPLATES, name)[0]
 
 
 def _csp_hash(source: str) -> str:

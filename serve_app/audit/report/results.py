@@ -88,8 +88,7 @@ def _row(cell: Mapping[str, Any]) -> dict[str, Any]:
         **cell["stages"],
         "trials": " ".join(map(str, cell["trials"])),
     }
-    return {name: _harmless(value) for name, value in flat.items()}
-
-
-def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA_STARTS) else value
+    for name, value in flat.items():
+        if isinstance(value, str) and value.lstrip().startswith(_FORMULA_STARTS):
+            flat[name] = f"'{value}"
+    return flat
