@@ -52,10 +52,15 @@ def apply(
     to: Annotated[Path, typer.Argument(metavar="CONFIG", help="The Serve config file to change.", dir_okay=False)],
 ) -> None:
     """Write what a run recommends into a config file's user_config, show the difference, say how to deploy it."""
+    from ..config import load
     from . import audit_apply
 
-    results = _results(run, to)
-    for difference in _drift(to):
+    results, loaded, differences = _results(run, to), load(to), []
+    # Nobody listens there, or it is no app of this kind.
+    with suppress(httpx.TransportError, ValueError):
+        running = httpx.get(f"{loaded.url}/ready", timeout=5, trust_env=False).json()
+        differences = audit_apply.drift(loaded, running)
+    for difference in differences:
         err.print(f"the running app is not as the file said before: {difference}", **PLAIN)
     applied = audit_apply.apply(results, to)
     out.print(applied.diff, **PLAIN)
@@ -70,15 +75,3 @@ def _results(run: str, config: Path) -> Mapping[str, Any]:
     from ..config import load
 
     return asyncio.run(AuditClient(absolute(load(config).settings)).final_results(run))
-
-
-def _drift(config: Path) -> list[str]:
-    """What the app that the file is for has otherwise; nothing where it does not answer."""
-    from ..config import load
-    from .audit_apply import drift
-
-    loaded = load(config)
-    # Nobody listens there, or it is no app of this kind.
-    with suppress(httpx.TransportError, ValueError):
-        return drift(loaded, httpx.get(f"{loaded.url}/ready", timeout=5, trust_env=False).json())
-    return []

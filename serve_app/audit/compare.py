@@ -86,10 +86,6 @@ class Row:
     #: Whether a threshold is passed.
     is_failure: bool
 
-    @property
-    def change(self) -> float | None:
-        return None if self.after is None else self.after - self.before
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
@@ -298,6 +294,7 @@ def _number(value: float | None) -> str:
 
 def _change(row: Row) -> str:
     """Of times in percent."""
-    if row.change is None:
+    if row.after is None:
         return "-"
-    return f"{100 * row.change / row.before:+.1f}%" if row.figure in TIMES and row.before else f"{row.change:+.4g}"
+    change = row.after - row.before
+    return f"{100 * change / row.before:+.1f}%" if row.figure in TIMES and row.before else f"{change:+.4g}"

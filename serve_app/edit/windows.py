@@ -95,11 +95,6 @@ def _by_tflop(settings: WindowSettings) -> dict[Bucket, float]:
     return {bucket: forward_flops(*bucket) / 1e12 for bucket in settings.buckets}
 
 
-def _by_count(settings: WindowSettings) -> dict[Bucket, float]:
-    """1 a window, and so little for its TFLOP that they decide only between as many."""
-    return {bucket: 1 + tflop / 1e6 for bucket, tflop in _by_tflop(settings).items()}
-
-
 def _crop(cells: Cells, settings: WindowSettings) -> _Cover:
     return _in_one(cells, cells.reach, settings.context_px, settings)
 
@@ -109,7 +104,9 @@ def _resize(cells: Cells, settings: WindowSettings) -> _Cover:
 
 
 def _original(cells: Cells, settings: WindowSettings) -> _Cover:
-    return _finest(cells, settings, _by_count(settings), settings.max_windows + 0.5, _crop(cells, settings))
+    # 1 a window, and so little for its TFLOP that they decide only between as many.
+    prices = {bucket: 1 + tflop / 1e6 for bucket, tflop in _by_tflop(settings).items()}
+    return _finest(cells, settings, prices, settings.max_windows + 0.5, _crop(cells, settings))
 
 
 def _auto(cells: Cells, settings: WindowSettings) -> _Cover:

@@ -58,15 +58,12 @@ class Telea:
 
 def _inpaint(pixels: Pixels, mask: Pixels) -> Pixels:
     radius_px = max(_MIN_RADIUS_PX, max(mask.shape) // _WINDOW_PER_RADIUS_PX)
-    hole = _widened(mask, radius_px // 2 + 1)
+    taken_out, rim_px = (mask >= 128).astype(np.uint8), radius_px // 2 + 1
+    # The soft rim of what is taken out still has its colour, and would bleed into the hole.
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * rim_px + 1, 2 * rim_px + 1))
+    hole = np.asarray(cv2.dilate(taken_out, disc), np.uint8)
     if hole.all():
-        hole = (mask >= 128).astype(np.uint8)
+        hole = taken_out
     if hole.all():
         return np.broadcast_to(pixels.mean(axis=(0, 1)).astype(np.uint8), pixels.shape).copy()
     return np.asarray(cv2.inpaint(pixels, hole, radius_px, cv2.INPAINT_TELEA), np.uint8)
-
-
-def _widened(mask: Pixels, by_px: int) -> Pixels:
-    """The soft rim of what is taken out still has its colour, and would bleed into the hole."""
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * by_px + 1, 2 * by_px + 1))
-    return np.asarray(cv2.dilate((mask >= 128).astype(np.uint8), disc), np.uint8)

@@ -4,7 +4,6 @@ diffusers' own loader maps the file into memory and copies each tensor out of th
 page faults, and on a network disk small reads.
 """
 
-from collections.abc import Sequence
 from io import BufferedReader, FileIO
 from pathlib import Path
 
@@ -31,7 +30,11 @@ def read(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, torc
     Raises CorruptWeights, naming the file and what is wrong in it.
     """
     tensors = sorted(gguf_file.check(path), key=lambda tensor: tensor.offset)
-    landing = None if device.type == "cpu" else _landing(tensors, device)
+    landing = None
+    if device.type != "cpu":
+        # Tensors pass through it one by one: reading into memory that is there already is what is fast.
+        largest = max(tensor.size for tensor in tensors)
+        landing = torch.empty(largest, dtype=torch.uint8, pin_memory=device.type == "cuda")
     with timed("read", sum(t.size for t in tensors)), BufferedReader(FileIO(path), _CHUNK_BYTES) as file:
         found = {}
         for tensor in tensors:
@@ -39,12 +42,6 @@ def read(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, torc
             _fill(memory, file, tensor)
             found[tensor.name] = _wrapped(tensor, memory.to(device), dtype)
         return found
-
-
-def _landing(tensors: Sequence[gguf_file.Tensor], device: torch.device) -> torch.Tensor:
-    """Host memory that tensors pass through one by one: reading into memory that is there already is what is fast."""
-    largest = max(tensor.size for tensor in tensors)
-    return torch.empty(largest, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def _fill(memory: torch.Tensor, file: "BufferedReader[FileIO]", tensor: gguf_file.Tensor) -> None:

@@ -108,7 +108,9 @@ class Modulation(nn.Module):
     def _table(self, run: Conditions) -> _Table:
         if run.key not in self._kept:
             self._kept[run.key] = self._computed(run)
-            self._forget()
+            # The least recently used are forgotten, but never the newest.
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > _MAX_BYTES:
+                self._kept.popitem(last=False)
         self._kept.move_to_end(run.key)
         return self._kept[run.key]
 
@@ -121,11 +123,6 @@ class Modulation(nn.Module):
             time = timestep.expand(1).to(device, self._dtype) / 1000 * 1000
             inputs.append(functional.silu(self._embed(time, guidance, run.pooled)))
         return [linear.rows(inputs, device) for linear in self._linears]
-
-    def _forget(self) -> None:
-        """The least recently used, but never the newest."""
-        while len(self._kept) > 1 and sum(_bytes(table) for table in self._kept.values()) > _MAX_BYTES:
-            self._kept.popitem(last=False)
 
 
 def _to_host(linear: Any, dtype: torch.dtype) -> _Linear:

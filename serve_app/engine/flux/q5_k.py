@@ -35,7 +35,7 @@ def pack(weights: Floats) -> Bytes:
     below = np.maximum(-groups.min(-1), 0)
     d, scales = _six_bits((groups.max(-1) + below) / 31)
     dmin, minima = _six_bits(below)
-    quants = _quants(groups, d * scales, dmin * minima)
+    quants = _whole(groups + (dmin * minima)[..., None], (d * scales)[..., None], most=31)
     halves = [np.float16(unit).view(np.uint8).reshape(-1, 2) for unit in (d, dmin)]
     packed = np.concatenate([*halves, _pack_scales(scales, minima), _high_bits(quants), _low_bits(quants)], axis=-1)
     return packed.reshape(rows, -1)
@@ -45,10 +45,6 @@ def _six_bits(values: Floats) -> tuple[Floats, Bytes]:
     """`[n, 8]` values >= 0 as a unit `[n, 1]` (a float16 value) and whole multiples 0..63 of it."""
     unit = (values.max(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)
     return unit, _whole(values, unit, most=63)
-
-
-def _quants(groups: Floats, steps: Floats, minima: Floats) -> Bytes:
-    return _whole(groups + minima[..., None], steps[..., None], most=31)
 
 
 def _whole(values: Floats, unit: Floats, *, most: int) -> Bytes:
