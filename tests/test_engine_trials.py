@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from serve_app.engine import Engine, Window
 from serve_app.engine.flux.tiny import TinyWeights
-from serve_app.engine.painting import nobody_counts, paint_canvas, painting
+from serve_app.engine.painting import not_counted, paint_canvas, painting
 from serve_app.engine.pause import Pause
 from serve_app.engine.slot import Slot
 from serve_app.engine.stages import STAGES, split
@@ -67,7 +67,7 @@ def test_stages_are_never_negative_and_add_up(moments: list[int]) -> None:
 
 
 def events(
-    engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
+    engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = not_counted
 ) -> list[Any]:
     """All that a cell at a slot of its own tells."""
 
@@ -78,7 +78,7 @@ def events(
 
 
 def measure(
-    engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = nobody_counts
+    engine: Engine, request: EditRequest, trials: int, on_out_of_memory: Callable[[], None] = not_counted
 ) -> Measured:
     measured: Measured = events(engine, request, trials, on_out_of_memory)[-1]
     return measured

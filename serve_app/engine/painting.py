@@ -33,7 +33,7 @@ PROGRESS_S = 0.1
 _SEEDS = 2**63
 
 
-def nobody_counts() -> None:
+def not_counted() -> None:
     """An `on_out_of_memory` for those who do not."""
 
 
@@ -41,7 +41,7 @@ def paint_canvas(
     engine: Engine,
     request: EditRequest,
     on_step: Callable[[Progress], None],
-    on_out_of_memory: Callable[[], None] = nobody_counts,
+    on_out_of_memory: Callable[[], None] = not_counted,
 ) -> Images:
     """Paint the windows in order on a copy of the canvas; each sees what the ones before it left, and keeps its share.
     Windows of which nothing would be kept are left out.
@@ -131,7 +131,7 @@ def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Cal
 
 
 def painting(
-    engine: Engine, request: EditRequest, slot: Slot, on_out_of_memory: Callable[[], None] = nobody_counts
+    engine: Engine, request: EditRequest, slot: Slot, on_out_of_memory: Callable[[], None] = not_counted
 ) -> AsyncGenerator[Progress | Images, None]:
     """`paint_canvas` as `in_slot` runs it. It counts in the slot's usage."""
 

@@ -1,6 +1,6 @@
-"""The place at an engine: which job is in its hands, since when, and how busy jobs have kept it.
+"""An engine's one slot: which painting has it, since when, and how busy jobs have kept it.
 
-A job is a painting for somebody, or a cell of an audit, which goes behind all of those.
+A painting is a job's, or an audit cell's, which goes behind those of all jobs.
 """
 
 import asyncio
@@ -94,7 +94,8 @@ class Occupancy:
 
 
 class PriorityLock:
-    """Given to those ahead before those behind, and among equals in the order in which they ask. For one event loop."""
+    """A lock that is given to those ahead before those behind, and among equals in the order in which they ask. For one
+    event loop."""
 
     def __init__(self) -> None:
         self._is_free = True
@@ -110,7 +111,7 @@ class PriorityLock:
         try:
             await turn
         except BaseException:
-            # What cannot be canceled, and was not, has been given the place in this very moment.
+            # What cannot be canceled, and was not, has been given the lock in this very moment.
             if not turn.cancel() and not turn.cancelled():
                 self.release()
             raise
@@ -126,8 +127,8 @@ class PriorityLock:
 
 
 class Slot:
-    """One place: a pipeline keeps state between steps. Audit cells take it behind all jobs, one cell after the other,
-    and each for one painting at a time."""
+    """One painting at a time, because a pipeline keeps state between steps. Audit cells acquire it behind all jobs, one
+    cell after the other, and each for one painting at a time."""
 
     def __init__(self) -> None:
         self._lock = PriorityLock()
@@ -135,9 +136,9 @@ class Slot:
         self._occupancy: Occupancy | None = None
         #: What is undone when it leaves.
         self._undo = ExitStack()
-        #: In hand: painted, or waiting to be.
+        #: In flight: painted, or waiting to be.
         self.jobs = self.audits = 0
-        #: Jobs that have been given the place, ever.
+        #: Jobs that have ever been given the slot.
         self.jobs_begun = 0
         #: Its own: asyncio's threads may all be taken.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="painting")
@@ -164,9 +165,9 @@ class Slot:
 
     @asynccontextmanager
     async def audit_cell(self, most: int) -> AsyncIterator[None]:
-        """An audit cell is in hand inside, from when no other is painted. Raises ReplicaTaken, at once, where as many
-        are in hand as may be: up to `most` of what jobs leave of the place and one beside it, and one whatever jobs
-        there are."""
+        """An audit cell is in flight inside, from when no other is painted. Raises ReplicaTaken, at once, where as many
+        are in flight as may be: up to `most` of what jobs leave of the slot and one beside it, and one however many
+        jobs there are."""
         if self.audits >= min(most, max(1, 2 - self.jobs)):
             raise ReplicaTaken(f"audit cells in flight here: {self.audits}")
         with ExitStack() as undo:
@@ -176,7 +177,7 @@ class Slot:
                 yield
 
     async def acquire_behind(self) -> Occupancy:
-        """For one painting of the cell that is `audited`: behind all jobs that wait."""
+        """For one painting of an `audit_cell`: behind all jobs that wait."""
         with ExitStack() as undo:
             await self._lock.acquire(behind=True)
             undo.callback(self._lock.release)
@@ -188,7 +189,7 @@ class Slot:
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """When the painting has ended, and until this is left none begins."""
+        """Entered when the painting has ended; none begins inside."""
         await self._lock.acquire()
         try:
             yield

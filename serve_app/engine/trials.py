@@ -7,7 +7,7 @@ import numpy as np
 
 from ..models import EditRequest, Images, Measured, Progress, Trial
 from . import Engine
-from .painting import in_slot, nobody_counts, paint_canvas
+from .painting import in_slot, not_counted, paint_canvas
 from .slot import Occupancy, Slot
 
 
@@ -17,7 +17,7 @@ async def measuring(
     slot: Slot,
     trials: int,
     places: int,
-    on_out_of_memory: Callable[[], None] = nobody_counts,
+    on_out_of_memory: Callable[[], None] = not_counted,
 ) -> AsyncGenerator[Progress | Measured, None]:
     """Paint the request `trials` times, 1 or more, each as `in_slot` runs it: yields the progress over all of them, and
     at last the one Measured. It does not count in the slot's usage. The first painting is what a cold replica's first
@@ -28,7 +28,7 @@ async def measuring(
     once more, and later ones count, so that the cell ends under any load. A trial in which a window was begun again
     after it ran out of memory has both in its `wall_s`, and the one that was painted in its stages.
 
-    Raises ReplicaTaken, at once, where as many audit cells are in hand at the slot as may be, `places` at most;
+    Raises ReplicaTaken, at once, where as many audit cells are in flight at the slot as may be, `places` at most;
     otherwise as `paint_canvas`. Stopped as `in_slot` is.
     """
     cell = _Cell(trials)

@@ -1,4 +1,4 @@
-"""When a message is held back although nothing is wrong with it, and how often each has been."""
+"""Which messages are deferred because their variant has its share, and how often each message has been deferred."""
 
 import time
 from collections import Counter, OrderedDict
@@ -9,13 +9,13 @@ from ..errors import VariantNotReady
 from ..models import ImageModel
 from ..settings import Settings
 
-#: How long a message is held back at most whose variant paints and has its share, in seconds.
+#: The longest deferral of a message whose variant paints and has its share, in seconds.
 RETRY_S = 1.0
 
 
 class Admission:
-    """Keeps one variant's messages from holding every place of this process: one that cannot paint now has what its own
-    replicas could use, one that paints leaves a place to each of the others. What is over waits with the broker."""
+    """Keeps one variant's messages from taking every slot of this process: one that cannot paint now has what its own
+    replicas could use, one that paints leaves a slot to each of the others. What is over waits with the broker."""
 
     def __init__(self, models: Mapping[str, ImageModel], settings: Settings) -> None:
         self._models, self._settings = models, settings
@@ -25,7 +25,7 @@ class Admission:
     def admitted(self, variant: str) -> Iterator[None]:
         """Raises VariantNotReady where the share is used up."""
         if variant not in self._settings.variants:
-            # It fails at once, and names that anybody may make up are not kept.
+            # It fails at once, and made-up names are not kept.
             yield
             return
         share = self._share(variant)
@@ -48,10 +48,10 @@ class Admission:
 
 
 class Deferrals:
-    """How often, and for how long, each message was held back without using an attempt. Per process, and bounded."""
+    """How often, and for how long, each message was deferred without using an attempt. Per process, and bounded."""
 
     def __init__(self, at_most: int = 10_000) -> None:
-        #: Times and the first one's moment on the monotonic clock, the least recently held back first.
+        #: Times and the first one's moment on the monotonic clock, the least recently deferred first.
         self._deferred: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._at_most = at_most
 
@@ -64,7 +64,7 @@ class Deferrals:
         return times + 1
 
     def waited_s(self, message_id: str) -> float:
-        """Seconds since it was first held back."""
+        """Seconds since it was first deferred."""
         now = time.monotonic()
         return now - self._deferred.get(message_id, (0, now))[1]
 

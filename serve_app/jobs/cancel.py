@@ -1,4 +1,4 @@
-"""Cancelling: one job, or whatever a session has, its waiting messages included."""
+"""Cancelling: one job, or all that a session has, its waiting messages included."""
 
 from collections.abc import Sequence
 from contextlib import suppress

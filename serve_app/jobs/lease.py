@@ -213,7 +213,7 @@ async def _stop(task: asyncio.Future[Any]) -> None:
         task.cancel()
         await asyncio.wait({task})
     if not task.cancelled():
-        # Looked at, so that asyncio does not complain of an exception nobody read.
+        # Read, so that asyncio does not warn of an exception never retrieved.
         task.exception()
 
 

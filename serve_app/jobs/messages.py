@@ -155,7 +155,7 @@ class PushEnvelope(BaseModel):
 
 
 def parse_edit(data: bytes, *, max_bytes: int) -> tuple[EditMessage, list[str]]:
-    """The message in `data`, and the first few names of fields nobody here knows.
+    """The message in `data`, and the first few names of unknown fields.
 
     Raises MalformedMessage, which names the first field at fault.
     """

@@ -45,7 +45,7 @@ AT_ONCE: Mapping[Notification, int] = {"session": 32, "completion": 32, "webhook
 POLL_S = 2.0
 #: Those sent within this are noted by one write; one that takes longer, by its own.
 BATCH_WINDOW_S = 0.5
-#: Jobs looked at beyond those that a lane has places for: of receivers that the settings name no longer.
+#: Jobs looked at beyond those that a lane has slots for: of receivers that the settings name no longer.
 BATCH = 100
 
 
@@ -112,9 +112,9 @@ class Notifier:
             await asyncio.sleep(self._poll_s * random.uniform(0.8, 1.2))
 
     async def send_due(self) -> None:
-        """Take on what is due now, as far as there are places, and begin to tell it. Raises StoreUnavailable."""
+        """Take what is due now, as far as there are slots, and begin to send it. Raises StoreUnavailable."""
         now = await self._jobs.now()
-        # Each lane's own, and no more than it has places for: what is owed to a dead receiver may be any number.
+        # Each lane's own, and no more than it has slots for: what is owed to a dead receiver may be any number.
         for lane in self._lanes:
             if free := self._in_flight.free(lane):
                 await self._look(now, free, notification=lane.kind, receiver=lane.receiver)
@@ -313,5 +313,5 @@ class _InFlight:
     def end(self, job: Job, kind: Notification) -> None:
         self._sending.discard((job.id, kind))
         self._taken[_Lane.of(job, kind)] -= 1
-        # Nothing is kept of a receiver that nobody calls.
+        # Nothing is kept of a receiver that is not called.
         self._taken = +self._taken

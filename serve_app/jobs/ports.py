@@ -78,13 +78,13 @@ class Delivery:
     attributes: Mapping[str, str]
     message_id: str
     publish_time: datetime | None = None
-    #: Why it is no message, where that is known already; `data` is then whatever came.
+    #: Why it is no message, where that is known already; `data` is then the raw body.
     fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What becomes of the message: acknowledged, or held back for `delay_s` seconds; 0 gives it back at once."""
+    """What becomes of the message: acknowledged, or deferred for `delay_s` seconds; 0 returns it at once."""
 
     action: Literal["ack", "defer"]
     delay_s: float = 0.0
@@ -100,7 +100,7 @@ class SourceStatus:
     connected: bool
     #: Why not, for a person.
     error: str = ""
-    #: Messages in hand.
+    #: Messages in flight.
     held: int = 0
 
 
@@ -116,7 +116,7 @@ class MessageSource(Protocol):
         """
 
     async def close(self, *, grace_s: float) -> None:
-        """Stop taking messages, wait up to `grace_s` for those in hand, cancel the rest and give them back."""
+        """Stop taking messages, wait up to `grace_s` for those in flight, cancel the rest and return them."""
 
     def status(self) -> Mapping[str, SourceStatus]:
         """By subscription."""
@@ -137,7 +137,7 @@ class Publisher(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeadLetter:
-    """A message of the dead-letter topic, in hand until it is acknowledged or given back."""
+    """A message of the dead-letter topic, leased until it is acknowledged or returned."""
 
     #: The original message: its data and attributes, the reasons (`deadLetter…`) among them.
     delivery: Delivery
@@ -149,7 +149,7 @@ class DeadLetters(Protocol):
     """The subscription that keeps the dead letters. Every method raises BrokerUnavailable."""
 
     async def pull(self, limit: int) -> Sequence[DeadLetter]:
-        """Up to `limit`, in hand for a minute; none where there are none."""
+        """Up to `limit`, leased for a minute; none where there are none."""
 
     async def acknowledge(self, letters: Sequence[DeadLetter]) -> None: ...
 

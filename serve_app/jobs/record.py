@@ -158,13 +158,13 @@ _NOT_YET = datetime.fromtimestamp(0, UTC)
 
 
 class Due(_Value):
-    """Something a job still has to tell."""
+    """When a notification that a job owes is to be sent."""
 
-    #: Not to be told before.
+    #: Not before.
     due_at: AwareDatetime
-    #: How often telling was begun by somebody who found it due.
+    #: How often sending was begun by a process that found it due.
     attempts: int = 0
-    #: Who began last.
+    #: The process that began last, by a name used once.
     taken_by: str = ""
 
 

@@ -309,7 +309,7 @@ class Worker:
         return await self._conclude(await self._update(job, change), delivery)
 
     async def _lost(self, job: Job, delivery: Delivery) -> Verdict:
-        """The claim is over: somebody canceled the job, or another worker has it or ended it."""
+        """The claim is over: the job was canceled, or another worker has it or ended it."""
         stored = await self._jobs.get(job.id)
         if stored is not None and stored.status == State.CANCELED:
             return await self._conclude(stored, delivery)

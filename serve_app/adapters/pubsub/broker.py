@@ -139,7 +139,7 @@ class Subscription:
             self._ready.append(Queued(message))
 
     def take(self, most: int, stream: Stream | None) -> list[Lease]:
-        """Up to `most` due messages, leased to `stream` as far as it has room, or to nobody in particular."""
+        """Up to `most` due messages, leased to `stream` as far as it has room, or to no stream."""
         self._promote()
         leases: list[Lease] = []
         while self._ready and len(leases) < most and (stream is None or stream.has_room):

@@ -1,6 +1,6 @@
 """A Pub/Sub server for one machine, inside the app: google-cloud-pubsub's own client talks to it over gRPC.
 
-It keeps everything in memory, listens on loopback only and asks nobody who they are. What it can do is in
+It keeps everything in memory, listens on loopback only and authenticates no client. What it can do is in
 `pubsub_calls`, its queues are in `pubsub_broker`.
 """
 

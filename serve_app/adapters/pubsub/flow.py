@@ -1,4 +1,4 @@
-"""FlowControl for messages in hand, and who is given the next one.
+"""Flow control: slots for messages in flight, and which message is given the next one.
 
 While messages of several priorities wait, a slot goes to the longest-waiting of the highest priority. Every `TURN`th
 slot goes to the longest-waiting of the others instead, so that none starves.
@@ -38,7 +38,7 @@ class _Waiter:
 
 
 class FlowControl:
-    """As many as `count`; for one event loop."""
+    """`count` slots. For one event loop."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 EXTENSIONS_PER_LEASE = 4
 #: Pub/Sub holds a message back for no longer, in seconds.
 MAX_DEFER_S = 600
-#: How long a message is held back whose handler raised, in seconds.
+#: How long a message is deferred whose handler raised, in seconds.
 ERROR_DEFER_S = 5.0
 #: How long a pull waits for messages, in seconds.
 PULL_S = 20.0
