@@ -40,7 +40,7 @@ from serve_app.parameters import AuditRequest, Matrix
 
 from .audit_rig import job_store_at
 from .backends import make_job
-from .rig import Clock, Outage
+from .rig import BlobOutage, Clock, Outage
 
 MATRIX = Matrix(variants=("telea",), guidance_scales=(2.0, 4.0))
 REQUEST = AuditRequest(user_id="u", session_id="s", matrix=MATRIX)
@@ -175,6 +175,38 @@ async def test_a_driver_whose_beginning_and_end_were_not_answered_has_begun_and_
     assert (await store.finish(claims.claim_of(job), AuditStatus.SUCCEEDED)).finished_at == then
 
 
+@IN_MEMORY
+async def test_a_run_whose_making_was_not_answered_is_made_once(job_store: JobStore, blobs: BlobStore) -> None:
+    deaf = Outage(job_store, StoreUnavailable)
+    store = AuditStore(deaf, blobs)
+
+    async def lost() -> None:
+        raise StoreUnavailable("no answer")
+
+    deaf.after["update"] = lost
+    made = await store.create(REQUEST, "run")
+    assert (made.status, made.attempt) == (AuditStatus.QUEUED, 1)
+    await store.fail("run", 1, AuditFault(code="x", message="y"))
+    deaf.after["update"] = lost
+    again = await store.resume("run")
+    assert (again.status, again.attempt) == (AuditStatus.QUEUED, 2)
+    assert not deaf.after
+
+
+@IN_MEMORY
+async def test_a_blob_store_that_is_away_leaves_no_run_without_its_job(job_store: JobStore, blobs: BlobStore) -> None:
+    away = BlobOutage(blobs, StoreUnavailable)
+    away.only = {"get"}
+    away.is_down = True
+    store = AuditStore(job_store, away)
+    made = await store.create(REQUEST, "run")
+    failed = await job_store.update("run", "", lambda job, *_: (job.evolve(status=record.State.FAILED),) if job else ())
+    assert made.attempt == 1
+    with pytest.raises(StoreUnavailable):
+        await store.resume("run")
+    assert await job_store.get("run") == failed
+
+
 # -- one run at a time
 
 
@@ -205,6 +237,15 @@ async def test_an_id_that_is_taken_is_refused(store: AuditStore) -> None:
     await store.finish(await begun(store), AuditStatus.SUCCEEDED)
     with pytest.raises(AuditExists, match="resume it, or take another id"):
         await store.create(REQUEST, "run")
+
+
+async def test_an_id_whose_record_is_gone_and_whose_blobs_are_not_is_refused(
+    store: AuditStore, blobs: BlobStore, job_store: JobStore
+) -> None:
+    await RunFiles(blobs, "run", Confirmed()).keep_cell(cell_result())
+    with pytest.raises(AuditExists, match="audit/run/ holds the blobs of another run"):
+        await store.create(REQUEST, "run")
+    assert await job_store.get("run") is None
 
 
 async def test_a_run_that_is_over_is_in_nobodys_way(store: AuditStore) -> None:

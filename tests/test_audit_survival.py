@@ -380,6 +380,18 @@ async def test_a_stored_cell_has_its_picture() -> None:
     assert all(is_there for _, is_there in seen)
 
 
+async def test_a_stored_cell_of_other_parameters_is_painted() -> None:
+    rig = AuditRig()
+    rig.replicas.errors["b_gs4"] = [OutOfMemory("none left")]
+    await rig.run()
+    cell = (await rig.cells())["a_gs2"]
+    other = cell.model_copy(update={"cell": cell.cell.model_copy(update={"steps": 8})})
+    await rig.plain.put(cell_path("run", "a_gs2"), other.model_dump_json().encode(), content_type="application/json")
+    again = rig.beside()
+    assert (await again.resume()).status == AuditStatus.SUCCEEDED
+    assert sorted(again.replicas.begun) == ["a_gs2", "b_gs4"]
+
+
 async def test_a_resume_on_another_photo_is_refused() -> None:
     rig = AuditRig()
     rig.replicas.errors["b_gs4"] = [OutOfMemory("none left")]

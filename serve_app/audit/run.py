@@ -226,7 +226,7 @@ class Auditor:
         stored = await self._patiently(partial(read_cells, self._blobs, run.record.audit.id))
         cells = {run.request.matrix.name(cell): cell for cell in run.request.matrix.cells()}
         for name, result in stored.items():
-            if name in cells and result.status == "succeeded":
+            if result.cell == cells.get(name) and result.status == "succeeded":
                 run.results[name] = result
                 run.record.cell(name, progress_of(result))
         # An earlier attempt's recommendation knew less.

@@ -8,18 +8,27 @@ the blob store (`files.py`), where only its claim's holder writes.
 import asyncio
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 
 from ..blobs import BlobStore
-from ..errors import AuditExists, AuditRunning, Canceled, IllegalTransition, InputError, StaleClaim, UnknownAudit
+from ..errors import (
+    AuditExists,
+    AuditRunning,
+    Canceled,
+    IllegalTransition,
+    InputError,
+    StaleClaim,
+    StoreUnavailable,
+    UnknownAudit,
+)
 from ..jobs import claims
 from ..jobs.claims import Claim
 from ..jobs.ports import JobStore
 from ..jobs.record import Cause, Job, JobError, State
 from ..parameters import AuditRequest, is_run_id
 from .files import read_findings
-from .record import Audit, AuditFault, AuditStatus, CellProgress, Findings
+from .record import Audit, AuditFault, AuditStatus, CellProgress, Findings, folder
 
 #: From asking for a job to its first write: Ray starts a driver, which imports torch.
 LAUNCH_S = 300.0
@@ -46,13 +55,16 @@ class AuditStore:
         return await self._jobs.now()
 
     async def create(self, request: AuditRequest, run_id: str | None = None, *, several: bool = False) -> Audit:
-        """A queued run. Raises InputError for an id that is none; AuditExists for one that is taken; AuditRunning while
-        another run is alive, unless `several` may be. A dead run that is not over fails here."""
+        """A queued run. Raises InputError for an id that is none; AuditExists for one that is taken, also where only
+        blobs are left of its run; AuditRunning while another run is alive, unless `several` may be. A dead run that is
+        not over fails here."""
         if run_id is not None and not is_run_id(run_id):
             raise InputError("run_id: 1 to 64 letters, digits, - and _ make one")
         run_id = run_id or f"audit-{uuid.uuid4().hex[:8]}"
+        left = [info.path async for info in self._blobs.list(folder(run_id))]
         new = Job(
             id=run_id,
+            claimed_by=uuid.uuid4().hex,
             user_id=request.user_id,
             session_id=request.session_id,
             lock_key=run_id if several else _LOCK_KEY,
@@ -60,25 +72,38 @@ class AuditStore:
         )
 
         def created(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if stored is not None and stored.claimed_by == new.claimed_by:
+                return ()
             if stored is not None:
                 raise AuditExists(f"there is a run {run_id} already; resume it, or take another id", run_id=run_id)
+            if left:
+                what = f"{folder(run_id)}/ holds the blobs of another run of this id; take another id"
+                raise AuditExists(what, run_id=run_id)
             return (_launching(new.evolve(created_at=now), now), *_out_of_the_way(rivals, now))
 
-        return await self._composed(await self._jobs.update(run_id, new.lock_key, created))
+        # Of a new run there are no findings. Reading might fail, and leave a run that is in the way and never launched.
+        return composed(await _answered(lambda: self._jobs.update(run_id, new.lock_key, created)), Findings())
 
     async def resume(self, run_id: str, *, several: bool = False) -> Audit:
         """The run, queued again as a further attempt: what succeeded stays. Raises AuditRunning while it, or another
         one, is alive."""
         key = run_id if several else _LOCK_KEY
+        mark = uuid.uuid4().hex
+        await self._job(run_id)
+        # Before anything is stored, as in `create`.
+        findings = await read_findings(self._blobs, run_id)
 
         def resumed(job: Job, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+            if job.claimed_by == mark:
+                return ()
             if _is_alive(job, now):
                 raise AuditRunning(f"{run_id} is {job.status}", run_id=run_id)
             ended = job if job.status.is_final else _died(job, now)
-            again = ended.after(Cause.RESUMED, now, fence=ended.fence + 1, error=None, lock_key=key)
+            fresh = {"error": None, "lock_key": key, "claimed_by": mark}
+            again = ended.after(Cause.RESUMED, now, fence=ended.fence + 1, **fresh)
             return (_launching(again, now), *_out_of_the_way(rivals, now))
 
-        return await self._changed(run_id, resumed, key)
+        return composed(await _answered(lambda: self._updated(run_id, resumed, key)), findings)
 
     async def begin(self, run_id: str, attempt: int, *, lease_s: float) -> Job:
         """For the driver: the run is its own from here on. Raises StaleClaim where a later attempt has been made;
@@ -209,6 +234,14 @@ def composed(job: Job, findings: Findings) -> Audit:
         alive_until=job.lease_until,
         error=AuditFault(**job.error.model_dump()) if job.error and not is_incomplete else None,
     )
+
+
+async def _answered(update: Callable[[], Awaitable[Job]]) -> Job:
+    """What `update` returns. It is made a second time where the answer was lost, and must know its own job by then."""
+    try:
+        return await update()
+    except StoreUnavailable:
+        return await update()
 
 
 def _audit(job: Job | None, run_id: str) -> Job:
