@@ -53,6 +53,8 @@ class Config:
     inference: Inference
     host: str
     port: int
+    #: The app's name in Serve.
+    app: str
 
     @property
     def url(self) -> str:
@@ -73,6 +75,7 @@ def load(path: Path) -> Config:
         inference=Inference.model_validate(_user_config(app, settings)),
         host=http.host,
         port=http.port,
+        app=app.get("name", ServeApplicationSchema.model_fields["name"].default),
     )
 
 

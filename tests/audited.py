@@ -156,6 +156,9 @@ class Published:
         url = f"memory:audited-{next(_STORES)}"
         self.blobs = MemoryBlobStore(url, "http://127.0.0.1:8000")
 
+    async def confirm(self) -> None:
+        """The claim holds."""
+
     async def keep(self, results: Sequence[CellResult], photo: Pixels, mask: Pixels) -> None:
         """A picture for each cell that has one: the mask filled, by a radius of its own."""
         for radius, one in enumerate(results, 2):
@@ -165,7 +168,7 @@ class Published:
                 await self.blobs.put(one.image_path, data, content_type="image/png")
 
     async def publish(self, run: Audit, results: Sequence[CellResult], photo: Pixels, mask: Pixels) -> None:
-        await publish(run, results, photo, mask, blobs=self.blobs, clock=lambda: NOW)
+        await publish(run, results, photo, mask, blobs=self.blobs, confirm=self.confirm, clock=lambda: NOW)
 
     async def read(self, run: Audit, name: str) -> str:
         data, _ = await self.blobs.get(f"audit/{run.id}/{name}", max_bytes=100_000_000)

@@ -13,12 +13,13 @@ from pydantic import ValidationError
 
 from serve_app.audit import runs
 from serve_app.audit.record import Audit, AuditFault, AuditStatus, CellProgress, CompileVerdict, MemoryReading
-from serve_app.audit.store import AuditStore
+from serve_app.audit.store import LAUNCH_S, AuditStore
 from serve_app.http.app import create_app
 from serve_app.http.audits import MAX_BODY_BYTES
 from serve_app.parameters import AuditRequest, Cell, Matrix
 
-from .audit_jobs import Driver
+from .audit_jobs import Driver, never_ends
+from .backends import until
 from .http_service import Process, long
 from .rig import SESSION, USER, Rig
 
@@ -644,12 +645,30 @@ async def test_a_job_that_nobody_knows_is_dead_once_it_is_silent(site: Site) -> 
     assert (seen["status"], seen["error"]["code"]) == ("failed", "job_died")
 
 
-async def test_a_job_that_runs_and_cannot_write_is_not_dead(site: Site) -> None:
-    run_id = await site.started()
-    site.process.rig.clock.advance(ALIVE_S)
-    assert (await site.client.get(f"/audits/{run_id}")).json()["status"] == "running"
+@pytest.mark.parametrize(("has_begun", "silent_s"), [(True, ALIVE_S), (False, LAUNCH_S)])
+async def test_a_job_that_goes_and_is_silent_is_dead_once_its_time_is_over(
+    site: Site, has_begun: bool, silent_s: float
+) -> None:
+    if not has_begun:
+        site.process.jobs.work = never_ends
+    waiting = asyncio.create_task(site.post(run_id="run-1"))
+    await until(lambda: site.process.jobs.tasks)
+    if has_begun:
+        await site.until("run-1", AuditStatus.RUNNING)
+    site.process.rig.clock.advance(silent_s - 1)
+    assert (await site.client.get("/audits/run-1")).json()["status"] == ("running" if has_begun else "queued")
+    site.process.rig.clock.advance(1)
+    assert problem_code(await waiting) == "job_died"
+
+
+async def test_a_run_that_failed_has_no_report_of_an_earlier_attempt(site: Site) -> None:
+    site.may_end.set()
+    site.ends_as = AuditStatus.INCOMPLETE
+    assert (await site.post(run_id="run-1")).json()["report_path"]
     site.process.jobs.is_down = True
-    assert (await site.client.get(f"/audits/{run_id}")).json()["status"] == "failed"
+    await site.client.post("/audit", json=resume())
+    seen = (await site.client.get("/audits/run-1")).json()
+    assert (seen["status"], seen["report_path"], seen["report_url"]) == ("failed", None, None)
 
 
 # -- canceling
@@ -708,6 +727,32 @@ async def test_an_audit_that_waits_for_its_job_is_canceled_at_once(site: Site) -
     async with asyncio.timeout(10):
         await asyncio.gather(site.process.jobs.tasks["fluxfill-audit-run-1"], return_exceptions=True)
     assert site.process.jobs.tasks["fluxfill-audit-run-1"].cancelled()
+
+
+async def test_a_driver_that_begins_as_the_cancel_comes_has_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "GRACE_S", 0.05)
+    begins = asyncio.Event()
+
+    async def late(audit: Audit) -> None:
+        await begins.wait()
+        await site.job(audit)
+
+    async def begin() -> None:
+        begins.set()
+        await site.until("run-1", AuditStatus.RUNNING)
+
+    site.process.jobs.work = late
+    graces: list[float] = []
+
+    async def stop(audit: Audit, grace_s: float) -> None:
+        graces.append(grace_s)
+
+    monkeypatch.setattr(site.process.audits, "_stop", stop)
+    await site.post(headers=ASYNC, run_id="run-1")
+    site.process.rig.jobs.before["update"] = begin
+    await site.client.post("/audits/run-1/cancel")
+    await site.process.audits.stopped()
+    assert graces == [0.05]
 
 
 async def test_a_job_that_cannot_be_stopped_is_logged(site: Site, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from deployments.audit_job import RayJobs
 from deployments.cli import audit_client, audit_screen, audits, main
 from deployments.cli.audit_demo import PART, sample, window_sizes
+from deployments.client import Client
 from deployments.config import load
 from deployments.own_ray import free_port
 from serve_app import adapters
@@ -46,7 +48,7 @@ from serve_app.parameters import AuditRequest, Cell
 from serve_app.settings import Settings
 
 from .audit_jobs import Driver, LocalJobs
-from .backends import until
+from .backends import make_job, until
 from .rig import jpeg, line_mask, photo, png
 from .test_cli import SOUND, Command, Ended, settings_in, write_config
 
@@ -162,7 +164,7 @@ def bench(tmp_path: Path, fluxfill: Command, monkeypatch: pytest.MonkeyPatch) ->
     for name, data in ((INPUTS["original"], jpeg(photo())), (INPUTS["mask"], png(line_mask()))):
         asyncio.run(blobs.put(session_path("u", "s", name), data, content_type="image/png"))
     store, jobs = AuditStore(adapters.job_store(settings.jobs), blobs), LocalJobs()
-    monkeypatch.setattr(audits, "_launcher", lambda address: jobs)
+    monkeypatch.setattr(audits, "_launcher", lambda address, config: jobs)
     monkeypatch.setattr(audit_client, "POLL_S", 0.01)
     monkeypatch.setattr(audit_client, "JOB_EVERY", 4)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -424,6 +426,25 @@ def test_audits_are_not_among_the_jobs(bench: Bench) -> None:
     for command in ("show", "cancel"):
         ended = bench.fluxfill("jobs", command, "one", "-c", bench.config)
         assert (ended.status, ended.err) == (1, "unknown_job: there is no job one\n")
+
+
+async def test_so_many_jobs_are_listed_however_many_audits_are_newer(bench: Bench) -> None:
+    jobs, client = adapters.job_store(bench.settings.jobs), Client(bench.settings)
+    for number in range(3):
+        edit = make_job(f"edit-{number}", session_id=f"s{number}")
+        await jobs.update(edit.id, edit.lock_key, lambda _, _rivals, now, edit=edit: (edit.evolve(created_at=now),))
+    for number in range(3):
+        await bench.store.create(request_of(bench), f"run-{number}", several=True)
+    assert [job.id for job in await client.list(limit=2, status=None)] == ["edit-2", "edit-1"]
+    assert [job.id for job in await client.list(limit=20, status=None)] == ["edit-2", "edit-1", "edit-0"]
+
+
+def test_the_job_is_told_which_app_the_config_names(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    config.write_text(config.read_text().replace("name: fluxfill", "name: other", 1))
+    launcher = audits._launcher("http://127.0.0.1:1", config)
+    assert isinstance(launcher, RayJobs)
+    assert launcher._app == "other"
 
 
 def test_the_report_is_fetched(bench: Bench, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from serve_app.audit.report import chart
 from serve_app.audit.report.columns import columns
 from serve_app.audit.report.pictures import SIDE_PX, Frame, shown_box, tinted
 from serve_app.audit.report.publish import _TEMPLATES, publish
-from serve_app.errors import StoreUnavailable
+from serve_app.errors import StaleClaim, StoreUnavailable
 from serve_app.models import Box
 from serve_app.parameters import AuditRequest, Matrix
 
@@ -356,7 +356,7 @@ async def test_no_link_ends_before_the_report_says(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(report.blobs, "link", slow)
     photo, mask = audited.photo_and_mask()
-    await publish(run, audited.results(), photo, mask, blobs=report.blobs, clock=lambda: now)
+    await publish(run, audited.results(), photo, mask, blobs=report.blobs, confirm=report.confirm, clock=lambda: now)
     said = re.search(r'<time datetime="([^"]+)"', await report.read(run, "report.html"))
     ends = re.findall(r"\?until=(\d+)", await report.read(run, "results.json"))
     assert said and len(ends) == 15
@@ -384,6 +384,21 @@ async def test_a_picture_that_cannot_be_read_back_is_named_and_stops_nothing() -
     assert "does not exist" in page and "the picture is 240x179, the photo 240x180" in page
     assert page.count("Picture unreadable") == 3
     assert page.count("data:image/jpeg") == len(results) - 3 + 2
+
+
+async def test_a_claim_that_ends_meanwhile_leaves_the_rest_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, results, report = audited.audit(), audited.results(), audited.Published()
+    held = iter([None, None])
+
+    async def confirm() -> None:
+        if next(held, "over"):
+            raise StaleClaim("the claim is over")
+
+    monkeypatch.setattr(report, "confirm", confirm)
+    with pytest.raises(StaleClaim):
+        await report.publish(run, results, *audited.photo_and_mask())
+    written = [info.path async for info in report.blobs.list(f"audit/{run.id}")]
+    assert written == [f"audit/{run.id}/results.csv", f"audit/{run.id}/results.json"]
 
 
 async def test_a_store_that_is_away_is_said_to_be_away() -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve_app.audit.record import Audit, AuditStatus, CompileVerdict, cell_path, folder, image_path
+from serve_app.audit.record import Audit, AuditStatus, CompileVerdict, cell_path, findings_path, folder, image_path
 from serve_app.edit.session import session_path
 from serve_app.errors import IllegalTransition, OutOfMemory, StaleClaim, StoreUnavailable
 from serve_app.jobs.lease import Pace
@@ -196,6 +197,23 @@ async def test_an_error_that_nobody_foresaw_fails_the_run_and_is_raised() -> Non
     assert audit.status == AuditStatus.FAILED
     assert audit.error is not None
     assert audit.error.message == "ZeroDivisionError: by zero"
+
+
+@pytest.mark.parametrize(("method", "code"), [("get", "store_unavailable"), ("put", "missing_input")])
+async def test_a_run_whose_findings_cannot_be_had_or_written_is_over_and_says_why(method: str, code: str) -> None:
+    rig = AuditRig(pace=replace(QUICK, outage_s=0.05))
+    audit = await rig.queued()
+
+    def away(called: str, path: str) -> None:
+        if called == method and path == findings_path("run"):
+            raise StoreUnavailable(f"no {called}")
+
+    rig.blobs.before = away
+    with suppress(StoreUnavailable):
+        await rig.auditor.run(audit.id, audit.attempt)
+    ended = await rig.store.get("run")
+    assert ended.status == AuditStatus.FAILED and ended.error is not None
+    assert ended.error.code == code
 
 
 # -- outages and kills

@@ -73,7 +73,7 @@ def audit(
         raise typer.BadParameter(f"{e}; see fluxfill audit --help") from e
     _take_tokens()
     settings = _settings(config)
-    client = AuditClient(settings, _launcher(address))
+    client = AuditClient(settings, _launcher(address, config))
     if asked.resume is None:
         begun = client.runs.start(asked.request(settings.audit), asked.run_id)
     else:
@@ -156,7 +156,7 @@ async def _shown(client: AuditClient, run: str, options: str) -> None:
 def cancel(run: RunArgument, address: AddressOption = ADDRESS, config: ConfigOption = CONFIG) -> None:
     """Cancel a run: it stops within a denoising step, or by force after half a minute. Finished cells stay."""
     _take_tokens()
-    canceled = asyncio.run(AuditClient(_settings(config), _launcher(address)).cancel(run))
+    canceled = asyncio.run(AuditClient(_settings(config), _launcher(address, config)).cancel(run))
     out.print(f"{run} is {canceled.status}", **PLAIN)
 
 
@@ -206,10 +206,11 @@ def _take_tokens() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _launcher(address: str) -> AuditLauncher:
+def _launcher(address: str, config: Path) -> AuditLauncher:
     from ..audit_job import RayJobs
+    from ..config import load
 
-    return RayJobs(address)
+    return RayJobs(address, app=load(config).app)
 
 
 def _settings(config: Path) -> Settings:

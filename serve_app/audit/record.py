@@ -197,6 +197,8 @@ class Audit(Findings):
     status: AuditStatus = AuditStatus.QUEUED
     #: Counts the jobs that worked on it: one, and one more for each resume.
     attempt: int = 1
+    #: Whether the driver of this attempt has, by the end of a run that is over.
+    has_begun: bool = False
     created_at: datetime
     finished_at: datetime | None = None
     #: Until when its driver is taken for alive without a sign of it; None where the run is over.

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ..blobs import BlobStore
 from ..clock import Clock
 from ..engine.weights import lock
-from ..errors import AuditError, Canceled, FluxFillError, StaleClaim
+from ..errors import AuditError, Canceled, FluxFillError, StaleClaim, StoreUnavailable
 from ..jobs import claims
 from ..jobs.claims import Claim
 from ..jobs.lease import Lease, retry_unavailable
@@ -112,10 +112,14 @@ class Auditor:
             begin = partial(self._store.begin, run_id, attempt, lease_s=work.lease_s)
             job = await self._patiently(begin)
             held = Lease(job, store=self._jobs, work=work, claimed_at=claimed_at, pace=self._pace.lease)
-            audit = await self._patiently(partial(self._store.get, run_id))
+            claim = claims.claim_of(job)
+            try:
+                audit = await held.guard(self._patiently(partial(self._store.get, run_id)))
+            except FluxFillError as e:
+                return await self._patiently(partial(self._store.finish, claim, AuditStatus.FAILED, fault(e)))
             log.info("Begun: %d cells", len(audit.cells), extra={"action": "audit_begun"})
             files = RunFiles(self._blobs, run_id, held.confirm)
-            run = _Run(Record(files, audit, self._pace.write_s), claims.claim_of(job))
+            run = _Run(Record(files, audit, self._pace.write_s), claim)
             audit = await self._ended(run, held)
             extra = {"action": "audit_ended", "status": audit.status, "code": audit.error and audit.error.code}
             log.info("The audit is %s", audit.status, extra=extra)
@@ -242,13 +246,19 @@ class Auditor:
     async def _publish(self, run: _Run, audit: Audit) -> None:
         if run.session is None or run.verdicts is None:
             return
-        await self._patiently(run.record.files.confirm)
         photo, mask = run.session.photo.pixels, run.session.mask
         results = list(run.results.values())
-        await self._patiently(partial(publish, audit, results, photo, mask, blobs=self._blobs))
+        written = partial(publish, blobs=self._blobs, confirm=run.record.files.confirm)
+        await self._patiently(partial(written, audit, results, photo, mask))
 
     async def _finish(self, run: _Run, status: AuditStatus, error: AuditFault | None = None) -> Audit:
-        await self._patiently(run.record.write)
+        try:
+            await self._patiently(run.record.write)
+        except StoreUnavailable as e:
+            if error is None:
+                raise
+            # The job store is to hear why the run failed, whatever becomes of its findings.
+            log.warning("The findings could not be written: %s", e, extra={"action": "audit_write_failed"})
         return await self._patiently(partial(self._store.finish, run.claim, status, error))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:

@@ -104,9 +104,11 @@ class Audits:
         if state in _ENDED:
             why = f"its job has {state} before the run was over; its log says more"
             return await self._store.fail(run_id, audit.attempt, AuditFault(code=JOB_DIED, message=why))
-        # A job that runs and cannot write is not dead; nor is one that nobody knows here while it renews its lease: it
-        # may have been submitted by hand.
-        return audit if state in _GOING else await self._store.fail_if_dead(run_id)
+        # Ray is not asked further: a job that renews its lease may have been submitted by hand, and one that cannot
+        # renew it stops by itself.
+        if audit.alive_until is not None and await self._store.now() < audit.alive_until:
+            return audit
+        return await self._store.fail_if_dead(run_id)
 
     async def wait(self, run_id: str) -> Audit:
         """The run when it is over, or as it is when this process is about to end."""
@@ -123,10 +125,9 @@ class Audits:
     async def cancel(self, run_id: str) -> Audit:
         """The run, over: its job is given time to end by itself, and then stopped. Raises IllegalTransition where the
         run was over before."""
-        has_begun = (await self._store.get(run_id)).status == AuditStatus.RUNNING
         audit = await self._store.cancel(run_id)
         log.info("Canceled %s", run_id, extra={"action": "audit_canceled", "run_id": run_id})
-        self._spawn(self._stop(audit, GRACE_S if has_begun else 0.0))
+        self._spawn(self._stop(audit, GRACE_S if audit.has_begun else 0.0))
         return audit
 
     async def stopped(self) -> None:
@@ -134,9 +135,11 @@ class Audits:
         await asyncio.gather(*self._tasks)
 
     async def report(self, audit: Audit) -> Report | None:
-        """None while the run is not over, and where it came to none: a canceled run has one of what was painted."""
+        """None while the run is not over, where it failed (what is there is an earlier attempt's), and where it came to
+        none: a canceled run has one of what was painted."""
         path = f"{folder(audit.id)}/{PAGE}"
-        if not audit.status.is_over or not await self._is_there(path):
+        has_none = not audit.status.is_over or audit.status == AuditStatus.FAILED
+        if has_none or not await self._is_there(path):
             return None
         return Report(path, await self._blobs.link(path, expires_s=audit.request.link_s))
 

@@ -99,7 +99,7 @@ class AuditStore:
             if _is_alive(job, now):
                 raise AuditRunning(f"{run_id} is {job.status}", run_id=run_id)
             ended = job if job.status.is_final else _died(job, now)
-            fresh = {"error": None, "lock_key": key, "claimed_by": mark}
+            fresh = {"error": None, "lock_key": key, "claimed_by": mark, "started_at": None}
             again = ended.after(Cause.RESUMED, now, fence=ended.fence + 1, **fresh)
             return (_launching(again, now), *_out_of_the_way(rivals, now))
 
@@ -229,6 +229,7 @@ def composed(job: Job, findings: Findings) -> Audit:
         request=request,
         status=status,
         attempt=_attempt(job),
+        has_begun=job.started_at is not None,
         created_at=job.created_at,
         finished_at=job.finished_at,
         alive_until=job.lease_until,

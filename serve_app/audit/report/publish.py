@@ -8,7 +8,7 @@ import hashlib
 import html
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -42,13 +42,14 @@ async def publish(
     mask: Pixels,
     *,
     blobs: BlobStore,
+    confirm: Callable[[], Awaitable[None]],
     clock: Clock = utc_now,
 ) -> None:
     """Write the four files into the run's folder, over those of an earlier attempt.
 
     `audit` is the record as it will be once the report is there: over. `photo` is `[height, width, 3]`, `mask`
-    `[height, width]`, not 0 where it was edited. A picture that cannot be read back is named in the page. Raises
-    StoreUnavailable.
+    `[height, width]`, not 0 where it was edited. A picture that cannot be read back is named in the page. Each
+    write awaits `confirm`, as those of RunFiles do. Raises StoreUnavailable.
     """
     # As the store has them, where what is not finite is None, in the matrix's order.
     found = {result.cell: CellResult.model_validate_json(result.model_dump_json()) for result in results}
@@ -64,6 +65,7 @@ async def publish(
     said = _said(audit, results, pictures, signed, expires_at)
     written = {RESULTS: as_json(content), TABLE: as_csv(content), REPORT: markdown(said), PAGE: page(said)}
     for name, content_type in _CONTENT_TYPES.items():
+        await confirm()
         await blobs.put(files[name], written[name], content_type=content_type)
     log.info("The report of %s is written", audit.id, extra={"action": "audit_reported", "run_id": audit.id})
 
