@@ -194,12 +194,15 @@ async def test_a_run_whose_making_was_not_answered_is_made_once(job_store: JobSt
 
 
 @IN_MEMORY
-async def test_a_blob_store_that_is_away_leaves_no_run_without_its_job(job_store: JobStore, blobs: BlobStore) -> None:
+async def test_a_blob_store_that_is_away_leaves_no_run_without_its_job_and_no_job_unstopped(
+    job_store: JobStore, blobs: BlobStore
+) -> None:
     away = BlobOutage(blobs, StoreUnavailable)
     away.only = {"get"}
     away.is_down = True
     store = AuditStore(job_store, away)
     made = await store.create(REQUEST, "run")
+    assert (await store.cancel("run")).status == AuditStatus.CANCELED
     failed = await job_store.update("run", "", lambda job, *_: (job.evolve(status=record.State.FAILED),) if job else ())
     assert made.attempt == 1
     with pytest.raises(StoreUnavailable):

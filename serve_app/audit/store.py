@@ -170,7 +170,12 @@ class AuditStore:
             (after,) = claims.cancel(job, rivals, now)
             return (after.evolve(attempt=_attempt(job)),)
 
-        return await self._changed(run_id, canceled)
+        job = await self._updated(run_id, canceled)
+        try:
+            return await self._composed(job)
+        except StoreUnavailable:
+            # It is canceled all the same, and its job is to be stopped.
+            return composed(job, Findings())
 
     async def check_canceled(self, run_id: str, attempt: int) -> None:
         """For the driver of a canceled run. Raises StaleClaim where it was resumed since."""
