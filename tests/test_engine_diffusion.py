@@ -272,7 +272,7 @@ def test_no_weights() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(tiny: TinyWeights) -> None:
-    with pytest.raises(VariantLoadFailed, match="wants a GPU"):
+    with pytest.raises(VariantLoadFailed, match="needs a GPU"):
         FluxFill(BUILT_IN["Q8_0"], Weights(tiny.transformer("x.gguf"), tiny.base), VariantSettings())
 
 

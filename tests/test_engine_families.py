@@ -4,8 +4,7 @@ from typing import get_args
 
 import pytest
 
-from serve_app import engine
-from serve_app.engine import families
+from serve_app.engine import families, flux
 from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.telea import Telea
 from serve_app.engine.weights.fetch import Weights
@@ -28,9 +27,9 @@ def test_every_family_has_its_engine(tiny: TinyWeights) -> None:
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("diffusion", "pipeline"):
-        monkeypatch.delitem(sys.modules, f"serve_app.engine.{module}", raising=False)
-        monkeypatch.delattr(engine, module, raising=False)
+    for module in ("fill", "pipeline"):
+        monkeypatch.delitem(sys.modules, f"serve_app.engine.flux.{module}", raising=False)
+        monkeypatch.delattr(flux, module, raising=False)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(
         VariantLoadFailed, match=r"tiny-Q4_0.*needs the package diffusers.*flux-fill-serve\[diffusion\]"
