@@ -113,7 +113,7 @@ class Client:
         job = await self._jobs.get(job_id)
         return None if job is None or job.type == "audit" else job
 
-    async def list(self, *, limit: int, **query: Any) -> list[Job]:
+    async def list(self, *, limit: int = 50, **query: Any) -> list[Job]:
         """The newest, audits left out: `fluxfill audit list` has them. They are left out here, because records of older
         versions have no type that Firestore could be asked for."""
         asked = limit

@@ -167,7 +167,7 @@ import logging, sys
 from torch._dynamo.utils import counters
 from deployments.inpainter import open_engine
 from deployments.loading import sources
-from serve_app.engine import compile_cache, compiled
+from serve_app.engine.flux import compile_cache, compiled
 from serve_app.settings import Settings
 
 logging.basicConfig(level=logging.WARNING)
@@ -221,7 +221,7 @@ def test_the_next_replica_takes_what_the_first_compiled(
     torch._dynamo.reset()
     clear_caches()
     open_engine("v", settings).close()
-    assert "damaged, or another version's" in caplog.text
+    assert "damaged, or from another version" in caplog.text
 
     assert start(two)[0] == f"{graphs} {graphs} 0"
     break_code(tmp_path / "one" / "compiled" / kept.fingerprint)

@@ -195,7 +195,7 @@ import torch
 from pathlib import Path
 from tests.engine_fixtures import window
 from tests.test_engine_cuda import on_gpu
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.flux.tiny import TinyWeights
 
 def break_it(step):
     torch.zeros(2, device="cuda")[torch.tensor([5], device="cuda")]
@@ -302,9 +302,9 @@ REPLICA = """
 import sys
 from pathlib import Path
 from torch._dynamo.utils import counters
-from serve_app.engine import compiled
-from serve_app.engine.compile_cache import CompileCache
-from serve_app.engine.tiny import TinyWeights
+from serve_app.engine.flux import compiled
+from serve_app.engine.flux.compile_cache import CompileCache
+from serve_app.engine.flux.tiny import TinyWeights
 from tests.test_engine_cuda import SIZES, on_gpu
 
 engine = on_gpu(TinyWeights(Path(sys.argv[1])), compile=True)

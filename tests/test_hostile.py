@@ -218,9 +218,9 @@ def test_transparency_is_flattened_alike_in_every_strip() -> None:
 LARGEST = """
 import json
 from pathlib import Path
-from serve_app.api import MAX_ENVELOPE_BYTES
+from serve_app.http.app import MAX_ENVELOPE_BYTES
 from serve_app.errors import MalformedMessage
-from serve_app.messages import parse_attributes, parse_edit, parse_envelope
+from serve_app.jobs.messages import parse_attributes, parse_edit, parse_envelope
 
 def peak_mb():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]

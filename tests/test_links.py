@@ -144,7 +144,7 @@ def test_the_key_is_its_owners_alone(key: bytes, tmp_path: Path) -> None:
 
 SIGN = """
     import asyncio, pathlib, sys
-    from serve_app.adapters.links import LocalLinks
+    from serve_app.adapters.blobs.links import LocalLinks
 
     links = LocalLinks(sys.argv[1], "http://h")
     print("ready", flush=True)

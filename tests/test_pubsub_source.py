@@ -239,7 +239,7 @@ async def test_a_subscription_that_delivers_exactly_once_has_long_leases_and_ans
 
 SERVER = """
     import sys, time
-    from serve_app.adapters.pubsub_embedded import EmbeddedPubSub
+    from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
     from serve_app.settings import MessagesSettings
 
     with EmbeddedPubSub.of(MessagesSettings(url=sys.argv[1])):
