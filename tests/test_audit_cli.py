@@ -337,6 +337,15 @@ async def interrupts(driver: Driver) -> None:
     await asyncio.sleep(60)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python answers SIGINT, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_who_stops_looking_is_told_that_the_run_goes_on(bench: Bench) -> None:
     bench.does(interrupts)
     ended = bench.start("--run-id", "r")
