@@ -19,7 +19,7 @@ from .text_encoder import TextEncoder
 
 #: Beside those that are painted, one request waits in the replica, so that the GPU never waits for a photo.
 READY_PER_REPLICA = 1
-#: A slot for an audit cell. `Slot.audited` refuses cells beyond it where jobs want the slots, so that one is free
+#: A slot for an audit cell. `Slot.audit_cell` refuses cells beyond it where jobs want the slots, so that one is free
 #: for a job that comes while cells are painted. In a burst a job may take the cell's: each slot more draws one more.
 AUDITS_PER_REPLICA = 1
 #: Times a cell is painted, unless more is asked for.

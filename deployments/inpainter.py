@@ -102,9 +102,8 @@ class Inpainter:
         Measured. Its times and steps are in no metric and in no usage: they are no user's. Where whoever asks is killed
         the cell goes on to its end: Serve notices no caller's death.
 
-        Where as many cells are in hand here as may be (`Slot.audited`), `places` at most, the one answer, at once, is
-        ReplicaTaken. It is not raised: that is nothing out of the ordinary, and Serve would log it with its traceback
-        each time.
+        Where as many cells are in flight here as may be (`Slot.audit_cell`), `places` at most, the only item is
+        ReplicaTaken, at once. It is not raised, because Serve would log each with its traceback.
         """
         engine = self._loading.value
         cell = measuring(engine, request, self._slot, trials, places, self._out_of_memory)

@@ -56,7 +56,7 @@ def apply(
     from . import audit_apply
 
     results, loaded, differences = _results(run, to), load(to), []
-    # Nobody listens there, or it is no app of this kind.
+    # Nothing listens there, or it is another kind of app.
     with suppress(httpx.TransportError, ValueError):
         running = httpx.get(f"{loaded.url}/ready", timeout=5, trust_env=False).json()
         differences = audit_apply.drift(loaded, running)

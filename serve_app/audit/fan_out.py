@@ -31,7 +31,7 @@ class FanOut:
 
     def __init__(self, replicas: Replicas, wave: Wave, settings: AuditSettings) -> None:
         self._replicas, self._wave, self._limit_s = replicas, wave, settings.replica_wait_s
-        # Serve counts what is in hand as load: twice as much would start more replicas where there can be more.
+        # Serve counts what is in flight as load: twice as much would start more replicas where there can be more.
         asking = {name: count * (1 if name in wave.growing else _IN_HAND) for name, count in wave.wanted.items()}
         self._asking = {name: asyncio.Semaphore(count) for name, count in asking.items()}
         self._all = asyncio.Semaphore(settings.max_in_flight or sum(asking.values()))

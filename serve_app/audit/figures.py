@@ -84,7 +84,7 @@ def revisions(variant: Variant, locked: Lock) -> dict[str, str]:
 def _rates(
     variant: Variant, cell: Cell, windows: Sequence[Box], warm: Sequence[Trial], *, skips: bool
 ) -> dict[str, float | None]:
-    """`skips`: a step cache leaves out forwards, nobody here knows how many, so what was achieved is not known."""
+    """`skips`: a step cache leaves out an unknown number of forwards, so the achieved rate is unknown."""
     tflop = step_tflop(variant, windows)
     denoise_s = _median([trial.stages.get("denoise_s") for trial in warm])
     if not denoise_s or not variant.counts_steps:

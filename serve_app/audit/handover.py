@@ -27,9 +27,9 @@ class GpuHandover:
     ) -> None:
         self._replicas, self._variants, self._gpus, self._poll_s = replicas, variants, gpus, poll_s
         self._limit_s = settings.audit.replica_wait_s
-        #: Replicas that it always has, by its name in `Replicas.counts`: whatever takes a GPU.
+        #: Replicas that it always has, by its name in `Replicas.counts`, of all that takes a GPU.
         self._kept = {name: one.min_replicas for name, one in gpu_holders(settings).items()}
-        #: By device. One that comes later is nobody's whom an audit waits for.
+        #: By device. Devices that come later are not counted.
         self._floor_bytes: Mapping[str, int] = {}
         # Of the last look.
         self._in_the_way: Mapping[str, int] = {}
