@@ -3,8 +3,9 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -205,6 +206,55 @@ async def test_a_file_damaged_in_the_cache_is_fetched_again(hub: HubServer, sour
     found.transformer.write_bytes(b"GGUF, but not quite")
     again = await fetch.fetch(PINNED, sources)
     assert again.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A folder that the current user reaches even as another user."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """As on a volume that is mounted read-only."""
+    paths = [folder, *folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    is_root = os.geteuid() == 0
+    if is_root:
+        # Permissions do not bind root.
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in paths:
+            path.chmod(0o755)
+
+
+async def test_a_whole_cache_may_be_mounted_read_only(hub: HubServer, sources: Sources, volume: Path) -> None:
+    sources = replace(sources, cache=volume / "cache")
+    await fetch.pull([PINNED], sources)
+    hub.requests.clear()
+    with read_only(volume):
+        assert (await fetch.fetch(PINNED, sources)).transformer.is_file()
+        assert set(files_below(await fetch.fetch_text_encoders(PINNED, sources))) >= TEXT
+    assert hub.requests == []
+
+
+async def test_a_read_only_cache_that_is_not_whole_is_named(sources: Sources, volume: Path) -> None:
+    sources = replace(sources, cache=volume / "cache")
+    found = await fetch.fetch(PINNED, sources)
+    found.transformer.write_bytes(b"GGUF, but not quite")
+    with read_only(volume), pytest.raises(WeightsError, match=r"o--gguf.* cannot be written to: Permission denied"):
+        await fetch.fetch(PINNED, sources)
+    assert found.transformer.is_file(), "what cannot be fetched again stays"
+    empty = replace(sources, cache=volume / "cache" / "none")
+    with read_only(volume), pytest.raises(WeightsError, match="cannot be written to"):
+        await fetch.fetch(PINNED, empty)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Plain files, `{owner--name}/{revision}/{file}`.
 """
 
 import asyncio
+import errno
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable
@@ -82,11 +83,27 @@ class Need:
 
 
 async def cached(need: Need, sources: Sources, on_file: OnFile = silent) -> Path:
-    """The cache folder with what is needed in it. Several processes may ask at once: one fetches."""
+    """The cache folder with what is needed in it. Several processes may ask at once: one fetches.
+
+    A cache that holds all of it may be mounted read-only. Raises WeightsError where it is and does not.
+    """
     folder = sources.cache / need.folder
+    # Before the lock, which needs a file of its own there.
+    if await asyncio.to_thread(_is_whole, need, folder, sources.locked, remove=False):
+        return folder
+    try:
+        return await _fetched(need, folder, sources, on_file)
+    except OSError as e:
+        if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        what = f"{folder} does not hold sound files of all that {need.repo} must have, and cannot be written to"
+        raise WeightsError(f"{what}: {e.strerror}", repo=need.repo) from e
+
+
+async def _fetched(need: Need, folder: Path, sources: Sources, on_file: OnFile) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     async with AsyncFileLock(folder.with_name(f"{folder.name}.lock")):
-        if await asyncio.to_thread(_is_whole, need, folder, sources.locked):
+        if await asyncio.to_thread(_is_whole, need, folder, sources.locked, remove=True):
             return folder
         if need.revision == UNPINNED:
             log.warning(
@@ -106,21 +123,22 @@ async def cached(need: Need, sources: Sources, on_file: OnFile = silent) -> Path
     return folder
 
 
-def _is_whole(need: Need, folder: Path, locked: lock.Lock) -> bool:
-    """Whether all that is needed lies in the folder and is sound. What is not sound is removed."""
+def _is_whole(need: Need, folder: Path, locked: lock.Lock, *, remove: bool) -> bool:
+    """Whether all that is needed lies in the folder and is sound. `remove` removes the first file that is not: only
+    who holds the folder's lock may, since another process could be replacing it."""
     known = locked.files(need.repo, need.revision)
     here = files_in(folder)
     files = need.matching(here)
     if _unfinished(need, folder).exists() or need.unmatched(files) or set(need.matching(known)) - set(here):
         return False
-    try:
-        for file in files:
+    for file in files:
+        try:
             _check(folder / file, known.get(file))
-    except CorruptWeights as e:
-        log.warning(
-            "A cached file is corrupt, fetching it again: %s", e, extra={"action": "weights_corrupt", "repo": need.repo}
-        )
-        return False
+        except CorruptWeights as e:
+            log.warning("A cached file is corrupt: %s", e, extra={"action": "weights_corrupt", "repo": need.repo})
+            if remove:
+                (folder / file).unlink()
+            return False
     return True
 
 
@@ -140,20 +158,20 @@ async def download(need: Need, origin: Origin, folder: Path, locked: lock.Lock, 
         with timed("fetch") as part:
             await origin.download(need.repo, listing.revision, file, folder)
             part.bytes += (folder / file).stat().st_size
-        await asyncio.to_thread(_check, folder / file, known.get(file))
+        try:
+            await asyncio.to_thread(_check, folder / file, known.get(file))
+        except CorruptWeights:
+            (folder / file).unlink()
+            raise
     _unfinished(need, folder).unlink()
 
 
 def _check(path: Path, known: lock.LockedFile | None) -> None:
-    """Raises CorruptWeights, and removes the file, where it is not what the lock says or no sound GGUF file."""
-    try:
-        if known is not None:
-            lock.verify(path, known)
-        if path.suffix == ".gguf":
-            gguf_file.check(path)
-    except CorruptWeights:
-        path.unlink()
-        raise
+    """Raises CorruptWeights where the file is not what the lock says, or no sound GGUF file."""
+    if known is not None:
+        lock.verify(path, known)
+    if path.suffix == ".gguf":
+        gguf_file.check(path)
 
 
 def _unfinished(need: Need, folder: Path) -> Path:
