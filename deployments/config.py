@@ -63,10 +63,18 @@ class Config:
 
 def load(path: Path) -> Config:
     """Raises SettingsError with every problem, one per line."""
-    problems = check(path)
+    text = read(path)
+    if isinstance(text, Problem):
+        raise SettingsError(f"{path}:\n  {text}")
+    return load_text(text, str(path))
+
+
+def load_text(text: str, name: str) -> Config:
+    """The config in `text`. Raises SettingsError with every problem, one per line, under this name."""
+    problems = check_text(text)
     if problems:
-        raise SettingsError(f"{path}:\n" + "\n".join(f"  {p}" for p in problems))
-    raw = yaml.safe_load(path.read_text())
+        raise SettingsError(f"{name}:\n" + "\n".join(f"  {p}" for p in problems))
+    raw = yaml.safe_load(text)
     app = raw["applications"][position(raw)]
     http = HTTPOptionsSchema.model_validate(raw["http_options"])
     settings = Settings.model_validate(app["args"])
@@ -86,13 +94,14 @@ def position(raw: dict[str, Any]) -> int:
 
 def check(path: Path) -> list[Problem]:
     """Every problem of the file, in file order. Serve and the app accept a file without problems."""
+    text = read(path)
+    return [text] if isinstance(text, Problem) else check_text(text)
+
+
+def check_text(text: str) -> list[Problem]:
+    """As `check`."""
     try:
-        text = path.read_text()
-        raw, lines = yaml.load(text, Loader=_OnceLoader), _Lines(text)
-    except OSError as e:
-        return [Problem(where=(), what=f"cannot be read: {e.strerror}")]
-    except UnicodeDecodeError as e:
-        return [Problem(where=(), what=f"not UTF-8: {e.reason} at byte {e.start}")]
+        raw, lines = yaml.load(text, Loader=_OnceLoader), Lines(text)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         what = f"not YAML: {getattr(e, 'problem', None) or e}"
@@ -101,6 +110,16 @@ def check(path: Path) -> list[Problem]:
         return [Problem(where=(), what="not a mapping", line=1)]
     problems = [Problem(where=where, what=what, line=lines.of(where)) for where, what in _problems(raw)]
     return sorted(problems, key=lambda p: p.line)
+
+
+def read(path: Path) -> str | Problem:
+    """The file's text, or why there is none."""
+    try:
+        return path.read_text()
+    except OSError as e:
+        return Problem(where=(), what=f"cannot be read: {e.strerror}")
+    except UnicodeDecodeError as e:
+        return Problem(where=(), what=f"not UTF-8: {e.reason} at byte {e.start}")
 
 
 Found = Iterator[tuple[Keys, str]]
@@ -257,7 +276,7 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Lines:
+class Lines:
     """The line of each path of keys."""
 
     def __init__(self, text: str) -> None:

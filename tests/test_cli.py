@@ -572,6 +572,69 @@ def test_check_tells_every_problem_with_its_line(fluxfill: Command, tmp_path: Pa
     assert problem == f"{path}: line {line}: applications.0.args.blob: unknown key"
 
 
+def manifests(config: str, style: str = "|") -> str:
+    """A rendered folder: a namespace, then a RayService with this Serve config."""
+    service = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": "flux-fill"},
+        "spec": {"serveConfigV2": config, "excludeHeadPodFromServeSvc": True},
+    }
+    documents = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "flux-fill"}}, service]
+    return yaml.safe_dump_all(documents, default_style=style)
+
+
+IN_CLUSTER = SOUND.read_text().replace("proxy_location: HeadOnly", "proxy_location: EveryNode")
+
+
+def test_check_reads_the_config_in_a_manifest(fluxfill: Command, tmp_path: Path) -> None:
+    path = tmp_path / "rendered.yaml"
+    path.write_text(manifests(IN_CLUSTER))
+    ended = fluxfill("check", path)
+    assert (ended.status, ended.err) == (0, "")
+    assert re.search(r"telea .* telea .* 1\.\.2 .* none", ended.out)
+    assert f"{path} is valid." in ended.out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "what"),
+    [
+        ("steps: 28", "stepz: 28", "applications.0.deployments.0.user_config.stepz", "unknown key"),
+        ("EveryNode", "HeadOnly", "proxy_location", "no worker gets ready"),
+        ("port: 8000", "port: 8080", "http_options.port", "8080 is the port of Ray's metrics"),
+    ],
+)
+def test_a_manifest_with_a_config_that_would_not_run_is_refused(
+    fluxfill: Command, tmp_path: Path, old: str, new: str, where: str, what: str
+) -> None:
+    path = tmp_path / "rendered.yaml"
+    path.write_text(manifests(IN_CLUSTER.replace(old, new, 1)))
+    ended = fluxfill("check", path)
+    assert ended.status == 1
+    (problem,) = ended.err.splitlines()
+    line = next(number for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip().endswith(new))
+    assert problem.startswith(f"{path}: line {line}: RayService.flux-fill.spec.serveConfigV2.{where}: ")
+    assert what in problem
+
+
+def test_a_config_in_quotes_has_the_line_of_its_key(fluxfill: Command, tmp_path: Path) -> None:
+    path = tmp_path / "rendered.yaml"
+    path.write_text(manifests(IN_CLUSTER.replace("steps: 28", "stepz: 28"), '"'))
+    line = next(number for number, line in enumerate(path.read_text().splitlines(), 1) if "serveConfigV2" in line)
+    assert fluxfill("check", path).err.startswith(f"{path}: line {line}: RayService.flux-fill.spec.serveConfigV2.")
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "ConfigMap"])
+def test_manifests_without_a_rayservice_are_no_config(fluxfill: Command, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rendered.yaml"
+    path.write_text(manifests(IN_CLUSTER).replace("RayService", kind))
+    ended = fluxfill("check", path)
+    assert (ended.status, ended.err) == (
+        1,
+        f"{path}: the file: no RayService among the manifests has a serveConfigV2\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("old", "new", "where", "what"),
     [

@@ -257,20 +257,25 @@ async def _job(job_id: str, config: Path) -> Job:
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="A Serve config file.")] = CONFIG) -> None:
+def check(
+    file: Annotated[
+        Path, typer.Argument(help="A Serve config file, or Kubernetes manifests with a RayService.")
+    ] = CONFIG,
+) -> None:
     """Validate a config: print its problems with their lines, or what it will run."""
-    from ..config import check as problems_of
-    from ..config import load
+    from ..manifests import check as checked
 
-    problems = problems_of(file)
+    problems, found = checked(file)
     for problem in problems:
         err.print(f"{file}: {problem}", highlight=False, markup=False)
     if problems:
         raise typer.Exit(1)
-    _summary(load(file).settings, file)
+    for settings in found:
+        _summary(settings)
+    out.print(f"{file} is valid.", highlight=False)
 
 
-def _summary(settings: Settings, file: Path) -> None:
+def _summary(settings: Settings) -> None:
     from serve_app.engine.weights import lock
 
     locked = lock.read(settings.weights.lock)
@@ -281,7 +286,6 @@ def _summary(settings: Settings, file: Path) -> None:
         pinned = "" if not row.repo else "yes" if row.revision or row.repo in locked.repos else "NO"
         table.add_row(name, row.family, f"{served.min_replicas}..{served.max_replicas}", source, pinned)
     out.print(table)
-    out.print(f"{file} is valid.", highlight=False)
 
 
 @weights_app.command("tiny")
