@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
 .PHONY: install demo audit run test test-fast check fix bench bench-gpu chaos mutants clean
+.PHONY: up down logs status inspect-env gpu-cdi-generate gpu-test
 
 install: $(INSTALLED)
 
@@ -41,6 +42,9 @@ check: install  ## formatting, lint, types, who may import whom, the configs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/fluxfill check serve_config.yaml
+	$(BIN)/fluxfill check compose/serve_config.yaml
+	$(BIN)/fluxfill check compose/serve_config.gpu.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 
 fix: install  ## format and mend what can be mended by machine
 	$(BIN)/ruff format .
@@ -68,6 +72,45 @@ mutants: install  ## faults in the code that no test notices; hours, or with FIL
 	$(BIN)/mutmut run $(MUTATED:%='%*')
 	@$(BIN)/mutmut results | grep -F $(MUTATED:%=-e %) | \
 	  awk '/: (survived|no tests|suspicious)$$/ { print; n++ } END { print n + 0, "mutants survived" }'
+
+# Containers; DEV.md has the rest. Docker's Compose, or `make up COMPOSE=podman-compose`, which knows no CDI.
+COMPOSE ?= docker compose
+CDI_FOLDERS ?= /etc/cdi /var/run/cdi
+# The profile: gpu where a CDI spec describes NVIDIA's GPUs.
+PROFILE ?= $(if $(shell grep -rls nvidia.com/gpu $(CDI_FOLDERS)),gpu,cpu)
+
+up: .env  ## the service with its stores, broker, Prometheus and Grafana in containers; PROFILE=cpu|gpu
+	@if [ "$(PROFILE) $(origin PROFILE)" = "cpu file" ] && nvidia-smi >/dev/null 2>&1; then \
+	  echo "There is a GPU, but no CDI spec describes it to containers: make gpu-cdi-generate, or make up PROFILE=cpu" >&2; exit 1; fi
+	$(COMPOSE) --profile $(PROFILE) up --build --detach
+	@echo "GET http://127.0.0.1:8080/ready says when it serves: make status, make logs"
+
+.env:
+	umask 077; while IFS= read -r line; do case $$line in \
+	  *=random) echo "$${line%random}$$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')" ;; *) echo "$$line" ;; esac; \
+	done <compose/.env.example >$@
+
+down:  ## stop the containers; their volumes stay
+	$(COMPOSE) --profile cpu --profile gpu down
+
+logs:  ## of the containers, as they come
+	$(COMPOSE) --profile cpu --profile gpu logs --follow --tail 100
+
+status:  ## the containers, and what GET /ready says
+	$(COMPOSE) --profile cpu --profile gpu ps --all
+	@curl -s --noproxy '*' http://127.0.0.1:8080/ready || echo "http://127.0.0.1:8080/ready does not answer"
+
+inspect-env:  ## what this machine has: driver, GPUs, Docker, CDI, Python, torch and what CUDA it sees
+	@scripts/inspect_env.sh
+
+gpu-cdi-generate:  ## describe this machine's GPUs to containers: /etc/cdi/nvidia.yaml
+	@command -v nvidia-ctk >/dev/null || { echo "nvidia-ctk is missing: install NVIDIA's container toolkit" >&2; exit 1; }
+	$(if $(filter-out 0,$(shell id -u)),sudo) nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml
+	nvidia-ctk cdi list
+
+gpu-test: .env  ## whether a container sees the GPU, and torch in it
+	$(COMPOSE) --profile gpu run --build --rm --no-deps app-gpu bash -c \
+	  'nvidia-smi --list-gpus && python -c "import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())"'
 
 clean:  ## everything that is not in git
 	rm -rf $(VENV) out var build mutants *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
