@@ -12,7 +12,7 @@ section() { printf '\n%s%s%s\n' "$bold" "$1" "$plain"; }
 row() {
   local name=$1 line
   while IFS= read -r line; do
-    printf '  %-18s %s\n' "$name" "$line"
+    printf '  %-26s %s\n' "$name" "$line"
     name=''
   done <<<"${2:-not found}"
 }
@@ -30,7 +30,7 @@ row OS "$(sed -n 's/^PRETTY_NAME="\(.*\)"$/\1/p' /etc/os-release)"
 row kernel "$(uname -sr)"
 row CPUs "$(nproc) of $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 # What decides how fast torch computes on a CPU: without one of the last two it emulates bfloat16.
-row 'CPU flags' "$(grep -m1 ^flags /proc/cpuinfo | grep -owE 'avx2|avx512f|avx512_vnni|avx512_bf16|amx_bf16' | xargs)"
+row 'CPU flags' "$(grep -m1 ^flags /proc/cpuinfo | grep -owE 'avx2|avx512f|avx512_vnni|avx512_bf16|amx_bf16' | paste -sd ' ')"
 row memory "$(awk '/^Mem(Total|Available)/ { printf "%s %.1f GiB  ", $1, $2 / 2^20 }' /proc/meminfo)"
 row /dev/shm "$(df -h --output=size,avail /dev/shm | awk 'NR == 2 { print $1 ", " $2 " available" }')"
 row groups "$(id -nG)"
@@ -67,7 +67,7 @@ if not cuda.is_available():
 
 section 'Variables DF_*, NVIDIA_*'
 names=$(compgen -e | grep -E '^(DF|NVIDIA)_')
-[ -n "$names" ] || row ''
+[ -n "$names" ] || row any ''
 for name in $names; do
   value=${!name}
   # What looks like a secret is not shown.
