@@ -165,7 +165,7 @@ create() {
   # Its first pool is the one without GPUs. Dataplane V2 is what enforces network policies.
   ensure "container clusters" "$CLUSTER" --location="$LOCATION" -- --network=$NETWORK --subnetwork=$NETWORK \
     --enable-private-nodes --enable-ip-alias --release-channel=regular --enable-dataplane-v2 \
-    --workload-pool="$PROJECT.svc.id.goog" --enable-shielded-nodes \
+    --workload-pool="$PROJECT.svc.id.goog" --enable-shielded-nodes --autoscaling-profile=optimize-utilization \
     --addons=HorizontalPodAutoscaling,HttpLoadBalancing,GcePersistentDiskCsiDriver,GcsFuseCsiDriver,ConfigConnector \
     --machine-type="$CPU_MACHINE" --num-nodes=1 --enable-autoscaling --total-min-nodes=1 \
     --total-max-nodes="$CPU_NODES" --disk-type=pd-balanced --disk-size=100 --enable-image-streaming \
@@ -292,6 +292,9 @@ apply() {
   fi
   if has_kind RayService; then
     run_on_cluster wait rayservice/flux-fill --namespace=flux-fill --for=condition=Ready --timeout=30m
+  fi
+  if grep -q '^  name: weights$' "$objects"; then
+    run_on_cluster wait job/weights --namespace=flux-fill --for=condition=Complete --timeout=2h
   fi
 }
 
