@@ -133,7 +133,7 @@ def with_table(text: str, objects: Objects) -> str:
     """The document with its table made anew."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{table(objects)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{table(objects)}\n\n{END}{after}"
 
 
 if __name__ == "__main__":
