@@ -11,16 +11,13 @@ from .k8s import render, rules, schemas
 from .k8s.objects import of_kind, ray_service, serve_config
 
 L4, SPOT, MINIMAL = (Path("k8s/overlays") / name for name in ("l4", "l4-spot", "minimal"))
-NOTHING_LASTS = "everything it stores ends with its one worker"
 #: Rules that an overlay breaks on purpose.
 EXCEPTIONS = {
     MINIMAL: {
         "autoscaler_is_v2": "one worker, always",
-        "gcs_survives_the_head": NOTHING_LASTS,
-        "drains_hold": NOTHING_LASTS,
+        "gcs_survives_the_head": "everything it stores ends with its one worker",
         "groups_hold_what_serve_asks_for": "no node to spare",
         "one_token_for_both_clusters": "a trial needs no Secret, and is not upgraded",
-        "policies_select_pods": "it has no Redis and no Job, and the base's policies for them",
     }
 }
 
@@ -88,7 +85,6 @@ DIFFERENCES: dict[Path, dict[str, tuple[Any, str]]] = {
         "blobs": (None, IN_THE_POD),
         "jobs": (None, IN_THE_POD),
         "weights.*": (None, IN_THE_POD),
-        "variants.telea.max_replicas": (1, "one worker"),
     },
 }
 DIFFERENCES[SPOT] = DIFFERENCES[L4]
