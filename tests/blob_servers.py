@@ -81,7 +81,7 @@ def new_bucket(kind: str, port: int) -> str:
 def s3_port() -> Iterator[int]:
     """moto in a process of its own."""
     port = free_port()
-    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
+    with _running([sys.executable, "-m", "tests.s3_server", str(port)], port):
         yield port
 
 
