@@ -23,7 +23,7 @@ from tenacity import RetryError, retry, retry_if_result, stop_after_delay, wait_
 from serve_app.errors import SettingsError
 
 START_S = 120
-#: A head that is stopped would wait 30 s for what runs on it.
+#: A head that is stopped would wait 30 s for what runs on it, unless the given environment says otherwise.
 _NO_DRAIN = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
 
 
@@ -67,7 +67,7 @@ def own_ray(
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     command = [_program("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    process = _started([*command, "--disable-usage-stats", *options], {**environment, **_NO_DRAIN}, log)
+    process = _started([*command, "--disable-usage-stats", *options], {**_NO_DRAIN, **environment}, log)
     try:
         # Written once Ray runs. Jobs are connected to the Ray that it names.
         _wait("Ray", process, (folder / "ray_current_cluster").exists, log)
