@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .k8s import render, rules
+from .k8s import render, rules, rules_references, schemas
 from .k8s.objects import Object, Objects, at
 
 Change = Callable[[Objects], None]
@@ -165,8 +165,12 @@ FAULTS: list[tuple[str, str, str, Change]] = [
     ("a painter without its GPU", "painters_ask_for_their_gpu", "Inpainter-Q8_0",
      serve("      - name: Ingress", PAINTER % "label_selector: {pool: l4}")),
     ("no GPU to spare", "groups_hold_what_serve_asks_for", "of l4: Serve may ask for 6 GPUs",
-     ray(*L4, "maxReplicas", to=6)),
-    ("too few CPUs", "groups_hold_what_serve_asks_for", "of cpu", ray(*CPU, "maxReplicas", to=1)),
+     both(ray(*L4, "maxReplicas", to=6), serve("nodes: 9", "nodes: 8"))),
+    ("too few CPUs", "groups_hold_what_serve_asks_for", "of cpu",
+     both(ray(*CPU, "maxReplicas", to=1), serve("nodes: 9", "nodes: 8"))),
+    ("a GPU that audits do not know", "settings_know_the_cluster", "audit.gpus: 6, and the variants can have 5",
+     serve("Q8_0: {max_replicas: 4}", "Q8_0: {max_replicas: 3}")),
+    ("a node that the app does not know", "settings_know_the_cluster", "nodes: 8", serve("nodes: 9", "nodes: 8")),
     # Shutdown.
     ("drain longer than grace", "drains_hold", "terminationGracePeriodSeconds: 200 is not above",
      ray(*L4, *POD, "terminationGracePeriodSeconds", to=200)),
@@ -276,6 +280,8 @@ def _step_to(objects: Objects, group: tuple[str, ...]) -> list[Object]:
 
 @pytest.mark.parametrize(("rule", "words", "change"), [pytest.param(*rest, id=name) for name, *rest in FAULTS])
 def test_a_fault_is_caught_by_its_rule_alone(rule: str, words: str, change: Change) -> None:
+    if rule == "schemas_hold":
+        schemas.need_definitions()
     objects = render.world(Path("k8s/overlays/l4"))
     change(objects)
     broken = rules.broken(objects)
@@ -289,6 +295,32 @@ def test_a_spot_nodes_pods_have_fifteen_seconds() -> None:
     assert rules.broken(objects) == {
         "drains_hold": [f"{SERVICE} group l4-spot: terminationGracePeriodSeconds: 30 is more than a spot node's 15"]
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "enough"),
+    [("pods", 6), ("requests.cpu", 12), ("cpu", 12), ("requests.nvidia.com/gpu", 4), ("limits.memory", 9)],
+)
+def test_an_upgrade_takes_two_heads_and_the_groups_most_and_least(name: str, enough: int) -> None:
+    """A head of 1 CPU and an autoscaler of a half; 1 to 3 workers of 2 CPUs, with a sidecar of a quarter."""
+
+    def group(resources: Object, **spec: Any) -> Object:
+        own = {"name": "ray-node", "resources": {"requests": resources, "limits": {**resources, "memory": "1"}}}
+        return {"template": {"spec": {"containers": [own], **spec}}}
+
+    bucket = {"name": "weights", "csi": {"driver": "gcsfuse.csi.storage.gke.io"}}
+    workers = group({"cpu": "2", "nvidia.com/gpu": 1}, volumes=[bucket]) | {"groupName": "l4", "minReplicas": 1}
+    cluster = {
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {"resources": {"requests": {"cpu": "500m"}, "limits": {"memory": "1500m"}}},
+        "headGroupSpec": group({"cpu": 1}),
+        "workerGroupSpecs": [workers | {"maxReplicas": 3}],
+    }
+    service = {"kind": "RayService", "metadata": {"name": "s"}, "spec": {"rayClusterConfig": cluster}}
+    quota: Object = {"kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": {"hard": {name: str(enough)}}}
+    assert list(rules_references.quota_admits_an_upgrade([service, quota])) == []
+    quota["spec"]["hard"][name] = f"{enough * 1000 - 1}m"
+    assert len(list(rules_references.quota_admits_an_upgrade([service, quota]))) == 1
 
 
 def test_every_rule_catches_a_fault() -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from .k8s import render, rules, schemas
-from .k8s.objects import of_kind, ray_service, serve_config
+from .k8s.objects import cluster, of_kind, ray_service, serve_config
 
 L4, SPOT, MINIMAL = (Path("k8s/overlays") / name for name in ("l4", "l4-spot", "minimal"))
 #: Rules that an overlay breaks on purpose.
@@ -24,6 +24,7 @@ EXCEPTIONS = {
 
 @pytest.mark.parametrize("folder", render.FOLDERS, ids=str)
 def test_a_folder_renders_and_the_api_server_would_accept_it(folder: Path) -> None:
+    schemas.need_definitions()
     assert list(schemas.schemas_hold(render.render(folder))) == []
 
 
@@ -121,6 +122,12 @@ def test_an_overlays_config_is_the_laptops_but_for_known_keys(overlay: Path) -> 
         only, why = allowed[pattern or ""]
         assert only is None or own.get(key) == only, f"{key}: {own.get(key)}; {why}"
     assert {*patterns.values()} == allowed.keys(), "a difference that is not needed"
+
+
+@pytest.mark.parametrize("overlay", render.OVERLAYS, ids=str)
+def test_kuberay_is_told_which_ray_it_starts(overlay: Path) -> None:
+    version = cluster(render.render(overlay))["rayVersion"]
+    assert f"\nray=={version}\n" in Path("constraints.txt").read_text()
 
 
 @pytest.mark.parametrize("overlay", render.OVERLAYS, ids=str)

@@ -241,7 +241,7 @@ def _ray_label(wanted: str, value: str | None) -> bool:
 
 
 def serve_config(objects: Objects) -> Object:
-    return yaml.safe_load(ray_service(objects)["spec"]["serveConfigV2"])
+    return yaml.load(ray_service(objects)["spec"]["serveConfigV2"], Loader=yaml.CSafeLoader)
 
 
 def application(objects: Objects) -> Object:

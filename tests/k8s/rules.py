@@ -15,6 +15,7 @@ OF_THE_APP: tuple[Rule, ...] = (
     rules_ray.gpu_nodes_are_left_to_painting,
     rules_ray.painters_ask_for_their_gpu,
     rules_ray.groups_hold_what_serve_asks_for,
+    rules_ray.settings_know_the_cluster,
     rules_ray.drains_hold,
     rules_ray.serve_listens_where_kuberay_asks,
     rules_references.users_of_google_have_an_identity,

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
+from deployments.config import Problem
 from deployments.manifests import ServedConfig
 
 from .objects import (
@@ -21,6 +23,7 @@ from .objects import (
     ray_pods,
     ray_service,
     serve_config,
+    settings,
     workers,
 )
 
@@ -34,9 +37,13 @@ HEAD_METRICS = {**METRICS, "as-metrics": 44217, "dash-metrics": 44227}
 def serve_config_is_accepted(objects: Objects) -> Iterator[str]:
     """By the app, and by KubeRay's pods, as `fluxfill check` says."""
     service = ray_service(objects)
-    config = ServedConfig(name="", text=service["spec"]["serveConfigV2"], line=0, is_block=True)
-    for problem in config.problems():
+    for problem in _problems(service["spec"]["serveConfigV2"]):
         yield f"{at(service)}: serveConfigV2: {'.'.join(map(str, problem.where[4:]))}: {problem.what}"
+
+
+@cache
+def _problems(text: str) -> list[Problem]:
+    return ServedConfig(name="", text=text, line=0, is_block=True).problems()
 
 
 def head_holds_no_work(objects: Objects) -> Iterator[str]:
@@ -157,6 +164,17 @@ def groups_hold_what_serve_asks_for(objects: Objects) -> Iterator[str]:
                 f"{at(ray_service(objects))}: maxReplicas of {names}: Serve may ask for {total:g} {name}, "
                 f"and without one node there are {room:g}"
             )
+
+
+def settings_know_the_cluster(objects: Objects) -> Iterator[str]:
+    """The app is told how many nodes and GPUs there can be, as it cannot see those that are not there yet."""
+    own, place = settings(objects), f"{at(ray_service(objects))}: serveConfigV2"
+    nodes = sum(pod.most for pod in workers(objects))
+    painted = sum(one.max_replicas * one.needs_gpus for one in deployments(objects))
+    if own.nodes != nodes:
+        yield f"{place}: nodes: {own.nodes}, and the groups can have {nodes}"
+    if own.audit.gpus not in (None, painted):
+        yield f"{place}: audit.gpus: {own.audit.gpus}, and the variants can have {painted:g}"
 
 
 def _gpus_of(one: Deployment) -> float:

@@ -4,6 +4,7 @@ Kubernetes' own kinds by kubernetes-validate's schemas; KubeRay's, Config Connec
 CustomResourceDefinitions, which are not part of the project.
 """
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,25 +29,35 @@ _STRICT = f"kubernetes-json-schema/v{KUBERNETES}-local-strict"
 _META = {"$ref": "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"}
 
 
+def need_definitions() -> None:
+    """Without CustomResourceDefinitions the test is skipped, or fails in CI."""
+    if not _files():
+        absent(CRDS)
+
+
 def schemas_hold(objects: Objects) -> Iterator[str]:
-    """One sentence for each part that a strict API server refuses. Skips, or fails in CI, without the definitions."""
+    """One sentence for each part that a strict API server refuses. Without definitions, of Kubernetes' own kinds."""
     for one in objects:
-        if one["kind"] in UNKNOWN:
+        if one["kind"] in UNKNOWN or (_is_custom(one["apiVersion"]) and not _files()):
             continue
-        try:
-            validator = _validator(one["apiVersion"], one["kind"])
-        except (FileNotFoundError, KeyError):
-            yield f"{at(one)}: apiVersion: no schema of {one['apiVersion']} is at hand"
-            continue
-        for error in validator.iter_errors(one):
-            yield f"{at(one)}: {'.'.join(map(str, error.absolute_path)) or 'the object'}: {error.message[:200]}"
+        yield from _problems(json.dumps(one))
+
+
+@cache
+def _problems(text: str) -> list[str]:
+    """Of one object: most are looked at again and again, unchanged."""
+    one = json.loads(text)
+    try:
+        errors = list(_validator(one["apiVersion"], one["kind"]).iter_errors(one))
+    except (FileNotFoundError, KeyError):
+        return [f"{at(one)}: apiVersion: no schema of {one['apiVersion']} is at hand"]
+    return [f"{at(one)}: {'.'.join(map(str, e.absolute_path)) or 'the object'}: {e.message[:200]}" for e in errors]
 
 
 @cache
 def _validator(version: str, kind: str) -> Draft202012Validator:
     group = version.rpartition("/")[0]
-    # Kubernetes' own groups: apps, batch, and those that end in k8s.io.
-    if "." in group and not group.endswith(".k8s.io"):
+    if _is_custom(version):
         schema = _defined(version, kind)
     else:
         name = f"{kind}-{group.partition('.')[0]}-{version.rpartition('/')[2]}.json".replace("--", "-").lower()
@@ -59,12 +70,20 @@ def _registry() -> Registry[Any]:
     return Resource.from_contents(utils.schema_contents(f"{_STRICT}/_definitions.json", KUBERNETES)) @ Registry()
 
 
+def _is_custom(version: str) -> bool:
+    """Kubernetes' own groups are apps, batch and the like, and those that end in k8s.io."""
+    group = version.rpartition("/")[0]
+    return "." in group and not group.endswith(".k8s.io")
+
+
+@cache
+def _files() -> list[Path]:
+    return sorted(DEFINITIONS.glob("*.yaml"))
+
+
 def _defined(version: str, kind: str) -> Object:
     """The schema of a CustomResourceDefinition. Raises KeyError where none describes the kind."""
-    files = sorted(DEFINITIONS.glob("*.yaml"))
-    if not files:
-        absent(CRDS)
-    for text in (file.read_text() for file in files):
+    for text in (file.read_text() for file in _files()):
         # Parsing is slow: only the file that can be it.
         if f"\n    kind: {kind}\n" in text:
             spec = yaml.load(text, Loader=yaml.CSafeLoader)["spec"]
