@@ -29,7 +29,7 @@ def _step(node: Any, key: Any) -> Any:
 
 
 def put(where: str, *path: Any, to: Any) -> Change:
-    """Set what stands at `path` in the object; DROP removes it; one more than a list's length appends."""
+    """Set what stands at `path` in the object; DROP removes it, and `-` appends to a list."""
 
     def change(objects: Objects) -> None:
         (node,) = [one for one in objects if at(one) == where]

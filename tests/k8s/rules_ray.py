@@ -9,7 +9,6 @@ from deployments.manifests import ServedConfig
 
 from .objects import (
     GPU,
-    Deployment,
     Objects,
     Pod,
     amount,
@@ -153,10 +152,12 @@ def painters_ask_for_their_gpu(objects: Objects) -> Iterator[str]:
 def groups_hold_what_serve_asks_for(objects: Objects) -> Iterator[str]:
     """At Serve's maximum one node may be broken."""
     asked = deployments(objects)
-    for name, needs, has in (("GPUs", _gpus_of, gpus), ("CPUs", _cpus_of, cpus)):
-        wanted = [one for one in asked if needs(one) and (name == "GPUs") == bool(one.num_gpus)]
+    for name, wanted, needs, has in (
+        ("GPUs", [one for one in asked if one.num_gpus], "num_gpus", gpus),
+        ("CPUs", [one for one in asked if not one.num_gpus], "num_cpus", cpus),
+    ):
         groups = [group for group in workers(objects) if any(one.fits(group) for one in wanted)]
-        total = sum(needs(one) * one.max_replicas for one in wanted)
+        total = sum(getattr(one, needs) * one.max_replicas for one in wanted)
         room = sum(has(group) * group.most for group in groups) - max((has(group) for group in groups), default=0)
         if groups and room < total:
             names = ", ".join(group.at.rpartition(" ")[2] for group in groups)
@@ -175,14 +176,6 @@ def settings_know_the_cluster(objects: Objects) -> Iterator[str]:
         yield f"{place}: nodes: {own.nodes}, and the groups can have {nodes}"
     if own.audit.gpus not in (None, painted):
         yield f"{place}: audit.gpus: {own.audit.gpus}, and the variants can have {painted:g}"
-
-
-def _gpus_of(one: Deployment) -> float:
-    return one.num_gpus
-
-
-def _cpus_of(one: Deployment) -> float:
-    return one.num_cpus
 
 
 # -- shutdown
