@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import permutations, product
 
 from deployments.config import Problem
 from deployments.manifests import ServedConfig
@@ -205,6 +206,34 @@ def old_cluster_outlives_its_drain(objects: Objects) -> Iterator[str]:
             f"{at(ray_service(objects))}: rayClusterDeletionDelaySeconds: {delay} is not above "
             f"the longest drain, {longest:g}"
         )
+
+
+def the_head_leaves_last(objects: Objects) -> Iterator[str]:
+    """All pods of a deleted cluster get SIGTERM at once, and a worker without a head dies undrained."""
+    longest = max((_drain(pod) for pod in workers(objects)), default=0)
+    for pod in ray_pods(objects):
+        if pod.is_head:
+            grace, drain = pod.spec.get("terminationGracePeriodSeconds", 30), _drain(pod)
+            if drain <= longest:
+                yield f"{pod.at}: {DRAIN}: {drain:g} is not above the workers' longest, {longest:g}"
+            if grace <= drain:
+                yield f"{pod.at}: terminationGracePeriodSeconds: {grace} is not above {DRAIN}, {drain:g}"
+
+
+def the_ingress_stops_first(objects: Objects) -> Iterator[str]:
+    """Serve stops a replica as long before its node's drain ends as it may take to stop. An ingress that pulls when the
+    inpainters are gone holds jobs that the other cluster could do."""
+    pods = [pod for pod in workers(objects) if not pod.is_spot]
+    asked = deployments(objects)
+
+    def stops_s(pod: Pod, kind: str) -> list[float]:
+        found = [_drain(pod) - one.shutdown_s for one in asked if one.name.startswith(kind) and one.fits(pod)]
+        return [seconds for seconds in found if seconds > 0]
+
+    for pod, other in permutations(pods, 2):
+        for pulls_s, paints_s in product(stops_s(pod, "Ingress"), stops_s(other, "Inpainter")[:1]):
+            if pulls_s > paints_s:
+                yield f"{pod.at}: {DRAIN}: the ingress pulls for {pulls_s:g} s, and {other.at} paints for {paints_s:g}"
 
 
 def _drain(pod: Pod) -> float:
