@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo audit run test test-fast check fix bench bench-gpu chaos mutants clean
+.PHONY: install demo audit run test test-fast check fix lock image-test bench bench-gpu chaos mutants clean
 .PHONY: up down logs status inspect-env gpu-cdi-generate gpu-test
 
 install: $(INSTALLED)
@@ -41,14 +41,33 @@ check: install  ## formatting, lint, types, who may import whom, the configs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck scripts/*.sh container/*.sh .ci/run
 	$(BIN)/fluxfill check serve_config.yaml
+	$(BIN)/fluxfill check container/serve_config.yaml
 	$(BIN)/fluxfill check compose/serve_config.yaml
 	$(BIN)/fluxfill check compose/serve_config.gpu.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.cloudbuild cloudbuild.yaml
 
 fix: install  ## format and mend what can be mended by machine
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# One Python, one kind of machine: the image's.
+LOCK := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
+  --annotation-style line --custom-compile-command 'make lock'
+IMAGE_EXTRAS := $(addprefix --extra ,diffusion google s3 postgresql heif audit)
+
+lock: install  ## the image's requirements, in constraints.txt's versions; UV_FIND_LINKS: a folder that has torch's CPU wheel
+	sed 's/+cpu$$//' constraints.txt > requirements/cuda.constraints
+	$(LOCK) $(IMAGE_EXTRAS) -c constraints.txt $(if $(UV_FIND_LINKS),,--torch-backend=cpu) pyproject.toml -o requirements/cpu.txt
+	UV_FIND_LINKS= $(LOCK) $(IMAGE_EXTRAS) -c requirements/cuda.constraints pyproject.toml -o requirements/cuda.txt
+	UV_FIND_LINKS= $(LOCK) -c requirements/cuda.constraints --group image -o requirements/build.txt
+	rm requirements/cuda.constraints
+
+image-test: install  ## build the image and try it, as root on Debian 12; logs and the bill of materials in out/image
+	scripts/image_test.sh
 
 bench: install  ## measure; figures into benchmarks/results
 	mkdir -p benchmarks/results
