@@ -9,14 +9,14 @@ ARG TORCH=cpu
 ARG UV_FIND_LINKS=
 # The root file system is read-only where this runs, so Python can write no bytecode there: without it each start of Ray
 # compiles all of Ray, for which KubeRay's init container has neither the time nor the memory.
-ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_SYSTEM_CERTS=1
+ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_SYSTEM_CERTS=1 UV_CACHE_DIR=/cache/uv PIP_CACHE_DIR=/cache/pip
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /src
 COPY requirements requirements
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/cache \
     python3.11 -m venv /opt/build \
  && /opt/build/bin/pip install --require-hashes -r requirements/build.txt
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/cache \
     torch=(); if [ "${TORCH}" = cpu ] && [ -z "${UV_FIND_LINKS}" ]; then torch=(--torch-backend=cpu); fi \
  && /opt/build/bin/uv venv --python python3.11 /opt/app/venv \
  && /opt/build/bin/uv pip install --python /opt/app/venv --require-hashes -r "requirements/${TORCH}.txt" "${torch[@]}"
