@@ -63,7 +63,7 @@ ROLES=(
   "flux-fill-config resourcemanager.projectIamAdmin"
   "flux-fill-config storage.admin"
 )
-GRANTABLE="'roles/datastore.user', 'roles/logging.logWriter'"
+GRANTABLE="'roles/datastore.user', 'roles/logging.logWriter', 'roles/ondemandscanning.admin'"
 
 email() { echo "$1@$PROJECT.iam.gserviceaccount.com"; }
 
@@ -244,7 +244,8 @@ build() {
   fi
   run gcloud builds submit "$root" --project="$PROJECT" --region="$REGION" --config="$root/cloudbuild.yaml" \
     --gcs-source-staging-dir="gs://$PROJECT-build/source" \
-    --service-account="projects/$PROJECT/serviceAccounts/$(email flux-fill-build)" --substitutions="_IMAGE=$tagged"
+    --service-account="projects/$PROJECT/serviceAccounts/$(email flux-fill-build)" \
+    --substitutions="_IMAGE=$tagged,_REVISION=$(tag)"
 }
 
 # Looks up only what the folder names.
