@@ -225,13 +225,17 @@ repository() {
   gcloud artifacts repositories describe flux-fill --project="$PROJECT" --location="$REGION" --format='value(registryUri)'
 }
 
-tag() { echo "${TAG:-$(git -C "$root" rev-parse --short=12 HEAD)}"; }
+# What the image is made of. A commit that changes nothing of it needs no new image, and starts no new cluster.
+SOURCES=(.dockerignore Dockerfile LICENSE README.md benchmarks container deployments pyproject.toml requirements serve_app)
+
+tag() { echo "${TAG:-$(git -C "$root" log -1 --abbrev=12 --format=%h -- "${SOURCES[@]}")}"; }
 
 # The image by its digest: a tag that moves changes nothing that runs.
 image() {
   local name digest
-  name=$(repository)/flux-fill-serve || return
-  digest=$(gcloud artifacts docker images describe "$name:$(tag)" --format='value(image_summary.digest)') || return
+  name=$(repository)/flux-fill-serve || die "apply k8s/gcp first: there is no image repository"
+  digest=$(gcloud artifacts docker images describe "$name:$(tag)" --format='value(image_summary.digest)') ||
+    die "there is no image $name:$(tag): build it, or set TAG or IMAGE"
   echo "$name@$digest"
 }
 

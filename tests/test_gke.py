@@ -377,6 +377,21 @@ def test_an_image_is_built_once(tools: Tools) -> None:
     assert tools.calls == []
 
 
+def test_the_images_tag_changes_with_all_that_goes_into_it() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", Path("Dockerfile").read_text(), re.M)
+    sources = re.search(r"^SOURCES=\((.*)\)$", SCRIPT.read_text(), re.M)
+    assert sources
+    assert {".dockerignore", "Dockerfile", *" ".join(copied).split()} == set(sources[1].split())
+
+
+def test_an_image_that_was_not_built_is_not_applied(tools: Tools, service: Path) -> None:
+    fake = tools.folder / "bin/gcloud"
+    fake.write_text(FAKE.replace("echo sha256:abc", "exit 1"))
+    said = tools.run("apply", str(service), succeeds=False).stderr
+    assert "there is no image images.example/acme/flux-fill/flux-fill-serve:t1: build it" in said
+    assert tools.calls == []
+
+
 def test_an_edit_is_published_when_its_files_are_there(tools: Tools) -> None:
     tools.existing = "storage objects describe"
     tools.run("edit", "cat.jpg", "mask.png", "edited.jpg")
@@ -517,7 +532,7 @@ def test_the_table_of_bindings_is_that_of_the_resources(google: Objects) -> None
 
 def test_the_table_of_times_is_that_of_the_manifests_and_the_settings() -> None:
     table = times.table(render(times.OVERLAY))
-    assert "| `cpu` | Ingress 95 s, TextEncoder 120 s | 150 s | 180 s |" in table
+    assert "| `cpu` | Ingress 95 s, TextEncoder 120 s |" in table
     assert iam.with_table(DOCUMENT, "times", table) == DOCUMENT, "run python -m tests.k8s.times"
 
 
