@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from .iam import DEPLOY, with_table
-from .objects import Objects, Pod, deployments, ray_service, workers
+from .objects import Objects, Pod, deployments, ray_pods, ray_service
 from .render import render
 from .rules_ray import DRAIN
 
@@ -15,15 +15,15 @@ OVERLAY = Path("k8s/overlays/l4-spot")
 def table(objects: Objects) -> str:
     delay = ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"]
     rows = ["| group | its deployments, and how long they take at most | drain | grace |", "|---|---|---|---|"]
-    for pod in workers(objects):
-        grace = pod.spec["terminationGracePeriodSeconds"]
-        rows.append(
-            f"| `{(pod.group or {})['groupName']}` | {_stopping(objects, pod)} | {pod.env(DRAIN)} s | {grace} s |"
-        )
+    for pod in ray_pods(objects):
+        name, grace = (pod.group or {}).get("groupName", "head"), pod.spec["terminationGracePeriodSeconds"]
+        rows.append(f"| `{name}` | {_stopping(objects, pod)} | {pod.env(DRAIN)} s | {grace} s |")
     return "\n".join([*rows, f"| an upgrade's old cluster | | | {delay} s |"])
 
 
 def _stopping(objects: Objects, pod: Pod) -> str:
+    if pod.is_head:
+        return "none: it outlives its workers, which cannot drain without it"
     if pod.is_spot:
         return "the same, cut short: the lease brings the job back"
     times: dict[str, float] = {}
