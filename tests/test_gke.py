@@ -545,6 +545,17 @@ def test_every_command_of_the_script_is_documented_and_exists() -> None:
     assert usage == named
 
 
+@pytest.mark.usefixtures("kubectl")
+@pytest.mark.parametrize("key", ["API_KEYS", "WEBHOOK_SECRET"])
+def test_a_secrets_replacement_is_a_patch_that_keeps_the_old_value(tmp_path: Path, key: str) -> None:
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("apiVersion: v1\nkind: Secret\nmetadata: {name: flux-fill}\n")
+    (command,) = re.findall(rf"^kubectl -n flux-fill patch secret flux-fill (.*{key}: .*)$", DOCUMENT, re.M)
+    patch = f"old=OLD; kubectl patch --local --filename={secret} --output=json {command}"
+    done = subprocess.run(["bash", "-c", patch], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\S{40,}[ ,]OLD", json.loads(done.stdout)["stringData"][key])
+
+
 def test_there_are_five_steps_each_with_what_to_see_and_its_undo() -> None:
     steps = re.split(r"^### \d\. ", DOCUMENT, flags=re.M)[1:]
     assert len(steps) == 5
