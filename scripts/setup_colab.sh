@@ -141,14 +141,16 @@ start() {
 }
 
 wait_ready() {
-  local waited
-  for ((waited = 0; waited < 3600; waited++)); do
-    if get_ready -f >/dev/null; then return; fi
+  local told=$SECONDS end=$((SECONDS + 3600))
+  until get_ready -f >/dev/null; do
     kill -0 "$app" 2>/dev/null || fail "The app ended. The end of $log:"$'\n'"$(tail -n 20 "$log")"
-    if ((waited % 30 == 29)); then say "It starts since $((waited + 1)) s; see tail -f $log"; fi
-    sleep 1
+    ((SECONDS < end)) || fail "It is not ready after an hour: $(get_ready)"
+    if ((SECONDS >= told + 30)); then
+      told=$SECONDS
+      say "Not ready yet; see tail -f $log"
+    fi
+    sleep 0.2
   done
-  fail "It is not ready after an hour: $(get_ready)"
 }
 
 stop() {
@@ -158,15 +160,16 @@ stop() {
     return
   fi
   kill -INT "$number"
-  for _ in {1..120}; do
-    sleep 1
-    if ! pid >/dev/null; then
-      say "Stopped."
+  local end=$((SECONDS + 120))
+  while pid >/dev/null; do
+    if ((SECONDS >= end)); then
+      kill -KILL -- "-$number"
+      say "Killed, because it did not stop in 120 s: the next start goes on with its jobs."
       return
     fi
+    sleep 0.2
   done
-  kill -KILL -- "-$number"
-  say "Killed, because it did not stop in 120 s: the next start goes on with its jobs."
+  say "Stopped."
 }
 
 # --
