@@ -106,7 +106,8 @@ up: .env  ## the service with its stores, broker, Prometheus and Grafana in cont
 
 .env:
 	umask 077; while IFS= read -r line; do case $$line in \
-	  *=random) echo "$${line%random}$$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')" ;; *) echo "$$line" ;; esac; \
+	  *=random*) echo "$${line%%random*}$$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')$${line#*random}" ;; \
+	  *) echo "$$line" ;; esac; \
 	done <compose/.env.example >$@
 
 down:  ## stop the containers; their volumes stay

@@ -12,7 +12,7 @@ scripts/setup_colab.sh --stop     stop the app
 
 HF_TOKEN           for a GPU's variants: FLUX.1-Fill-dev is a gated repository
 FLUXFILL_FOLDER    environment, config, log, photos and jobs (var/colab)
-FLUXFILL_WEIGHTS   weights, about 25 GB; a folder of Google Drive outlives the machine (FLUXFILL_FOLDER/weights)
+FLUXFILL_WEIGHTS   weights, about 20 GB; a folder of Google Drive outlives the machine (FLUXFILL_FOLDER/weights)
 FLUXFILL_PORT      8000; the embedded Pub/Sub server listens 85 above
 END
 }

@@ -320,8 +320,10 @@ def test_up_makes_secrets_once_and_for_their_owner_alone(checkout: Checkout) -> 
     first = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     values = dict(line.split("=", 1) for line in first.splitlines() if not line.startswith("#"))
-    made = [value for name, value in values.items() if name not in ("WEBHOOK_SECRET", "HF_TOKEN")]
-    assert len(set(made)) == len(made) == 5
+    assert values.pop("WEBHOOK_SECRET") == values.pop("HF_TOKEN") == ""
+    assert values["API_KEYS"].endswith(":jobs+audit")
+    made = [value.removesuffix(":jobs+audit") for value in values.values()]
+    assert len(set(made)) == 5
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in made)
     checkout.make("up")
     assert path.read_text() == first
@@ -357,3 +359,18 @@ def test_the_smoke_test_asks_torch_in_the_container(checkout: Checkout) -> None:
     (call,) = checkout.calls
     assert call.startswith("docker compose --profile gpu run --build --rm --no-deps app-gpu bash -c nvidia-smi")
     assert "torch.cuda.is_available()" in call
+
+
+# -- DEV.md
+
+
+def test_the_developers_guide_names_ports_targets_and_files_that_there_are() -> None:
+    guide = Path("DEV.md").read_text()
+    rows = re.findall(r"^\| (\d[\d, ]+) \|", guide, re.M)
+    open_ports = {port.split(":")[1] for service in SERVICES.values() for port in service.get("ports", ())}
+    assert {port for row in rows for port in row.split(", ")} == open_ports
+    makefile = Path("Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([a-z][a-z-]+)", guide))
+    assert {"up", "down", "logs", "status", "inspect-env", "gpu-cdi-generate", "gpu-test"} <= targets
+    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.M)] == []
+    assert [path for path in re.findall(r"\]\(([^)]+)\)", guide) if not Path(path).exists()] == []
