@@ -8,8 +8,10 @@ ARG TORCH=cpu
 # A folder with torch's CPU wheel, where its index is out of reach.
 ARG UV_FIND_LINKS=
 # The root file system is read-only where this runs, so Python can write no bytecode there: without it each start of Ray
-# compiles all of Ray, for which KubeRay's init container has neither the time nor the memory.
-ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_SYSTEM_CERTS=1 UV_CACHE_DIR=/cache/uv PIP_CACHE_DIR=/cache/pip
+# compiles all of Ray, for which KubeRay's init container has neither the time nor the memory. Bytecode by hash holds
+# whatever a builder does to the files' times.
+ENV UV_COMPILE_BYTECODE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH UV_LINK_MODE=copy UV_SYSTEM_CERTS=1 \
+    UV_CACHE_DIR=/cache/uv PIP_CACHE_DIR=/cache/pip
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /src
 COPY requirements requirements
@@ -39,13 +41,15 @@ RUN apt-get update \
  && apt-get clean && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 app \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app \
- && python3.11 -m compileall -q "$(python3.11 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+ && python3.11 -m compileall -q --invalidation-mode unchecked-hash \
+      "$(python3.11 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 COPY --from=build /opt/app /opt/app
 # Apart from what it needs: a release whose requirements are those of the last one is a layer of a few megabytes.
 RUN --mount=type=bind,from=build,source=/opt/build,target=/opt/build \
     --mount=type=bind,from=build,source=/wheel,target=/wheel \
     /opt/build/bin/uv pip install --python /opt/app/venv --no-cache --offline --no-deps /wheel/*.whl \
- && /opt/app/venv/bin/python -m compileall -q /opt/app/venv/lib/python3.11/site-packages/{serve_app,deployments,benchmarks}
+ && /opt/app/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+      /opt/app/venv/lib/python3.11/site-packages/{serve_app,deployments,benchmarks}
 COPY container /opt/app
 # GKE mounts the driver's libraries and programs at /usr/local/nvidia.
 ENV PATH=/opt/app/venv/bin:/usr/local/nvidia/bin:${PATH} LD_LIBRARY_PATH=/usr/local/nvidia/lib64 HOME=/tmp \

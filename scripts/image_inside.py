@@ -41,10 +41,12 @@ def problems() -> Iterator[str]:
 
 
 def is_compiled(source: Path) -> bool:
-    """Whether Python would take the bytecode as it is. Templates and tests of syntax cannot be compiled."""
+    """Whether Python takes the bytecode as it is, by unchecked hash (PEP 552) or by time. Templates cannot be compiled."""
     code = Path(cache_from_source(str(source)))
     if code.exists():
-        return code.read_bytes()[:12] == struct.pack("<4sLL", MAGIC_NUMBER, 0, int(source.stat().st_mtime))
+        by_hash = struct.pack("<4sL", MAGIC_NUMBER, 1)
+        by_time = struct.pack("<4sLL", MAGIC_NUMBER, 0, int(source.stat().st_mtime))
+        return code.read_bytes().startswith((by_hash, by_time))
     try:
         compile(source.read_bytes(), source, "exec")
     except (SyntaxError, ValueError):

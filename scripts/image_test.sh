@@ -58,7 +58,7 @@ build() {
   [ ! -e "$ca" ] || options+=(-v "$ca:$ca:ro")
   step "building"
   # No daemon and no privileges: RUN steps in a chroot, on this machine's network.
-  buildah bud --layers --isolation chroot --pull-never --network host --format docker "${options[@]}" \
+  buildah bud --isolation chroot --pull-never --network host --format docker "${options[@]}" \
     --build-arg "BASE=$base" --build-arg "VERSION=$version" --build-arg "REVISION=$(git rev-parse HEAD)" \
     -t "$1" . >"$logs/build.log" 2>&1 || fail "buildah bud: $(tail -n 3 "$logs/build.log")"
 }
@@ -129,7 +129,7 @@ app=fluxfill-$$-app head=fluxfill-$$-head
 
 step "$image: $("$engine" image inspect -f '{{.Size}}' "$image" | awk '{ printf "%.0f MB", $1 / 1e6 }')"
 "$engine" history --format '{{.Size}}  {{.CreatedBy}}' "$image" | cut -c 1-100 >"$logs/layers.txt"
-"$engine" run --rm --network none "$image" cat sbom.cdx.json >"$logs/sbom.cdx.json"
+"$engine" run --rm --no-healthcheck --network none "$image" cat sbom.cdx.json >"$logs/sbom.cdx.json"
 
 step "starting it"
 began=$SECONDS

@@ -72,9 +72,15 @@ LABELS = ("title", "licenses", "version", "revision", "source")
 RULES: dict[str, Callable[[Parsed], bool]] = {
     "base image without a tag, or from a named registry": lambda file: not is_pinned(file.arguments["BASE"]),
     "bytecode switched off": lambda file: file.says("PYTHONDONTWRITEBYTECODE|--no-compile"),
-    "requirements without bytecode": lambda file: not file.says("UV_COMPILE_BYTECODE=1", "ENV", stage="build"),
-    "standard library without bytecode": lambda file: not file.says("compileall.*stdlib", "RUN", stage="app"),
-    "app without bytecode": lambda file: not file.says(r"compileall.*{serve_app,deployments,benchmarks}", stage="app"),
+    "requirements without bytecode": lambda file: (
+        not file.says("UV_COMPILE_BYTECODE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH", "ENV", stage="build")
+    ),
+    "standard library without bytecode": lambda file: (
+        not file.says("compileall .*unchecked-hash.*stdlib", "RUN", stage="app")
+    ),
+    "app without bytecode": lambda file: (
+        not file.says(r"compileall .*unchecked-hash .*{serve_app,deployments,benchmarks}", stage="app")
+    ),
     "installs without hashes": lambda file: file.says("pip install(?!.*(--require-hashes|--no-deps))", "RUN"),
     "does not run as uid 10001": lambda file: (
         not file.values("USER") == file.values("USER", "final") == ["10001:10001"]
@@ -109,6 +115,8 @@ FAULTS = [
     ("HOME=/tmp", "HOME=/tmp PYTHONDONTWRITEBYTECODE=1", "bytecode switched off"),
     ("pip install --require", "pip install --no-compile --require", "bytecode switched off"),
     ("UV_COMPILE_BYTECODE=1 ", "", "requirements without bytecode"),
+    ("PYC_INVALIDATION_MODE=UNCHECKED_HASH ", "", "requirements without bytecode"),
+    ("unchecked-hash \\\n      /opt/app", "timestamp /opt/app", "app without bytecode"),
     ('sysconfig.get_path("stdlib")', '"/opt"', "standard library without bytecode"),
     ("{serve_app,deployments,benchmarks}", "serve_app", "app without bytecode"),
     ("--require-hashes -r requirements/build.txt", "-r requirements/build.txt", "installs without hashes"),
