@@ -240,7 +240,12 @@ image() {
 }
 
 build() {
-  local tagged
+  local tagged changed
+  if [[ -z ${TAG:-} ]]; then
+    # What is sent is the working tree, and the tag names a commit.
+    changed=$(git -C "$root" status --porcelain -- "${SOURCES[@]}")
+    [[ -z $changed ]] || die "commit these first, or set TAG:"$'\n'"$changed"
+  fi
   tagged=$(repository)/flux-fill-serve:$(tag)
   if exists gcloud artifacts docker images describe "$tagged"; then
     echo "$tagged exists"
@@ -295,15 +300,20 @@ apply() {
     # Config Connector has no resource for this part of k8s/firestore.indexes.json.
     run gcloud firestore indexes fields update record --collection-group=jobs --disable-indexes --project="$PROJECT"
   fi
+  if grep -q '^  name: weights$' "$objects"; then
+    # First, because it is removed ten minutes after its end. Its first condition comes with the end, good or bad.
+    run_on_cluster wait job/weights --namespace=flux-fill --for=jsonpath='{.status.conditions[0].status}'=True --timeout=2h
+    run_on_cluster wait job/weights --namespace=flux-fill --for=condition=Complete --timeout=1m ||
+      die "see kubectl -n flux-fill logs job/weights"
+  fi
   if has_kind RayService; then
     run_on_cluster wait rayservice/flux-fill --namespace=flux-fill --for=condition=Ready --timeout=30m
-  fi
-  if grep -q '^  name: weights$' "$objects"; then
-    run_on_cluster wait job/weights --namespace=flux-fill --for=condition=Complete --timeout=2h
   fi
 }
 
 remove() {
+  # What is deleted is found by its name: no image has to be there.
+  IMAGE=none PUBLIC_HOST=none.invalid
   render_to_file "$1"
   run_on_cluster delete --ignore-not-found --filename="$objects"
 }

@@ -325,7 +325,20 @@ def test_a_service_with_gated_weights_is_not_applied_without_their_token(tools: 
     tools.environment |= {"HF_TOKEN": "hf_secret"}
     tools.run("apply", str(service))
     assert "HF_TOKEN: hf_secret" in tools.input
-    assert "wait job/weights" in tools.calls[-1]
+
+
+def test_weights_are_waited_for_before_their_job_is_removed_and_their_failure_is_told(
+    tools: Tools, service: Path
+) -> None:
+    (service / "service.yaml").write_text(SERVICE + JOB)
+    tools.existing = "get secret"
+    tools.run("apply", str(service))
+    job, ready = order(tools.calls, "kubectl wait job/weights", "kubectl wait rayservice/flux-fill")
+    assert job < ready
+    (tools.folder / "bin/kubectl").write_text(
+        FAKE.replace("case $asked", "[[ $asked == *=Complete* ]] && exit 1; case $asked", 1)
+    )
+    assert "logs job/weights" in tools.run("apply", str(service), succeeds=False).stderr
 
 
 def test_the_cluster_is_always_named(tools: Tools, service: Path) -> None:
@@ -377,6 +390,19 @@ def test_an_image_is_built_once(tools: Tools) -> None:
     assert tools.calls == []
 
 
+def test_an_image_is_built_of_what_its_commit_has(tools: Tools) -> None:
+    del tools.environment["TAG"]
+    git = ["git", "-C", str(tools.folder), "-c", "user.name=a", "-c", "user.email=a@b.test"]
+    (tools.folder / "Dockerfile").write_text("FROM scratch\n")
+    for arguments in (["init", "-q"], ["add", "Dockerfile"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    tools.run("build")
+    assert len(tools.calls) == 1
+    (tools.folder / "Dockerfile").write_text("FROM scratch\nUSER 1\n")
+    assert "M Dockerfile" in tools.run("build", succeeds=False).stderr
+    assert tools.calls == []
+
+
 def test_the_images_tag_changes_with_all_that_goes_into_it() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", Path("Dockerfile").read_text(), re.M)
     sources = re.search(r"^SOURCES=\((.*)\)$", SCRIPT.read_text(), re.M)
@@ -390,6 +416,14 @@ def test_an_image_that_was_not_built_is_not_applied(tools: Tools, service: Path)
     said = tools.run("apply", str(service), succeeds=False).stderr
     assert "there is no image images.example/acme/flux-fill/flux-fill-serve:t1: build it" in said
     assert tools.calls == []
+
+
+@pytest.mark.usefixtures("kubectl")
+def test_a_removal_needs_no_image_and_no_host(tools: Tools, service: Path) -> None:
+    for folder in (service, Path("k8s/gcp/push").absolute()):
+        tools.run("remove", str(folder))
+        assert not any("docker images" in call for call in tools.all_calls)
+        assert " delete --ignore-not-found --filename=" in tools.calls[-1]
 
 
 def test_an_edit_is_published_when_its_files_are_there(tools: Tools) -> None:
