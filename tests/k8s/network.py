@@ -32,7 +32,7 @@ def _pod(name: str, space: str, address: str, **labels: str) -> Actor:
 OTHERS = (
     _pod("KubeRay's operator", "kuberay-system", "10.4.1.1"),
     _pod("Prometheus", "monitoring", "10.4.1.2"),
-    _pod("Google's Prometheus", "gmp-system", "10.4.1.3"),
+    _pod("Google's Prometheus", "gke-gmp-system", "10.4.1.3"),
     Actor("the API's pods", ("10.4.1.4",), "api", {}, _namespace("api") | {"fluxfill/http": "allowed"}),
     _pod("a stranger", "elsewhere", "10.4.1.5"),
     _pod("a stranger beside them", "flux-fill", "10.4.1.6"),
