@@ -41,7 +41,7 @@ def problems() -> Iterator[str]:
 
 
 def is_compiled(source: Path) -> bool:
-    """Whether Python takes the bytecode as it is, by unchecked hash (PEP 552) or by time. Templates cannot be compiled."""
+    """Whether Python takes the bytecode as it is: by unchecked hash (PEP 552), or by time. Templates are none of it."""
     code = Path(cache_from_source(str(source)))
     if code.exists():
         by_hash = struct.pack("<4sL", MAGIC_NUMBER, 1)
