@@ -26,6 +26,8 @@ SUBMIT_S = 30.0
 ENTRYPOINT = f"{shlex.quote(sys.executable)} -m benchmarks.audit"
 #: Without any, Ray runs a job on the head node, which in a cluster has none to give and must not be burdened.
 JOB_CPUS = 0.1
+#: Ray's label for a group of nodes, where an operator gives them one.
+POOL = "pool"
 
 _STATES: Mapping[str, LaunchState] = {
     JobStatus.PENDING: "pending",
@@ -43,11 +45,19 @@ class RayJobs:
 
     is_apart = True
 
-    def __init__(self, address: str | None = None, *, app: str = "fluxfill", entrypoint: str = ENTRYPOINT) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        app: str = "fluxfill",
+        entrypoint: str = ENTRYPOINT,
+        pool: str | None = None,
+    ) -> None:
         """`address` is the dashboard's URL, or the cluster's address; None: the Ray this process is connected to, or
-        else the one on this machine. `app` is the name in Serve of the app that is audited."""
+        else the one on this machine. `app` is the name in Serve of the app that is audited. Jobs run on nodes with
+        Ray's label `pool`; None: on any."""
         bypass_proxies()
-        self._address, self._app, self._entrypoint = address, app, entrypoint
+        self._address, self._app, self._entrypoint, self._pool = address, app, entrypoint, pool
         self._client: JobSubmissionClient | None = None
         # The client's calls have no time-out of their own: one that hangs keeps its thread.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="ray-jobs")
@@ -76,6 +86,7 @@ class RayJobs:
             client.submit_job(
                 entrypoint=self._entrypoint,
                 entrypoint_num_cpus=JOB_CPUS,
+                entrypoint_label_selector={POOL: self._pool} if self._pool else None,
                 submission_id=audit.job_name,
                 runtime_env={"env_vars": which},
                 metadata=self._metadata(audit),

@@ -7,6 +7,7 @@ from contextvars import Context
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
@@ -33,7 +34,7 @@ from serve_app.jobs.worker import Worker
 from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
 
-from .audit_job import RayJobs
+from .audit_job import POOL, RayJobs
 from .broker import BrokerWatch
 from .metrics import RayMetrics
 from .readiness import VariantWatch
@@ -110,7 +111,9 @@ class Ingress:
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
         job_store = adapters.job_store(settings.jobs)
-        launcher = RayJobs(app=serve.get_replica_context().app_name)
+        # An audit's job keeps no GPU node awake: it runs where ingresses may.
+        pool = ray.get_runtime_context().get_node_labels().get(POOL)
+        launcher = RayJobs(app=serve.get_replica_context().app_name, pool=pool)
         self.audits = Audits(
             blobs=self._blobs, job_store=job_store, launcher=launcher, settings=settings, is_stopping=_an_ingress_stops
         )

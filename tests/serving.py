@@ -21,6 +21,7 @@ import pytest
 import yaml
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
+from deployments.audit_job import POOL
 from deployments.client import Client, Submitted
 from deployments.own_ray import OwnRay, free_port, own_ray
 from serve_app.jobs.messages import EditMessage
@@ -204,7 +205,7 @@ def test_ray(tmp_path_factory: pytest.TempPathFactory, firebase_number: int) -> 
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{firebase_number}",
     }
     log = tmp_path_factory.mktemp("ray") / "ray.log"
-    with own_ray(log, environment, "--num-cpus=8", "--num-gpus=1") as ray:
+    with own_ray(log, environment, "--num-cpus=8", "--num-gpus=1", f"--labels={POOL}=tests") as ray:
         yield TestRay(ray, free_port())
 
 

@@ -122,6 +122,20 @@ async def test_a_job_of_others_is_neither_followed_nor_stopped(app: App, metadat
 
 
 @pytest.mark.serve
+@pytest.mark.usefixtures("connection")
+async def test_a_job_runs_in_its_pool_of_nodes() -> None:
+    elsewhere, here = queued(), queued()
+    await RayJobs(entrypoint=SLEEP, pool="elsewhere").launch(elsewhere)
+    jobs = RayJobs(entrypoint=SLEEP, pool="tests")
+    await jobs.launch(here)
+    await until_state(jobs, here, "running")
+    # It waits for such a node, as long as this Ray lasts.
+    assert await jobs.state(elsewhere) == "pending"
+    await jobs.stop(here)
+    await until_state(jobs, here, "stopped")
+
+
+@pytest.mark.serve
 async def test_a_run_may_be_called_as_a_job_of_others_is(app: App) -> None:
     client = JobSubmissionClient(app.dashboard)
     theirs = client.submit_job(entrypoint=SLEEP, submission_id=f"nightly-{uuid.uuid4().hex}")
