@@ -62,7 +62,7 @@ ARG WEIGHTS=
 RUN --mount=type=secret,id=hf_token \
     mkdir /weights \
  && if [ -n "${WEIGHTS}" ]; then \
-      sed 's|/tmp/fluxfill/weights|/weights|' serve_config.yaml > /tmp/weights.yaml; \
+      sed 's|/tmp/fluxfill/weights|/weights|g' serve_config.yaml > /tmp/weights.yaml; \
       if [ -e /run/secrets/hf_token ]; then HF_TOKEN=$(cat /run/secrets/hf_token); export HF_TOKEN; fi; \
       fluxfill weights pull --pin -c /tmp/weights.yaml ${WEIGHTS}; \
     fi
