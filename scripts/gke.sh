@@ -315,6 +315,11 @@ remove() {
   # What is deleted is found by its name: no image has to be there.
   IMAGE=none PUBLIC_HOST=none.invalid
   render_to_file "$1"
+  if has_kind RayService; then
+    # First, and until its clusters are gone: they clean up in Redis by a Job, which a namespace that ends refuses
+    # (kuberay#3388).
+    run_on_cluster delete rayservice flux-fill --namespace=flux-fill --ignore-not-found --cascade=foreground
+  fi
   run_on_cluster delete --ignore-not-found --filename="$objects"
 }
 

@@ -424,6 +424,8 @@ def test_a_removal_needs_no_image_and_no_host(tools: Tools, service: Path) -> No
         tools.run("remove", str(folder))
         assert not any("docker images" in call for call in tools.all_calls)
         assert " delete --ignore-not-found --filename=" in tools.calls[-1]
+        # The service goes before the namespace does.
+        assert any("delete rayservice flux-fill" in call for call in tools.calls[:-1]) == (folder == service)
 
 
 def test_an_edit_is_published_when_its_files_are_there(tools: Tools) -> None:
