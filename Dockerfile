@@ -51,6 +51,9 @@ RUN --mount=type=bind,from=build,source=/opt/build,target=/opt/build \
  && /opt/app/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash \
       /opt/app/venv/lib/python3.11/site-packages/{serve_app,deployments,benchmarks}
 COPY container /opt/app
+# A login shell, as which KubeRay runs its clean-up of Redis, sets PATH anew.
+# hadolint ignore=SC2016
+RUN echo 'PATH=/opt/app/venv/bin:$PATH' > /etc/profile.d/flux-fill.sh
 # GKE mounts the driver's libraries and programs at /usr/local/nvidia.
 ENV PATH=/opt/app/venv/bin:/usr/local/nvidia/bin:${PATH} LD_LIBRARY_PATH=/usr/local/nvidia/lib64 HOME=/tmp \
     RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0

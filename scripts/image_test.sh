@@ -175,6 +175,7 @@ step "$(tail -n 1 "$logs/health-check.log") with 256 MiB and 0.2 CPUs"
 for probe in 52365/api/local_raylet_healthz 8265/api/gcs_healthz; do
   await 30 "$engine" exec "$head" bash -c "wget --tries 1 -T 2 -q -O- http://localhost:$probe | grep success" || fail "probe $probe"
 done
+"$engine" exec "$head" bash -lc 'command -v python' | grep -q ^/opt/app/ || fail "a login shell has another Python"
 step "KubeRay's probes succeed"
 stop "$head" 60 1
 step "ok"
