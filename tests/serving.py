@@ -21,6 +21,7 @@ import pytest
 import yaml
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
+from deployments.app import inpainter_name
 from deployments.audit_job import POOL
 from deployments.client import Client, Submitted
 from deployments.own_ray import OwnRay, free_port, own_ray
@@ -88,6 +89,12 @@ def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
     }
 
 
+def _soon_stopped(variant: str) -> dict[str, Any]:
+    """Its deployment, which Serve looks at often: by default it counts the requests of the last 30 s."""
+    often = {"metrics_interval_s": 0.5, "look_back_period_s": 1.0, "upscale_delay_s": 0.1, "downscale_delay_s": 0.1}
+    return {"name": inpainter_name(variant), "autoscaling_config": {"min_replicas": 0, "max_replicas": 1, **often}}
+
+
 @dataclass
 class App:
     """The running app, and what its users and operators do."""
@@ -113,7 +120,8 @@ class App:
     def deploy(self, **inference: Any) -> None:
         """`serve deploy`, with these inference defaults."""
         self.is_deployed = True
-        self.raw["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": inference}]
+        ingress = {"name": "Ingress", "user_config": inference}
+        self.raw["applications"][0]["deployments"] = [ingress, *(_soon_stopped(name) for name in ("gpu-a", "gpu-b"))]
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(self.raw))
         serve = str(Path(sys.executable).with_name("serve"))

@@ -231,7 +231,7 @@ async def test_gpus_that_can_still_be_had_are_waited_for_to_compile() -> None:
 async def deaf(own_apps: None) -> str:
     """The name of an app whose ingress takes calls and answers none."""
 
-    @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1})
+    @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=0.1)
     class Deaf:
         async def settings(self) -> None:
             await asyncio.Event().wait()
