@@ -66,7 +66,7 @@ lock: install  ## the image's requirements, in constraints.txt's versions; UV_FI
 	UV_FIND_LINKS= $(LOCK) -c requirements/cuda.constraints --group image -o requirements/build.txt
 	rm requirements/cuda.constraints
 
-image-test: install  ## build the image and try it, as root on Debian 12; logs and the bill of materials in out/image
+image-test:  ## build the image and try it, as root on Debian 12; logs and the bill of materials in out/image
 	scripts/image_test.sh
 
 bench: install  ## measure; figures into benchmarks/results

@@ -76,7 +76,9 @@ def _in_cluster(text: str) -> Iterator[Problem]:
     raw, lines = yaml.safe_load(text), Lines(text)
     location = ("proxy_location",)
     if raw.get("proxy_location", "EveryNode") != "EveryNode":
-        what = "must be EveryNode: KubeRay's probes ask every pod for Serve's HTTP, and no worker gets ready without it"
+        what = (
+            "must be EveryNode: KubeRay's probes ask every pod for Serve's HTTP; without it workers never become ready"
+        )
         yield Problem(where=location, what=what, line=lines.of(location))
     port = ("http_options", "port")
     if raw["http_options"].get("port") == METRICS_PORT:

@@ -76,7 +76,9 @@ project_role() {
     condition="^;^title=roles of k8s/gcp;expression=api.getAttribute('iam.googleapis.com/modifiedGrantsByRole', [])"
     condition+=".hasOnly([$GRANTABLE])"
   fi
-  patiently gcloud projects "$1-iam-policy-binding" "$PROJECT" --member="serviceAccount:$(email "$2")" \
+  local how=run
+  [[ $1 == remove ]] || how=patiently
+  $how gcloud projects "$1-iam-policy-binding" "$PROJECT" --member="serviceAccount:$(email "$2")" \
     --role="roles/$3" --condition="$condition" --format=none
 }
 
@@ -212,7 +214,7 @@ delete() {
     [[ -n $dry_run ]] || is_account "$account" || continue
     for role in "${ROLES[@]}"; do
       # shellcheck disable=SC2086 # two words
-      [[ $role != "$account "* ]] || project_role remove $role
+      [[ $role != "$account "* ]] || project_role remove $role || echo "it had no such role"
     done
     run gcloud iam service-accounts delete "$(email "$account")" --project="$PROJECT" --quiet
   done
@@ -240,13 +242,14 @@ image() {
 }
 
 build() {
-  local tagged changed
+  local tagged changed name
   if [[ -z ${TAG:-} ]]; then
     # What is sent is the working tree, and the tag names a commit.
     changed=$(git -C "$root" status --porcelain -- "${SOURCES[@]}")
     [[ -z $changed ]] || die "commit these first, or set TAG:"$'\n'"$changed"
   fi
-  tagged=$(repository)/flux-fill-serve:$(tag)
+  name=$(repository) || die "there is no repository for images: apply k8s/gcp first"
+  tagged=$name/flux-fill-serve:$(tag)
   if exists gcloud artifacts docker images describe "$tagged"; then
     echo "$tagged exists"
     return

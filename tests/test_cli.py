@@ -600,7 +600,7 @@ def test_check_reads_the_config_in_a_manifest(fluxfill: Command, tmp_path: Path)
     ("old", "new", "where", "what"),
     [
         ("steps: 28", "stepz: 28", "applications.0.deployments.0.user_config.stepz", "unknown key"),
-        ("EveryNode", "HeadOnly", "proxy_location", "no worker gets ready"),
+        ("EveryNode", "HeadOnly", "proxy_location", "never become ready"),
         ("port: 8000", "port: 8080", "http_options.port", "8080 is the port of Ray's metrics"),
     ],
 )

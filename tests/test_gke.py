@@ -217,10 +217,21 @@ def test_config_connector_may_grant_what_its_resources_grant_on_the_project_and_
     assert grantable and iam.on_the_project(iam.rendered()) == set(re.findall(r"'([^']+)'", grantable[1]))
 
 
-def test_a_project_must_be_named(tools: Tools) -> None:
-    tools.environment = {}
-    assert "set PROJECT" in tools.run("create", succeeds=False).stderr
+@pytest.mark.parametrize("command", ["create", "delete", "build"])
+def test_a_project_must_be_named(tools: Tools, command: str) -> None:
+    tools.environment = {"TAG": "t1"}
+    assert "set PROJECT" in tools.run(command, succeeds=False).stderr
     assert tools.calls == []
+
+
+def test_a_role_that_was_never_bound_does_not_stop_a_deletion(tools: Tools) -> None:
+    fake = tools.folder / "bin/gcloud"
+    refused = "[[ $* == *remove-iam-policy-binding* ]] && exit 1\n"
+    fake.write_text(FAKE.replace("\n", f"\n{refused}", 1))
+    tools.existing = "iam service-accounts describe"
+    done = tools.run("delete")
+    assert "it had no such role" in done.stdout
+    assert len([call for call in tools.calls if "service-accounts delete" in call]) == 2
 
 
 def test_settings_come_from_the_file_and_the_environment_goes_first(tools: Tools) -> None:

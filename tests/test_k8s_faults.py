@@ -185,8 +185,6 @@ FAULTS: list[tuple[str, str, str, Change]] = [
     ("an ingress without inpainters", "the_ingress_stops_first", "pulls for 55 s",
      both(env(CPU, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "150"),
           ray(*CPU, *POD, "terminationGracePeriodSeconds", to=180))),
-    ("a cluster deleted early", "old_cluster_outlives_its_drain", "280",
-     put(SERVICE, "spec", "rayClusterDeletionDelaySeconds", to=280)),
     ("ray stop", "nothing_stops_ray_beforehand", "`ray stop`",
      container(L4, "lifecycle", to={"preStop": {"exec": {"command": ["ray", "stop"]}}})),
     # Ray's pods.

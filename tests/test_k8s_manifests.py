@@ -1,11 +1,14 @@
 """Everything under k8s/ renders, is what the API server accepts, and breaks no rule of ours."""
 
+import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from deployments.audit_job import JOB_CPUS, POOL
 
 from .k8s import render, rules, schemas
 from .k8s.objects import cluster, of_kind, ray_service, serve_config
@@ -135,3 +138,11 @@ def test_the_config_in_the_pods_is_the_one_that_is_served(overlay: Path) -> None
     objects = render.render(overlay)
     (config,) = [one for one in of_kind(objects, "ConfigMap") if one["metadata"]["name"] == "serve-config"]
     assert [*config["data"].values()] == [ray_service(objects)["spec"]["serveConfigV2"]]
+
+
+def test_an_audits_job_reserves_what_one_over_http_does() -> None:
+    (job,) = [one for one in render.render(Path("k8s/audit")) if one["kind"] == "Job"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    words = [*container["command"], *container.get("args", ())]
+    assert float(words[words.index("--entrypoint-num-cpus") + 1]) == JOB_CPUS
+    assert json.loads(words[words.index("--entrypoint-label-selector") + 1]).keys() == {POOL}

@@ -1,5 +1,5 @@
-"""What happens to jobs when nodes and clusters end, rehearsed: a spot node is taken away, and an upgrade's old cluster
-is deleted while the new one pulls beside it.
+"""What happens to jobs when nodes and clusters end while a new app pulls beside the old one, rehearsed: a node is
+killed 15 s after its notice, as on spot, and an old cluster is deleted, as an upgrade does.
 
 The old cluster is a Ray of its own, with a head that holds no work and a worker, as KubeRay starts them: SIGTERM makes
 each of them drain its node.
@@ -28,6 +28,7 @@ from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 from deployments.app import STOP_S, build
 from deployments.client import Client
 from deployments.own_ray import OwnRay, free_port, own_ray
+from serve_app import adapters
 from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.record import State
 from serve_app.settings import Inference, Settings, SubscriptionSettings
@@ -112,14 +113,16 @@ def _program(name: str) -> Path:
     return Path(sys.executable).with_name(name)
 
 
-def _wait_gone(pid: int, *, kill_after_s: float) -> None:
-    """Until the process and its descendants have ended, by SIGKILL where it takes longer."""
+def _wait_gone(pid: int, *, kill_after_s: float) -> bool:
+    """Until the process and its descendants have ended, by SIGKILL where it takes longer. Whether it took that."""
+    left: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         _, left = psutil.wait_procs([process, *process.children(recursive=True)], timeout=kill_after_s)
         for one in left:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
+    return bool(left)
 
 
 def _serve_config(config: Settings, port: int) -> dict[str, Any]:
@@ -168,37 +171,45 @@ class Traffic:
         await until(lambda: len(self.jobs) >= target, 60)
 
 
-async def test_a_lost_spot_node_and_an_upgrade_lose_no_job_and_do_none_twice(tmp_path: Path, broker: Broker) -> None:
+async def test_a_killed_node_and_an_upgrade_lose_no_job_and_do_none_twice(tmp_path: Path, broker: Broker) -> None:
     nap = sleeper(0.5, min_replicas=2, max_replicas=2)
     old, new = settings(tmp_path, broker, nap=nap), settings(tmp_path, broker, nap=nap, other=sleeper(0.5))
     client, completions = Client(new), Recorder()
     traffic = Traffic(client, tmp_path)
     with cluster(tmp_path) as running:
-        with running.worker(drain_s=10) as spot:
+        # Its drain would take longer than a spot node has.
+        with running.worker(drain_s=60) as spot:
             await asyncio.to_thread(running.deploy, old)
             await asyncio.to_thread(running.wait_ready)
             flow = asyncio.create_task(traffic.flow())
-            await traffic.wait_for(5)
-            spot.terminate()
-            await asyncio.to_thread(_wait_gone, spot.pid, kill_after_s=15)
-        with running.worker(drain_s=STOP_S + 4) as node:
             await asyncio.to_thread(serve.run, build(new), name="new", route_prefix="/new")
-            await asyncio.to_thread(running.wait_ready)
             # The two pull beside each other.
+            await traffic.wait_for(10)
+            spot.terminate()
+            assert await asyncio.to_thread(_wait_gone, spot.pid, kill_after_s=15)
+        killed = len(traffic.jobs)
+        with running.worker(drain_s=STOP_S + 4) as node:
+            await asyncio.to_thread(running.wait_ready)
             both = len(traffic.jobs)
             await traffic.wait_for(10)
             os.kill(running.ray.pid, signal.SIGTERM)
             node.terminate()
-            await asyncio.to_thread(_wait_gone, node.pid, kill_after_s=STOP_S + 20)
+            assert not await asyncio.to_thread(_wait_gone, node.pid, kill_after_s=STOP_S + 20)
             await traffic.wait_for(5)
     flow.cancel()
     reader = broker.settings.model_copy(update={"subscriptions": {COMPLETIONS: SubscriptionSettings()}})
     async with Broker(broker.kind, reader).source(completions):
-        await until(lambda: len(completions.deliveries) >= len(traffic.jobs), 60)
-    told = Counter(json.loads(body)["jobId"] for body in completions.bodies)
-    assert told == dict.fromkeys(traffic.jobs, 1)
+        await until(lambda: {json.loads(body)["jobId"] for body in completions.bodies} == set(traffic.jobs), 60)
     found = [job for job_id in traffic.jobs if (job := await client.get(job_id))]
     assert {job.status for job in found} == {State.SUCCEEDED}
-    # By the steps that each app uses where a message says nothing: both have worked.
-    assert {job.parameters.steps for job in found[both:]} == {OLD_STEPS, Inference().steps}
+    # By the steps that each app uses where a message says nothing: both have worked, before either end.
+    for part in (found[:killed], found[both:]):
+        assert {job.parameters.steps for job in part} == {OLD_STEPS, Inference().steps}
+    # Nothing was written after a job had succeeded.
+    blobs = adapters.blob_store(new.blobs)
+    for artifact in (artifact for job in found for artifact in job.artifacts):
+        assert (await blobs.head(artifact.path)).version == artifact.version
+    told = Counter(json.loads(body)["jobId"] for body in completions.bodies)
+    assert {told[job.id] for job in found[killed:]} == {1}
     assert {job.attempt for job in found[both:]} == {1}, "an app that stops gives its attempts back"
+    assert max(job.attempt for job in found) == 2, "what was killed used an attempt"

@@ -32,7 +32,6 @@ OF_THE_CLUSTER: tuple[Rule, ...] = (
     rules_ray.gcs_survives_the_head,
     rules_ray.redis_keeps_its_data,
     rules_ray.the_head_leaves_last,
-    rules_ray.old_cluster_outlives_its_drain,
     rules_ray.nothing_stops_ray_beforehand,
     rules_ray.probes_are_kuberays,
     rules_ray.ray_container_is_first,

@@ -198,16 +198,6 @@ def drains_hold(objects: Objects) -> Iterator[str]:
                 yield f"{pod.at}: {DRAIN}: {drain:g} is not above the {one.shutdown_s:g} s that {one.name} may take"
 
 
-def old_cluster_outlives_its_drain(objects: Objects) -> Iterator[str]:
-    delay = ray_service(objects)["spec"].get("rayClusterDeletionDelaySeconds", 60)
-    longest = max(map(_drain, workers(objects)), default=0)
-    if delay <= longest:
-        yield (
-            f"{at(ray_service(objects))}: rayClusterDeletionDelaySeconds: {delay} is not above "
-            f"the longest drain, {longest:g}"
-        )
-
-
 def the_head_leaves_last(objects: Objects) -> Iterator[str]:
     """All pods of a deleted cluster get SIGTERM at once, and a worker without a head dies undrained."""
     longest = max((_drain(pod) for pod in workers(objects)), default=0)

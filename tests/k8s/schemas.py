@@ -5,6 +5,7 @@ CustomResourceDefinitions, which are not part of the project.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from .objects import Object, Objects, at
 
 #: GKE's regular channel.
 KUBERNETES = "1.33.0"
-DEFINITIONS = Path("../shared/crds")
+DEFINITIONS = Path(os.environ.get("CRDS", "../shared/crds"))
 #: Kinds whose definitions are at hand nowhere.
 UNKNOWN = {"ExternalSecret", "SecretStore", "ClusterSecretStore", "Kustomization"}
 

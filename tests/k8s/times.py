@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from .iam import DEPLOY, with_table
-from .objects import Objects, Pod, deployments, ray_pods, ray_service
+from .objects import Objects, Pod, deployments, ray_pods
 from .render import render
 from .rules_ray import DRAIN
 
@@ -13,12 +13,11 @@ OVERLAY = Path("k8s/overlays/l4-spot")
 
 
 def table(objects: Objects) -> str:
-    delay = ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"]
     rows = ["| group | its deployments, and how long they take at most | drain | grace |", "|---|---|---|---|"]
     for pod in ray_pods(objects):
         name, grace = (pod.group or {}).get("groupName", "head"), pod.spec["terminationGracePeriodSeconds"]
         rows.append(f"| `{name}` | {_stopping(objects, pod)} | {pod.env(DRAIN)} s | {grace} s |")
-    return "\n".join([*rows, f"| an upgrade's old cluster | | | {delay} s |"])
+    return "\n".join(rows)
 
 
 def _stopping(objects: Objects, pod: Pod) -> str:

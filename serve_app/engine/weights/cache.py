@@ -134,6 +134,9 @@ def _is_whole(need: Need, folder: Path, locked: lock.Lock, *, remove: bool) -> b
     for file in files:
         try:
             _check(folder / file, known.get(file))
+        except FileNotFoundError:
+            # Another process, which holds the folder's lock, has removed it.
+            return False
         except CorruptWeights as e:
             log.warning("A cached file is corrupt: %s", e, extra={"action": "weights_corrupt", "repo": need.repo})
             if remove:
