@@ -157,11 +157,21 @@ def postgresql_address() -> Iterator[str]:
             shutil.chown(folder, user)
         new = [initdb, "--pgdata", folder, "--username=postgres", "--auth=trust", "--no-sync", "--encoding=UTF8"]
         subprocess.run(new, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL)
-        port = free_port()
-        options = ["-h", HOST, "-p", str(port), "-k", "", "-F", "-N", "300"]
-        with _running([postgres, "-D", folder, *options], stop=signal.SIGQUIT, user=user, cwd=folder):
-            _connect(f"postgresql://postgres@{HOST}:{port}/postgres")
+        with _postgres([postgres, "-D", folder, "-h", HOST, "-k", "", "-F", "-N", "300"], folder, user) as port:
             yield f"{HOST}:{port}"
+
+
+@contextmanager
+def _postgres(command: list[str], folder: str, user: str | None) -> Iterator[int]:
+    """Its port: another where the first has been taken before the server had it."""
+    log = Path(folder) / "log"
+    for port in (free_port() for _ in range(3)):
+        whole = [*command, "-p", str(port)]
+        with _running(whole, stop=signal.SIGQUIT, user=user, cwd=folder, log=log) as server:
+            if _answers(server, f"postgresql://postgres@{HOST}:{port}/postgres"):
+                yield port
+                return
+    pytest.fail(f"PostgreSQL does not start: {log.read_text()}")
 
 
 @pytest.fixture(scope="session")
@@ -195,12 +205,19 @@ def _warm_up(address: str) -> None:
 
 @contextmanager
 def _running(
-    command: list[str], *, stop: signal.Signals, user: str | None = None, cwd: str | None = None
-) -> Iterator[None]:
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet, user=user, cwd=cwd) as process:
+    command: list[str],
+    *,
+    stop: signal.Signals,
+    user: str | None = None,
+    cwd: str | None = None,
+    log: Path = Path(os.devnull),
+) -> "Iterator[subprocess.Popen[bytes]]":
+    with (
+        log.open("ab") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, user=user, cwd=cwd) as process,
+    ):
         try:
-            yield
+            yield process
         finally:
             process.send_signal(stop)
             process.wait(10)
@@ -212,8 +229,13 @@ def _running(
     wait=wait_fixed(0.05),
     reraise=True,
 )
-def _connect(url: str) -> None:
-    psycopg.connect(url).close()
+def _answers(server: "subprocess.Popen[bytes]", url: str) -> bool:
+    """Once it does; False where it has ended before."""
+    if server.poll() is not None:
+        return False
+    # What else has the port may say nothing.
+    psycopg.connect(url, connect_timeout=2).close()
+    return True
 
 
 def _find(program: str) -> str | None:
