@@ -23,7 +23,7 @@ class ServedConfig:
     text: str
     #: The line of the file that its key is on, 1-based.
     line: int
-    #: Whether each of its lines is one of the file's, below that one; else it has no lines of its own.
+    #: Whether it is a YAML block, whose lines follow in the file; a quoted one has only the line of its key.
     is_block: bool
 
     def problems(self) -> list[Problem]:

@@ -280,7 +280,8 @@ def _step_to(objects: Objects, group: tuple[str, ...]) -> list[Object]:
     (node,) = [one for one in objects if at(one) == SERVICE]
     for key in (*CLUSTER, *group, *POD):
         node = _step(node, key)
-    return node["containers"]  # type: ignore[no-any-return]
+    containers: list[Object] = node["containers"]
+    return containers
 
 
 @pytest.mark.parametrize(("rule", "words", "change"), [pytest.param(*rest, id=name) for name, *rest in FAULTS])

@@ -88,7 +88,7 @@ async def cached(need: Need, sources: Sources, on_file: OnFile = silent) -> Path
     A cache that holds all of it may be mounted read-only. Raises WeightsError where it is and does not.
     """
     folder = sources.cache / need.folder
-    # Before the lock, which needs a file of its own there.
+    # Before the lock, which has to create a file there.
     if await asyncio.to_thread(_is_whole, need, folder, sources.locked, remove=False):
         return folder
     try:
