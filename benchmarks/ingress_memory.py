@@ -27,7 +27,7 @@ from serve_app.edit import session as edit_session
 from serve_app.edit.job import Editor
 from serve_app.edit.session import session_path
 from serve_app.jobs.kinds import Attempt
-from serve_app.jobs.record import Job
+from serve_app.jobs.record import Artifact, Job
 from serve_app.jobs.worker import pixel_pool
 from serve_app.models import EditRequest, Images, OnProgress, Progress
 from serve_app.parameters import CropStrategy, EditParameters
@@ -88,6 +88,9 @@ class NoPrompts:
 async def confirmed() -> None: ...
 
 
+async def recorded(_: Artifact) -> None: ...
+
+
 def files(megapixels: float) -> dict[str, bytes]:
     """A photo that is cheap to send, and a leash across it."""
     height = int((megapixels * 1e6 * 3 / 4) ** 0.5)
@@ -120,7 +123,7 @@ async def measured(sessions: int, megapixels: float, settings: Settings) -> dict
 
     async def progress(_: Progress) -> None: ...
 
-    attempt = Attempt(on_progress=progress, confirm=confirmed, pool=pool)
+    attempt = Attempt(on_progress=progress, confirm=confirmed, record=recorded, pool=pool)
     jobs = [asyncio.create_task(editor.run(job_of(f"s{n}"), attempt)) for n in range(sessions)]
     await model.all_wait.wait()
     # What malloc holds and nobody uses is not what the jobs take.

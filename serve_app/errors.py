@@ -12,12 +12,15 @@
     │   ├── MaskMismatch           the mask's shape does not match the photo's
     │   ├── MaskUnclear            the mask does not say what to edit: no bright pixels, or a photo
     │   ├── CallbackRefused        a callbackUrl that this app may not call
+    │   ├── LinkRefused            a link in a request that this app may not fetch, or that leads to no picture
+    │   ├── KeyReused              an Idempotency-Key, or a job's id, that came with another payload before
     │   └── UnknownVariant         a variant this app does not serve
     ├── PaintError                 painting failed for a reason that may pass: an attempt is used
     │   ├── ReplicaLost            the replica died
     │   ├── GpuLost                the GPU failed for good: its replica is replaced
     │   ├── InferenceTimeout       painting took longer than its limit
-    │   └── OutOfMemory            the device had no memory left
+    │   ├── OutOfMemory            the device had no memory left
+    │   └── BlankImage             a picture of one colour, or of numbers that are none
     ├── Unavailable                an outside system is down: wait, no attempt is used
     │   ├── StoreUnavailable       blob or job store
     │   │   └── StoreDenied        the store answers and refuses: a permission, a retention policy, a full disk
@@ -29,6 +32,8 @@
     │   └── JobsUnavailable        Ray accepts no jobs
     ├── MessageRefused             the broker refuses what is published, and always will
     ├── AuthError                  the caller may not use this HTTP route
+    │   ├── RateLimited            too many requests within a minute
+    │   ├── QuotaExceeded          the key has as many jobs as it may
     │   ├── Unauthorized           no credential, or an invalid one
     │   ├── Forbidden              a valid token of another account, or a key without the scope
     │   ├── ForeignHost            a request to a host name that is not this app's
@@ -37,6 +42,7 @@
     │   ├── Canceled               a user canceled it
     │   └── DeadlineExceeded       its deadline passed
     ├── ClaimError                 another worker has, or had, the claim
+    │   ├── PostInFlight           a request with this Idempotency-Key is being answered
     │   ├── Busy                   a live lease on the job or its session, or the job's backoff
     │   ├── OtherVariant           the stored job has another variant than its message names today
     │   ├── UnknownJob             there is no such job
@@ -155,6 +161,14 @@ class CallbackRefused(InputError):
     code = "callback_refused"
 
 
+class LinkRefused(InputError):
+    code = "link_refused"
+
+
+class KeyReused(InputError):
+    code = "key_reused"
+
+
 class UnknownVariant(InputError):
     code = "unknown_variant"
 
@@ -179,6 +193,13 @@ class InferenceTimeout(PaintError):
 
 class OutOfMemory(PaintError):
     code = "out_of_memory"
+
+
+class BlankImage(PaintError):
+    """Its seed would give it again."""
+
+    code = "blank_image"
+    disposition = Disposition.DEAD_LETTER
 
 
 class Unavailable(FluxFillError):
@@ -231,6 +252,20 @@ class AuthError(FluxFillError):
     disposition = Disposition.DEAD_LETTER
 
 
+class RateLimited(AuthError):
+    """`details["retry_after_s"]`: when the next request is answered, in seconds."""
+
+    code = "rate_limited"
+    http_status = 429
+
+
+class QuotaExceeded(AuthError):
+    """`details["retry_after_s"]`, where waiting is of use within a day."""
+
+    code = "quota_exceeded"
+    http_status = 429
+
+
 class Unauthorized(AuthError):
     code = "unauthorized"
     http_status = 401
@@ -268,6 +303,10 @@ class ClaimError(FluxFillError):
     code = "claim_refused"
     http_status = 409
     disposition = Disposition.WAIT
+
+
+class PostInFlight(ClaimError):
+    code = "post_in_flight"
 
 
 class Busy(ClaimError):

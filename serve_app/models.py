@@ -2,19 +2,67 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-Family = Literal["flux-fill", "telea", "pause"]
+#: The first three edit photos, the others make pictures from prompts. `fake` draws a card with its prompt and seed.
+Family = Literal["flux-fill", "telea", "pause", "sdxl", "flux", "fake"]
 #: `w8a8`: weights and activations int8. `fp8`: both float8 (e4m3).
 Repacking = Literal["w8a8", "fp8"]
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Defaults(_Value):
+    """What a picture from a prompt is made with where its job says nothing."""
+
+    width: int = 1024
+    height: int = 1024
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What a family that makes pictures from prompts takes."""
+
+    defaults: Defaults
+    #: Sides are multiples of this, in pixels.
+    multiple_px: int
+    #: Names of the schedulers that a job may choose.
+    schedulers: tuple[str, ...]
+    takes_negative_prompt: bool
+
+
+_SDXL_SCHEDULERS = ("euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+
+#: By family. Sources of the defaults: diffusers' StableDiffusionXLPipeline is called with 30 steps and 7 by most of its
+#: users' tools; the model card of FLUX.1-dev.
+GENERATIONS: Mapping[Family, Generation] = {
+    "sdxl": Generation(
+        defaults=Defaults(steps=30, guidance_scale=7.0),
+        multiple_px=8,
+        schedulers=_SDXL_SCHEDULERS,
+        takes_negative_prompt=True,
+    ),
+    "flux": Generation(
+        defaults=Defaults(steps=28, guidance_scale=3.5),
+        multiple_px=16,
+        schedulers=("euler",),
+        takes_negative_prompt=False,
+    ),
+    "fake": Generation(
+        defaults=Defaults(steps=30, guidance_scale=7.0),
+        multiple_px=8,
+        schedulers=_SDXL_SCHEDULERS,
+        takes_negative_prompt=True,
+    ),
+}
 
 
 class Variant(_Value):
@@ -46,7 +94,13 @@ class Variant(_Value):
 
     @property
     def takes_prompt(self) -> bool:
-        return self.family == "flux-fill"
+        """Whether a text encoder of its base model encodes its prompts. SDXL encodes them itself."""
+        return self.family in ("flux-fill", "flux")
+
+    @property
+    def generation(self) -> Generation | None:
+        """None for one that edits photos."""
+        return GENERATIONS.get(self.family)
 
     @property
     def counts_steps(self) -> bool:
@@ -83,6 +137,19 @@ def _tiny(quant: str, repack: Repacking | None = None) -> Variant:
     )
 
 
+def _flux_dev(quant: str, memory_gib: float) -> Variant:
+    return Variant(
+        family="flux",
+        repo="city96/FLUX.1-dev-gguf",
+        file=f"flux1-dev-{quant}.gguf",
+        base="black-forest-labs/FLUX.1-dev",
+        num_gpus=1,
+        memory_gib=memory_gib,
+    )
+
+
+_SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
+
 #: Resident sizes were computed from the tensor shapes.
 BUILT_IN: dict[str, Variant] = {
     "Q4_0": _gguf("Q4_0", 11.0),
@@ -95,6 +162,16 @@ BUILT_IN: dict[str, Variant] = {
     "tiny-Q8_0": _tiny("Q8_0"),
     "tiny-Q8_0-w8a8": _tiny("Q8_0", "w8a8"),
     "telea": Variant(family="telea"),
+    "sdxl": Variant(
+        family="sdxl", repo=_SDXL_REPO, file="sd_xl_base_1.0.safetensors", base=_SDXL_REPO, num_gpus=1, memory_gib=6.6
+    ),
+    "flux-dev-Q8_0": _flux_dev("Q8_0", 16.9),
+    "flux-dev-Q4_0": _flux_dev("Q4_0", 11.0),
+    "tiny-sdxl": Variant(family="sdxl", file=f"{TINY}sdxl.safetensors", base=f"{TINY}sdxl-base"),
+    "tiny-flux-dev": Variant(
+        family="flux", file=f"{TINY}flux1-dev-Q8_0.gguf", base=f"{TINY}flux-dev-base", max_prompt_tokens=64
+    ),
+    "fake": Variant(family="fake"),
 }
 
 
@@ -175,10 +252,31 @@ class EditRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """What a replica needs to make one picture from a prompt."""
+
+    job_id: str
+    prompt: str
+    negative_prompt: str = ""
+    #: Pixels; multiples of the family's `multiple_px`.
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    #: None: the model's own.
+    scheduler: str | None = None
+    #: As in EditRequest.
+    traceparent: str = ""
+    #: As in EditRequest; None for families that encode prompts themselves.
+    embeddings: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Images:
     """What a model made of one request."""
 
-    #: An edit gives one, of the request's canvas size.
+    #: One, of the request's canvas size or width and height.
     images: Sequence[Pixels]
     #: Seconds the engine was at work.
     busy_s: float
@@ -215,15 +313,22 @@ class Measured:
 OnProgress = Callable[[Progress], Awaitable[None]]
 
 
-class ImageModel(Protocol):
+R_contra = TypeVar("R_contra", EditRequest, GenerateRequest, contravariant=True)
+
+
+class Model(Protocol):
     """One variant, wherever it runs."""
 
     @property
     def is_ready(self) -> bool:
         """Whether a request would begin without waiting for a replica to start or to load."""
 
-    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
-        """Paint the windows in order. Cancelling the call stops the engine within one step.
+
+class ImageModel(Model, Protocol[R_contra]):
+    """A variant that edits photos, or one that makes pictures from prompts."""
+
+    async def run(self, request: R_contra, on_progress: OnProgress) -> Images:
+        """Paint the windows in order, or make the picture. Cancelling the call stops the engine within one step.
 
         Raises VariantNotReady, VariantLoadFailed, ReplicaLost, GpuLost, OutOfMemory, PaintError.
         """

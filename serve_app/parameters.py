@@ -185,6 +185,31 @@ def is_run_id(text: str) -> bool:
     return True
 
 
+#: Of a picture, beside its content type: the ending of its file's name.
+Format = Literal["png", "jpg", "webp"]
+
+
+class GenerateParameters(_Value):
+    """How to make the pictures of a job, resolved when the job is posted and the same for every attempt."""
+
+    type: Literal["generate"] = "generate"
+    prompt: str
+    negative_prompt: str = ""
+    #: Pixels.
+    width: int
+    height: int
+    #: Denoising steps.
+    steps: int
+    guidance_scale: float
+    #: Pictures; picture `i` is made with the job's seed plus `i`.
+    count: int = 1
+    format: Format = "png"
+    #: None: the model's own.
+    scheduler: str | None = None
+    #: Whether prompt, seed and model are written into each file.
+    embed_metadata: bool = True
+
+
 class EditParameters(_Value):
     """How to paint an edit, resolved at the first claim and the same for every attempt."""
 
@@ -194,3 +219,9 @@ class EditParameters(_Value):
     #: Denoising steps.
     steps: int
     crop_strategy: CropStrategy
+
+
+#: What a job is to do, by its type.
+Parameters = Annotated[EditParameters | GenerateParameters | AuditRequest, Field(discriminator="type")]
+
+JobType = Literal["inpaint", "generate", "audit"]

@@ -112,6 +112,37 @@ class VariantSettings(Scaling):
     optimizations: Optimizations = Optimizations()
 
 
+class GeneratorSettings(VariantSettings):
+    """One served model that makes pictures from prompts."""
+
+    #: Pictures that one job may ask for.
+    max_count: int = Field(100, ge=1, le=100)
+
+
+class ApiSettings(_Frozen):
+    """The job API: `/v1/jobs`."""
+
+    #: Below which the pictures of jobs are stored.
+    prefix: str = Field("dreamforge/default", pattern=r"\A[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\z")
+    #: How long links to pictures are valid where the request does not say.
+    link_s: int = Field(3600, ge=300, le=86_400)
+    #: For smoke tests: every picture has 256x256 pixels and takes 10 steps, whatever was asked for.
+    smoke: bool = False
+    #: Requests of one key within a minute, over all ingress replicas.
+    requests_per_minute: int = Field(600, ge=1)
+    #: Jobs of one key that may be queued or running.
+    unfinished_jobs: int = Field(1000, ge=1)
+    #: Jobs that one key may post within 24 hours.
+    jobs_per_day: int = Field(10_000, ge=1)
+    #: Event streams that one ingress replica serves at a time, and those of one key among them.
+    streams: int = Field(100, ge=1, le=1000)
+    streams_per_key: int = Field(20, ge=1, le=1000)
+    #: How long an event stream lasts before its client connects again.
+    stream_s: float = Field(60.0, gt=0, le=600)
+    #: Hosts that images may be fetched from: names, or `host:port` for a port other than the scheme's default.
+    link_hosts: tuple[str, ...] = ()
+
+
 class TextEncoderSettings(Scaling):
     """T5 and CLIP. They run once for each new prompt, so the CPU is the default."""
 
@@ -371,6 +402,9 @@ class Settings(_Frozen):
     public_url: str = Field("http://127.0.0.1:8000", pattern=r"\Ahttps?://[^\s?#]+\z")
     messages: MessagesSettings = MessagesSettings()
     variants: dict[VariantName, VariantSettings] = Field(min_length=1)
+    #: Models that make pictures from prompts; the first is used where a job names none.
+    generators: dict[VariantName, GeneratorSettings] = {}
+    api: ApiSettings = ApiSettings()
     ingress_replicas: int = Field(1, ge=1, le=100)
     text_encoder: TextEncoderSettings = TextEncoderSettings()
     push: PushSettings = PushSettings()
@@ -389,10 +423,17 @@ class Settings(_Frozen):
 
     @model_validator(mode="after")
     def _known_variants(self) -> "Settings":
-        for name, served in self.variants.items():
-            if served.definition is None and name not in BUILT_IN:
-                known = ", ".join(BUILT_IN)
-                raise ValueError(f"variants.{name}: not built in (those are {known}) and has no definition")
+        for place, models in (("variants", self.variants), ("generators", self.generators)):
+            for name, served in models.items():
+                if served.definition is None and name not in BUILT_IN:
+                    known = ", ".join(BUILT_IN)
+                    raise ValueError(f"{place}.{name}: not built in (those are {known}) and has no definition")
+        if both := self.variants.keys() & self.generators.keys():
+            raise ValueError(f"generators.{min(both)}: a variant has this name")
+        for name in self.served:
+            if (self.variant(name).generation is not None) != (name in self.generators):
+                here, there = ("generators", "variants") if name in self.generators else ("variants", "generators")
+                raise ValueError(f"{here}.{name}: the family {self.variant(name).family} belongs to {there}")
         return self
 
     @model_validator(mode="after")
@@ -438,10 +479,10 @@ class Settings(_Frozen):
             "weights.cache": f"files:{self.weights.cache}",
             "weights.lock": f"files:{self.weights.lock}",
         }
-        for name in self.variants:
+        for name in self.served:
             row = self.variant(name)
             # A hub's names are no folders here, and lie in none of them.
-            places |= {f"variants.{name}: {what}": f"files:{what}" for what in (row.file, row.base) if what}
+            places |= {f"{name}: {what}": f"files:{what}" for what in (row.file, row.base) if what}
         for name, url in places.items():
             if url and overlap(url, self.blobs):
                 raise ValueError(f"{name}: it shares a folder with blobs, where users' photos are written")
@@ -463,23 +504,28 @@ class Settings(_Frozen):
     def sessions_url(self) -> str:
         return self.sessions or self.jobs
 
+    @property
+    def served(self) -> Mapping[str, VariantSettings]:
+        """Everything that paints: variants and generators."""
+        return {**self.variants, **self.generators}
+
     def variant(self, name: str) -> Variant:
-        """The definition of a served variant. Raises KeyError for one that is not served."""
-        return self.variants[name].definition or BUILT_IN[name]
+        """The definition of a served variant or generator. Raises KeyError for one that is not served."""
+        return self.served[name].definition or BUILT_IN[name]
 
     def variant_label(self, name: str) -> str:
         """What metrics call a variant: messages may name any, and each name would be a series for ever."""
-        return name if name in self.variants else "other"
+        return name if name in self.served else "other"
 
     def share(self, name: str) -> int:
         """Messages of a served variant in one ingress replica: with the other ingress replicas' enough to keep the
         variant busy, one painted and one ready to be on each of its replicas, and two on their way. Whatever more
         were claimed would wait where priorities do not reach."""
-        return math.ceil((2 * self.variants[name].max_replicas + 2) / self.ingress_replicas)
+        return math.ceil((2 * self.served[name].max_replicas + 2) / self.ingress_replicas)
 
     def in_flight(self) -> int:
         """Messages in one ingress replica."""
-        return self.messages.max_in_flight or sum(map(self.share, self.variants))
+        return self.messages.max_in_flight or sum(map(self.share, self.served))
 
 
 class Secrets(_Frozen):

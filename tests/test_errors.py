@@ -23,14 +23,15 @@ DISPOSITIONS = {
     Disposition.WAIT: [
         "Unavailable", "StoreUnavailable", "BrokerUnavailable", "WebhookFailed", "VariantNotReady", "ClaimError",
         "Busy", "InvalidCredentials", "UnknownJob", "StaleClaim", "IllegalTransition", "ReplicaTaken",
-        "JobsUnavailable", "VariantLoadFailed", "StoreDenied", "OtherVariant",
+        "JobsUnavailable", "VariantLoadFailed", "StoreDenied", "OtherVariant", "PostInFlight",
     ],
     Disposition.DEAD_LETTER: [
         "InputError", "MalformedMessage", "MissingInput", "InvalidImage", "ImageTooLarge", "BodyTooLarge",
         "BodyTimeout", "UnsupportedMediaType", "ForeignHost", "ForeignOrigin",
         "MaskMismatch", "MaskUnclear", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound",
         "BlobTooLarge", "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError",
-        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible",
+        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible", "LinkRefused", "KeyReused", "BlankImage",
+        "RateLimited", "QuotaExceeded",
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory",

@@ -54,8 +54,12 @@ def test_the_embedded_default_needs_nothing_but_this_machine() -> None:
 def test_the_built_in_variants() -> None:
     on_gpus, on_cpus = ["Q4_0", "Q5_K_S", "Q8_0"], ["tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0"]
     repacked = {"Q8_0-w8a8": "w8a8", "Q8_0-fp8": "fp8", "tiny-Q8_0-w8a8": "w8a8"}
-    assert BUILT_IN.keys() == {*on_gpus, *on_cpus, *repacked, "telea"}
-    assert {name for name, row in BUILT_IN.items() if row.num_gpus} == {*on_gpus, "Q8_0-w8a8", "Q8_0-fp8"}
+    editors = {name for name, row in BUILT_IN.items() if row.generation is None}
+    assert editors == {*on_gpus, *on_cpus, *repacked, "telea"}
+    generators = {"sdxl", "flux-dev-Q8_0", "flux-dev-Q4_0", "tiny-sdxl", "tiny-flux-dev", "fake"}
+    assert BUILT_IN.keys() - editors == generators
+    on_gpus += ["Q8_0-w8a8", "Q8_0-fp8", "sdxl", "flux-dev-Q8_0", "flux-dev-Q4_0"]
+    assert {name for name, row in BUILT_IN.items() if row.num_gpus} == {*on_gpus}
     assert {name: row.repack for name, row in BUILT_IN.items() if row.repack} == repacked
     assert all(BUILT_IN[name].file == BUILT_IN[name.rpartition("-")[0]].file for name in repacked)
     assert not BUILT_IN["telea"].takes_prompt and BUILT_IN["tiny-Q4_0"].takes_prompt

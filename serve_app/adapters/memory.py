@@ -16,8 +16,9 @@ from ..blobs import ANY_VERSION, BlobInfo
 from ..clock import Clock, utc_now
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs.claims import Change, Claim
-from ..jobs.record import Job, JobType, Notification, State
+from ..jobs.record import Job, Notification, State
 from ..models import Progress
+from ..parameters import JobType
 from .blobs.links import LocalLinks
 from .blobs.paths import check_path
 from .blobs.transfers import check_size, whole_file

@@ -14,9 +14,9 @@ from ..blobs import BlobInfo, BlobStore
 from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, VariantNotReady
 from ..jobs.kinds import Asked, Attempt, Result
 from ..jobs.messages import EditMessage, parse_edit
-from ..jobs.record import Job, JobType, Message, Timings
+from ..jobs.record import Job, Message, Timings
 from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder
-from ..parameters import CropStrategy, EditParameters
+from ..parameters import CropStrategy, EditParameters, JobType
 from ..settings import Inference, Settings
 from . import images, masks, paste, windows
 from .images import Photo
@@ -143,7 +143,7 @@ class Editor:
         self,
         *,
         blobs: BlobStore,
-        models: Mapping[str, ImageModel],
+        models: Mapping[str, ImageModel[EditRequest]],
         prompts: PromptEncoder,
         settings: Settings,
         defaults: Callable[[], Inference],

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ..errors import VariantNotReady
-from ..models import ImageModel
+from ..models import Model
 from ..settings import Settings
 
 #: The longest deferral of a message whose variant paints and has its share, in seconds.
@@ -17,14 +17,14 @@ class Admission:
     """Keeps one variant's messages from taking every slot of this process: one that cannot paint now has what its own
     replicas could use, one that paints leaves a slot to each of the others. What is over waits with the broker."""
 
-    def __init__(self, models: Mapping[str, ImageModel], settings: Settings) -> None:
+    def __init__(self, models: Mapping[str, Model], settings: Settings) -> None:
         self._models, self._settings = models, settings
         self._in_flight: Counter[str] = Counter()
 
     @contextmanager
     def admitted(self, variant: str) -> Iterator[None]:
         """Raises VariantNotReady where the share is used up."""
-        if variant not in self._settings.variants:
+        if variant not in self._settings.served:
             # It fails at once, and made-up names are not kept.
             yield
             return
@@ -40,7 +40,7 @@ class Admission:
             self._in_flight[variant] -= 1
 
     def _share(self, variant: str) -> int | None:
-        variants, slots = self._settings.variants, self._settings.in_flight()
+        variants, slots = self._settings.served, self._settings.in_flight()
         if self._models[variant].is_ready:
             return max(1, slots - (len(variants) - 1)) if len(variants) > 1 else None
         # No more than an equal part, where the settings allow fewer slots than all variants could use.

@@ -9,8 +9,32 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from ..errors import Busy, MalformedMessage, OtherVariant, StaleClaim, UnknownJob
-from .record import Cause, Due, Job, JobError, Notification, State, _Value
+from ..errors import Busy, MalformedMessage, OtherVariant, QuotaExceeded, StaleClaim, UnknownJob
+from .record import HEAD_START_S, Artifact, Cause, Due, Job, JobError, Notification, State, _Value
+
+
+class Quota(_Value):
+    """How many jobs one API key may have."""
+
+    #: Queued and running.
+    unfinished: int
+    #: Posted within 24 hours.
+    per_day: int
+
+    def check(self, *, unfinished: int, of_today: int) -> None:
+        """Raises QuotaExceeded for a key that has so many jobs already."""
+        if unfinished >= self.unfinished:
+            raise QuotaExceeded(f"this key has {unfinished} jobs that are not over, of {self.unfinished} that it may")
+        if of_today >= self.per_day:
+            what = f"this key has posted {of_today} jobs within 24 hours, of {self.per_day} that it may"
+            raise QuotaExceeded(what, retry_after_s=LONGEST_RETRY_AFTER_S)
+
+
+def posted(new: Job, now: datetime) -> Job:
+    """The record of a job that is stored before its message is published: it owes its message, and asks nothing by it
+    that the record does not say."""
+    owed: dict[Notification, Due] = {"dispatch": Due(due_at=now + timedelta(seconds=HEAD_START_S["dispatch"]))}
+    return new.evolve(created_at=now, asked_at=now, owed=owed).noted(now)
 
 
 class Claim(_Value):
@@ -24,6 +48,9 @@ class Claim(_Value):
 def claim_of(job: Job) -> Claim:
     return Claim(job_id=job.id, lock_key=job.lock_key, fence=job.fence)
 
+
+#: The official client of OpenAI gives up where it is asked to wait for longer.
+LONGEST_RETRY_AFTER_S = 120
 
 #: From the job's stored record (None: no such job), the session's other jobs that are not over, and the store's present
 #: time, the records to store.
@@ -75,6 +102,16 @@ def claim(new: Job, *, lease_s: float, max_attempts: int, claimer: str = "") -> 
         return (job, *others)
 
     return change
+
+
+def record(claim: Claim, artifact: Artifact) -> Change:
+    """Note that `artifact` is stored, while the job goes on. Raises StaleClaim where the claim no longer holds."""
+
+    def after(job: Job, now: datetime) -> Job:
+        position = len(job.artifacts)
+        return job.evolve(artifacts=(*job.artifacts, artifact)).noted(now, artifact=position)
+
+    return _held(claim, after)
 
 
 def release(claimer: str) -> Change:
@@ -175,12 +212,16 @@ def take_notifications(
 
 
 def mark_sent(told: Job, kinds: Collection[Notification]) -> Change:
-    """Note that `kinds` were sent as of `told`. A job that has changed state since owes them still."""
+    """Note that `kinds` were sent as of `told`. A job that has changed state since owes them still. A message that was
+    sent for the first time is owed again in `redispatch_s` seconds, should the broker lose it."""
 
-    def change(job: Job | None, _rivals: Sequence[Job], _now: datetime) -> Sequence[Job]:
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
         if job is None or (job.fence, job.status) != (told.fence, told.status) or not job.owed.keys() & set(kinds):
             return ()
-        return (job.evolve(owed={kind: owed for kind, owed in job.owed.items() if kind not in kinds}),)
+        owed = {kind: due for kind, due in job.owed.items() if kind not in kinds}
+        if "dispatch" in kinds:
+            owed["dispatch"] = Due(due_at=now + timedelta(seconds=job.redispatch_s))
+        return (job.evolve(owed=owed),)
 
     return change
 

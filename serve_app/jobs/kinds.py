@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..models import OnProgress
-from .record import Artifact, Job, JobType, Timings
+from ..parameters import JobType
+from .record import Artifact, Job, Timings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +20,8 @@ class Asked:
     variant: str
     #: The first few names of fields that the kind does not know.
     unknown_fields: Sequence[str] = ()
+    #: The stored job that it names, whose record says the rest; empty for a message that says all itself.
+    job_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,9 @@ class Attempt:
     on_progress: OnProgress
     #: Awaited before each write that only the claim's holder may do. Raises StaleClaim, Canceled, StoreUnavailable.
     confirm: Callable[[], Awaitable[None]]
+    #: Notes an artifact that is stored, while the job goes on: a later attempt finds it in `Job.artifacts`. Raises as
+    #: `confirm` does.
+    record: Callable[[Artifact], Awaitable[None]]
     #: For work that keeps a CPU busy: as many at a time as this process has memory for.
     pool: Executor
 
@@ -60,3 +66,13 @@ class Kind(Protocol):
 
     def document(self, job: Job) -> Mapping[str, Any]:
         """The job as those see it who are told of it: fields in camelCase, `jobId` among them."""
+
+
+class PostedKind(Kind, Protocol):
+    """One whose jobs are asked for over HTTP, too."""
+
+    async def post(self, body: Mapping[str, Any], *, job_id: str) -> Job:
+        """The record of the job that `body`, a request's, asks for. What the job takes is stored first.
+
+        Raises ValidationError and InputError, which name the field at fault; Unavailable.
+        """

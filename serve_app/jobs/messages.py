@@ -112,6 +112,9 @@ class Attributes(BaseModel):
     asked_at: Moment | None = None
     #: Which kind of job the message asks for; None: an edit.
     job_type: Annotated[str, StringConstraints(max_length=64)] | None = None
+    #: A job that was posted, and its variant: the message says no more.
+    job_id: Id | None = None
+    variant: VariantName | None = None
 
     @field_validator("traceparent")
     @classmethod

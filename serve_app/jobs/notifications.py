@@ -20,13 +20,14 @@ from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
+from ..parameters import JobType
 from ..settings import Settings
 from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
 from . import claims
 from .kinds import Kind
 from .messages import ASKED_AT
 from .ports import JobStore, Publisher, SessionMirror
-from .record import Job, JobType, Notification, receiver_of
+from .record import Job, Notification, receiver_of
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,11 @@ class Notifier:
         ]
         if begun:
             self._spawn(self._send(job, begun))
+
+    def dispatch(self, job: Job) -> None:
+        """Publish in the background the message of `job`, which was just posted. Needs a running event loop."""
+        if self._in_flight.start(job, "dispatch"):
+            self._spawn(self._send(job, ["dispatch"]))
 
     async def run(self) -> None:
         """Send what is due, for ever."""
@@ -171,8 +177,9 @@ class Notifier:
             while sending:
                 done, _ = await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
                 ended = {sending.pop(task): task.result() for task in done}
-                # A job that is not over goes on owing its message.
-                await self._mark_sent(job, [kind for kind, is_told in ended.items() if is_told and kind != "dispatch"])
+                # One that was published before is due again by when it was taken on.
+                again = {kind for kind in ended if kind == "dispatch" and job.owed[kind].attempts}
+                await self._mark_sent(job, [kind for kind, is_told in ended.items() if is_told and kind not in again])
         finally:
             for task in sending:
                 task.cancel()
@@ -267,7 +274,8 @@ class Notifier:
         except MessageRefused as e:
             await self._fail_lost(job, f"its message is lost, and the broker refuses its copy: {e}")
             return
-        log.warning("Published a job's message again", extra={"action": "redispatched", **job.log_context()})
+        if job.owed["dispatch"].attempts:
+            log.warning("Published a job's message again", extra={"action": "redispatched", **job.log_context()})
 
     async def _fail_lost(self, job: Job, why: str) -> None:
         self.notify(await self._jobs.update(job.id, "", claims.fail_lost(job, why)))

@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from ..models import Progress
-from .claims import Change, Claim
-from .record import Job, JobType, Notification, State
+from ..parameters import JobType
+from .claims import Change, Claim, Quota
+from .record import Job, Notification, State
 
 
 class JobStore(Protocol):
@@ -32,6 +33,16 @@ class JobStore(Protocol):
         UnknownJob where there is none.
         """
 
+    async def create(self, new: Job, quota: Quota | None = None) -> tuple[Job, bool]:
+        """Store `claims.posted(new)`, unless a record is stored under its id: that one, and whether it is the new one.
+
+        Exact, however many create at once: `quota.check` passes for what is stored of the same owner, not over and
+        created within 24 hours, before the new one is. Raises QuotaExceeded, and nothing is stored.
+        """
+
+    async def ahead(self, job: Job) -> int:
+        """Queued jobs of the same variant that were created before it."""
+
     async def report(self, claim: Claim, progress: Progress) -> None:
         """Note progress beside the record. Ignored for a claim older than one that has reported, or an unknown job."""
 
@@ -44,11 +55,15 @@ class JobStore(Protocol):
         owes_by: datetime | None = None,
         notification: Notification | None = None,
         receiver: str | None = None,
+        owner: str | None = None,
+        before: Job | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Newest first by `created_at`. With `owes_by` (and then none of `type`, `status` and `lock_key`) those that
-        owe something due by then, earliest due first; with `notification` too, those that owe this by then; with a
-        `receiver` (`Job.receiver`) beside the notification `webhook`, those that owe it to this one."""
+        """Newest first by `created_at`, and by id where that is the same; those after `before` in this order.
+
+        With `owes_by`, and then nothing of the above, those that owe something due by then, earliest due first; with
+        `notification` too, those that owe this by then; with a `receiver` (`Job.receiver`) beside the notification
+        `webhook`, those that owe it to this one."""
 
     async def delete(self, job_id: str) -> None:
         """Deleting what is not there is no error."""

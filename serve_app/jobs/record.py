@@ -17,14 +17,14 @@ owes its message (`dispatch`), should the broker have lost it. `notifications.py
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import IllegalTransition
 from ..models import Progress
-from ..parameters import AuditRequest, EditParameters
+from ..parameters import JobType, Parameters
 
 
 class State(StrEnum):
@@ -95,21 +95,15 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = {
     (State.SUCCEEDED, Cause.RESUMED): State.QUEUED,
 }
 
-JobType = Literal["inpaint", "audit"]
-
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-#: What a job is to do, by its type.
-Parameters = Annotated[EditParameters | AuditRequest, Field(discriminator="type")]
-
-
 class Artifact(_Value):
     """A blob that a job wrote."""
 
-    #: `edited`, `preview`.
+    #: What it is to its job: `edited`, `preview`, `image`.
     role: str
     path: str
     #: As written: a later job of the session may write to the same path. Empty in records that kept none.
@@ -117,6 +111,12 @@ class Artifact(_Value):
     content_type: str = ""
     #: None in records that kept none.
     size_bytes: int | None = None
+    #: Of a job that makes several pictures: which one, from 0, and the seed it was made with.
+    index: int | None = None
+    seed: int | None = None
+    #: Pixels; None in records that kept none.
+    width: int | None = None
+    height: int | None = None
 
 
 class JobError(_Value):
@@ -149,7 +149,7 @@ Notification = Literal["session", "completion", "webhook", "dispatch"]
 
 #: The process that ended a job tells the others at once; should it die first, anybody may after this. Longer than
 #: telling may take, in seconds.
-HEAD_START_S: Mapping[Notification, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0}
+HEAD_START_S: Mapping[Notification, float] = {"session": 15.0, "completion": 15.0, "webhook": 35.0, "dispatch": 15.0}
 
 #: A URL of these schemes need not name the port.
 _PORTS = {"https": 443, "http": 80}
@@ -168,10 +168,29 @@ class Due(_Value):
     taken_by: str = ""
 
 
+#: The newest events that a record keeps: Firestore's documents end at 1 MiB.
+MAX_EVENTS = 250
+
+
+class Event(_Value):
+    """Something that became of a job, for those who follow it: a change of state, or an artifact that was stored."""
+
+    #: From 1, without gaps.
+    number: int
+    at: AwareDatetime
+    #: The job's after it.
+    status: State
+    #: None for an artifact, and for a job that was posted.
+    cause: Cause | None = None
+    #: The position of the artifact among the job's.
+    artifact: int | None = None
+    error: JobError | None = None
+
+
 class Message(_Value):
     """What asked for a job, to be published again should the broker lose it."""
 
-    #: JSON, as `messages.EditMessage` reads it.
+    #: JSON, as the job's kind reads it; of a job that was posted, for people.
     data: str
     attributes: dict[str, str]
 
@@ -181,6 +200,8 @@ class Job(_Value):
 
     id: str
     status: State = State.QUEUED
+    #: The id of the API key that posted it; empty for jobs that came as a message.
+    owner: str = ""
     #: Whose photo, and which session; empty for jobs that have none.
     user_id: str = ""
     session_id: str = ""
@@ -208,6 +229,8 @@ class Job(_Value):
     error: JobError | None = None
     timings: Timings = Timings()
     artifacts: tuple[Artifact, ...] = ()
+    #: The newest, oldest first.
+    events: tuple[Event, ...] = ()
     #: Whether its message was copied to the dead-letter topic.
     dead_lettered: bool = False
     #: What is still to be told.
@@ -278,7 +301,14 @@ class Job(_Value):
         lease_until = self.lease_until if to == State.RUNNING else None
         finished_at = now if to.is_final else None
         after = self.evolve(status=to, lease_until=lease_until, finished_at=finished_at, **changes)
-        return after.evolve(owed=_notifications(after, now))
+        error = after.error if to.is_final else None
+        return after.noted(now, cause=cause, error=error).evolve(owed=_notifications(after, now))
+
+    def noted(self, now: datetime, **what: Any) -> "Job":
+        """The record with one event more, which `what` says."""
+        number = self.events[-1].number + 1 if self.events else 1
+        event = Event(number=number, at=now, status=self.status, **what)
+        return self.evolve(events=(*self.events, event)[-MAX_EVENTS:])
 
     def log_context(self) -> dict[str, Any]:
         return {

@@ -30,11 +30,13 @@ from ..errors import (
     StaleClaim,
     StoreUnavailable,
     Unavailable,
+    UnknownJob,
     UnknownVariant,
     VariantLoadFailed,
     VariantNotReady,
 )
-from ..models import ImageModel
+from ..models import Model
+from ..parameters import JobType
 from ..settings import Settings
 from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
 from . import claims
@@ -45,7 +47,7 @@ from .lease import Lease, Pace, UnconfirmedClaims, retry_unavailable
 from .messages import Attributes, parse_attributes, without_reasons
 from .notifications import Notifier, Webhooks
 from .ports import Delivery, JobStore, Publisher, SessionMirror, Verdict
-from .record import Cause, Job, JobError, JobType, State, Timings
+from .record import Artifact, Cause, Job, JobError, State, Timings
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class Worker:
         publisher: Publisher,
         notifier: Notifier,
         webhooks: Webhooks,
-        models: Mapping[str, ImageModel],
+        models: Mapping[str, Model],
         settings: Settings,
         metrics: Metrics | None = None,
         pace: Pace | None = None,
@@ -128,7 +130,7 @@ class Worker:
                 raise MalformedMessage(delivery.fault)
             attributes = parse_attributes(delivery.attributes)
             kind = self._kind(attributes.job_type)
-            asked = kind.read(delivery.data)
+            asked = _posted(attributes) or kind.read(delivery.data)
             with logged_with(trace_id=trace_id(attributes.traceparent)):
                 if asked.unknown_fields:
                     names = ", ".join(asked.unknown_fields)
@@ -136,6 +138,10 @@ class Worker:
                 return await self._shared(kind, asked, attributes, delivery)
         except MalformedMessage as e:
             await self._dead_letter(delivery, e.code, e.message)
+            return Verdict(action="ack", reason=e.code)
+        except UnknownJob as e:
+            # Of a posted job that was deleted since.
+            log.info("Dropped a message: %s", e, extra={"action": "job_deleted"})
             return Verdict(action="ack", reason=e.code)
 
     def _kind(self, job_type: str | None) -> Kind:
@@ -187,6 +193,8 @@ class Worker:
 
     async def _new_job(self, kind: Kind, asked: Asked, attributes: Attributes, delivery: Delivery, variant: str) -> Job:
         """The kind's, with what all kinds have of their message."""
+        if asked.job_id:
+            return await self._posted(asked.job_id, variant)
         job = await kind.new_job(asked, variant=variant, idempotency_key=attributes.idempotency_key)
         message = job.message and job.message.model_copy(update={"attributes": without_reasons(delivery.attributes)})
         return job.evolve(
@@ -195,6 +203,15 @@ class Worker:
             message=message,
             redispatch_s=self._settings.work.redispatch_after_s,
         )
+
+    async def _posted(self, job_id: str, variant: str) -> Job:
+        """The stored record, of which its message says no more than where it is. Raises UnknownJob."""
+        stored = await self._jobs.get(job_id)
+        if stored is None:
+            raise UnknownJob(f"job {job_id} was deleted")
+        if stored.variant != variant:
+            raise OtherVariant(f"job {job_id} is of variant {stored.variant}", variant=stored.variant)
+        return stored
 
     async def _claim(self, new: Job, claimer: str) -> Job:
         work = self._settings.work
@@ -258,12 +275,14 @@ class Worker:
         kind, work, pace = self._kinds[job.type], self._settings.work, self._pace
         show = partial(self._mirrored, kind)
         lease = Lease(job, store=self._jobs, show=show, work=work, claimed_at=claimed_at, pace=pace)
-        if job.variant not in self._settings.variants:
-            known = ", ".join(self._settings.variants)
+        if job.variant not in self._settings.served:
+            known = ", ".join(self._settings.served)
             raise UnknownVariant(f"variant {job.variant!r} is not served here; there are {known}")
         if job.callback_url:
             self._webhooks.check(job.callback_url)
-        attempt = Attempt(on_progress=lease.note, confirm=lease.confirm, pool=self._pool)
+        attempt = Attempt(
+            on_progress=lease.note, confirm=lease.confirm, record=partial(self._record, job), pool=self._pool
+        )
         result = await lease.guard(kind.run(job, attempt))
         timings = result.timings.model_copy(
             update={
@@ -273,6 +292,9 @@ class Worker:
         )
         self._measure(job, timings)
         return replace(result, timings=timings)
+
+    async def _record(self, job: Job, artifact: Artifact) -> None:
+        await self._update(job, claims.record(claims.claim_of(job), artifact))
 
     async def _mirrored(self, kind: Kind, job: Job) -> None:
         await self._mirror.write_session(job, kind.document(job))
@@ -372,6 +394,13 @@ class Worker:
     def _backoff_s(self, times: int) -> float:
         work = self._settings.work
         return min(work.backoff_max_s, work.backoff_s * 2.0 ** min(times - 1, 30)) * random.uniform(0.8, 1.2)
+
+
+def _posted(attributes: Attributes) -> Asked | None:
+    """What a message asks for that names a stored job."""
+    if attributes.job_id is None:
+        return None
+    return Asked(message=None, variant=attributes.variant or "", job_id=attributes.job_id)
 
 
 def _asked_at(attributes: Attributes, delivery: Delivery) -> datetime | None:

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from ...errors import StoreUnavailable, UnknownJob
 from ...jobs.claims import Change, Claim
-from ...jobs.record import Job, JobType, Notification, State
+from ...jobs.record import Job, Notification, State
 from ...models import Progress
+from ...parameters import JobType
 from ..calls import current_call
 from .firestore_database import ONCE, Firestore, Transaction, document_name
 from .records import read_all, read_record, with_progress

@@ -9,8 +9,9 @@ import sqlalchemy as sa
 from ...clock import Clock, utc_now
 from ...errors import UnknownJob
 from ...jobs.claims import Change, Claim
-from ...jobs.record import Job, JobType, Notification, State
+from ...jobs.record import Job, Notification, State
 from ...models import Progress
+from ...parameters import JobType
 from ..calls import current_call
 from .records import read_all, read_record, read_stored, with_progress
 from .session_documents import SessionDocument, written
