@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from ..blobs import ANY_VERSION, BlobInfo
 from ..clock import Clock, utc_now
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
-from ..jobs.claims import Change, Claim
+from ..jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
 from ..jobs.record import Job, Notification, State
 from ..models import Progress
 from ..parameters import JobType
@@ -130,6 +130,28 @@ class MemoryJobStore:
                 raise UnknownJob(f"there is no job {job_id}")
             return jobs[job_id]
 
+    async def create(self, new: Job, quota: Quota | None = None) -> tuple[Job, bool]:
+        with self._content.lock:
+            stored = self._content.jobs.get(new.id)
+            if stored is not None:
+                return self._with_progress(stored), False
+            now = self._content.clock()
+            if quota is not None and new.owner:
+                own = [job for job in self._content.jobs.values() if job.owner == new.owner]
+                quota.check(
+                    unfinished=sum(not job.status.is_final for job in own),
+                    of_today=sum(job.created_at > now - QUOTA_WINDOW for job in own),
+                )
+            job = self._content.jobs[new.id] = posted(new, now)
+            return job, True
+
+    async def ahead(self, job: Job) -> int:
+        with self._content.lock:
+            return sum(
+                other.status == State.QUEUED and other.variant == job.variant and other.created_at < job.created_at
+                for other in self._content.jobs.values()
+            )
+
     async def report(self, claim: Claim, progress: Progress) -> None:
         with self._content.lock:
             reported_fence, _ = self._content.progress.get(claim.job_id, (0, None))
@@ -145,17 +167,21 @@ class MemoryJobStore:
         owes_by: datetime | None = None,
         notification: Notification | None = None,
         receiver: str | None = None,
+        owner: str | None = None,
+        before: Job | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
             return self._owing(owes_by, notification, receiver)[:limit]
+        wanted = {"type": type, "status": status, "lock_key": lock_key, "owner": owner}
         with self._content.lock:
             found = [
                 self._with_progress(job)
                 for job in self._content.jobs.values()
-                if type in (None, job.type) and status in (None, job.status) and lock_key in (None, job.lock_key)
+                if all(value in (None, getattr(job, name)) for name, value in wanted.items())
+                and (before is None or _age(job) < _age(before))
             ]
-        return sorted(found, key=lambda job: job.created_at, reverse=True)[:limit]
+        return sorted(found, key=_age, reverse=True)[:limit]
 
     async def delete(self, job_id: str) -> None:
         with self._content.lock:
@@ -202,3 +228,7 @@ class MemoryJobStore:
     def _with_progress(self, job: Job) -> Job:
         fence, progress = self._content.progress.get(job.id, (None, job.progress))
         return job.evolve(progress=progress) if fence == job.fence else job
+
+
+def _age(job: Job) -> tuple[datetime, str]:
+    return job.created_at, job.id

@@ -12,13 +12,16 @@ from typing import Any
 from ..errors import Busy, MalformedMessage, OtherVariant, QuotaExceeded, StaleClaim, UnknownJob
 from .record import HEAD_START_S, Artifact, Cause, Due, Job, JobError, Notification, State, _Value
 
+#: What a quota per day counts in.
+QUOTA_WINDOW = timedelta(hours=24)
+
 
 class Quota(_Value):
     """How many jobs one API key may have."""
 
     #: Queued and running.
     unfinished: int
-    #: Posted within 24 hours.
+    #: Created within QUOTA_WINDOW.
     per_day: int
 
     def check(self, *, unfinished: int, of_today: int) -> None:
