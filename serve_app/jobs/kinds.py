@@ -76,3 +76,6 @@ class PostedKind(Kind, Protocol):
 
         Raises ValidationError and InputError, which name the field at fault; Unavailable.
         """
+
+    def inputs(self, job: Job) -> Sequence[str]:
+        """Paths of the blobs that `post` stored for it: they are deleted with the job."""

@@ -1,0 +1,175 @@
+"""Jobs that are asked for over HTTP, of any kind: posted, looked at, canceled, deleted by those who may see them.
+
+A posted job is a row first: its message is published afterwards, and again where that failed (`Notifier`).
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ..blobs import BlobStore
+from ..errors import BlobNotFound, IllegalTransition, InputError, KeyReused, PostInFlight, UnknownJob
+from ..parameters import JobType
+from ..settings import Settings
+from . import claims
+from .kinds import PostedKind
+from .notifications import Notifier
+from .ports import JobStore
+from .record import Artifact, Job, Message, State
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks, and which jobs are shown to it."""
+
+    #: Of its API key; empty where the app has no keys.
+    id: str = ""
+    sees_all: bool = True
+    #: Jobs that no key has posted.
+    sees_messages: bool = True
+
+    def sees(self, job: Job) -> bool:
+        return self.sees_all or (job.owner == self.id if job.owner else self.sees_messages)
+
+
+class JobApi:
+    def __init__(
+        self,
+        *,
+        kinds: Sequence[PostedKind],
+        job_store: JobStore,
+        blobs: BlobStore,
+        notifier: Notifier,
+        settings: Settings,
+    ) -> None:
+        self._kinds: Mapping[str, PostedKind] = {kind.type: kind for kind in kinds}
+        self._jobs, self._blobs, self._notifier, self._settings = job_store, blobs, notifier, settings
+        #: Ids of jobs that are being posted in this process.
+        self._in_flight: set[str] = set()
+
+    async def post(
+        self,
+        body: Mapping[str, Any],
+        caller: Caller,
+        *,
+        job_id: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> tuple[Job, bool]:
+        """The job that `body` asks for, and whether it is new. With an `idempotency_key`, of which no more than a hash
+        is kept, or a `job_id`, the job that the same request made before is given again.
+
+        Raises ValidationError and InputError, which name the field at fault; KeyReused where the key or the id came
+        with another payload; PostInFlight while a request with it is being answered here; QuotaExceeded; Unavailable.
+        """
+        kind = self._kinds.get(str(body.get("type", "")))
+        if kind is None:
+            raise InputError(f"type: it must be one of {', '.join(self._kinds)}", field="type")
+        job_id = job_id or _job_id(caller, idempotency_key)
+        if job_id in self._in_flight:
+            raise PostInFlight("a request with this key is being answered", retry_after_s=1)
+        self._in_flight.add(job_id)
+        try:
+            return await self._post(kind, body, caller, job_id)
+        finally:
+            self._in_flight.discard(job_id)
+
+    async def _post(self, kind: PostedKind, body: Mapping[str, Any], caller: Caller, job_id: str) -> tuple[Job, bool]:
+        fingerprint = _fingerprint(body)
+        # Before what it takes is fetched and stored for it.
+        stored = await self._jobs.get(job_id)
+        if stored is None:
+            new = await kind.post(body, job_id=job_id)
+            api = self._settings.api
+            quota = claims.Quota(unfinished=api.unfinished_jobs, per_day=api.jobs_per_day) if caller.id else None
+            stored, is_new = await self._jobs.create(self._posted(new, caller, fingerprint), quota)
+            if is_new:
+                self._notifier.dispatch(stored)
+                return stored, True
+        if not caller.sees(stored) or stored.request != fingerprint:
+            raise KeyReused("a request with another payload came with this key or id before")
+        return stored, False
+
+    def _posted(self, new: Job, caller: Caller, fingerprint: str) -> Job:
+        about = {"jobType": new.type, "jobId": new.id, "variant": new.variant}
+        return new.evolve(
+            owner=caller.id,
+            request=fingerprint,
+            message=Message(data=json.dumps(about), attributes=about),
+            redispatch_s=self._settings.work.redispatch_after_s,
+        )
+
+    async def get(self, job_id: str, caller: Caller) -> Job:
+        """Raises UnknownJob, also for a job that the caller does not see; StoreUnavailable."""
+        job = await self._jobs.get(job_id)
+        if job is None or job.type not in self._kinds or not caller.sees(job):
+            raise UnknownJob(f"there is no job {job_id}")
+        return job
+
+    async def list(
+        self,
+        caller: Caller,
+        *,
+        type: JobType | None = None,
+        status: State | None = None,
+        after: str | None = None,
+        limit: int,
+    ) -> Sequence[Job]:
+        """The caller's jobs, or all where it sees all, newest first, from behind the job `after`.
+
+        Raises InputError for a job `after` that is gone; StoreUnavailable.
+        """
+        before = None if after is None else await self._jobs.get(after)
+        if after is not None and (before is None or not caller.sees(before)):
+            raise InputError("cursor: the job that it names is gone", field="cursor")
+        owner = None if caller.sees_all else caller.id
+        return await self._jobs.list(type=type, status=status, owner=owner, before=before, limit=limit)
+
+    async def cancel(self, job_id: str, caller: Caller) -> Job:
+        """A waiting job never starts, a running one stops within a step. Raises as `get`; IllegalTransition where it is
+        over."""
+        job = await self.get(job_id, caller)
+        canceled = await self._jobs.update(job_id, job.lock_key, claims.cancel)
+        self._notifier.notify(canceled)
+        return canceled
+
+    async def delete(self, job_id: str, caller: Caller) -> None:
+        """With its artifacts, but for one that a later job of the session wrote over. Raises as `get`;
+        IllegalTransition where it is not over; StoreUnavailable."""
+        job = await self.get(job_id, caller)
+        if not job.status.is_final:
+            raise IllegalTransition(f"job {job_id} is {job.status}: cancel it first", status=job.status)
+        for artifact in job.artifacts:
+            with suppress(BlobNotFound):
+                if (await self._blobs.head(artifact.path)).version == artifact.version:
+                    await self._blobs.delete(artifact.path)
+        for path in self._kinds[job.type].inputs(job):
+            await self._blobs.delete(path)
+        await self._jobs.delete(job_id)
+
+    async def ahead(self, job: Job) -> int:
+        """Jobs that wait for the same model and were posted before it. Raises StoreUnavailable."""
+        return await self._jobs.ahead(job)
+
+    async def link(self, artifact: Artifact, expires_s: int) -> str:
+        """A signed URL. Raises StoreUnavailable."""
+        return await self._blobs.link(artifact.path, expires_s=expires_s)
+
+
+def _job_id(caller: Caller, idempotency_key: str | None) -> str:
+    """One for each key of each caller."""
+    if idempotency_key is None:
+        return uuid.uuid4().hex
+    return hashlib.sha256(json.dumps([caller.id, idempotency_key]).encode()).hexdigest()[:32]
+
+
+def _fingerprint(body: Mapping[str, Any]) -> str:
+    """SHA-256 of what is asked for, files included; the order of its fields says nothing."""
+
+    def plain(value: object) -> str:
+        return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+    return hashlib.sha256(json.dumps(body, sort_keys=True, default=plain).encode()).hexdigest()
