@@ -13,6 +13,7 @@
     │   ├── MaskUnclear            the mask does not say what to edit: no bright pixels, or a photo
     │   ├── CallbackRefused        a callbackUrl that this app may not call
     │   ├── LinkRefused            a link in a request that this app may not fetch, or that leads to no picture
+    │   ├── NotSupported           something that clients of other systems may ask for
     │   ├── KeyReused              an Idempotency-Key, or a job's id, that came with another payload before
     │   └── UnknownVariant         a variant this app does not serve
     ├── PaintError                 painting failed for a reason that may pass: an attempt is used
@@ -163,6 +164,10 @@ class CallbackRefused(InputError):
 
 class LinkRefused(InputError):
     code = "link_refused"
+
+
+class NotSupported(InputError):
+    code = "not_supported"
 
 
 class KeyReused(InputError):

@@ -30,7 +30,7 @@ DISPOSITIONS = {
         "BodyTimeout", "UnsupportedMediaType", "ForeignHost", "ForeignOrigin",
         "MaskMismatch", "MaskUnclear", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound",
         "BlobTooLarge", "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError",
-        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible", "LinkRefused", "KeyReused", "BlankImage",
+        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible", "LinkRefused", "KeyReused", "NotSupported", "BlankImage",
         "RateLimited", "QuotaExceeded",
     ],
     Disposition.RETRY: [

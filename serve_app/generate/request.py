@@ -1,0 +1,119 @@
+"""What a client asks for, and what becomes of it: every value set, and one that the model can do."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from ..errors import InputError, NotSupported, UnknownVariant
+from ..models import Family, Variant
+from ..parameters import GenerateParameters, GuidanceScale, Prompt, Seed, Steps, VariantName, Whole
+from ..settings import Settings
+
+#: What another system's clients name a family.
+_ENGINES: Mapping[str, Family] = {"sdxl": "sdxl", "flux-srpo": "flux", "flux": "flux"}
+
+Side = Annotated[Whole, Field(ge=64, le=2048)]
+
+#: Of `api.smoke`.
+SMOKE_SIDE_PX, SMOKE_STEPS = 256, 10
+
+
+class GenerateBody(BaseModel):
+    """Pictures from a prompt. What is left out is as the model has it: see `defaults` of `GET /v1/models/{id}`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "examples": [{"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}]
+        },
+    )
+
+    type: Literal["generate"]
+    prompt: Annotated[Prompt, StringConstraints(min_length=1)]
+    negative_prompt: Prompt = ""
+    #: Pixels; a multiple of 8 for SDXL, of 16 for FLUX.1.
+    width: Side | None = None
+    height: Side | None = None
+    #: Denoising steps.
+    steps: Steps | None = None
+    guidance: GuidanceScale | None = Field(None, validation_alias=AliasChoices("guidance", "guidance_scale"))
+    #: Of the first picture; the others have the numbers that follow. Left out: one that the answer tells.
+    seed: Seed | None = None
+    count: Annotated[Whole, Field(ge=1, le=100)] = 1
+    format: Literal["png", "jpg", "jpeg", "webp"] = "png"
+    #: One of `GET /v1/models`. Left out: the first one of `engine`, or of all.
+    model_id: VariantName | None = Field(None, validation_alias=AliasChoices("model_id", "model"))
+    engine: Literal["sdxl", "flux", "flux-srpo"] | None = None
+    scheduler: Annotated[str, StringConstraints(max_length=64)] | None = None
+    #: Whether prompt, seed and model are written into each file.
+    embed_metadata: bool = True
+    #: Has no effect: all models run here.
+    provider: Annotated[str, StringConstraints(max_length=64)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_chain(cls, given: Any) -> Any:
+        refuse_chain(given)
+        return given
+
+
+def refuse_chain(body: Any) -> None:
+    """Raises NotSupported for a job of several stages: ignoring what follows would leave its client waiting."""
+    if isinstance(body, Mapping) and body.get("chain") is not None:
+        raise NotSupported("chain: jobs of several stages are not done here", field="chain")
+
+
+def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParameters]:
+    """The model's name, and the parameters, none of which is left open. `api.smoke` goes before all.
+
+    Raises UnknownVariant; InputError for a value that the model cannot do.
+    """
+    name = _model(body, settings)
+    takes = settings.variant(name).generation
+    assert takes is not None, "settings let nothing else be a generator"
+    given = body.model_dump(include={"width", "height", "steps"}, exclude_none=True)
+    if settings.api.smoke:
+        given = {"width": SMOKE_SIDE_PX, "height": SMOKE_SIDE_PX, "steps": SMOKE_STEPS}
+    guidance = {} if body.guidance is None else {"guidance_scale": body.guidance}
+    parameters = GenerateParameters(
+        **{**takes.defaults.model_dump(), **given, **guidance},
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        count=body.count,
+        format="jpg" if body.format == "jpeg" else body.format,
+        scheduler=body.scheduler,
+        embed_metadata=body.embed_metadata,
+    )
+    for side, px in (("width", parameters.width), ("height", parameters.height)):
+        if rest := px % takes.multiple_px:
+            near = f"{px - rest} or {px - rest + takes.multiple_px}"
+            raise InputError(
+                f"{side}: {px} is no multiple of {takes.multiple_px}, as {name} needs; {near} is", field=side
+            )
+    if body.scheduler is not None and body.scheduler not in takes.schedulers:
+        raise InputError(f"scheduler: {name} has {', '.join(takes.schedulers)}", field="scheduler")
+    if body.negative_prompt and not takes.takes_negative_prompt:
+        raise InputError(f"negative_prompt: {name} takes none", field="negative_prompt")
+    if body.count > (most := settings.generators[name].max_count):
+        raise InputError(f"count: {name} makes at most {most} pictures in a job", field="count")
+    return name, parameters
+
+
+def _model(body: GenerateBody, settings: Settings) -> str:
+    wanted = _ENGINES[body.engine] if body.engine else None
+
+    def fits(row: Variant) -> bool:
+        # A fake stands for every engine.
+        return wanted is None or row.family in (wanted, "fake")
+
+    names = [name for name in settings.generators if fits(settings.variant(name))]
+    if body.model_id is None and names:
+        return names[0]
+    if body.model_id not in names:
+        what = f"of engine {body.engine} " if body.engine else ""
+        asked = f"model_id: {body.model_id}" if body.model_id else f"engine: {body.engine}"
+        raise UnknownVariant(f"{asked} is not served; the models {what}are {', '.join(names) or 'none'}")
+    return body.model_id
