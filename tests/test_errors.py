@@ -30,8 +30,8 @@ DISPOSITIONS = {
         "BodyTimeout", "UnsupportedMediaType", "ForeignHost", "ForeignOrigin",
         "MaskMismatch", "MaskUnclear", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound",
         "BlobTooLarge", "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError",
-        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible", "LinkRefused", "KeyReused", "NotSupported", "BlankImage",
-        "RateLimited", "QuotaExceeded",
+        "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible", "LinkRefused", "KeyReused", "NotSupported",
+        "BlankImage", "RateLimited", "QuotaExceeded",
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory",

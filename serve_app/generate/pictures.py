@@ -19,7 +19,7 @@ _DESCRIPTION = 0x010E
 
 
 def encode(pixels: Pixels, format: Format, about: Mapping[str, Any] | None) -> bytes:
-    """A file of `pixels`, `[height, width, 3]`; one version of Pillow gives the same bytes for the same pixels and words.
+    """A file of `pixels`, `[height, width, 3]`. One version of Pillow gives the same bytes for the same input.
 
     `about` is written into PNG's text chunks, one for each entry, and into JPEG's and WebP's EXIF as JSON.
     """
