@@ -34,7 +34,7 @@ def open_engine(name: str, settings: Settings) -> Engine:
     variant = settings.variant(name)
     files = asyncio.run(fetch.fetch(variant, sources(settings))) if variant.file else None
     with timed("import"):
-        engine = families.create(name, variant, files, settings.variants[name])
+        engine: Engine = families.create(name, variant, files, settings.variants[name])
     try:
         engine.load()
         with timed("warm_up"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..models import Pixels
+from ..models import GenerateRequest, Pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Window:
     on_step: Callable[[int], None]
 
 
-class Engine(Protocol):
+class AnyEngine(Protocol):
     """One loaded variant. Not for two callers at once: pipelines keep state between steps, so its holder locks it."""
 
     def load(self) -> None:
@@ -36,12 +36,6 @@ class Engine(Protocol):
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
         """Run once, briefly, at the sizes `(width, height)`, so that the first job pays for no compilation."""
-
-    def paint(self, window: Window) -> Pixels:
-        """The window `[h, w, 3]` painted where its mask says so; pixels elsewhere may drift.
-
-        Raises OutOfMemory; GpuLost, after which the process is of no use; PaintError; what `on_step` raises.
-        """
 
     def free_memory(self) -> None:
         """Give the device's memory back that no painting uses any more. Raises GpuLost."""
@@ -59,3 +53,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what `load` took."""
+
+
+class Engine(AnyEngine, Protocol):
+    """Edits photos."""
+
+    def paint(self, window: Window) -> Pixels:
+        """The window `[h, w, 3]` painted where its mask says so; pixels elsewhere may drift.
+
+        Raises OutOfMemory; GpuLost, after which the process is of no use; PaintError; what `on_step` raises.
+        """
+
+
+class Generator(AnyEngine, Protocol):
+    """Makes pictures from prompts."""
+
+    def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
+        """One picture `[height, width, 3]`, the same bytes for the same request whatever was made before.
+
+        `on_step` as in Window. Raises as `Engine.paint` does; BlankImage.
+        """

@@ -2,35 +2,39 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import VariantLoadFailed
 from ..models import Family, Variant
 from ..settings import VariantSettings
-from . import Engine
+from . import Engine, Generator
 from .weights.fetch import Weights
 
 if TYPE_CHECKING:
+    from .fake import Fake
     from .flux.fill import FluxFill
     from .pause import Pause
     from .telea import Telea
 
     # The type checker's proof of what `create` only says.
     _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
+    _GENERATORS: tuple[type[Generator], ...] = (Fake,)
 
 #: Family -> module in this package and class; the class takes (variant, weights, served).
 FAMILIES: Mapping[Family, str] = {
     "flux-fill": "flux.fill:FluxFill",
     "telea": "telea:Telea",
     "pause": "pause:Pause",
+    "fake": "fake:Fake",
 }
 
 #: Family -> the pip extra that it needs.
 _EXTRAS: Mapping[Family, str] = {"flux-fill": "diffusion"}
 
 
-def create(name: str, variant: Variant, weights: Weights | None, served: VariantSettings) -> Engine:
-    """The engine of the variant called `name`, not loaded yet. `weights` as `weights.fetch` gave them.
+def create(name: str, variant: Variant, weights: Weights | None, served: VariantSettings) -> Any:
+    """The Engine of the variant called `name`, or its Generator where `variant.generation` says so, not loaded yet.
+    `weights` as `weights.fetch` gave them.
 
     Raises VariantLoadFailed, which names the pip extra, where the family's packages are not installed.
     """
@@ -42,4 +46,4 @@ def create(name: str, variant: Variant, weights: Weights | None, served: Variant
         hint = f": pip install 'flux-fill-serve[{extra}]'" if extra else ""
         message = f"variant {name}: the family {variant.family} needs the package {e.name}{hint}"
         raise VariantLoadFailed(message, variant=name, extra=extra) from e
-    return cast(Engine, engine(variant, weights, served))
+    return engine(variant, weights, served)

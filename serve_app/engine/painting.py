@@ -12,19 +12,20 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ..edit.paste import paste_window, share_out
 from ..errors import FluxFillError, OutOfMemory, VariantLoadFailed
-from ..models import EditRequest, Images, OnProgress, Pixels, Progress
+from ..models import EditRequest, GenerateRequest, Images, OnProgress, Pixels, Progress
 from ..telemetry import logged_with, trace_id
-from . import Engine, Window
+from . import AnyEngine, Engine, Window
 from .slot import Occupancy, Slot
 from .stages import STAGES, split
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R", bound=EditRequest | GenerateRequest)
 
 #: Progress is yielded this often at most, in seconds: each one is a message through Ray, which costs the thread that
 #: paints some of its time.
@@ -66,7 +67,7 @@ def paint_canvas(
             on_step(Progress(step=before + step, steps=total))
 
         paint = partial(_paint_window, engine, request, number, canvas[box.slices], share.unpainted, advance)
-        painted, seconds = _twice_at_most(paint, engine, on_out_of_memory)
+        painted, seconds = twice_at_most(paint, engine, on_out_of_memory)
         if done < request.steps:
             # A family that knows fewer steps than were asked for has done all of them.
             advance(request.steps)
@@ -119,7 +120,9 @@ def _paint_window(
     return painted, split(began_s, steps_s, time.perf_counter())
 
 
-def _twice_at_most(paint: Callable[[], T], engine: Engine, on_out_of_memory: Callable[[], None]) -> T:
+def twice_at_most(paint: Callable[[], T], engine: AnyEngine, on_out_of_memory: Callable[[], None]) -> T:
+    """What `paint` returns. Where it runs out of memory it is called again, once, when the engine has freed what it
+    can."""
     try:
         return paint()
     except OutOfMemory as e:
@@ -143,7 +146,7 @@ def painting(
 
 
 async def in_slot(
-    request: EditRequest,
+    request: EditRequest | GenerateRequest,
     slot: Slot,
     take: Callable[[], Awaitable[Occupancy]],
     work: Callable[[Occupancy], T],
@@ -191,7 +194,7 @@ async def _ended(work: asyncio.Future[T], occupancy: Occupancy) -> None:
         raise asyncio.CancelledError
 
 
-def load(name: str, engine: Engine) -> None:
+def load(name: str, engine: AnyEngine) -> None:
     """Load the engine of the variant called `name`. Raises VariantLoadFailed with the reason, whatever it is."""
     try:
         engine.load()
@@ -203,21 +206,23 @@ def load(name: str, engine: Engine) -> None:
         raise VariantLoadFailed(f"variant {name} did not load: {code}: {e}", variant=name, reason=code) from e
 
 
-class LocalModel:
+class Local(Generic[R]):
     """The ImageModel port in this process. Its engine is loaded when first asked for; a failed load is tried again."""
 
     is_ready = True
 
-    def __init__(self, name: str, engine: Engine) -> None:
-        self._name, self._engine, self._slot = name, engine, Slot()
+    def __init__(
+        self, name: str, engine: AnyEngine, events: Callable[[R, Slot], AsyncGenerator[Progress | Images, None]]
+    ) -> None:
+        self._name, self._engine, self._events, self._slot = name, engine, events, Slot()
         self._loading, self._is_loaded = asyncio.Lock(), False
 
-    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
+    async def run(self, request: R, on_progress: OnProgress) -> Images:
         async with self._loading:
             if not self._is_loaded:
                 await asyncio.to_thread(load, self._name, self._engine)
                 self._is_loaded = True
-        async with aclosing(painting(self._engine, request, self._slot)) as events:
+        async with aclosing(self._events(request, self._slot)) as events:
             async for event in events:
                 if isinstance(event, Images):
                     return event
@@ -229,3 +234,10 @@ class LocalModel:
         async with self._loading, self._slot.drained():
             self._engine.close()
             self._is_loaded = False
+
+
+class LocalModel(Local[EditRequest]):
+    """One that edits photos."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        super().__init__(name, engine, partial(painting, engine))
