@@ -53,6 +53,9 @@ class GenerateBody(BaseModel):
     #: Has no effect: all models run here.
     provider: Annotated[str, StringConstraints(max_length=64)] | None = None
 
+    #: Not supported: null, or left out.
+    chain: None = None
+
     @model_validator(mode="before")
     @classmethod
     def _no_chain(cls, given: Any) -> Any:

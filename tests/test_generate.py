@@ -1,0 +1,509 @@
+"""Jobs of pictures: posted, painted item by item, retried, canceled, deleted. Over memory stores, without Ray."""
+
+import asyncio
+import io
+import json
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
+from serve_app.errors import (
+    BlankImage,
+    FluxFillError,
+    IllegalTransition,
+    InputError,
+    KeyReused,
+    NotSupported,
+    PostInFlight,
+    QuotaExceeded,
+    ReplicaLost,
+    StoreUnavailable,
+    UnknownJob,
+    UnknownVariant,
+)
+from serve_app.generate.job import Generation
+from serve_app.jobs.api import Caller, JobApi
+from serve_app.jobs.notifications import Notifier
+from serve_app.jobs.ports import Verdict
+from serve_app.jobs.record import Cause, Job, State
+from serve_app.jobs.worker import Worker
+from serve_app.models import GenerateRequest, Images, OnProgress, Progress
+from serve_app.settings import Settings
+
+from .rig import FAST, QUICK, BlobOutage, Clock, Counters, Outage, Prompts, Receivers, Topics
+
+OPEN = Caller()
+
+
+class Painter:
+    """A model that paints what its seed says, and does before each picture what a test tells it."""
+
+    is_ready = True
+
+    def __init__(self) -> None:
+        self.requests: list[GenerateRequest] = []
+        self.before: Callable[[GenerateRequest], Awaitable[None]] | None = None
+
+    async def run(self, request: GenerateRequest, on_progress: OnProgress) -> Images:
+        self.requests.append(request)
+        if self.before is not None:
+            await self.before(request)
+        for step in range(request.steps + 1):
+            await on_progress(Progress(step=step, steps=request.steps))
+        noise = np.random.default_rng(request.seed).integers(0, 256, (request.height, request.width, 3), np.uint8)
+        return Images(images=[noise], busy_s=0.5, gpu_ms=2.0, where={"versions": {"painter": "1"}})
+
+
+class Studio:
+    """One process: its API, its worker and its notifier; `beside()` is another over the same stores."""
+
+    def __init__(self, name: str | None = None, clock: Clock | None = None, **settings: Any) -> None:
+        self.name, self.clock, self.given = name or uuid.uuid4().hex, clock or Clock(), settings
+        self.settings = Settings(
+            variants={"telea": {}},
+            generators={"sdxl": {}, "flux-dev-Q8_0": {"max_count": 4}},
+            blobs=f"memory:{self.name}",
+            jobs=f"memory:{self.name}",
+            work=FAST,
+            **settings,
+        )
+        self.blobs = BlobOutage(MemoryBlobStore(self.settings.blobs, "http://app.example.org"), StoreUnavailable)
+        self.jobs = Outage(MemoryJobStore(self.settings.jobs, self.clock), StoreUnavailable)
+        self.topics, self.painter, self.metrics = Topics(), Painter(), Counters()
+        models = {name: self.painter for name in self.settings.served}
+        self.kind = Generation(blobs=self.blobs, models=models, prompts=Prompts(), settings=self.settings)
+        shared: dict[str, Any] = dict(
+            kinds=[self.kind],
+            job_store=self.jobs,
+            mirror=MemoryJobStore(self.settings.jobs),
+            publisher=self.topics,
+            webhooks=Receivers(),
+            settings=self.settings,
+            metrics=self.metrics,
+        )
+        self.notifier = Notifier(**shared, poll_s=0.01)
+        self.worker = Worker(**shared, notifier=self.notifier, models=models, pace=QUICK)
+        self.api = JobApi(
+            kinds=[self.kind], job_store=self.jobs, blobs=self.blobs, notifier=self.notifier, settings=self.settings
+        )
+
+    def beside(self) -> "Studio":
+        return Studio(self.name, self.clock, **self.given)
+
+    async def post(self, caller: Caller = OPEN, **body: Any) -> Job:
+        job, is_new = await self.api.post({"type": "generate", "prompt": "a cat", **SMALL, **body}, caller)
+        assert is_new
+        await self.notifier.drained()
+        return job
+
+    async def work(self) -> Verdict:
+        return await self.worker.work(self.topics.sessions[-1])
+
+    async def job(self, job: Job) -> Job:
+        stored = await self.jobs.get(job.id)
+        assert stored is not None
+        return stored
+
+    async def paths(self) -> list[str]:
+        return [info.path async for info in self.blobs.list(self.settings.api.prefix)]
+
+
+SMALL = {"width": 64, "height": 64, "steps": 2}
+
+
+@pytest.fixture
+def studio() -> Studio:
+    return Studio()
+
+
+# -- one job from its post to its pictures
+
+
+async def test_every_picture_is_stored_under_its_own_name_and_recorded(studio: Studio) -> None:
+    job = await studio.post(count=3, seed=7)
+    assert (await studio.work()).reason == "succeeded"
+    done = await studio.job(job)
+    assert done.status == State.SUCCEEDED
+    folder = f"dreamforge/default/jobs/{job.id}/generate/20260101T000000"
+    paths = [f"{folder}_{n}_64x64_{7 + n}.png" for n in range(3)]
+    assert [artifact.path for artifact in done.artifacts] == paths == await studio.paths()
+    for n, artifact in enumerate(done.artifacts):
+        assert (artifact.index, artifact.seed, artifact.width, artifact.height) == (n, 7 + n, 64, 64)
+        data, info = await studio.blobs.get(artifact.path, max_bytes=10**6)
+        assert (info.content_type, len(data), info.version) == ("image/png", artifact.size_bytes, artifact.version)
+    assert done.timings.engine_s == pytest.approx(1.5) and done.timings.gpu_ms == pytest.approx(6.0)
+    assert done.progress == Progress(step=6, steps=6)
+
+
+async def test_what_became_of_it_is_told_in_order(studio: Studio) -> None:
+    job = await studio.post(count=2)
+    await studio.work()
+    events = (await studio.job(job)).events
+    assert [event.number for event in events] == [1, 2, 3, 4, 5]
+    assert [(event.status, event.cause, event.artifact) for event in events] == [
+        (State.QUEUED, None, None),
+        (State.RUNNING, Cause.CLAIMED, None),
+        (State.RUNNING, None, 0),
+        (State.RUNNING, None, 1),
+        (State.SUCCEEDED, Cause.SUCCEEDED, None),
+    ]
+
+
+async def test_each_picture_has_a_request_of_its_own(studio: Studio) -> None:
+    await studio.post(count=2, seed=2**63 - 1, negative_prompt="dogs", guidance=5, scheduler="euler")
+    await studio.work()
+    first, second = studio.painter.requests
+    assert (first.seed, second.seed) == (2**63 - 1, 0)
+    asked = (first.prompt, first.negative_prompt, first.steps, first.guidance_scale, first.scheduler)
+    assert asked == ("a cat", "dogs", 2, 5.0, "euler")
+
+
+async def test_a_picture_says_how_to_make_it_again(studio: Studio) -> None:
+    job = await studio.post(seed=3, prompt="une forêt à l'aube \N{DECIDUOUS TREE}")
+    await studio.work()
+    data, _ = await studio.blobs.get((await studio.job(job)).artifacts[0].path, max_bytes=10**6)
+    text = Image.open(io.BytesIO(data)).text
+    assert text["prompt"] == "une forêt à l'aube \N{DECIDUOUS TREE}"
+    assert (text["seed"], text["steps"], text["model"]) == ("3", "2", "sdxl")
+    assert json.loads(text["versions"]) == {"painter": "1"}
+    assert job.id not in data.decode(errors="ignore")
+
+
+@pytest.mark.parametrize(("format", "ending", "kind"), [("jpeg", "jpg", "JPEG"), ("webp", "webp", "WEBP")])
+async def test_other_formats(studio: Studio, format: str, ending: str, kind: str) -> None:
+    job = await studio.post(format=format)
+    await studio.work()
+    path = (await studio.job(job)).artifacts[0].path
+    assert path.endswith(f".{ending}")
+    image = Image.open(io.BytesIO((await studio.blobs.get(path, max_bytes=10**6))[0]))
+    assert image.format == kind and json.loads(image.getexif()[0x010E])["prompt"] == "a cat"
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp"])
+async def test_metadata_can_be_left_out(studio: Studio, format: str) -> None:
+    job = await studio.post(prompt="a secret plan", embed_metadata=False, format=format)
+    await studio.work()
+    data, _ = await studio.blobs.get((await studio.job(job)).artifacts[0].path, max_bytes=10**6)
+    assert b"secret" not in data
+
+
+async def test_the_same_request_gives_the_same_bytes(studio: Studio) -> None:
+    files = []
+    for _ in range(2):
+        job = await studio.post(seed=5)
+        await studio.work()
+        files.append((await studio.blobs.get((await studio.job(job)).artifacts[0].path, max_bytes=10**6))[0])
+    assert files[0] == files[1]
+
+
+# -- what goes wrong
+
+
+async def test_a_retried_job_goes_on_at_the_first_missing_picture(studio: Studio) -> None:
+    async def dies_at_the_second(request: GenerateRequest) -> None:
+        if len(studio.painter.requests) == 2:
+            raise ReplicaLost("gone")
+
+    studio.painter.before = dies_at_the_second
+    job = await studio.post(count=3, seed=0)
+    assert (await studio.work()).action == "defer"
+    assert len((await studio.job(job)).artifacts) == 1
+    studio.clock.advance(3600)
+    assert (await studio.work()).reason == "succeeded"
+    assert [request.seed for request in studio.painter.requests] == [0, 1, 1, 2]
+    done = await studio.job(job)
+    assert [artifact.index for artifact in done.artifacts] == [0, 1, 2] and len(await studio.paths()) == 3
+    assert done.progress == Progress(step=6, steps=6)
+
+
+async def test_a_worker_killed_between_the_store_and_the_record_stores_no_second_object(studio: Studio) -> None:
+    """The record of a picture is lost, the picture is not: the next attempt writes it again under the same name."""
+    job = await studio.post()
+    first = studio.beside()
+
+    async def killed() -> None:
+        raise asyncio.CancelledError
+
+    first.blobs.after["put"] = killed
+    first.topics.sessions = studio.topics.sessions
+    working = asyncio.create_task(first.work())
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert (await studio.job(job)).artifacts == ()
+    studio.clock.advance(60)
+    assert (await studio.work()).reason == "succeeded"
+    assert len(await studio.paths()) == 1
+
+
+async def test_a_picture_that_cannot_be_stored_is_not_made_again(studio: Studio) -> None:
+    job = await studio.post(count=2)
+    studio.blobs.only, down = {"put"}, studio.painter
+
+    async def store_goes_down(request: GenerateRequest) -> None:
+        studio.blobs.is_down = True
+
+    down.before = store_goes_down
+    assert (await studio.work()).action == "defer"
+    studio.blobs.is_down, down.before = False, None
+    studio.clock.advance(60)
+    assert (await studio.work()).reason == "succeeded"
+    assert [request.seed - job.seed for request in down.requests] == [0, 1]
+    assert (await studio.job(job)).attempt == 1
+
+
+async def test_a_blank_picture_is_a_failure_with_a_reason(studio: Studio) -> None:
+    async def blank(request: GenerateRequest) -> None:
+        raise BlankImage("every pixel is black")
+
+    studio.painter.before = blank
+    job = await studio.post()
+    assert (await studio.work()).reason == "blank_image"
+    failed = await studio.job(job)
+    assert failed.status == State.FAILED and failed.error is not None
+    assert (failed.error.code, failed.error.message, failed.attempt) == ("blank_image", "every pixel is black", 1)
+    ((_, letter),) = studio.topics.dead
+    assert letter["deadLetterJobId"] == job.id
+
+
+async def test_a_canceled_job_stops_within_a_step_and_keeps_what_it_has(studio: Studio) -> None:
+    reached, job = asyncio.Event(), await studio.post(count=5)
+
+    async def hangs_at_the_third(request: GenerateRequest) -> None:
+        if len(studio.painter.requests) == 3:
+            reached.set()
+            await asyncio.sleep(60)
+
+    studio.painter.before = hangs_at_the_third
+    working = asyncio.create_task(studio.work())
+    await asyncio.wait_for(reached.wait(), 10)
+    assert (await studio.api.cancel(job.id, OPEN)).status == State.CANCELED
+    assert (await asyncio.wait_for(working, 10)).action == "ack"
+    canceled = await studio.job(job)
+    assert canceled.status == State.CANCELED and len(canceled.artifacts) == 2
+    with pytest.raises(IllegalTransition):
+        await studio.api.cancel(job.id, OPEN)
+
+
+async def test_a_job_canceled_while_it_waits_never_starts(studio: Studio) -> None:
+    job = await studio.post()
+    await studio.api.cancel(job.id, OPEN)
+    assert (await studio.work()).reason == "canceled"
+    assert studio.painter.requests == [] and (await studio.job(job)).status == State.CANCELED
+
+
+async def test_a_message_that_comes_twice_paints_once(studio: Studio) -> None:
+    await studio.post()
+    assert [(await studio.work()).reason, (await studio.work()).reason] == ["succeeded", "succeeded"]
+    assert len(studio.painter.requests) == 1
+
+
+async def test_a_message_of_a_deleted_job_is_dropped(studio: Studio) -> None:
+    job = await studio.post()
+    await studio.api.cancel(job.id, OPEN)
+    await studio.api.delete(job.id, OPEN)
+    assert (await studio.work()).action == "ack"
+    assert await studio.jobs.get(job.id) is None and studio.painter.requests == []
+
+
+async def test_a_message_that_names_no_stored_job_is_a_dead_letter(studio: Studio) -> None:
+    await studio.post()
+    named = studio.topics.sessions[-1]
+    bare = {name: value for name, value in named.attributes.items() if name != "jobId"}
+    object.__setattr__(named, "attributes", bare)
+    assert (await studio.work()).reason == "malformed_message"
+    assert studio.topics.dead[0][1]["deadLetterError"].startswith("attributes.jobId")
+
+
+# -- asking
+
+
+async def test_a_job_takes_what_is_left_out_from_its_model(studio: Studio) -> None:
+    job, _ = await studio.api.post({"type": "generate", "prompt": "x"}, OPEN)
+    asked = job.parameters.model_dump()
+    assert job.variant == "sdxl"
+    assert {name: asked[name] for name in ("width", "height", "steps", "guidance_scale", "count", "format")} == {
+        "width": 1024, "height": 1024, "steps": 30, "guidance_scale": 7.0, "count": 1, "format": "png",
+    }  # fmt: skip
+    flux, _ = await studio.api.post({"type": "generate", "prompt": "x", "engine": "flux-srpo"}, OPEN)
+    assert (flux.variant, flux.parameters.model_dump()["guidance_scale"]) == ("flux-dev-Q8_0", 3.5)
+    by_name, _ = await studio.api.post({"type": "generate", "prompt": "x", "model": "flux-dev-Q8_0"}, OPEN)
+    assert by_name.variant == "flux-dev-Q8_0"
+
+
+async def test_seeds_are_kept_zero_included_and_made_up_where_none_is_given(studio: Studio) -> None:
+    assert (await studio.post(seed=0)).seed == 0
+    drawn = {(await studio.post()).seed for _ in range(3)}
+    assert len(drawn) == 3
+
+
+async def test_smoke_settings_go_before_what_is_asked() -> None:
+    studio = Studio(api={"smoke": True})
+    job = await studio.post(width=1024, height=1024, steps=24)
+    asked = job.parameters.model_dump()
+    assert (asked["width"], asked["height"], asked["steps"]) == (256, 256, 10)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "words"),
+    [
+        ({"prompt": ""}, ValidationError, "prompt"),
+        ({"prompt": "x" * 2001}, ValidationError, "prompt"),
+        ({"count": 0}, ValidationError, "count"),
+        ({"count": 101}, ValidationError, "count"),
+        ({"width": 32}, ValidationError, "width"),
+        ({"height": 4096}, ValidationError, "height"),
+        ({"steps": "30"}, ValidationError, "steps"),
+        ({"seed": -1}, ValidationError, "seed"),
+        ({"format": "gif"}, ValidationError, "format"),
+        ({"loras": []}, ValidationError, "loras"),
+        ({"width": 100}, InputError, "96 or 104"),
+        ({"model_id": "flux-dev-Q8_0", "height": 72}, InputError, "height: 72 .* 64 or 80"),
+        ({"scheduler": "ddpm"}, InputError, "scheduler: sdxl has euler"),
+        ({"model_id": "flux-dev-Q8_0", "scheduler": "ddim"}, InputError, "scheduler"),
+        ({"model_id": "flux-dev-Q8_0", "negative_prompt": "dogs"}, InputError, "negative_prompt"),
+        ({"model_id": "flux-dev-Q8_0", "count": 5}, InputError, "at most 4"),
+        ({"model_id": "none"}, UnknownVariant, "sdxl, flux-dev-Q8_0"),
+        ({"model_id": "telea"}, UnknownVariant, "telea"),
+        ({"model_id": "flux-dev-Q8_0", "engine": "sdxl"}, UnknownVariant, "of engine sdxl are sdxl"),
+        ({"chain": {"upscale": {"scale": 2}}}, NotSupported, "chain"),
+        ({"type": "upscale"}, InputError, "type: it must be one of generate"),
+    ],
+)  # fmt: skip
+async def test_what_cannot_be_done_is_refused_by_name(
+    studio: Studio, body: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        await studio.api.post({"type": "generate", "prompt": "x", **body}, OPEN)
+    assert await studio.api.list(OPEN, limit=10) == []
+
+
+async def test_an_empty_chain_and_a_provider_are_no_hindrance(studio: Studio) -> None:
+    assert (await studio.post(chain=None, provider="local")).variant == "sdxl"
+
+
+# -- keys, ids and callers
+
+BODY = {"type": "generate", "prompt": "a cat", **SMALL}
+
+
+async def test_a_key_makes_one_job_however_often_it_comes(studio: Studio) -> None:
+    first, is_new = await studio.api.post(BODY, OPEN, idempotency_key="k")
+    again, is_newer = await studio.beside().api.post(dict(reversed(BODY.items())), OPEN, idempotency_key="k")
+    assert (again.id, is_new, is_newer) == (first.id, True, False)
+    await studio.notifier.drained()
+    assert len(studio.topics.sessions) == 1
+    assert "k" not in (first.id, first.request, first.message)
+    await studio.work()
+    after, _ = await studio.api.post(BODY, OPEN, idempotency_key="k")
+    assert after.status == State.SUCCEEDED
+    with pytest.raises(KeyReused):
+        await studio.api.post(BODY | {"seed": 1}, OPEN, idempotency_key="k")
+
+
+async def test_a_key_is_its_callers_own(studio: Studio) -> None:
+    ann, bob = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
+    jobs = [(await studio.api.post(BODY, caller, idempotency_key="k"))[0] for caller in (ann, bob)]
+    assert jobs[0].id != jobs[1].id and [job.owner for job in jobs] == ["ann", "bob"]
+
+
+async def test_an_id_makes_one_job_and_is_nobody_elses(studio: Studio) -> None:
+    ann, bob = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
+    job, _ = await studio.api.post(BODY, ann, job_id="mine")
+    assert (await studio.api.post(BODY, ann, job_id="mine"))[0].id == job.id == "mine"
+    with pytest.raises(KeyReused):
+        await studio.api.post(BODY, bob, job_id="mine")
+
+
+async def test_a_request_in_flight_refuses_its_copy_until_it_is_answered(studio: Studio) -> None:
+    held = asyncio.Event()
+    studio.jobs.before["create"] = held.wait
+    first = asyncio.create_task(studio.api.post(BODY, OPEN, idempotency_key="k"))
+    await asyncio.sleep(0.05)
+    with pytest.raises(PostInFlight) as refused:
+        await studio.api.post(BODY, OPEN, idempotency_key="k")
+    assert refused.value.details["retry_after_s"] == 1
+    held.set()
+    job, _ = await first
+    assert (await studio.api.post(BODY, OPEN, idempotency_key="k"))[0].id == job.id
+
+
+async def test_of_two_processes_one_makes_the_job(studio: Studio) -> None:
+    posts = (one.api.post(BODY, OPEN, idempotency_key="k") for one in (studio, studio.beside()))
+    results = await asyncio.gather(*posts)
+    assert sorted(is_new for _, is_new in results) == [False, True] and len({job.id for job, _ in results}) == 1
+
+
+async def test_who_sees_what(studio: Studio) -> None:
+    ann, bob = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
+    job = await studio.post(ann)
+    for call in (studio.api.get, studio.api.cancel, studio.api.delete):
+        with pytest.raises(UnknownJob):
+            await call(job.id, bob)
+    assert await studio.api.list(bob, limit=10) == []
+    assert [one.id for one in await studio.api.list(ann, limit=10)] == [job.id]
+    assert [one.id for one in await studio.api.list(Caller(id="root"), limit=10)] == [job.id]
+    by_message = job.evolve(owner="")
+    assert not ann.sees(by_message) and Caller(id="old", sees_all=False).sees(by_message)
+
+
+async def test_quotas_are_a_keys_own() -> None:
+    studio = Studio(api={"unfinished_jobs": 2, "jobs_per_day": 3})
+    ann, bob = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
+    first = await studio.post(ann)
+    await studio.post(ann)
+    with pytest.raises(QuotaExceeded):
+        await studio.post(ann)
+    await studio.post(bob)
+    await studio.api.cancel(first.id, ann)
+    await studio.post(ann)
+    for job in await studio.api.list(ann, limit=10):
+        if not job.status.is_final:
+            await studio.api.cancel(job.id, ann)
+    with pytest.raises(QuotaExceeded) as refused:
+        await studio.post(ann)
+    assert refused.value.details["retry_after_s"] <= 120
+    studio.clock.advance(86_401)
+    await studio.post(ann)
+
+
+async def test_a_job_is_deleted_with_its_pictures_once_it_is_over(studio: Studio) -> None:
+    job = await studio.post(count=2)
+    with pytest.raises(IllegalTransition):
+        await studio.api.delete(job.id, OPEN)
+    await studio.work()
+    await studio.api.delete(job.id, OPEN)
+    assert await studio.paths() == [] and await studio.jobs.get(job.id) is None
+    with pytest.raises(UnknownJob):
+        await studio.api.delete(job.id, OPEN)
+
+
+async def test_a_store_that_is_down_while_pictures_are_deleted_keeps_the_record(studio: Studio) -> None:
+    job = await studio.post(count=2)
+    await studio.work()
+    studio.blobs.is_down = True
+    with pytest.raises(StoreUnavailable):
+        await studio.api.delete(job.id, OPEN)
+    studio.blobs.is_down = False
+    assert (await studio.job(job)).artifacts
+    await studio.api.delete(job.id, OPEN)
+    assert await studio.paths() == []
+
+
+async def test_a_post_survives_a_broker_that_is_down(studio: Studio) -> None:
+    broker = Outage(studio.topics, FluxFillError)
+    studio.notifier._publisher = broker
+    broker.is_down = True
+    job = await studio.post()
+    assert studio.topics.sessions == []
+    broker.is_down = False
+    studio.clock.advance(16)
+    await studio.notifier.send_due()
+    await studio.notifier.drained()
+    assert len(studio.topics.sessions) == 1
+    assert (await studio.work()).reason == "succeeded" and (await studio.job(job)).status == State.SUCCEEDED
