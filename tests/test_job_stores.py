@@ -1,6 +1,7 @@
 """What every job store and session mirror guarantees."""
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,10 @@ import pytest
 from serve_app import adapters
 from serve_app.adapters.stores.sql import SqlJobStore
 from serve_app.clock import utc_now
-from serve_app.errors import Busy, StaleClaim, UnknownJob
+from serve_app.errors import Busy, QuotaExceeded, StaleClaim, UnknownJob
 from serve_app.jobs import claims as jobs_claims
 from serve_app.jobs import record
-from serve_app.jobs.claims import Change
+from serve_app.jobs.claims import Change, Quota
 from serve_app.jobs.ports import JobStore, SessionMirror
 from serve_app.jobs.record import Artifact, Cause, Due, Job, State
 from serve_app.models import Progress
@@ -378,6 +379,135 @@ async def test_delete(store: JobStore) -> None:
 async def test_stores_of_one_url_share_their_content(jobs_url: str, store: JobStore, opened: Opened) -> None:
     await store.update("edit-1", KEY, put(make_job()))
     assert await opened(adapters.job_store(jobs_url)).get("edit-1") == make_job()
+
+
+# Posted jobs
+
+DAY_S = 24 * 3600
+
+
+async def outcomes_of(stores: Sequence[JobStore], jobs: Sequence[Job], quota: Quota | None) -> list[Any]:
+    """What comes of creating them at once, each by a store of its own as far as there are."""
+    creations = (store.create(job, quota) for store, job in zip(itertools.cycle(stores), jobs, strict=False))
+    return await asyncio.gather(*creations, return_exceptions=True)
+
+
+async def test_a_job_that_is_created_is_queued_and_owes_its_message(store: JobStore) -> None:
+    before = await store.now()
+    job, is_new = await store.create(make_job("a", owner="key"))
+    assert is_new and await store.get("a") == job
+    assert before <= job.created_at <= await store.now() and job.asked_at == job.created_at
+    assert [(event.number, event.status) for event in job.events] == [(1, State.QUEUED)]
+    due_at = job.created_at + timedelta(seconds=record.HEAD_START_S["dispatch"])
+    assert [*await store.list(owes_by=due_at, notification="dispatch")] == [job]
+    assert list(await store.list(owes_by=due_at - timedelta(microseconds=1))) == []
+
+
+async def test_a_stored_job_stays_as_it_is(store: JobStore) -> None:
+    first, _ = await store.create(make_job("a", owner="key", request="one"))
+    assert await store.create(make_job("a", owner="key", request="two")) == (first, False)
+    assert await store.create(make_job("a", owner="other"), Quota(unfinished=0, per_day=0)) == (first, False)
+    assert await store.get("a") == first
+    running = await store.update("a", KEY, jobs_claims.claim(first, lease_s=60, max_attempts=5))
+    await store.report(jobs_claims.claim_of(running), Progress(step=1, steps=28))
+    assert await store.create(make_job("a", owner="key")) == (
+        running.evolve(progress=Progress(step=1, steps=28)),
+        False,
+    )
+
+
+async def test_one_of_many_that_create_a_job_does(jobs_url: str, opened: Opened, crowd: int) -> None:
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(crowd)]
+    for quota in (None, Quota(unfinished=2, per_day=9)):
+        id = f"a-{quota is None}"
+        jobs = [make_job(id, owner="key", request=str(i)) for i in range(2 * crowd)]
+        outcomes = await outcomes_of(stores, jobs, quota)
+        (new,) = [job for job, is_new in outcomes if is_new]
+        assert [job for job, _ in outcomes] == [new] * len(jobs) and await stores[0].get(id) == new
+
+
+@pytest.mark.parametrize("quota", [Quota(unfinished=4, per_day=99), Quota(unfinished=99, per_day=4)])
+async def test_a_quota_is_exact_however_many_create_at_once(quota: Quota, jobs_url: str, opened: Opened) -> None:
+    stores = [opened(adapters.job_store(jobs_url)) for _ in range(2)]
+    others = [make_job(id, owner=owner) for id, owner in (("other", "b"), ("message", ""))]
+    await outcomes_of(stores, others, None)
+    # Each has a session of its own, so that only the owner's lock is between them.
+    jobs = [make_job(f"job-{i}", owner="a", session_id=f"s{i}") for i in range(20)]
+    outcomes = await outcomes_of(stores, jobs, quota)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, QuotaExceeded)]
+    created = [outcome[0] for outcome in outcomes if isinstance(outcome, tuple)]
+    assert (len(created), len(refused)) == (4, 16), outcomes
+    assert {job.id for job in await stores[0].list(owner="a")} == {job.id for job in created}
+
+
+async def test_quotas_count_what_is_stored_of_the_owner(store: JobStore) -> None:
+    now = await store.now()
+    ages_s = {"today": DAY_S - 60, "yesterday": DAY_S + 60}
+    for id, age_s in ages_s.items():
+        created_at = now - timedelta(seconds=age_s)
+        await store.update(id, "", put(make_job(id, owner="a", status=State.SUCCEEDED, created_at=created_at)))
+    for id, status in (("queued", State.QUEUED), ("running", State.RUNNING)):
+        await store.update(id, "", put(make_job(id, owner="a", status=status, created_at=now - timedelta(days=9))))
+    with pytest.raises(QuotaExceeded, match="2 jobs that are not over, of 2"):
+        await store.create(make_job("new", owner="a"), Quota(unfinished=2, per_day=9))
+    with pytest.raises(QuotaExceeded, match="1 jobs within 24 hours, of 1"):
+        await store.create(make_job("new", owner="a"), Quota(unfinished=3, per_day=1))
+    assert await store.get("new") is None
+    for owner in ("b", ""):
+        assert (await store.create(make_job(f"of-{owner}", owner=owner), Quota(unfinished=1, per_day=1)))[1]
+    assert (await store.create(make_job("of-none", owner=""), Quota(unfinished=0, per_day=0)))[1], "no key, no quota"
+    await store.delete("today")
+    assert (await store.create(make_job("new", owner="a"), Quota(unfinished=3, per_day=1)))[1]
+
+
+async def test_ahead_are_the_queued_jobs_of_the_variant_that_are_older(store: JobStore) -> None:
+    def waiting(id: str, second: float, **changes: Any) -> Job:
+        return make_job(id, created_at=at(second), variant="sdxl", **changes)
+
+    mine = waiting("mine", 5)
+    records = [
+        mine,
+        waiting("older", 1),
+        waiting("just-older", 4.999999, owner="a"),
+        waiting("same", 5),
+        waiting("younger", 6),
+        waiting("running", 1, status=State.RUNNING),
+        waiting("over", 1, status=State.FAILED),
+        waiting("elsewhere", 1).evolve(variant="telea"),
+    ]
+    for job in records:
+        await store.update(job.id, "", put(job))
+    assert await store.ahead(mine) == 2
+    await store.delete("older")
+    assert await store.ahead(mine) == 1
+
+
+async def test_pages_have_every_job_once_in_order(store: JobStore) -> None:
+    seconds = {"a": 2, "b": 2, "c": 2, "d": 1, "e": 3, "f": 2, "g": 2}
+    for id, second in seconds.items():
+        await store.update(id, "", put(make_job(id, created_at=at(second), owner="x" if id in "acef" else "y")))
+
+    async def paged(**which: Any) -> list[str]:
+        found: list[Job] = []
+        while page := await store.list(limit=2, before=found[-1] if found else None, **which):
+            found += page
+        return [job.id for job in found]
+
+    assert await paged() == ["e", "g", "f", "c", "b", "a", "d"]
+    assert await paged(owner="x") == ["e", "f", "c", "a"]
+    assert await paged(owner="x", status=State.QUEUED, type="inpaint") == ["e", "f", "c", "a"]
+    assert await paged(owner="z") == []
+    # A job that is gone keeps its place.
+    cursor = (await store.list(limit=4))[-1]
+    await store.delete(cursor.id)
+    assert [job.id for job in await store.list(before=cursor)] == ["b", "a", "d"]
+
+
+async def test_jobs_that_came_as_messages_are_listed_by_no_owner(store: JobStore) -> None:
+    await store.create(make_job("posted", owner="a"))
+    await claimed(store, make_job("message"))
+    assert [job.id for job in await store.list(owner="")] == ["message"]
+    assert [job.id for job in await store.list(owner="a", lock_key=KEY)] == ["posted"]
 
 
 # The store's clock

@@ -22,7 +22,7 @@ from serve_app import adapters
 from serve_app.adapters.stores import sql_database, sql_tables
 from serve_app.adapters.stores.sql_database import lock
 from serve_app.errors import SettingsError, StoreUnavailable
-from serve_app.jobs.claims import Change, claim_of
+from serve_app.jobs.claims import Change, Quota, claim_of, requeue
 from serve_app.jobs.ports import JobStore
 from serve_app.jobs.record import Due, Job, State
 from serve_app.models import Progress
@@ -164,8 +164,24 @@ SCHEMA_1 = """
     INSERT INTO sessions VALUES ('u', 's', 'edit-1', 1,
         '{"job_id": "edit-1", "fence": 1, "claimed_at": null, "fields": {"jobId": "edit-1"}}');
 """
+#: What each schema after the first added, as the version that brought it wrote it.
+LATER = {
+    2: "ALTER TABLE jobs ADD COLUMN owes_at DOUBLE PRECISION; CREATE INDEX ix_jobs_owes_at ON jobs (owes_at)",
+    3: """
+        ALTER TABLE jobs ADD COLUMN owes_session_at DOUBLE PRECISION;
+        ALTER TABLE jobs ADD COLUMN owes_completion_at DOUBLE PRECISION;
+        ALTER TABLE jobs ADD COLUMN owes_webhook_at DOUBLE PRECISION;
+        ALTER TABLE jobs ADD COLUMN owes_dispatch_at DOUBLE PRECISION;
+        ALTER TABLE jobs ADD COLUMN receiver TEXT;
+        CREATE INDEX ix_jobs_owes_session_at ON jobs (owes_session_at);
+        CREATE INDEX ix_jobs_owes_completion_at ON jobs (owes_completion_at);
+        CREATE INDEX ix_jobs_owes_dispatch_at ON jobs (owes_dispatch_at);
+        CREATE INDEX ix_jobs_owes_webhook_at ON jobs (receiver, owes_webhook_at)
+    """,
+}
 #: Fields that records of schema 1 do not have.
 NEW = {"owed", "callback_url", "traceparent"}
+LONG_AGO = at(-1_000_000_000)
 
 
 def of_schema_1(url: str, *records: str) -> None:
@@ -178,6 +194,15 @@ def of_schema_1(url: str, *records: str) -> None:
             fields = json.loads(record)
             created_at = Job.model_validate_json(record).created_at.timestamp()
             connection.execute(row, {**fields, "created_at": created_at, "record": record})
+
+
+def of_schema(version: int, url: str, *records: str) -> None:
+    of_schema_1(url, *records)
+    with plain(url) as connection:
+        for since in range(2, version + 1):
+            for statement in LATER[since].split(";"):
+                connection.exec_driver_sql(statement)
+            connection.exec_driver_sql(f"UPDATE schema_version SET version = {since}")
 
 
 async def test_a_database_of_schema_1_keeps_its_jobs_and_learns_to_list_debts(sql_url: str, opened: Opened) -> None:
@@ -210,13 +235,46 @@ async def test_debts_in_records_of_schema_1_are_found(sql_url: str, opened: Open
 
 async def test_debts_of_schema_2_are_found(sql_url: str, opened: Opened) -> None:
     owing = make_job("a", status=State.FAILED, owed={"completion": Due(due_at=at(5))})
-    of_schema_1(sql_url, owing.model_dump_json())
-    with plain(sql_url) as connection:
-        connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN owes_at DOUBLE PRECISION")
-        connection.exec_driver_sql("CREATE INDEX ix_jobs_owes_at ON jobs (owes_at)")
-        connection.exec_driver_sql("UPDATE schema_version SET version = 2")
+    of_schema(2, sql_url, owing.model_dump_json())
     store = opened(adapters.job_store(sql_url))
     assert [job.id for job in await store.list(owes_by=at(5), notification="completion")] == ["a"]
+
+
+@pytest.mark.parametrize("version", range(1, sql_tables.SCHEMA))
+async def test_jobs_of_older_schemas_are_ahead_of_new_ones(version: int, sql_url: str, opened: Opened) -> None:
+    states = {"waits": State.QUEUED, "runs": State.RUNNING, "over": State.FAILED}
+    older = [make_job(id, status=status, created_at=LONG_AGO) for id, status in states.items()]
+    fields = NEW | {"owner", "events"}
+    of_schema(version, sql_url, *(job.model_dump_json(exclude=fields) for job in older))
+    store = opened(adapters.job_store(sql_url))
+    new, _ = await store.create(make_job("new", owner="a"), Quota(unfinished=1, per_day=1))
+    assert await store.ahead(new) == 1
+    assert {job.id for job in await store.list(owner="")} == {"waits", "runs", "over"}
+    assert [*await store.list(owner="a")] == [new]
+    with plain(sql_url) as connection:
+        indexes = sa.inspect(connection).get_indexes("jobs")
+    assert {"ix_jobs_owner_created_at", "ix_jobs_owner_status"} <= {index["name"] for index in indexes}
+
+
+async def test_a_version_of_schema_3_may_write_meanwhile(sql_url: str, opened: Opened) -> None:
+    """It names none of the later columns."""
+    store = opened(adapters.job_store(sql_url))
+    posted, _ = await store.create(make_job("posted", owner="a"))
+    record = make_job("message", created_at=LONG_AGO).model_dump_json(exclude={"owner", "events"})
+    with plain(sql_url) as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO jobs (id, type, status, session_key, created_at, fence, record)"
+                " VALUES ('message', 'inpaint', 'queued', 'u/s', 1, 0, :record)"
+            ),
+            {"record": record},
+        )
+        connection.exec_driver_sql("UPDATE jobs SET fence = 0 WHERE id = 'posted'")
+    assert [job.id for job in await store.list(owner="")] == ["message"]
+    assert [*await store.list(owner="a")] == [posted]
+    running = await claimed(store, make_job("message"))
+    await store.update("message", KEY, requeue(claim_of(running)))
+    assert await store.ahead(posted) == 1, "a job is counted once this version has written it"
 
 
 async def test_many_may_bring_the_tables_up_to_date_at_once(sql_url: str, opened: Opened) -> None:

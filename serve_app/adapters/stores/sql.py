@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from ...clock import Clock, utc_now
 from ...errors import UnknownJob
-from ...jobs.claims import Change, Claim
+from ...jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
 from ...jobs.record import Job, Notification, State
 from ...models import Progress
 from ...parameters import JobType
@@ -16,7 +16,7 @@ from ..calls import current_call
 from .records import read_all, read_record, read_stored, with_progress
 from .session_documents import SessionDocument, written
 from .sql_database import Database, lock, server_time
-from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, owed_columns, seconds
+from .sql_tables import CANCELLATIONS, JOBS, PROGRESS, SESSIONS, UNFINISHED, added_columns, seconds
 
 
 class SqlJobStore:
@@ -35,6 +35,14 @@ class SqlJobStore:
     async def update(self, job_id: str, lock_key: str, change: Change) -> Job:
         return await self._database.write(lambda c: _update(c, job_id, lock_key, change, self._clock))
 
+    async def create(self, new: Job, quota: Quota | None = None) -> tuple[Job, bool]:
+        return await self._database.write(lambda c: _create(c, new, quota, self._clock))
+
+    async def ahead(self, job: Job) -> int:
+        older = JOBS.c.created_at < seconds(job.created_at)
+        where = (JOBS.c.variant == job.variant, JOBS.c.status == State.QUEUED, older)
+        return await self._database.read(lambda c: _count(c, *where))
+
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.write(lambda c: _report(c, claim, progress))
 
@@ -47,6 +55,8 @@ class SqlJobStore:
         owes_by: datetime | None = None,
         notification: Notification | None = None,
         receiver: str | None = None,
+        owner: str | None = None,
+        before: Job | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
@@ -54,9 +64,11 @@ class SqlJobStore:
             query = _JOBS.where(due_at <= seconds(owes_by)).order_by(due_at)
             query = query if receiver is None else query.where(JOBS.c.receiver == receiver)
         else:
-            wanted = {JOBS.c.type: type, JOBS.c.status: status, JOBS.c.lock_key: lock_key}
+            wanted = {JOBS.c.type: type, JOBS.c.status: status, JOBS.c.lock_key: lock_key, JOBS.c.owner: owner}
             query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
-            query = query.order_by(JOBS.c.created_at.desc())
+            query = query.order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc())
+            if before is not None:
+                query = query.where(sa.tuple_(JOBS.c.created_at, JOBS.c.id) < (seconds(before.created_at), before.id))
         return await self._database.read(lambda c: _list(c, query.limit(limit), limit))
 
     async def delete(self, job_id: str) -> None:
@@ -118,20 +130,44 @@ def _update(connection: sa.Connection, job_id: str, lock_key: str, change: Chang
     now = lock(connection, f"jobs/{lock_key or job_id}") or clock()
     stored, rivals = _record(connection, job_id), _rivals(connection, job_id, lock_key)
     for job in current_call().callers(lambda: change(stored, rivals, now)):
-        columns = {
-            "type": job.type,
-            "status": job.status,
-            "lock_key": job.lock_key,
-            "created_at": job.created_at.timestamp(),
-            **owed_columns(job),
-            "fence": job.fence,
-            "record": job.model_dump_json(),
-        }
-        _put(connection, JOBS, {"id": job.id}, columns)
+        _put(connection, JOBS, {"id": job.id}, _columns(job))
     after = _record(connection, job_id)
     if after is None:
         raise UnknownJob(f"there is no job {job_id}")
     return after
+
+
+def _create(connection: sa.Connection, new: Job, quota: Quota | None, clock: Clock) -> tuple[Job, bool]:
+    is_limited = quota is not None and bool(new.owner)
+    # What another transaction of this owner stores is seen once it has freed the lock.
+    now = lock(connection, f"owners/{new.owner}") if is_limited else server_time(connection)
+    if stored := _get(connection, new.id):
+        return stored, False
+    now = now or clock()
+    if quota is not None and is_limited:
+        own, today = JOBS.c.owner == new.owner, JOBS.c.created_at > seconds(now - QUOTA_WINDOW)
+        unfinished = _count(connection, own, JOBS.c.status.in_(UNFINISHED))
+        quota.check(unfinished=unfinished, of_today=_count(connection, own, today))
+    job = posted(new, now)
+    # Where somebody stores this id meanwhile, the database refuses it, and the transaction is run again.
+    connection.execute(JOBS.insert().values(id=job.id, **_columns(job)))
+    return job, True
+
+
+def _count(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> int:
+    return connection.scalar(sa.select(sa.func.count()).select_from(JOBS).where(*where)) or 0
+
+
+def _columns(job: Job) -> Mapping[str, Any]:
+    return {
+        "type": job.type,
+        "status": job.status,
+        "lock_key": job.lock_key,
+        "created_at": job.created_at.timestamp(),
+        **added_columns(job),
+        "fence": job.fence,
+        "record": job.model_dump_json(),
+    }
 
 
 def _record(connection: sa.Connection, job_id: str) -> Job | None:
@@ -142,8 +178,7 @@ def _record(connection: sa.Connection, job_id: str) -> Job | None:
 def _rivals(connection: sa.Connection, job_id: str, lock_key: str) -> Sequence[Job]:
     if not lock_key:
         return ()
-    final = [state for state in State if state.is_final]
-    where = (JOBS.c.lock_key == lock_key, JOBS.c.status.not_in(final), JOBS.c.id != job_id)
+    where = (JOBS.c.lock_key == lock_key, JOBS.c.status.in_(UNFINISHED), JOBS.c.id != job_id)
     query = sa.select(JOBS.c.id, JOBS.c.record).where(*where).order_by(JOBS.c.id).with_for_update()
     return tuple(read_record(row.id, row.record) for row in connection.execute(query))
 

@@ -11,12 +11,14 @@ from typing import Any, get_args
 import sqlalchemy as sa
 
 from ...errors import SettingsError
-from ...jobs.record import Job, Notification
+from ...jobs.record import Job, Notification, State
 from .records import read_all, read_record
 
-#: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations. 3: what is owed, apart.
-SCHEMA = 3
+#: Raised with every change to the tables. 2: `jobs.owes_at`, and cancellations. 3: what is owed, apart. 4: owners and
+#: variants.
+SCHEMA = 4
 
+UNFINISHED = tuple(state for state in State if not state.is_final)
 _METADATA = sa.MetaData()
 _VERSION = sa.Table("schema_version", _METADATA, sa.Column("version", sa.Integer, primary_key=True))
 #: Moments are seconds since 1970: a double holds them to the microsecond.
@@ -35,6 +37,9 @@ JOBS = sa.Table(
     *(sa.Column(f"owes_{notification}_at", sa.Double) for notification in get_args(Notification)),
     #: Whom the webhook is owed.
     sa.Column("receiver", sa.Text),
+    # An older version, which shares the database meanwhile, writes neither.
+    sa.Column("owner", sa.Text, server_default="", nullable=False),
+    sa.Column("variant", sa.Text, server_default="", nullable=False),
 )
 _INDEXES = {
     2: [sa.Index("ix_jobs_owes_at", JOBS.c.owes_at)],
@@ -43,6 +48,11 @@ _INDEXES = {
         sa.Index("ix_jobs_owes_completion_at", JOBS.c.owes_completion_at),
         sa.Index("ix_jobs_owes_dispatch_at", JOBS.c.owes_dispatch_at),
         sa.Index("ix_jobs_owes_webhook_at", JOBS.c.receiver, JOBS.c.owes_webhook_at),
+    ],
+    4: [
+        sa.Index("ix_jobs_owner_created_at", JOBS.c.owner, JOBS.c.created_at),
+        sa.Index("ix_jobs_owner_status", JOBS.c.owner, JOBS.c.status),
+        sa.Index("ix_jobs_variant_status_created_at", JOBS.c.variant, JOBS.c.status, JOBS.c.created_at),
     ],
 }
 PROGRESS = sa.Table(
@@ -101,26 +111,33 @@ def seconds(moment: datetime | None) -> float | None:
     return None if moment is None else moment.timestamp()
 
 
-def owed_columns(job: Job) -> Mapping[str, Any]:
-    """What is owed, and to whom, as it is stored."""
+def added_columns(job: Job) -> Mapping[str, Any]:
+    """What later schemas keep beside the record."""
     due = {notification: owed.due_at for notification, owed in job.owed.items()}
     return {
         "owes_at": seconds(job.owes_at),
         **{f"owes_{notification}_at": seconds(due.get(notification)) for notification in get_args(Notification)},
         "receiver": job.receiver if "webhook" in due else None,
+        "owner": job.owner,
+        "variant": job.variant,
     }
 
 
 def _add_columns(connection: sa.Connection, version: int) -> None:
     # Cancellations are there already: a table that is absent is made whatever the version.
-    added = {2: ["owes_at"], 3: [*(f"owes_{notification}_at" for notification in get_args(Notification)), "receiver"]}
+    moment, words = "DOUBLE PRECISION", "TEXT NOT NULL DEFAULT ''"
+    added = {
+        2: {"owes_at": moment},
+        3: {**{f"owes_{notification}_at": moment for notification in get_args(Notification)}, "receiver": "TEXT"},
+        4: {"owner": words, "variant": words},
+    }
     for since in range(version + 1, SCHEMA + 1):
-        for name in added[since]:
-            kind = "TEXT" if name == "receiver" else "DOUBLE PRECISION"
+        for name, kind in added[since].items():
             connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
         for index in _INDEXES[since]:
             index.create(connection)
-    owing = sa.select(JOBS.c.id, JOBS.c.record).where(JOBS.c.record.contains('"due_at"'))
-    rows = connection.execute(owing).all()
+    # No older job has an owner, and the variant of one that is over and owes nothing is not looked for.
+    wanted = JOBS.c.record.contains('"due_at"') | JOBS.c.status.in_(UNFINISHED)
+    rows = connection.execute(sa.select(JOBS.c.id, JOBS.c.record).where(wanted)).all()
     for job in read_all(lambda offset: rows[offset:], lambda row: read_record(row.id, row.record), len(rows)):
-        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(**owed_columns(job)))
+        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(**added_columns(job)))
