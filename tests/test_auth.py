@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 import socket
 import time
@@ -13,13 +14,23 @@ import jwt
 import pytest
 from pydantic import SecretStr
 
-from serve_app.errors import Forbidden, SettingsError, Unauthorized, Unavailable
+from serve_app.errors import (
+    FluxFillError,
+    Forbidden,
+    QuotaExceeded,
+    RateLimited,
+    SettingsError,
+    Unauthorized,
+    Unavailable,
+)
 from serve_app.http import auth
 from serve_app.http.app import create_app
 from serve_app.http.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, Access, ApiKeys, PushVerifier, Scope
-from serve_app.settings import PushSettings, Secrets
+from serve_app.jobs.api import Caller
+from serve_app.settings import ApiSettings, GeneratorSettings, PushSettings, Secrets
 
 from . import jwks_server
+from .backends import make_job
 from .http_service import Process, long, settings
 from .jwks_server import ACCOUNT, AUDIENCE, KeyServer, SigningKey, google_claims, segment
 from .rig import Rig
@@ -340,37 +351,52 @@ async def test_a_port_where_nobody_listens(process: Process) -> None:
 
 # Scopes of clients' keys
 
-KEYS = long("plain, auditor:audit, both:jobs+audit, jobber:jobs, with:colon:audit, twice, twice:audit")
+KEYS = long("plain, auditor:audit, both:jobs+audit, jobber:jobs, with:colon:audit, twice, twice:audit, writer:submit")
+KEYS += long(", reader:read, root:admin")
+JOBS = {"jobs", "submit", "read"}
+
+
+def made(keys: str, **changes: Any) -> Access:
+    return Access(settings(is_production=True), Secrets(api_keys=SecretStr(keys)), **changes)
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
     ("key", "scopes"),
     [
-        ("plain", {"jobs"}),
-        ("jobber", {"jobs"}),
+        ("plain", JOBS),
+        ("jobber", JOBS),
         ("auditor", {"audit"}),
-        ("both", {"jobs", "audit"}),
-        ("twice", {"jobs", "audit"}),
+        ("both", JOBS | {"audit"}),
+        ("twice", JOBS | {"audit"}),
         ("with:colon", {"audit"}),
+        ("writer", {"submit"}),
+        ("reader", {"read"}),
+        ("root", set(get_args(Scope))),
     ],
 )
-def test_a_key_is_good_for_its_scopes_and_no_other(key: str, scopes: set[str]) -> None:
-    keys = ApiKeys(SecretStr(KEYS), is_production=True)
+async def test_a_key_is_good_for_its_scopes_and_no_other(key: str, scopes: set[str]) -> None:
+    access = made(KEYS)
     for scope in get_args(Scope):
         if scope in scopes:
-            keys.check(f"Bearer {long(key)}", None, scope=scope)
-            keys.check(None, long(key), scope=scope)
+            by_header = await access.client(f"Bearer {long(key)}", None, scope=scope)
+            assert by_header == await access.client(None, long(key), scope=scope)
+            assert by_header.id == f"key-{digest(long(key))[:12]}"
         else:
             with pytest.raises(Forbidden, match=f"the API key does not have the scope {scope}"):
-                keys.check(f"Bearer {long(key)}", None, scope=scope)
+                await access.client(f"Bearer {long(key)}", None, scope=scope)
 
 
 @pytest.mark.parametrize("key", ["auditor:audit", "both:jobs+audit", "with", "jobs", "audit", ""])
-def test_a_scope_is_no_part_of_a_key(key: str) -> None:
-    keys = ApiKeys(SecretStr(KEYS), is_production=True)
+async def test_a_scope_is_no_part_of_a_key(key: str) -> None:
+    access = made(KEYS)
     for scope in get_args(Scope):
         with pytest.raises(Unauthorized):
-            keys.check(None, long(key), scope=scope)
+            await access.client(None, long(key), scope=scope)
+    assert not access.is_client(None, long(key))
 
 
 @pytest.mark.parametrize(
@@ -389,11 +415,136 @@ def test_production_takes_no_key_that_may_be_guessed(entry: str) -> None:
     ApiKeys(SecretStr(f"{'y' * 20},{entry}"), is_production=False)
 
 
-def test_without_keys_everybody_has_every_scope_where_nobody_else_can_call() -> None:
+# Keys with ids
+
+
+@pytest.mark.parametrize(("scopes", "good"), [("", JOBS), (":read", {"read"}), (":submit+read", {"submit", "read"})])
+async def test_a_key_at_rest_is_a_digest(scopes: str, good: set[str]) -> None:
+    access = made(f"{long('plain')},phone-app.2=sha256:{digest('secret').upper()}{scopes}")
+    for scope in good:
+        assert (await access.client(None, "secret", scope=scope)).id == "phone-app.2"
+    for scope in set(get_args(Scope)) - good:
+        with pytest.raises(Forbidden):
+            await access.client(None, "secret", scope=scope)
+    for wrong in (digest("secret"), f"sha256:{digest('secret')}", f"phone-app.2=sha256:{digest('secret')}"):
+        with pytest.raises(Unauthorized):
+            await access.client(None, wrong, scope="read")
+
+
+ZEROS = "0" * 64
+MALFORMED = ["=sha256:" + ZEROS, "a b=sha256:" + ZEROS, f"a=sha256:{ZEROS}0", f"a=sha256:{ZEROS[1:]}:read", "a=sha256:"]
+MALFORMED += [f"a=sha256:{ZEROS}read", f"a=sha256:{ZEROS}:", f"a=sha256:{ZEROS}:all", f"{'a' * 65}=sha256:{ZEROS}"]
+MALFORMED += [f"a=sha256:{ZEROS[1:]}g", f"a=b=sha256:{ZEROS}", f"-a=sha256:{ZEROS}", f"a=sha256: {ZEROS}"]
+
+
+@pytest.mark.parametrize("entry", MALFORMED)
+def test_a_malformed_digest_is_no_plain_key(entry: str) -> None:
+    with pytest.raises(SettingsError, match="API_KEYS, key 2: ") as refused:
+        ApiKeys(SecretStr(f"fine,{entry}"), is_production=False)
+    assert "00" not in refused.value.message
+
+
+async def test_keys_of_one_id_are_one_client_and_a_key_has_one_id() -> None:
+    old, new = (f"app=sha256:{digest(key)}:submit" for key in ("old", "new"))
+    access = made(f"{old},{new}")
+    assert await access.client(None, "old", scope="submit") == await access.client(None, "new", scope="submit")
+    with pytest.raises(SettingsError, match="API_KEYS: app and other are the same key"):
+        made(f"{old},{old.replace('app', 'other')}")
+
+
+async def test_what_a_caller_sees() -> None:
+    access = made(KEYS)
+    seen = {}
+    for key, scope in (("writer", "submit"), ("reader", "read"), ("plain", "read"), ("root", "admin")):
+        caller = await access.client(None, long(key), scope=scope)
+        jobs = {"own": make_job(owner=caller.id), "another's": make_job(owner="stranger"), "message's": make_job()}
+        seen[key] = [name for name, job in jobs.items() if caller.sees(job)]
+    assert seen == {
+        "writer": ["own"],
+        "reader": ["own"],
+        "plain": ["own", "message's"],
+        "root": ["own", "another's", "message's"],
+    }
+
+
+async def test_without_keys_everybody_may_do_all_where_nobody_else_can_call() -> None:
     for scope in get_args(Scope):
-        ApiKeys(None, is_production=False).check(None, None, scope=scope)
+        assert await Access(settings(), Secrets()).client(None, None, scope=scope) == Caller()
         with pytest.raises(Forbidden, match="has no keys"):
-            ApiKeys(None, is_production=True).check(None, None, scope=scope)
+            await Access(settings(is_production=True), Secrets()).client(None, None, scope=scope)
+
+
+@pytest.mark.parametrize("keys", [None, "", " , "])
+def test_generators_that_nobody_could_call_are_refused(keys: str | None) -> None:
+    secrets = Secrets(api_keys=keys and SecretStr(keys))
+    given = settings(is_production=True).model_copy(update={"generators": {"fake": GeneratorSettings()}})
+    with pytest.raises(SettingsError, match=r"generators: .* API_KEYS has none"):
+        Access(given, secrets)
+    Access(given, Secrets(api_keys=SecretStr(long("one"))))
+    Access(given.model_copy(update={"messages": settings().messages}), secrets)
+
+
+# Rates
+
+
+class Minutes:
+    """The time that `limits` counts by."""
+
+    now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_key_has_so_many_requests_in_any_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Minutes()
+    monkeypatch.setattr(time, "time", clock)
+    api = ApiSettings(requests_per_minute=7)
+    given = settings(is_production=True).model_copy(update={"api": api, "ingress_replicas": 2})
+    access = Access(given, Secrets(api_keys=SecretStr(KEYS)))
+
+    async def ask(key: str = "plain", scope: Scope = "read") -> Caller:
+        return await access.client(None, long(key), scope=scope)
+
+    for _ in range(3):
+        clock.now += 10
+        await ask()
+    for scope in ("read", "submit"):
+        with pytest.raises(RateLimited, match="more than 3 requests within a minute") as refused:
+            await ask(scope=scope)
+        assert refused.value.details == {"retry_after_s": 40}
+    await ask("reader"), access.is_client(None, long("plain"))
+    with pytest.raises(Forbidden):
+        await ask(scope="audit")
+    clock.now += 40.01
+    await ask()
+    with pytest.raises(RateLimited) as refused:
+        await ask()
+    assert refused.value.details == {"retry_after_s": 10}
+
+
+async def test_a_replica_lets_at_least_one_request_through_and_none_without_keys_is_counted() -> None:
+    few = settings().model_copy(update={"api": ApiSettings(requests_per_minute=1), "ingress_replicas": 5})
+    access = Access(few, Secrets(api_keys=SecretStr("one")))
+    await access.client(None, "one", scope="read")
+    with pytest.raises(RateLimited):
+        await access.client(None, "one", scope="read")
+    is_open = Access(few, Secrets())
+    for _ in range(3):
+        await is_open.client(None, None, scope="read")
+
+
+@pytest.mark.parametrize("error", [RateLimited("many", retry_after_s=39.2), QuotaExceeded("many", retry_after_s=40)])
+async def test_too_many_are_told_when_to_come_again(process: Process, error: FluxFillError) -> None:
+    async def refuse(*_: object, scope: Scope) -> Caller:
+        raise error
+
+    process.access.client = refuse  # type: ignore[method-assign]
+    transport = httpx.ASGITransport(create_app(lambda: process))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+        response = await client.get("/audits")
+    assert (response.status_code, response.json()["code"]) == (429, error.code)
+    assert response.headers["Retry-After"] == "40"
 
 
 # The address that the HTTP server listens on
@@ -403,19 +554,19 @@ EVERYWHERE += ["localhost.example.org", "127.0.0.1.example.org", "fe80::1", "hos
 
 
 @pytest.mark.parametrize("host", EVERYWHERE)
-def test_where_strangers_may_reach_it_the_app_is_in_production(host: str) -> None:
+async def test_where_strangers_may_reach_it_the_app_is_in_production(host: str) -> None:
     with pytest.raises(SettingsError, match=r"push\.audience and push\.service_account"):
         Access(settings(), Secrets(), host=host)
     access = Access(settings(enabled=False), Secrets(), host=host)
     for scope in get_args(Scope):
         with pytest.raises(Forbidden, match="has no keys"):
-            access.check_client(None, None, scope=scope)
+            await access.client(None, None, scope=scope)
     with pytest.raises(SettingsError, match="at least 20 characters"):
         Access(settings(enabled=False), Secrets(api_keys=SecretStr("short")), host=host)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost", "LOCALHOST"])
-def test_on_loopback_nobody_is_asked(host: str) -> None:
+async def test_on_loopback_nobody_is_asked(host: str) -> None:
     access = Access(settings(), Secrets(), host=host)
     for scope in get_args(Scope):
-        access.check_client(None, None, scope=scope)
+        assert await access.client(None, None, scope=scope) == Caller()

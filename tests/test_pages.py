@@ -8,6 +8,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from serve_app.errors import ForeignHost, ForeignOrigin, UnsupportedMediaType
 from serve_app.http.app import WITHHELD, create_app
 from serve_app.http.pages import check_page
 from serve_app.http.problems import Bodies
@@ -78,7 +79,7 @@ def test_a_host_that_is_loopback_is_ours(client: TestClient, host: str) -> None:
 
 def test_without_a_host_nothing_is_answered() -> None:
     with pytest.raises(Exception, match="loopback addresses only"):
-        check_page("GET", {})
+        check_page("GET", "/health", {})
 
 
 @pytest.mark.parametrize("host", ["10.0.0.7:8000", "fluxfill.default.svc:8000", "app.example.org"])
@@ -125,6 +126,24 @@ def test_what_a_page_may_send_without_asking_is_not_read(
     assert ask(client, "POST", path, content_type=given) == (415, "unsupported_media_type")
     assert ask(client, "POST", path) == (415, "unsupported_media_type"), "no type at all"
     assert process.worked == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs/mine", "/mounted/v1/jobs"])
+def test_a_job_with_uploads_is_a_form_but_not_that_of_another_site(path: str) -> None:
+    form = {"host": "localhost", "content-type": "multipart/form-data; boundary=x", "content-length": "9"}
+    for headers in ({}, {"origin": "http://localhost"}, {"sec-fetch-site": "same-origin"}):
+        check_page("POST", path, {**form, **headers})
+    for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        with pytest.raises(ForeignOrigin):
+            check_page("POST", path, {**form, **headers})
+    with pytest.raises(ForeignHost):
+        check_page("POST", path, {**form, "host": "rebind.evil.example"})
+    for given in ("text/plain", "application/x-www-form-urlencoded", ""):
+        with pytest.raises(UnsupportedMediaType, match="a body must be application/json or multipart/form-data"):
+            check_page("POST", path, {**form, "content-type": given})
+    for elsewhere in ("/audit", "/v1/jobs/mine/cancel", "/v1/sessions/u/s/cancel"):
+        with pytest.raises(UnsupportedMediaType):
+            check_page("POST", elsewhere, form)
 
 
 def test_the_audits_that_a_page_would_start_are_not(client: TestClient, process: Process) -> None:

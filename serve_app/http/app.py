@@ -126,7 +126,7 @@ def create_app(service: Services, bodies: Bodies | None = None) -> FastAPI:
         # In production every route needs a credential that no browser adds by itself, and probes and proxies use many
         # host names.
         if not service().access.is_production:
-            check_page(request.method, request.headers)
+            check_page(request.method, request.url.path, request.headers)
 
     app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     answer_problems(app)
@@ -202,8 +202,8 @@ def _delivery(body: bytes) -> Delivery:
 
 
 def _job_routes(service: Services) -> APIRouter:
-    def client(authorization: Credential = None, x_api_key: Credential = None) -> None:
-        service().access.check_client(authorization, x_api_key, scope="jobs")
+    async def client(authorization: Credential = None, x_api_key: Credential = None) -> None:
+        await service().access.client(authorization, x_api_key, scope="jobs")
 
     routes = APIRouter(prefix="/v1", dependencies=[Depends(client)])
 

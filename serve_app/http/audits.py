@@ -109,10 +109,10 @@ _Run = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
 def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: Bodies) -> APIRouter:
     """The first two are asked at each request, because Serve makes the app before the replica."""
 
-    def client(
+    async def client(
         authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
     ) -> None:
-        access().check_client(authorization, x_api_key, scope="audit")
+        await access().client(authorization, x_api_key, scope="audit")
 
     made = APIRouter(dependencies=[Depends(client)])
 

@@ -6,16 +6,22 @@ A refusal says why in one sentence, which never repeats any part of a token or a
 import asyncio
 import hashlib
 import hmac
+import math
+import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jwt
 from jwt import PyJWK, PyJWKClient
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
 from pydantic import SecretStr
 
-from ..errors import AuthError, Forbidden, SettingsError, Unauthorized, Unavailable
+from ..errors import AuthError, Forbidden, RateLimited, SettingsError, Unauthorized, Unavailable
+from ..jobs.api import Caller
 from ..settings import OPEN_PUSHES, PushSettings, Secrets, Settings
 from ..urls import is_loopback
 
@@ -152,54 +158,85 @@ def _bearer(authorization: str | None) -> str:
 #: The shortest key that production allows: 20 hexadecimal digits are 80 bits.
 MIN_KEY_CHARS = 20
 
-#: Scopes of a client's key: the jobs of `/v1`, and audits, which take GPUs for an hour.
-Scope = Literal["jobs", "audit"]
+#: What a key is good for. `submit` posts, cancels and deletes jobs, and `read` looks at them: the key's own; `jobs` is
+#: both, and for the jobs that came as messages, too; audits take GPUs for an hour; `admin` does all of it to any job.
+Scope = Literal["submit", "read", "jobs", "audit", "admin"]
 _SCOPES: tuple[Scope, ...] = get_args(Scope)
+#: An admin that lacked audits would lack no secret: it sees every job's pictures anyway.
+_IMPLIED: Mapping[str, tuple[Scope, ...]] = {"jobs": ("submit", "read"), "admin": _SCOPES}
+
+#: No entry of a plain key: where its mark stands, the whole entry has this form.
+_DIGEST_MARK = "=sha256:"
+_DIGEST_ENTRY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=sha256:([0-9a-fA-F]{64})(?::(.*))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Key:
+    id: str
+    digest: bytes
+    scopes: frozenset[str]
 
 
 class ApiKeys:
-    """The keys of clients, separated by commas: `KEY`, which has the scope `jobs`, `KEY:audit` or `KEY:jobs+audit`.
-    Without keys any client may call, but not in production."""
+    """The keys of clients, separated by commas: `KEY` or `ID=sha256:DIGEST`, and behind either `:SCOPE+SCOPE`; without
+    scopes, `jobs`. Keys with one id are one client: its jobs stay its own while a key is being replaced. Without keys
+    any client may call, but not in production."""
 
     def __init__(self, keys: SecretStr | None, *, is_production: bool) -> None:
-        """Raises SettingsError for an empty key or an unknown scope; in production, also for a short key."""
+        """Raises SettingsError for an empty key, an unknown scope, or a key with two ids; in production, also for a
+        short key."""
         given = keys.get_secret_value().split(",") if keys else []
         at_least = MIN_KEY_CHARS if is_production else 1
         self._keys = [_key(entry.strip(), place, at_least) for place, entry in enumerate(given, 1) if entry.strip()]
-        self._is_open = keys is None and not is_production
+        ids = {key.digest: key.id for key in self._keys}
+        if twice := next((key for key in self._keys if ids[key.digest] != key.id), None):
+            raise SettingsError(f"API_KEYS: {twice.id} and {ids[twice.digest]} are the same key")
+        self.is_open = keys is None and not is_production
 
-    def check(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
-        """The values of `Authorization: Bearer KEY` and `X-API-Key: KEY`; the second one counts if both are given.
+    def __bool__(self) -> bool:
+        return bool(self._keys)
 
-        Raises Unauthorized without a known key; Forbidden for a key without the scope, and if there are no keys at all.
+    def client(self, authorization: str | None, api_key: str | None) -> tuple[str, frozenset[str]]:
+        """Id and scopes of the key in `Authorization: Bearer KEY` or `X-API-Key: KEY`, whose values are given; the
+        second one counts if both are.
+
+        Raises Unauthorized without a known key; Forbidden if there are no keys at all.
         """
-        if self._is_open:
-            return
         if not self._keys:
             raise Forbidden("API_KEYS has no keys, so no client may call this")
         given = _digest(api_key if api_key is not None else _bearer(authorization))
         # Every key is compared, so that the time taken does not reveal which one matched.
-        good = [scopes for digest, scopes in self._keys if hmac.compare_digest(given, digest)]
+        good = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if not good:
             raise Unauthorized("the API key is unknown")
-        if not any(scope in scopes for scopes in good):
-            raise Forbidden(f"the API key does not have the scope {scope}")
+        return good[0].id, frozenset(scope for key in good for scope in key.scopes)
 
 
-def _key(entry: str, place: int, at_least: int) -> tuple[bytes, frozenset[str]]:
-    """A key's digest and its scopes. Digests have one length: comparing them does not reveal the key's."""
+def _key(entry: str, place: int, at_least: int) -> _Key:
+    """Digests have one length: comparing them does not reveal the key's. Errors repeat nothing of a key, not even what
+    follows a colon, which may belong to it."""
+    if _DIGEST_MARK in entry:
+        if not (hashed := _DIGEST_ENTRY.fullmatch(entry)):
+            raise SettingsError(f"API_KEYS, key {place}: not ID=sha256: and 64 hexadecimal digits, as it begins")
+        return _Key(id=hashed[1], digest=bytes.fromhex(hashed[2]), scopes=_scopes(hashed[3], place))
     key, colon, named = entry.rpartition(":")
-    scopes = frozenset(named.split("+")) if colon else frozenset({"jobs"})
-    # The error repeats nothing of the key, not even the part after the colon, which may belong to it.
-    if not scopes <= set(_SCOPES):
-        raise SettingsError(
-            f"API_KEYS, key {place}: the scopes after its last colon must be among {', '.join(_SCOPES)}"
-        )
+    scopes = _scopes(named if colon else None, place)
     if colon and not key:
         raise SettingsError(f"API_KEYS, key {place}: there is nothing before the colon")
     if len(secret := key if colon else entry) < at_least:
         raise SettingsError(f"API_KEYS, key {place}: in production a key has at least {at_least} characters")
-    return _digest(secret), scopes
+    digest = _digest(secret)
+    return _Key(id=f"key-{digest.hex()[:12]}", digest=digest, scopes=scopes)
+
+
+def _scopes(named: str | None, place: int) -> frozenset[str]:
+    """With those that they imply."""
+    scopes = ["jobs"] if named is None else named.split("+")
+    if not set(scopes) <= set(_SCOPES):
+        raise SettingsError(
+            f"API_KEYS, key {place}: the scopes after its last colon must be among {', '.join(_SCOPES)}"
+        )
+    return frozenset(scopes).union(*(_IMPLIED.get(scope, ()) for scope in scopes))
 
 
 def _digest(key: str) -> bytes:
@@ -207,12 +244,13 @@ def _digest(key: str) -> bytes:
 
 
 class Access:
-    """Who may call an app, by its settings, its secrets and the address that it listens on."""
+    """Who may call an app, and how often, by its settings, its secrets and the address that it listens on."""
 
     def __init__(
         self, settings: Settings, secrets: Secrets, *, host: str = "127.0.0.1", jwks_url: str = GOOGLE_JWKS_URL
     ) -> None:
-        """`host` is the address of the HTTP server. Raises SettingsError if strangers could push unverified."""
+        """`host` is the address of the HTTP server. Raises SettingsError if strangers could push unverified, and for
+        generators that nobody could call."""
         #: Whether strangers can reach the app.
         self.is_production = settings.is_production or not is_loopback(host)
         if self.is_production and settings.push.is_open:
@@ -222,20 +260,39 @@ class Access:
         self.verifies_pushes = settings.push.is_verified
         self._pushes = PushVerifier(settings.push, jwks_url=jwks_url) if settings.push.is_verified else None
         self._keys = ApiKeys(secrets.api_keys, is_production=self.is_production)
+        if self.is_production and settings.generators and not self._keys:
+            raise SettingsError("generators: in production their jobs are posted with a key, and API_KEYS has none")
+        self._rate = RateLimitItemPerMinute(max(1, settings.api.requests_per_minute // settings.ingress_replicas))
+        self._requests = MovingWindowRateLimiter(MemoryStorage())
 
     async def check_push(self, authorization: str | None) -> None:
         """See `PushVerifier.verify`; unverified pushes are open to anyone."""
         if self._pushes is not None:
             await self._pushes.verify(authorization)
 
-    def check_client(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> None:
-        """See `ApiKeys.check`."""
-        self._keys.check(authorization, api_key, scope=scope)
+    async def client(self, authorization: str | None, api_key: str | None, *, scope: Scope) -> Caller:
+        """Who calls, by its key; see `ApiKeys.client`. Without keys, on a machine of one's own, anyone.
+
+        Raises Unauthorized without a known key; Forbidden for a key without the scope, and if there are no keys at all;
+        RateLimited for a request too many.
+        """
+        if self._keys.is_open:
+            return Caller()
+        key_id, scopes = self._keys.client(authorization, api_key)
+        if scope not in scopes:
+            raise Forbidden(f"the API key does not have the scope {scope}")
+        if not await self._requests.hit(self._rate, key_id):
+            free_at, _ = await self._requests.get_window_stats(self._rate, key_id)
+            wait_s = max(1, math.ceil(free_at - time.time()))
+            raise RateLimited(f"more than {self._rate.amount} requests within a minute", retry_after_s=wait_s)
+        return Caller(id=key_id, sees_all="admin" in scopes, sees_messages="jobs" in scopes)
 
     def is_client(self, authorization: str | None, api_key: str | None) -> bool:
-        """Whether the key has any scope."""
-        for scope in _SCOPES:
-            with suppress(AuthError):
-                self.check_client(authorization, api_key, scope=scope)
-                return True
-        return False
+        """Whether the key is known."""
+        if self._keys.is_open:
+            return True
+        try:
+            self._keys.client(authorization, api_key)
+        except AuthError:
+            return False
+        return True

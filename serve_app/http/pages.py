@@ -4,7 +4,7 @@ not the app's.
 Any page in a browser on the app's machine can reach loopback. A page of another site is recognised by headers that its
 browser sets and the page cannot change: `Host`, which has the page's own site after DNS rebinding, `Origin` and
 `Sec-Fetch-Site`. A page may send `application/json` to another site only after a preflight (CORS), which is never
-allowed.
+allowed. A form it may send; jobs with uploads are forms, and only the first three headers tell whose.
 """
 
 import re
@@ -20,9 +20,12 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]+)?")
 
 
 _JSON = "application/json"
+_FORM = "multipart/form-data"
+#: Behind whatever the app is mounted at.
+_JOBS = re.compile(r".*/v1/jobs(/[^/]+)?")
 
 
-def check_page(method: str, headers: Mapping[str, str]) -> None:
+def check_page(method: str, path: str, headers: Mapping[str, str]) -> None:
     """`headers` have lower-case names. Raises ForeignHost, ForeignOrigin, UnsupportedMediaType."""
     host = headers.get("host", "").lower()
     if not _is_loopback(host):
@@ -33,8 +36,9 @@ def check_page(method: str, headers: Mapping[str, str]) -> None:
         raise ForeignOrigin("the request comes from a web page of another site")
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("the request comes from a web page of another site")
-    if _has_body(headers) and headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
-        raise UnsupportedMediaType(f"a body must be {_JSON}")
+    allowed = (_JSON, _FORM) if _JOBS.fullmatch(path) else (_JSON,)
+    if _has_body(headers) and headers.get("content-type", "").partition(";")[0].strip().lower() not in allowed:
+        raise UnsupportedMediaType(f"a body must be {' or '.join(allowed)}")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """Shared by all HTTP routes: bodies are read up to a limit, and every error is answered as a problem with a code."""
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,7 +89,10 @@ _HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
 
 
 def _answer(e: FluxFillError) -> Response:
-    return problem(e.http_status, e.code, e.message, headers=_HEADERS.get(type(e)))
+    headers = dict(_HEADERS.get(type(e), {}))
+    if "retry_after_s" in e.details:
+        headers["Retry-After"] = str(max(1, math.ceil(e.details["retry_after_s"])))
+    return problem(e.http_status, e.code, e.message, headers=headers)
 
 
 async def _problem(_request: Request, e: Exception) -> Response:
