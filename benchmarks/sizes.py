@@ -30,7 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Lines that an area may have; None where nothing is said.
 AREAS = {"product": 12_700, "audits": 5_600, "benchmarks": None, "tests": None}
 #: What a message meets where painting is another process's.
-OVER_RAY = ("deployments.ingress", "deployments.remote", "deployments.readiness", "deployments.inpainter")
+OVER_RAY = (
+    "deployments.ingress",
+    "deployments.remote",
+    "deployments.readiness",
+    "deployments.replica",
+    "deployments.inpainter",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The composition root: settings in, a Serve application out."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from serve_app.environment import with_environment
 from serve_app.http.problems import BODIES_AT_ONCE
 from serve_app.models import Variant
 from serve_app.parameters import AuditRequest
 from serve_app.settings import Inference, Scaling, Settings
 
 from .broker import PubSub
+from .generator import Generator
 from .ingress import Ingress, http
 from .inpainter import Inpainter
 from .text_encoder import TextEncoder
@@ -32,10 +35,9 @@ STOP_S = 30
 
 def build(args: Settings) -> serve.Application:
     """The import path of serve_config.yaml: `deployments.app:build`."""
-    settings = absolute(args)
-    inpainters = {name: _inpainter(name, settings) for name in settings.variants}
+    settings = absolute(with_environment(args, os.environ))
+    models = {name: _model(name, settings) for name in settings.served}
     encoders = {base: _text_encoder(base, variant, settings) for base, variant in _bases(settings).items()}
-    names = {name: inpainter_name(name) for name in settings.variants}
     ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
@@ -47,18 +49,34 @@ def build(args: Settings) -> serve.Application:
         user_config=Inference(variant=next(iter(settings.variants))).model_dump(mode="json"),
     )
     broker = serve.deployment(PubSub).options(ray_actor_options={"num_cpus": 0.1}).bind(settings.messages)
-    return ingress.bind(settings, inpainters, encoders, names, broker if settings.messages.is_embedded else None)
+    return ingress.bind(
+        settings, models, encoders, model_names(settings), broker if settings.messages.is_embedded else None
+    )
 
 
 def inpainter_name(variant: str) -> str:
     return f"Inpainter-{variant}"
 
 
+def generator_name(model: str) -> str:
+    return f"Generator-{model}"
+
+
+def model_names(settings: Settings) -> dict[str, str]:
+    """The deployment of each variant and generator."""
+    inpainters = {name: inpainter_name(name) for name in settings.variants}
+    return inpainters | {name: generator_name(name) for name in settings.generators}
+
+
 def deployment_names(settings: Settings) -> list[str]:
     """Every deployment the app has with these settings."""
-    inpainters = [inpainter_name(name) for name in settings.variants]
     encoders = [text_encoder_name(base) for base in _bases(settings)]
-    return ["Ingress", *inpainters, *encoders, *(["PubSub"] if settings.messages.is_embedded else [])]
+    return [
+        "Ingress",
+        *model_names(settings).values(),
+        *encoders,
+        *(["PubSub"] if settings.messages.is_embedded else []),
+    ]
 
 
 def absolute(settings: Settings) -> Settings:
@@ -86,8 +104,8 @@ def absolute(settings: Settings) -> Settings:
 
 
 def _bases(settings: Settings) -> dict[str, Variant]:
-    """One variant for each base model whose prompts must be encoded."""
-    rows = (settings.variant(name) for name in settings.variants)
+    """One variant or generator for each base model whose prompts must be encoded."""
+    rows = map(settings.variant, settings.served)
     return {str(row.base): row for row in rows if row.takes_prompt}
 
 
@@ -96,13 +114,13 @@ def text_encoder_name(base: str) -> str:
     return f"TextEncoder-{re.sub('[^A-Za-z0-9_.-]', '-', base.rpartition('/')[2])}"
 
 
-def _inpainter(name: str, settings: Settings) -> serve.Application:
-    served = settings.variants[name]
+def _model(name: str, settings: Settings) -> serve.Application:
+    kind, audits = (Generator, 0) if name in settings.generators else (Inpainter, AUDITS_PER_REPLICA)
     return (
-        serve.deployment(Inpainter)
+        serve.deployment(kind)
         .options(
-            name=inpainter_name(name),
-            **_scaled(served, num_gpus=settings.variant(name).num_gpus, audits=AUDITS_PER_REPLICA),
+            name=model_names(settings)[name],
+            **_scaled(settings.served[name], num_gpus=settings.variant(name).num_gpus, audits=audits),
         )
         .bind(name, settings)
     )

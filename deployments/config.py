@@ -19,6 +19,7 @@ from ray.serve.schema import (
 
 from serve_app import adapters
 from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
+from serve_app.environment import with_environment
 from serve_app.errors import SettingsError
 from serve_app.settings import OPEN_PUSHES, Inference, Settings
 from serve_app.urls import is_loopback
@@ -77,7 +78,7 @@ def load_text(text: str, name: str) -> Config:
     raw = yaml.safe_load(text)
     app = raw["applications"][position(raw)]
     http = HTTPOptionsSchema.model_validate(raw["http_options"])
-    settings = Settings.model_validate(app["args"])
+    settings = with_environment(Settings.model_validate(app["args"]))
     return Config(
         settings=settings,
         inference=Inference.model_validate(_user_config(app, settings)),

@@ -12,9 +12,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import adapters
@@ -24,13 +22,16 @@ from serve_app.blobs import BlobInfo
 from serve_app.edit.job import Editor
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, SettingsError, Unavailable
-from serve_app.http.app import Readiness, create_app
+from serve_app.generate.job import Generation
+from serve_app.http.app import Readiness, VariantReadiness, create_app
 from serve_app.http.auth import Access
+from serve_app.jobs.api import JobApi
 from serve_app.jobs.cancel import Canceler
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.jobs.record import Job
 from serve_app.jobs.worker import Worker
+from serve_app.models import EditRequest, GenerateRequest
 from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
 
@@ -92,71 +93,71 @@ class Ingress:
     def __init__(
         self,
         settings: Settings,
-        inpainters: Mapping[str, DeploymentHandle],
+        models: Mapping[str, DeploymentHandle],
         encoders: Mapping[str, DeploymentHandle],
         deployments: Mapping[str, str],
         broker: DeploymentHandle | None,
     ) -> None:
+        """`models` and the names of their `deployments` by variant and generator, `encoders` by base model."""
         configure_logging()
-        secrets = Secrets.from_environment()
+        self._secrets = Secrets.from_environment()
         self.metrics: Metrics = RayMetrics()
-        self.access = Access(settings, secrets, host=_http_host())
+        self.access = Access(settings, self._secrets, host=_http_host())
         if self.access.is_production:
             check_ray_token()
         self.limits = settings.limits
         self._settings = settings
         self._inference: Inference | None = None
         self._defaults_error = ""
-        self._watch = VariantWatch(inpainters, deployments, self.metrics)
+        self._watch = VariantWatch(models, deployments, self.metrics)
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
-        job_store = adapters.job_store(settings.jobs)
+        self._job_store = adapters.job_store(settings.jobs)
+        self._canceler = Canceler(self._job_store)
         # An audit's job keeps no GPU node awake: it runs where ingresses may.
         pool = ray.get_runtime_context().get_node_labels().get(POOL)
         launcher = RayJobs(app=serve.get_replica_context().app_name, pool=pool)
         self.audits = Audits(
-            blobs=self._blobs, job_store=job_store, launcher=launcher, settings=settings, is_stopping=_an_ingress_stops
-        )
-        self._canceler = Canceler(job_store)
-        mirror = adapters.session_mirror(settings, job_store)
-        publisher = adapters.publisher(settings.messages)
-        self._webhooks = Webhooks(settings.webhooks, secrets)
-        models = {name: RemoteModel(name, handle, self._watch) for name, handle in inpainters.items()}
-        kinds = [self._editor(models, encoders)]
-        self._notifier = Notifier(
-            kinds=kinds,
-            job_store=job_store,
-            mirror=mirror,
-            publisher=publisher,
-            webhooks=self._webhooks,
+            blobs=self._blobs,
+            job_store=self._job_store,
+            launcher=launcher,
             settings=settings,
-            metrics=self.metrics,
+            is_stopping=self._is_stopping,
         )
         self._broker = BrokerWatch(broker)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
-        self._worker = Worker(
-            kinds=kinds,
-            job_store=job_store,
-            mirror=mirror,
-            publisher=publisher,
-            notifier=self._notifier,
-            webhooks=self._webhooks,
-            models=models,
-            settings=settings,
-            metrics=self.metrics,
-        )
+        self._take_up_work(models, encoders)
         self._pulling: asyncio.Task[None] | None = None
         background = (self._watch.run(), self._broker.run(), self._notifier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), response_timeout_s=settings.push.response_timeout_s)
 
-    def _editor(self, models: Mapping[str, RemoteModel], encoders: Mapping[str, DeploymentHandle]) -> Editor:
-        return Editor(
-            blobs=self._blobs,
-            models=models,
-            prompts=RemotePrompts(encoders, PromptCache(self._blobs), self._settings),
-            settings=self._settings,
-            defaults=self._defaults,
+    def _take_up_work(self, handles: Mapping[str, DeploymentHandle], encoders: Mapping[str, DeploymentHandle]) -> None:
+        """The kinds of job, who is told of their ends, what works on them, and those that are posted."""
+        settings = self._settings
+        painters: dict[str, RemoteModel[EditRequest]] = {
+            name: RemoteModel(name, handles[name], self._watch, "paint") for name in settings.variants
+        }
+        generators: dict[str, RemoteModel[GenerateRequest]] = {
+            name: RemoteModel(name, handles[name], self._watch, "generate") for name in settings.generators
+        }
+        prompts = RemotePrompts(encoders, PromptCache(self._blobs), settings)
+        editor = Editor(blobs=self._blobs, models=painters, prompts=prompts, settings=settings, defaults=self._defaults)
+        generation = Generation(blobs=self._blobs, models=generators, prompts=prompts, settings=settings)
+        self._webhooks = Webhooks(settings.webhooks, self._secrets)
+        shared: dict[str, Any] = {
+            "kinds": [editor, generation],
+            "job_store": self._job_store,
+            "mirror": adapters.session_mirror(settings, self._job_store),
+            "publisher": adapters.publisher(settings.messages),
+            "webhooks": self._webhooks,
+            "settings": settings,
+            "metrics": self.metrics,
+        }
+        self._notifier = Notifier(**shared)
+        self._worker = Worker(notifier=self._notifier, models={**painters, **generators}, **shared)
+        self.jobs = JobApi(
+            kinds=[generation], job_store=self._job_store, blobs=self._blobs, notifier=self._notifier, settings=settings
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -209,10 +210,21 @@ class Ingress:
             ready=self._watch.states[default].can_serve and not no_broker,
             default_variant=default,
             defaults=self._defaults().model_dump(mode="json", exclude={"prompt"}),
-            variants=self._watch.states,
+            variants={name: self._watch.states[name] for name in self._settings.variants},
+            generators={name: self._watch.states[name] for name in self._settings.generators},
             messages={name: asdict(status) | no_broker for name, status in self._source.status().items()},
             defaults_error=self._defaults_error,
         )
+
+    def models(self) -> Mapping[str, VariantReadiness]:
+        return self._watch.states
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._watch.is_stopping
+
+    async def _is_stopping(self) -> bool:
+        return self.is_stopping
 
     async def cancel_job(self, job_id: str) -> Job:
         job = await self._canceler.job(job_id)
@@ -277,20 +289,6 @@ def check_ray_token() -> None:
     """Raises SettingsError if Ray's own ports, which run what they are sent, need no token."""
     if not is_token_auth_enabled():
         raise SettingsError("in production Ray must run with RAY_AUTH_MODE=token; see docs/security.md")
-
-
-async def _an_ingress_stops() -> bool:
-    """Whether Serve is stopping an ingress replica, which may be this one: it waits for the requests in flight, then
-    kills the replica if it has not stopped."""
-    here = serve.get_replica_context()
-    try:
-        status = await asyncio.to_thread(serve.status)
-    except (RayError, RayServeException) as e:
-        log.warning("Could not ask Serve for its status: %s", e, extra={"action": "serve_status_unknown"})
-        return False
-    app = status.applications.get(here.app_name)
-    ingress = app.deployments.get(here.deployment) if app else None
-    return ingress is None or ingress.replica_states.get("STOPPING", 0) > 0
 
 
 def _first_line(e: ValueError) -> str:

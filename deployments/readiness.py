@@ -1,4 +1,4 @@
-"""Which variants can serve, from Serve's status and from replicas that have not yet reported that they loaded."""
+"""Which variants and generators can serve, from Serve's status and from replicas that have just been asked."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ ANSWER_S = 5.0
 
 
 class VariantWatch:
-    """Keeps each variant's state. A ready variant is not asked again, so that it can scale down."""
+    """Keeps the state of each variant and generator. A ready one is not asked again, so that it can scale down."""
 
     def __init__(
         self,
@@ -35,6 +35,9 @@ class VariantWatch:
         self._deployments = deployments
         self._metrics = metrics or RayMetrics()
         self.states = {name: VariantReadiness(state="starting") for name in handles}
+        #: Whether Serve is stopping a replica of the deployment that this runs in, which may be the one here: it waits
+        #: for the requests in flight, and kills the replica if they take long.
+        self.is_stopping = False
 
     def doubt(self, name: str) -> None:
         """A replica reported that it cannot paint: ask again."""
@@ -42,13 +45,16 @@ class VariantWatch:
 
     async def run(self) -> None:
         """Check every second, for ever."""
-        app = serve.get_replica_context().app_name
+        here = serve.get_replica_context()
         while True:
             try:
                 status = await asyncio.to_thread(serve.status)
-                overviews = status.applications[app].deployments
+                app = status.applications.get(here.app_name)
+                overviews = app.deployments if app else {}
+                own = overviews.get(here.deployment)
+                self.is_stopping = own is None or own.replica_states.get("STOPPING", 0) > 0
                 await asyncio.gather(*(self._look(name, overviews.get(d)) for name, d in self._deployments.items()))
-            except (RayError, RayServeException, KeyError) as e:
+            except (RayError, RayServeException) as e:
                 log.warning("Could not ask Serve for its status: %s", e, extra={"action": "serve_status_unknown"})
             await asyncio.sleep(POLL_S)
 
@@ -74,8 +80,8 @@ class VariantWatch:
         if self.states[name].state == "ready":
             return self.states[name]
         try:
-            error = await asyncio.wait_for(self._ask[name].remote(), timeout=ANSWER_S)
+            error, where = await asyncio.wait_for(self._ask[name].remote(), timeout=ANSWER_S)
         except TimeoutError:
             # Its slots are taken, so it is painting.
             return VariantReadiness(state="ready")
-        return VariantReadiness(state="failed", error=error) if error else VariantReadiness(state="ready")
+        return VariantReadiness(state="failed" if error else "ready", error=error, where=where)

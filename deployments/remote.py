@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
@@ -21,30 +21,31 @@ from serve_app.errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from serve_app.models import EditRequest, Images, Measured, OnProgress
+from serve_app.models import EditRequest, GenerateRequest, Images, Measured, OnProgress
 from serve_app.settings import Settings
 
 from .loading import sources
 from .readiness import VariantWatch
 
 T = TypeVar("T")
+R = TypeVar("R", EditRequest, GenerateRequest)
 
 
-class RemoteModel:
-    """The ImageModel port over one variant's handle."""
+class RemoteModel(Generic[R]):
+    """The ImageModel port over the handle of one variant, or of one generator."""
 
-    def __init__(self, name: str, handle: DeploymentHandle, watch: VariantWatch) -> None:
+    def __init__(self, name: str, handle: DeploymentHandle, watch: VariantWatch, method: str = "paint") -> None:
         self._name, self._watch = name, watch
         # Made once: each options() call would make a router of its own.
-        self._paint = handle.options(stream=True, method_name="paint")
+        self._run = handle.options(stream=True, method_name=method)
 
     @property
     def is_ready(self) -> bool:
         return self._watch.states[self._name].state == "ready"
 
-    async def run(self, request: EditRequest, on_progress: OnProgress) -> Images:
+    async def run(self, request: R, on_progress: OnProgress) -> Images:
         try:
-            return await _last(self._paint.remote(request), self._name, Images, on_progress)
+            return await _last(self._run.remote(request), self._name, Images, on_progress)
         except (VariantLoadFailed, VariantNotReady, GpuLost):
             self._watch.doubt(self._name)
             raise

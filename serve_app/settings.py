@@ -1,7 +1,7 @@
 """The settings that serve_config.yaml fills. Frozen, read once, unknown keys refused.
 
 `Settings` are the app's args: changing them redeploys. `Inference` is the ingress's user_config: changing it takes
-effect on the next claimed job. `Secrets` come from the environment, and only here is the environment read.
+effect on the next claimed job. `Secrets` come from the environment; see also `environment`.
 """
 
 import math

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.inpainter import open_engine
 from deployments.loading import Loading
+from deployments.replica import open_engine
 from serve_app.engine import cold_start
 from serve_app.engine.cold_start import Part, recorded, timed
 from serve_app.engine.flux.tiny import TinyWeights

@@ -28,6 +28,7 @@ from deployments.ingress import Pushes, check_ray_token
 from deployments.loading import Loading
 from deployments.readiness import VariantWatch
 from deployments.remote import RemoteModel, RemotePrompts, RemoteTrials, typed_errors
+from deployments.replica import Status
 from deployments.text_encoder import TextEncoder
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
@@ -330,6 +331,22 @@ def test_a_variant_scales_as_its_settings_say() -> None:
     assert q8_0._deployment_config.graceful_shutdown_timeout_s == 60 * (2 + 2)
 
 
+def test_a_generator_has_a_deployment_of_its_own_and_may_need_a_text_encoder() -> None:
+    generators: dict[str, Any] = {"fake": {"num_cpus": 0.1}, "tiny-flux-dev": {}, "sdxl": {"max_replicas": 3}}
+    settings = Settings(variants={"telea": {}}, generators=generators)
+    parts = built(settings)
+    names = {"Inpainter-telea", "Generator-fake", "Generator-tiny-flux-dev", "Generator-sdxl"}
+    assert (
+        set(parts) == set(deployment_names(settings)) == {*names, "TextEncoder-tiny-flux-dev-base", "Ingress", "PubSub"}
+    )
+    assert parts["Generator-fake"].ray_actor_options == {"num_cpus": 0.1, "num_gpus": 0}
+    assert parts["Generator-sdxl"].ray_actor_options["num_gpus"] == 1
+    assert parts["Generator-sdxl"]._deployment_config.autoscaling_config.max_replicas == 3
+    # No audit measures one: a picture being made, and one that waits.
+    assert parts["Generator-sdxl"].max_ongoing_requests == 2
+    assert parts["Generator-sdxl"]._deployment_config.graceful_shutdown_timeout_s == 60 * 2
+
+
 def test_what_needs_no_gpu_takes_none_and_sleeps_by_default() -> None:
     parts = built(Settings(variants={"telea": {}, "tiny-Q4_0": {}}))
     for name in ("Inpainter-telea", "Inpainter-tiny-Q4_0", "TextEncoder-tiny-base"):
@@ -413,8 +430,8 @@ class Replica:
         for event in self._events:
             yield event
 
-    async def status(self) -> str:
-        return ""
+    async def status(self) -> Status:
+        return Status("", {})
 
 
 PICTURE = Images(images=[np.zeros((2, 2, 3), np.uint8)], busy_s=1.0)
@@ -507,6 +524,9 @@ async def test_a_cell_s_figures_come_through_a_handle_and_a_refusal_is_raised_he
 # -- readiness
 
 
+WHERE = {"replica": "r", "node": "n", "pid": 1}
+
+
 class Answers:
     """A handle of Ray's whose replica answers `status` so."""
 
@@ -519,14 +539,14 @@ class Answers:
         assert method_name == "status"
         return self
 
-    async def remote(self) -> str:
+    async def remote(self) -> Status:
         self.asked += 1
         answer = next(self._answers)
         if answer is None:
             await asyncio.Event().wait()
         if isinstance(answer, Exception):
             raise answer
-        return str(answer)
+        return Status(str(answer), WHERE)
 
 
 def overview(
@@ -560,7 +580,8 @@ async def test_a_variants_state(seen: DeploymentStatusOverview | None, answer: s
     watch = VariantWatch({"v": Answers(answer)}, {"v": "Inpainter-v"}, metrics)
     assert watch.states["v"].state == "starting"
     await watch._look("v", seen)
-    assert watch.states["v"] == VariantReadiness(state=state, error=error)
+    where = WHERE if answer or state == "ready" else {}
+    assert watch.states["v"] == VariantReadiness(state=state, error=error, where=where)
     assert metrics.values["fluxfill_variant_ready", "v"] == [state in ("ready", "scaled_to_zero")]
 
 
@@ -590,7 +611,7 @@ async def test_a_ready_variant_in_doubt_is_asked_again() -> None:
     watch.doubt("v")
     assert watch.states["v"].state == "starting"
     await watch._look("v", overview(RUNNING))
-    assert watch.states["v"] == VariantReadiness(state="failed", error="no file")
+    assert watch.states["v"] == VariantReadiness(state="failed", error="no file", where=WHERE)
 
 
 async def test_a_replica_too_busy_to_answer_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch._inductor.utils import clear_caches
 
-from deployments.inpainter import open_engine
 from deployments.loading import sources
+from deployments.replica import open_engine
 from serve_app.engine.flux import compile_cache, compiled
 from serve_app.engine.flux.fill import FluxFill
 from serve_app.engine.flux.tiny import TinyWeights
@@ -165,7 +165,7 @@ def warm_up_with(tiny: TinyWeights, error: Exception) -> None:
 REPLICA = """
 import logging, sys
 from torch._dynamo.utils import counters
-from deployments.inpainter import open_engine
+from deployments.replica import open_engine
 from deployments.loading import sources
 from serve_app.engine.flux import compile_cache, compiled
 from serve_app.settings import Settings

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.inpainter import Inpainter, open_engine
+from deployments.inpainter import Inpainter
+from deployments.replica import open_engine
 from serve_app.engine import Engine, Window, families
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory, PaintError, ReplicaTaken, VariantLoadFailed, VariantNotReady
@@ -96,6 +97,12 @@ async def test_it_streams_progress_and_then_the_picture() -> None:
     assert progress == sorted(progress, key=lambda p: p.step)
 
 
+async def test_a_replica_that_can_paint_says_where() -> None:
+    error, where = await Replica(settings()).status()
+    assert error == "" and where.pop("device")
+    assert where == {"replica": "r", "node": "n", "pid": 1}
+
+
 async def test_two_jobs_are_painted_one_after_the_other() -> None:
     replica = Replica(settings())
     both = await asyncio.gather(replica.events(request("a")), replica.events(request("b")))
@@ -106,7 +113,8 @@ async def test_two_jobs_are_painted_one_after_the_other() -> None:
 
 async def test_a_variant_that_did_not_load_says_why() -> None:
     replica = Replica(settings(family="flux-fill", file="nowhere.gguf", base="tiny:base"))
-    assert "nowhere.gguf" in await replica.status()
+    error, where = await replica.status()
+    assert "nowhere.gguf" in error and "device" not in where
     assert replica.counters.total("fluxfill_load_failures_total", "variant v", "unknown_weights") == 1
     with pytest.raises(VariantLoadFailed, match=r"nowhere\.gguf"):
         await anext(replica.paint(request()))
@@ -327,7 +335,7 @@ async def test_a_lost_gpu_is_refused_from_then_on_and_counted_once(caplog: pytes
         await replica.events(request("c"))
     with pytest.raises(GpuLost, match="illegal memory access"):
         replica.check_health()
-    assert "illegal memory access" in await replica.status()
+    assert "illegal memory access" in (await replica.status()).error
     assert replica.counters.total("fluxfill_gpu_lost_total", "v") == 1
     assert [vars(record)["action"] for record in caplog.records if record.levelname == "ERROR"] == ["gpu_lost"]
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deployments.inpainter import open_engine
+from deployments.replica import open_engine
 from serve_app.audit.record import CompileVerdict
 from serve_app.engine import Engine
 from serve_app.models import EditRequest

@@ -14,6 +14,7 @@ from ..audit.record import PAGE
 from ..audit.runs import Audits
 from ..blobs import BlobInfo
 from ..errors import FluxFillError, MalformedMessage, VariantNotReady
+from ..jobs.api import JobApi
 from ..jobs.messages import parse_edit, parse_envelope
 from ..jobs.ports import Delivery, Verdict
 from ..jobs.record import Job, State
@@ -45,6 +46,8 @@ class VariantReadiness(BaseModel):
     state: VariantState
     #: The reason if the state is `failed`.
     error: str = ""
+    #: Of a replica that was asked: `replica`, `node`, `pid`, and `device` once it is loaded.
+    where: dict[str, Any] = {}
 
     @property
     def can_serve(self) -> bool:
@@ -59,6 +62,7 @@ class Readiness(BaseModel):
     #: The inference defaults, without the prompt.
     defaults: dict[str, Any] = {}
     variants: dict[str, VariantReadiness]
+    generators: dict[str, VariantReadiness] = {}
     #: `connected`, `error` and `held` of each subscription.
     messages: dict[str, dict[str, Any]] = {}
     #: Why the last change of the inference defaults was refused; empty if it was not.
@@ -66,12 +70,17 @@ class Readiness(BaseModel):
 
     def without_reasons(self) -> "Readiness":
         """For callers without a key: reasons name files and hosts."""
-        variants = {
-            name: one.model_copy(update={"error": one.error and WITHHELD}) for name, one in self.variants.items()
-        }
+
+        def plain(states: dict[str, VariantReadiness]) -> dict[str, VariantReadiness]:
+            return {
+                name: one.model_copy(update={"error": one.error and WITHHELD, "where": {}})
+                for name, one in states.items()
+            }
+
+        models = {"variants": plain(self.variants), "generators": plain(self.generators)}
         messages = {name: {**one, "error": WITHHELD if one.get("error") else ""} for name, one in self.messages.items()}
         error = self.defaults_error and WITHHELD
-        return self.model_copy(update={"variants": variants, "messages": messages, "defaults_error": error})
+        return self.model_copy(update={**models, "messages": messages, "defaults_error": error})
 
 
 class CanceledJob(BaseModel):
@@ -106,6 +115,16 @@ class Service(Protocol):
     async def work(self, delivery: Delivery) -> Verdict: ...
 
     def readiness(self) -> Readiness: ...
+
+    def models(self) -> Mapping[str, VariantReadiness]:
+        """The state of each variant and generator."""
+
+    @property
+    def jobs(self) -> JobApi: ...
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether an ingress replica is stopping, which may be this one: no request may wait any longer."""
 
     async def cancel_job(self, job_id: str) -> Job:
         """Raises UnknownJob, IllegalTransition, StoreUnavailable."""
