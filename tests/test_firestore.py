@@ -15,7 +15,7 @@ from serve_app import adapters
 from serve_app.adapters.stores import firestore_database
 from serve_app.adapters.stores.firestore import CLAIM
 from serve_app.adapters.stores.firestore_database import MAX_NAME_BYTES, Firestore, document_name
-from serve_app.errors import SettingsError, StoreUnavailable
+from serve_app.errors import QuotaExceeded, SettingsError, StoreUnavailable
 from serve_app.jobs import claims
 from serve_app.jobs.ports import JobStore
 from serve_app.jobs.record import Job, State
@@ -61,7 +61,9 @@ def test_every_filtered_and_ordered_query_has_its_index() -> None:
     indexes = json.loads(INDEXES.read_text())["indexes"]
     found = [{field["fieldPath"]: field["order"] for field in index["fields"]} for index in indexes]
     assert {index["collectionGroup"] for index in indexes} == {"jobs"}
-    for filtered in (["status"], ["sessionKey"], ["sessionKey", "status"], ["type"]):
+    # One filtered by two fields more is merged from those of each.
+    sessions, owners = (["sessionKey"], ["sessionKey", "status"]), (["owner"], ["owner", "status"])
+    for filtered in (["status"], ["type"], *sessions, *owners, ["variant", "status"]):
         assert dict.fromkeys(filtered, "ASCENDING") | {"createdAt": "DESCENDING"} in found
     assert {"receiver": "ASCENDING", "owes.webhook": "ASCENDING"} in found
 
@@ -129,6 +131,34 @@ async def test_progress_does_not_touch_the_job(firestore_url: str, opened: Opene
 
 
 @pytest.mark.emulator
+async def test_what_creates_a_job_while_another_is_counted_is_seen(firestore_url: str, opened: Opened) -> None:
+    """The owner's document shows it, first made and then changed."""
+    store, other = (opened(adapters.job_store(firestore_url)) for _ in range(2))
+    loop, quota = asyncio.get_running_loop(), claims.Quota(unfinished=2, per_day=9)
+
+    class Late(claims.Quota):
+        """Checked once another process has created `rival`."""
+
+        rival: str
+
+        def check(self, *, unfinished: int, of_today: int) -> None:
+            seen.append(unfinished)
+            if len(seen) == 1:
+                creation = other.create(make_job(self.rival, owner="a"), quota)
+                asyncio.run_coroutine_threadsafe(creation, loop).result()
+            super().check(unfinished=unfinished, of_today=of_today)
+
+    seen: list[int] = []
+    assert (await store.create(make_job("a", owner="a"), Late(unfinished=2, per_day=9, rival="b")))[1]
+    assert seen == [0, 1]
+    await store.delete("b")
+    seen.clear()
+    with pytest.raises(QuotaExceeded):
+        await store.create(make_job("c", owner="a"), Late(unfinished=2, per_day=9, rival="d"))
+    assert seen == [1, 2] and await store.get("c") is None
+
+
+@pytest.mark.emulator
 async def test_keys_that_firestore_does_not_take_are_stored(firestore_url: str, opened: Opened) -> None:
     store, mirror = opened(adapters.job_store(firestore_url)), opened(adapters.job_store(firestore_url))
     for id in ("__edit__", "a/b", "é" * 1000, ".."):
@@ -173,6 +203,8 @@ async def refused(store: JobStore) -> list[type]:
         store.list(owes_by=at(0)),
         store.update("edit-1", KEY, put()),
         store.report(claim, Progress()),
+        store.create(make_job(owner="a"), claims.Quota(unfinished=1, per_day=1)),
+        store.ahead(make_job()),
         return_exceptions=True,
     )
     return [type(outcome) for outcome in outcomes]
@@ -183,7 +215,7 @@ async def test_a_server_that_comes_back_is_used_again(firestore_url: str, gated:
     store = opened(adapters.job_store(firestore_url))
     job = await claimed(store, make_job())
     await gated.close()
-    assert await refused(store) == [StoreUnavailable] * 5
+    assert await refused(store) == [StoreUnavailable] * 7
     await gated.open()
     assert await store.get(job.id) == job
 

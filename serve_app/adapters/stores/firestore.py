@@ -3,6 +3,7 @@
     jobs/{jobId}                            the record as JSON, and the fields that queries need
     jobProgress/{jobId}                     apart from the record, which progress never touches
     cancellations/{sessionKey}
+    owners/{owner}                          counts creations within a quota, none of which misses another
     users/{userId}/sessions/{sessionId}     the app's own document, of which only our fields are written
 
 Queries need the indexes in k8s/firestore.indexes.json: `firebase deploy --only firestore:indexes`.
@@ -13,11 +14,11 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
-from google.cloud.firestore import FieldFilter, Query
+from google.cloud.firestore import FieldFilter, Increment, Query
 from pydantic import ValidationError
 
 from ...errors import StoreUnavailable, UnknownJob
-from ...jobs.claims import Change, Claim
+from ...jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
 from ...jobs.record import Job, Notification, State
 from ...models import Progress
 from ...parameters import JobType
@@ -28,6 +29,7 @@ from .session_documents import SessionDocument, written
 
 #: The map in a session document that says whose it is.
 CLAIM = "processingClaim"
+_UNFINISHED = [state for state in State if not state.is_final]
 
 
 class FirestoreJobStore:
@@ -44,6 +46,16 @@ class FirestoreJobStore:
     async def update(self, job_id: str, lock_key: str, change: Change) -> Job:
         return await self._database.transact(lambda t: self._update(t, job_id, lock_key, change))
 
+    async def create(self, new: Job, quota: Quota | None = None) -> tuple[Job, bool]:
+        return await self._database.contend(lambda: self._create(new, quota))
+
+    async def ahead(self, job: Job) -> int:
+        def count() -> int:
+            older = self._where("variant", "==", job.variant).where(filter=FieldFilter("status", "==", State.QUEUED))
+            return _count(_newest(older.where(filter=FieldFilter("createdAt", "<", job.created_at))))
+
+        return await self._database.run(count)
+
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.transact(lambda t: self._report(t, claim, progress))
 
@@ -56,12 +68,15 @@ class FirestoreJobStore:
         owes_by: datetime | None = None,
         notification: Notification | None = None,
         receiver: str | None = None,
+        owner: str | None = None,
+        before: Job | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         def query() -> Sequence[Job]:
             if owes_by is not None:
                 return self._owing(owes_by, notification, receiver, limit)
-            return self._newest({"type": type, "status": status, "sessionKey": lock_key}, limit)
+            wanted = {"type": type, "status": status, "sessionKey": lock_key, "owner": owner}
+            return self._newest(wanted, before, limit)
 
         return await self._database.run(query)
 
@@ -115,11 +130,28 @@ class FirestoreJobStore:
             raise UnknownJob(f"there is no job {job_id}")
         return job
 
+    def _create(self, new: Job, quota: Quota | None) -> tuple[Job, bool]:
+        document, batch = self._document("jobs", new.id), self._database.client.batch()
+        stored = document.get()
+        if stored.exists:
+            return next(self._with_progress([_record(stored)])), False
+        now = _read_at(stored)
+        if quota is not None and new.owner:
+            # Whoever creates a job of this owner while this counts writes the document that was read before.
+            owner, own = self._document("owners", new.owner).get(), self._where("owner", "==", new.owner)
+            unfinished = own.where(filter=FieldFilter("status", "in", _UNFINISHED))
+            of_today = _newest(own.where(filter=FieldFilter("createdAt", ">", now - QUOTA_WINDOW)))
+            quota.check(unfinished=_count(unfinished), of_today=_count(of_today))
+            self._database.change(batch, owner, {"created": Increment(1)})
+        job = posted(new, now)
+        batch.create(document, _columns(job))
+        self._database.commit(batch)
+        return job, True
+
     def _rivals(self, transaction: Transaction, job_id: str, lock_key: str) -> Sequence[Job]:
         if not lock_key:
             return ()
-        unfinished = [state for state in State if not state.is_final]
-        session = self._where("sessionKey", "==", lock_key).where(filter=FieldFilter("status", "in", unfinished))
+        session = self._where("sessionKey", "==", lock_key).where(filter=FieldFilter("status", "in", _UNFINISHED))
         found = map(_record, session.get(transaction=transaction, **ONCE))
         return tuple(job for job in found if job.id != job_id)
 
@@ -131,12 +163,15 @@ class FirestoreJobStore:
         if known and claim.fence >= (reported if isinstance(reported, int) else 0):
             transaction.set(document, {"fence": claim.fence, **progress.model_dump()})
 
-    def _newest(self, wanted: Mapping[str, str | None], limit: int) -> Sequence[Job]:
+    def _newest(self, wanted: Mapping[str, str | None], before: Job | None, limit: int) -> Sequence[Job]:
         query = self._database.client.collection("jobs")
         for field, value in wanted.items():
             if value is not None:
                 query = query.where(filter=FieldFilter(field, "==", value))
-        return self._listed(query.order_by("createdAt", direction=Query.DESCENDING), limit)
+        query = _newest(query).order_by("__name__", direction=Query.DESCENDING)
+        if before is not None:
+            query = query.start_after({"createdAt": before.created_at, "__name__": document_name(before.id)})
+        return self._listed(query, limit)
 
     def _owing(
         self, by: datetime, notification: Notification | None, receiver: str | None, limit: int
@@ -178,11 +213,22 @@ class FirestoreJobStore:
             transaction.set(session, fields, merge=[self._database.client.field_path(name) for name in fields])
 
 
+def _newest(query: Any) -> Any:
+    return query.order_by("createdAt", direction=Query.DESCENDING)
+
+
+def _count(query: Any) -> int:
+    ((count,),) = query.count().get(**ONCE)
+    return int(count.value)
+
+
 def _columns(job: Job) -> Mapping[str, Any]:
     return {
         "type": job.type,
         "status": job.status,
         "sessionKey": job.lock_key,
+        "owner": job.owner,
+        "variant": job.variant,
         "createdAt": job.created_at,
         "owesAt": job.owes_at,
         "owes": {notification: owed.due_at for notification, owed in job.owed.items()},

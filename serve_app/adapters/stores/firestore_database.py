@@ -6,7 +6,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partialmethod
 from hashlib import sha256
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, urlsplit
 
 import grpc
-from google.api_core.exceptions import Aborted, GoogleAPIError, ServiceUnavailable
+from google.api_core.exceptions import Aborted, AlreadyExists, FailedPrecondition, GoogleAPIError, ServiceUnavailable
 from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import GoogleAuthError
 from google.cloud.firestore import Client, transactional
@@ -103,7 +103,27 @@ class Firestore:
             result: T = transactional(whole)(self.client.transaction(max_attempts=1))
             return result
 
-        return await self.run(lambda: _CONTENTION.copy()(once))
+        return await self.contend(once)
+
+    async def contend(self, work: Callable[[], T]) -> T:
+        """Run `work`, again where its commit met another one."""
+        return await self.run(lambda: _CONTENTION.copy()(work))
+
+    def change(self, batch: Any, read: Any, fields: Mapping[str, Any]) -> None:
+        """Have `batch` write `fields` of the document that was read, there or not, if nobody writes to it before."""
+        if read.exists:
+            unchanged = self.client.write_option(last_update_time=read.update_time)
+            batch.update(read.reference, fields, option=unchanged)
+        else:
+            batch.create(read.reference, fields)
+
+    def commit(self, batch: Any) -> None:
+        """All of it or, where a document is not as the batch wants it, nothing: `contend` then begins again."""
+        current_call().check()
+        try:
+            batch.commit(**ONCE)
+        except (AlreadyExists, FailedPrecondition) as e:
+            raise Aborted(e.message) from e
 
     def close(self) -> None:
         self._threads.shutdown()
