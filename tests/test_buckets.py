@@ -1,12 +1,14 @@
 """What holds of the stores beyond this machine: links, outages, and servers that do not keep to what they said."""
 
 import asyncio
+import hmac
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
 import httpx
 import pytest
@@ -66,6 +68,51 @@ async def test_a_link_to_s3_is_presigned_with_its_expiry(monkeypatch: pytest.Mon
     assert query["X-Amz-Algorithm"] == "AWS4-HMAC-SHA256"
     assert query["X-Amz-Expires"] == "77"
     assert query["X-Amz-Credential"].startswith("key/")
+
+
+def signed_for(link: str, secret: str) -> str:
+    """The signature that the link should have, by AWS's Signature Version 4."""
+    parts = urlsplit(link)
+    given = dict(parse_qsl(parts.query))
+    query = urlencode(sorted((k, v) for k, v in given.items() if k != "X-Amz-Signature"), quote_via=quote)
+    asked = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"])
+    scope = given["X-Amz-Credential"].partition("/")[2]
+    named = "\n".join(["AWS4-HMAC-SHA256", given["X-Amz-Date"], scope, sha256(asked.encode()).hexdigest()])
+    key = f"AWS4{secret}".encode()
+    for part in (*scope.split("/"), named):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key.hex()
+
+
+@pytest.mark.emulator
+async def test_a_link_to_s3_is_for_the_public_endpoint(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto checks no signature."""
+    url = bucket_url("s3", s3_port, new_bucket("s3", s3_port), monkeypatch)
+    await S3BlobStore(url).put("a/ü b.jpg", b"photo", content_type=JPEG)
+    for public_url in ("", f"http://localhost:{s3_port}"):
+        store = S3BlobStore(f"{url}&public_endpoint={public_url}" if public_url else url)
+        link = await store.link("a/ü b.jpg", expires_s=60)
+        assert link.startswith(f"{public_url or f'http://127.0.0.1:{s3_port}'}/b-")
+        assert parse_qs(urlsplit(link).query)["X-Amz-Signature"] == [signed_for(link, "secret")]
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(link)).content == b"photo"
+
+
+@pytest.mark.emulator
+async def test_only_links_are_for_the_public_endpoint(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket_url("s3", s3_port, new_bucket("s3", s3_port), monkeypatch)
+    store = bounded(f"{url}&public_endpoint=https://pictures.example")
+    await store.put(PATH, b"photo", content_type=JPEG)
+    assert (await store.get(PATH, max_bytes=9))[0] == b"photo"
+    assert [blob.path async for blob in store.list("users")] == [PATH]
+    assert (await store.link(PATH, expires_s=60)).startswith("https://pictures.example/b-")
+    await store.delete(PATH)
+
+
+@pytest.mark.parametrize("public_endpoint", ["", "pictures.example", "ftp://pictures.example"])
+def test_a_public_endpoint_is_a_url(public_endpoint: str) -> None:
+    with pytest.raises(SettingsError, match="public_endpoint=URL"):
+        S3BlobStore(f"s3://photos?public_endpoint={public_endpoint}")
 
 
 #: Which of the calls it is.

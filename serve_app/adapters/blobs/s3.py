@@ -53,12 +53,13 @@ _NO_BUCKET = "NoSuchBucket"
 
 class S3BlobStore:
     def __init__(self, url: str, bounds: Bounds = BOUNDS) -> None:
-        """`s3://BUCKET/PREFIX?endpoint=URL&region=NAME`; all but the bucket may be left out.
+        """`s3://BUCKET/PREFIX?endpoint=URL&public_endpoint=URL&region=NAME`; all but the bucket may be left out.
 
-        TLS is used unless the endpoint says `http://`. Raises SettingsError for another URL.
+        Links are for the public endpoint, where there is one, and nothing else is. TLS is used unless an endpoint says
+        `http://`. Raises SettingsError for another URL.
         """
         self._url, self._bounds = url, bounds
-        self._store = _store(url, bounds)
+        self._store, self._signer = _store(url, bounds), _store(url, bounds, is_public=True)
         #: For larger bodies, by how often the silence that is borne is doubled.
         self._patient: dict[int, S3Store] = {}
 
@@ -135,7 +136,7 @@ class S3BlobStore:
         check_path(path)
         check_expiry(expires_s)
         with _translated(path):
-            return await obstore.sign_async(self._store, "GET", path, timedelta(seconds=expires_s))
+            return await obstore.sign_async(self._signer, "GET", path, timedelta(seconds=expires_s))
 
     async def _sending(self, path: str, size: int) -> S3Store:
         """The store that gives `size` bytes on the line at a time the time they need.
@@ -156,13 +157,17 @@ class S3BlobStore:
         return self._patient[doublings]
 
 
-def _store(url: str, bounds: Bounds) -> S3Store:
+def _store(url: str, bounds: Bounds, *, is_public: bool = False) -> S3Store:
     parts = urlsplit(url)
     config = dict(parse_qsl(parts.query, keep_blank_values=True))
+    public_endpoint = config.pop("public_endpoint", None)
+    if is_public and public_endpoint is not None:
+        config["endpoint"] = public_endpoint
     endpoint = config.get("endpoint", "https:")
     unknown = config.keys() - {"endpoint", "region"}
     if not parts.hostname or unknown or urlsplit(endpoint).scheme not in ("http", "https"):
-        raise SettingsError(f"blob store {url!r} should be s3://BUCKET/PREFIX?endpoint=URL&region=NAME", url=url)
+        form = "s3://BUCKET/PREFIX?endpoint=URL&public_endpoint=URL&region=NAME"
+        raise SettingsError(f"blob store {url!r} should be {form}", url=url)
     client: ClientConfig = {
         "allow_http": endpoint.startswith("http:"),
         "connect_timeout": timedelta(seconds=bounds.connect_s),
