@@ -9,7 +9,7 @@ from serve_app import adapters
 from serve_app.adapters.stores import records as job_records
 from serve_app.errors import Busy, StoreUnavailable
 from serve_app.jobs.ports import JobStore
-from serve_app.jobs.record import Job, Message, State
+from serve_app.jobs.record import Artifact, Job, Message, State
 from serve_app.parameters import CropStrategy, EditParameters
 
 from .backends import at, make_job
@@ -69,6 +69,23 @@ async def test_a_record_of_a_version_that_kept_no_message_is_read(kept_url: str,
     assert await store.get("old") == old
     again = await claimed(store, make_job("old", message=Message(data="{}", attributes={}), asked_at=at(3)), 10)
     assert (again.attempt, again.message and again.message.data, again.owed.keys()) == (2, "{}", {"dispatch"})
+
+
+async def test_a_record_of_a_version_that_posted_no_jobs_goes_on(kept_url: str, opened: Opened) -> None:
+    """As it was written before jobs had owners and events, and artifacts numbers, seeds and sizes."""
+    store = opened(adapters.job_store(kept_url))
+    artifact = {"role", "path", "version", "content_type", "size_bytes"}
+    old = make_job("old", status=State.RUNNING, fence=1, attempt=1, lease_until=at(5), started_at=at(1))
+    old = old.evolve(artifacts=(Artifact(role="edited", path="e", version="7", content_type="a/b", size_bytes=3),))
+    fields = json.loads(old.model_dump_json(exclude={"owner", "events"}))
+    fields["artifacts"] = [{name: one[name] for name in artifact} for one in fields["artifacts"]]
+    await store.update("old", KEY, put(old))
+    set_record(kept_url, "old", json.dumps(fields))
+    assert await store.get("old") == old
+    assert await store.create(make_job("old", owner="key")) == (old, False)
+    again = await claimed(store, make_job("old"), 10)
+    assert [(event.number, event.status) for event in again.events] == [(1, State.QUEUED), (2, State.RUNNING)]
+    assert (again.owner, again.artifacts) == ("", old.artifacts)
 
 
 @pytest.mark.parametrize("name", ["running", "succeeded"])

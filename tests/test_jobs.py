@@ -290,6 +290,61 @@ def test_a_record_without_its_message_takes_the_next_ones() -> None:
     assert kept.message and kept.message.data == "1", "no newer one"
 
 
+# Posted jobs
+
+
+def posted(**changes: object) -> Job:
+    return claims.posted(make_job(redispatch_s=100, **changes), at(5))
+
+
+def test_a_posted_job_owes_its_message_and_says_when_it_was_asked_for() -> None:
+    job = posted(owner="key")
+    assert (job.status, job.created_at, job.asked_at, job.owner) == (State.QUEUED, at(5), at(5), "key")
+    assert job.owed == {"dispatch": records.Due(due_at=at(5 + records.HEAD_START_S["dispatch"]))}
+    assert job.events == (records.Event(number=1, at=at(5), status=State.QUEUED),)
+
+
+def test_a_message_that_was_published_is_owed_again_later() -> None:
+    job = posted()
+    sent = one(claims.mark_sent(job, ["dispatch"])(job, (), at(6)))
+    assert sent == job.evolve(owed={"dispatch": records.Due(due_at=at(106))})
+    assert claims.mark_sent(job, ["dispatch"])(one(claim(job, 6)(job, ())), (), at(7)) == (), "its worker has it"
+    ended = one(claims.cancel(job, (), at(6)))
+    assert claims.mark_sent(job, ["dispatch"])(ended, (), at(7)) == ()
+
+
+def test_the_message_of_a_posted_job_asks_for_nothing_new() -> None:
+    job = posted()
+    canceled = one(claims.cancel(job, (), at(9)))
+    assert claim(job, 10)(canceled, ()) == ()
+
+
+def test_each_artifact_is_recorded_by_the_claim_that_holds() -> None:
+    job = one(claim(posted(), 6)(posted(), ()))
+    first, second = (Artifact(role="image", path=str(i), index=i, seed=i, width=8, height=8) for i in range(2))
+    for second_s, artifact in ((7, first), (8, second)):
+        job = one(claims.record(claim_of(job), artifact)(job, (), at(second_s)))
+    assert job.artifacts == (first, second) and job.status == State.RUNNING
+    assert [(event.number, event.at, event.cause, event.artifact) for event in job.events] == [
+        (1, at(5), None, None),
+        (2, at(6), Cause.CLAIMED, None),
+        (3, at(7), None, 0),
+        (4, at(8), None, 1),
+    ]
+    lost = claim_of(job)
+    again = one(claim(job, 6 + LEASE_S)(job, ()))
+    assert again.artifacts == (first, second), "the next attempt goes on behind them"
+    with pytest.raises(StaleClaim):
+        claims.record(lost, first)(again, (), at(99))
+
+
+def test_a_record_keeps_its_newest_events() -> None:
+    job = posted()
+    for second in range(records.MAX_EVENTS):
+        job = job.noted(at(second), artifact=second)
+    assert [event.number for event in job.events] == list(range(2, records.MAX_EVENTS + 2))
+
+
 # Claims
 
 

@@ -473,3 +473,64 @@ async def test_telling_that_takes_too_long_is_given_up_for_now(
     assert telling == []
     assert (await rig.jobs.get("edit-1")).owed.keys() == {notification}
     assert rig.metrics.total("fluxfill_notifications_total", notification, "failed") == 1
+
+
+# A posted job's message
+
+
+async def post(rig: Rig) -> Job:
+    attributes = {"jobType": "inpaint", "jobId": "edit-1", "variant": "telea"}
+    job, _ = await rig.jobs.create(make_job(redispatch_s=600, message=record.Message(data="{}", attributes=attributes)))
+    posted: Job = job
+    return posted
+
+
+async def test_a_posted_jobs_message_is_published_at_once_and_once(rig: Rig) -> None:
+    job = await post(rig)
+    rig.clock.advance(1)
+    rig.notifier.dispatch(job)
+    await rig.notifier.drained()
+    [message] = rig.topics.sessions
+    assert message.attributes.items() >= {"jobId": "edit-1", "variant": "telea", "jobType": "inpaint"}.items()
+    sent = await rig.job()
+    assert sent == job.evolve(owed={"dispatch": record.Due(due_at=rig.clock() + timedelta(seconds=600))})
+    await told_later(rig.beside(), 599)
+    assert len(rig.topics.sessions) == 1
+    await told_later(rig, 1)
+    assert len(rig.topics.sessions) == 2
+
+
+async def test_the_message_of_a_process_that_dies_before_is_published_by_another(rig: Rig) -> None:
+    await post(rig)
+    others = [rig.beside() for _ in range(2)]
+    rig.clock.advance(record.HEAD_START_S["dispatch"] - 0.001)
+    for step_s in (0, 0.001, 1):
+        rig.clock.advance(step_s)
+        for other in others:
+            await told_later(other, 0)
+    assert sorted(len(other.topics.sessions) for other in others) == [0, 1]
+
+
+async def test_a_posted_jobs_message_is_published_while_the_broker_comes_back(rig: Rig) -> None:
+    job = await post(rig)
+    rig.broker.is_down = True
+    rig.notifier.dispatch(job)
+    await rig.notifier.drained()
+    assert await rig.job() == job, "it stays owed"
+    rig.broker.is_down = False
+    await told_later(rig, record.HEAD_START_S["dispatch"])
+    assert len(rig.topics.sessions) == 1
+
+
+async def test_a_worker_that_is_faster_than_the_note_is_left_alone(rig: Rig) -> None:
+    job = await post(rig)
+
+    async def claimed() -> None:
+        await rig.jobs.update(job.id, job.lock_key, claims.claim(job, lease_s=9, max_attempts=5))
+
+    rig.jobs.before["update"] = claimed
+    rig.notifier.dispatch(job)
+    await rig.notifier.drained()
+    running = await rig.job()
+    assert running.status == State.RUNNING
+    assert running.owed == {"dispatch": record.Due(due_at=rig.clock() + timedelta(seconds=600))}
