@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from serve_app.adapters.image_links import ImageLinks
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.clock import utc_now
 from serve_app.edit import session as edit_session
@@ -118,7 +119,8 @@ async def measured(sessions: int, megapixels: float, settings: Settings) -> dict
             await blobs.put(path, data, content_type="image/png")
     model, pool = Busy(sessions), pixel_pool()
     models = {"telea": model}
-    editor = Editor(blobs=blobs, models=models, prompts=NoPrompts(), settings=settings, defaults=Inference)
+    links = ImageLinks(settings)
+    editor = Editor(blobs=blobs, models=models, prompts=NoPrompts(), settings=settings, defaults=Inference, links=links)
     memory, started = Memory(), time.perf_counter()
 
     async def progress(_: Progress) -> None: ...

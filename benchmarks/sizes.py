@@ -131,6 +131,7 @@ def modules_of_a_message() -> list[str]:
 
 async def _edit(note: Any) -> None:
     from serve_app import adapters
+    from serve_app.adapters.image_links import ImageLinks
     from serve_app.adapters.webhooks import Webhooks
     from serve_app.edit.job import Editor
     from serve_app.edit.session import session_path
@@ -153,6 +154,7 @@ async def _edit(note: Any) -> None:
         prompts=_NoPrompts(),
         settings=settings,
         defaults=lambda: Inference(variant="telea"),
+        links=ImageLinks(settings),
     )
     notifier = Notifier(
         kinds=[editor],

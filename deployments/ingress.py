@@ -16,6 +16,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import adapters
+from serve_app.adapters.image_links import ImageLinks
 from serve_app.adapters.webhooks import Webhooks
 from serve_app.audit.runs import Audits
 from serve_app.blobs import BlobInfo
@@ -142,8 +143,10 @@ class Ingress:
             name: RemoteModel(name, handles[name], self._watch, "generate") for name in settings.generators
         }
         prompts = RemotePrompts(encoders, PromptCache(self._blobs), settings)
-        editor = Editor(blobs=self._blobs, models=painters, prompts=prompts, settings=settings, defaults=self._defaults)
-        generation = Generation(blobs=self._blobs, models=generators, prompts=prompts, settings=settings)
+        self._image_links = ImageLinks(settings)
+        for_kinds: dict[str, Any] = {"blobs": self._blobs, "prompts": prompts, "settings": settings}
+        editor = Editor(models=painters, defaults=self._defaults, links=self._image_links, **for_kinds)
+        generation = Generation(models=generators, **for_kinds)
         self._webhooks = Webhooks(settings.webhooks, self._secrets)
         shared: dict[str, Any] = {
             "kinds": [editor, generation],
@@ -157,7 +160,11 @@ class Ingress:
         self._notifier = Notifier(**shared)
         self._worker = Worker(notifier=self._notifier, models={**painters, **generators}, **shared)
         self.jobs = JobApi(
-            kinds=[generation], job_store=self._job_store, blobs=self._blobs, notifier=self._notifier, settings=settings
+            kinds=[editor, generation],
+            job_store=self._job_store,
+            blobs=self._blobs,
+            notifier=self._notifier,
+            settings=settings,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -277,6 +284,7 @@ class Ingress:
         await self.audits.close()
         await self._notifier.close(grace_s=TELL_GRACE_S)
         await self._webhooks.close()
+        await self._image_links.close()
 
 
 def _http_host() -> str:

@@ -20,7 +20,14 @@ from serve_app.edit.session import session_path
 from serve_app.engine import Window
 from serve_app.engine.painting import LocalModel
 from serve_app.engine.telea import Telea
-from serve_app.errors import BrokerUnavailable, CallbackRefused, MessageRefused, StoreUnavailable, WebhookFailed
+from serve_app.errors import (
+    BrokerUnavailable,
+    CallbackRefused,
+    LinkRefused,
+    MessageRefused,
+    StoreUnavailable,
+    WebhookFailed,
+)
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
@@ -183,6 +190,18 @@ class Receivers:
         self.called.append(job)
 
 
+class Linked:
+    """What links lead to."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+
+    async def fetch(self, link: str, *, field: str, max_bytes: int) -> bytes:
+        if len(self.files.get(link, bytes(max_bytes + 1))) > max_bytes:
+            raise LinkRefused(f"{field}: nothing is there, or too much")
+        return self.files[link]
+
+
 class Counters:
     """Metrics that a test reads, and that take nothing but what telemetry.METRICS knows."""
 
@@ -261,6 +280,7 @@ class Rig:
         self.topics = Topics()
         self.broker = Outage(self.topics, BrokerUnavailable)
         self.receivers = Receivers()
+        self.linked = Linked()
         self.metrics = Counters()
         #: More than `settings` serve: a test may serve more.
         self.models = {name: LocalModel(name, self.engine) for name in ("telea", "b", "c")}
@@ -270,6 +290,7 @@ class Rig:
             prompts=Prompts(),
             settings=self.settings,
             defaults=lambda: self.inference,
+            links=self.linked,
         )
         self.notifier = Notifier(
             kinds=[self.editor],

@@ -41,7 +41,7 @@ from serve_app.settings import Inference, Settings
 
 from .backends import at, make_job
 from .hub_server import COMMIT, HubServer, Repo, serve
-from .rig import Held, Prompts, Receivers, Scripted, jpeg, line_mask, photo, png, wait_for
+from .rig import Held, Linked, Prompts, Receivers, Scripted, jpeg, line_mask, photo, png, wait_for
 from .test_weights import PAINTING, TEXT
 
 SOUND = Path("serve_config.yaml")
@@ -114,6 +114,7 @@ def working(settings: Settings, engines: dict[str, Scripted]) -> Iterator[None]:
         prompts=Prompts(),
         settings=settings,
         defaults=lambda: Inference(variant="telea", steps=4),
+        links=Linked(),
     )
     notifier = Notifier(
         kinds=[editor],

@@ -97,4 +97,4 @@ async def _handle(receiver: Receiver, reader: asyncio.StreamReader, writer: asyn
 async def _request(reader: asyncio.StreamReader) -> Request:
     line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
     headers = {name.lower(): value for name, _, value in (header.partition(": ") for header in lines)}
-    return Request(line, headers, await reader.readexactly(int(headers["content-length"])))
+    return Request(line, headers, await reader.readexactly(int(headers.get("content-length", 0))))

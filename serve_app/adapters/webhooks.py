@@ -5,7 +5,6 @@ import base64
 import binascii
 import json
 import logging
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -14,26 +13,24 @@ import httpx
 from pydantic import SecretStr
 from standardwebhooks import Webhook
 
-from ..errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
+from ..errors import CallbackRefused, InvalidCredentials, WebhookFailed
 from ..jobs.record import Job
 from ..settings import Secrets, WebhookSettings
+from .listed_hosts import ListedHosts, authority
 
 log = logging.getLogger(__name__)
 
-#: Characters of a URL that everything between here and the receiver takes (RFC 9110 asks for 8,000 and up).
-MAX_URL = 2048
 #: Bytes of a key, by the Standard Webhooks specification.
 KEY_BYTES = range(24, 65)
 
 
 class Webhooks:
-    """A host is listed by its name, which stands for its scheme's own port; another port is listed with it, as
-    `host:port`. Where the name leads to is its owner's business."""
-
     def __init__(self, settings: WebhookSettings, secrets: Secrets) -> None:
         """Raises InvalidCredentials for a malformed WEBHOOK_SECRET; SettingsError for a host that is none."""
         self._settings = settings
-        self._hosts = {_listed(host) for host in settings.hosts}
+        self._hosts = ListedHosts(
+            settings.hosts, setting="webhooks.hosts", allow_http=settings.allow_http, refused=CallbackRefused
+        )
         self._keys = _keys(secrets.webhook_secret)
         # Below httpx's client, which would take proxies from the environment, keep cookies and log whole URLs.
         self._transport = httpx.AsyncHTTPTransport()
@@ -52,7 +49,7 @@ class Webhooks:
         other answer than 2xx, a redirect included, and for none within the settings' `timeout_s`.
         """
         url = self._allowed(job.callback_url)
-        host = _authority(url)
+        host = authority(url)
         status = await self._post(self._request(url, job, _event(job, event, document)), host)
         if status == 410:
             log.info(
@@ -73,23 +70,9 @@ class Webhooks:
         await self._transport.aclose()
 
     def _allowed(self, text: str) -> httpx.URL:
-        """What `text` is taken for, here and on the wire."""
         if not self._keys:
             raise CallbackRefused("callbackUrl: no URL is called while WEBHOOK_SECRET is not set")
-        if len(text) > MAX_URL:
-            raise CallbackRefused(f"callbackUrl: {len(text)} characters; at most {MAX_URL} are allowed")
-        try:
-            url = _canonical(text)
-        except httpx.InvalidURL:
-            # Without the reason, which may quote a password.
-            raise CallbackRefused("callbackUrl: not a URL") from None
-        if url.userinfo:
-            raise CallbackRefused("callbackUrl: it must not contain a user name or a password")
-        if url.scheme not in (("https", "http") if self._settings.allow_http else ("https",)):
-            raise CallbackRefused(f"callbackUrl: its scheme is {url.scheme!r}, not https", scheme=url.scheme)
-        if (host := _authority(url)) not in self._hosts:
-            raise CallbackRefused(f"callbackUrl: {host!r} is not listed in webhooks.hosts", host=host)
-        return url
+        return self._hosts.url(text, "callbackUrl")
 
     def _request(self, url: httpx.URL, job: Job, event: Mapping[str, Any]) -> httpx.Request:
         event_id, now, body = f"{job.id}-{job.fence}", datetime.now(UTC), json.dumps(event)
@@ -126,31 +109,6 @@ def _event(job: Job, event: str, document: Mapping[str, Any]) -> dict[str, Any]:
         "timestamp": job.finished_at.isoformat() if job.finished_at else None,
         "data": {"userId": job.user_id, "sessionId": job.session_id, **document},
     }
-
-
-def _canonical(text: str) -> httpx.URL:
-    """With its host in ASCII, in lower case and without a trailing dot. Raises httpx.InvalidURL."""
-    url = httpx.URL(text)
-    try:
-        # httpx decodes it when it is read.
-        _ = url.host
-    except UnicodeError as e:
-        raise httpx.InvalidURL("the host is no name in punycode") from e
-    return url.copy_with(host=url.raw_host.decode("ascii").removesuffix("."))
-
-
-def _authority(url: httpx.URL) -> str:
-    """Host, and port where it is not the scheme's own."""
-    return url.netloc.decode("ascii")
-
-
-def _listed(entry: str) -> str:
-    try:
-        if re.fullmatch(r"[^\s/?#@*\\]+", entry):
-            return _authority(_canonical(f"https://{entry}"))
-    except httpx.InvalidURL:
-        pass
-    raise SettingsError(f"webhooks.hosts: {entry!r} is neither a host name nor host:port", host=entry)
 
 
 def _keys(secret: SecretStr | None) -> list[Webhook]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..blobs import BlobInfo, BlobStore
-from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, VariantNotReady
+from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, UnknownVariant, VariantNotReady
 from ..jobs.kinds import Asked, Attempt, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, Message, Timings
@@ -21,6 +21,7 @@ from ..settings import Inference, Settings
 from . import images, masks, paste, windows
 from .images import Photo
 from .outputs import Outputs, Painting
+from .posted import API_USER, InpaintBody, Links, Sessions
 from .session import INPUTS, OUTPUTS, lock_key, read_input, session_document, session_path
 
 T = TypeVar("T")
@@ -147,11 +148,13 @@ class Editor:
         prompts: PromptEncoder,
         settings: Settings,
         defaults: Callable[[], Inference],
+        links: Links,
     ) -> None:
-        """`models` by variant. `defaults` is asked at each first claim, so it may change meanwhile."""
+        """`models` by variant. `defaults` is asked for each new job, so it may change meanwhile."""
         self._blobs, self._models, self._prompts = blobs, models, prompts
         self._settings, self._defaults = settings, defaults
         self._outputs = Outputs(blobs, upload_s=settings.work.upload_timeout_s)
+        self._sessions = Sessions(blobs, links, settings.limits)
         #: How many decoded pixels more may be kept.
         self._room_px = settings.limits.decoded_pixels
 
@@ -178,6 +181,27 @@ class Editor:
             callback_url=str(message.callback_url or ""),
             message=Message(data=message.model_dump_json(by_alias=True, exclude_none=True), attributes={}),
         )
+
+    async def post(self, body: Mapping[str, Any], *, job_id: str) -> Job:
+        asked, defaults = InpaintBody.model_validate(body), self._defaults()
+        variant = asked.model_id or defaults.variant
+        if variant not in self._settings.variants:
+            known = ", ".join(self._settings.variants)
+            raise UnknownVariant(f"model_id: {variant} edits no photos here; there are {known}", field="model_id")
+        session = await self._sessions.of(asked, job_id)
+        return Job(
+            id=job_id,
+            user_id=session.user_id,
+            session_id=session.session_id,
+            lock_key=lock_key(session.user_id, session.session_id),
+            variant=variant,
+            seed=seed_of(job_id) if asked.seed in (None, -1) else asked.seed,
+            parameters=EditParameters(**(defaults.model_dump(exclude={"variant"}) | asked.explicit())),
+        )
+
+    def inputs(self, job: Job) -> Sequence[str]:
+        is_own = (job.user_id, job.session_id) == (API_USER, job.id)
+        return [session_path(job.user_id, job.session_id, name) for name in INPUTS.values()] if is_own else []
 
     async def _version(self, message: EditMessage, name: str) -> str:
         try:

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from ..errors import InputError, NotSupported, UnknownVariant
+from ..errors import InputError, UnknownVariant
+from ..jobs.kinds import refuse_chain
 from ..models import Family, Variant
 from ..parameters import GenerateParameters, GuidanceScale, Prompt, Seed, Steps, VariantName, Whole
 from ..settings import Settings
@@ -61,12 +62,6 @@ class GenerateBody(BaseModel):
     def _no_chain(cls, given: Any) -> Any:
         refuse_chain(given)
         return given
-
-
-def refuse_chain(body: Any) -> None:
-    """Raises NotSupported for a job of several stages: ignoring what follows would leave its client waiting."""
-    if isinstance(body, Mapping) and body.get("chain") is not None:
-        raise NotSupported("chain: jobs of several stages are not done here", field="chain")
 
 
 def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParameters]:

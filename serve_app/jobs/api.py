@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..blobs import BlobStore
-from ..errors import BlobNotFound, IllegalTransition, InputError, KeyReused, PostInFlight, UnknownJob
+from ..errors import BlobNotFound, Forbidden, IllegalTransition, InputError, KeyReused, PostInFlight, UnknownJob
 from ..parameters import JobType
 from ..settings import Settings
 from . import claims
@@ -62,12 +62,16 @@ class JobApi:
         """The job that `body` asks for, and whether it is new. With an `idempotency_key`, of which no more than a hash
         is kept, or a `job_id`, the job that the same request made before is given again.
 
-        Raises ValidationError and InputError, which name the field at fault; KeyReused where the key or the id came
-        with another payload; PostInFlight while a request with it is being answered here; QuotaExceeded; Unavailable.
+        Raises ValidationError and InputError, which name the field at fault; Forbidden for the session of a user whose
+        jobs the caller does not see; KeyReused where the key or the id came with another payload; PostInFlight while a
+        request with it is being answered here; QuotaExceeded; Unavailable.
         """
         kind = self._kinds.get(str(body.get("type", "")))
         if kind is None:
             raise InputError(f"type: it must be one of {', '.join(self._kinds)}", field="type")
+        if body.get("session") is not None and not caller.sees_messages:
+            # Its result shows the user's photo.
+            raise Forbidden("session: the API key does not have the scope jobs", field="session")
         job_id = job_id or _job_id(caller, idempotency_key)
         if job_id in self._in_flight:
             raise PostInFlight("a request with this key is being answered", retry_after_s=1)

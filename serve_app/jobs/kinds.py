@@ -5,6 +5,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..errors import NotSupported
 from ..models import OnProgress
 from ..parameters import JobType
 from .record import Artifact, Job, Timings
@@ -79,3 +80,9 @@ class PostedKind(Kind, Protocol):
 
     def inputs(self, job: Job) -> Sequence[str]:
         """Paths of the blobs that `post` stored for it: they are deleted with the job."""
+
+
+def refuse_chain(body: Any) -> None:
+    """Raises NotSupported for a job of several stages: ignoring what follows would leave its client waiting."""
+    if isinstance(body, Mapping) and body.get("chain") is not None:
+        raise NotSupported("chain: jobs of several stages are not done here", field="chain")

@@ -1,0 +1,173 @@
+"""An edit that is asked for over HTTP: its body, and the photo and the mask that come with it."""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from ..blobs import BlobStore
+from ..errors import BlobConflict, BlobNotFound, ImageTooLarge, InvalidImage, KeyReused, MissingInput, Unavailable
+from ..jobs.kinds import refuse_chain
+from ..parameters import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
+from ..settings import Limits
+from .images import decode_photo
+from .masks import decode_mask
+from .session import INPUTS, session_path
+
+#: Whose sessions those of uploaded pictures are.
+API_USER = "api"
+#: Bodies with pictures that one process holds: each has up to twice `limits.image_bytes`, and one at a time is decoded.
+AT_ONCE = 8
+
+
+class Links(Protocol):
+    """Pictures that bodies link to."""
+
+    async def fetch(self, link: str, *, field: str, max_bytes: int) -> bytes:
+        """Raises LinkRefused, which names `field` and says why, for a link that may not be fetched or does not answer
+        with at most `max_bytes` in time."""
+
+
+class SessionName(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    user_id: Id
+    session_id: Id
+
+
+#: As it came in a form, a link, or a `data:` URI.
+Picture = Annotated[
+    bytes | str,
+    WithJsonSchema({"type": "string", "description": "A data: URI in base64, or an https link; in a form, the file."}),
+]
+
+
+class InpaintBody(BaseModel):
+    """An edit of a photo: of a session that is stored already, or of a photo and a mask that come with the request.
+    What is left out is as the app has it: see `defaults` of `GET /ready`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "examples": [{"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}, "steps": 28}]
+        },
+    )
+
+    type: Literal["inpaint"]
+    session: SessionName | None = None
+    image: Picture | None = None
+    #: White where the photo is to be painted.
+    mask: Picture | None = None
+    prompt: Prompt | None = None
+    #: Denoising steps.
+    steps: Steps | None = None
+    guidance: GuidanceScale | None = Field(None, validation_alias=AliasChoices("guidance", "guidance_scale"))
+    #: Left out, or -1: one that the answer tells.
+    seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
+    crop_strategy: CropStrategy | None = None
+    #: A variant. Left out: the app's default.
+    model_id: VariantName | None = Field(None, validation_alias=AliasChoices("model_id", "model"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields(cls, given: Any) -> Any:
+        refuse_chain(given)
+        if isinstance(given, Mapping) and any(isinstance(value, bytes) for value in given.values()):
+            # A form's other fields are text.
+            given = dict(given)
+            for name in {"steps", "guidance", "guidance_scale", "seed"} & given.keys():
+                with suppress(ValueError, TypeError):
+                    given[name] = json.loads(given[name])
+        return given
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "InpaintBody":
+        pictures = (self.image is not None, self.mask is not None)
+        if any(pictures) if self.session else not all(pictures):
+            raise ValueError("give either session, or image and mask")
+        return self
+
+    def explicit(self) -> dict[str, Any]:
+        """What it gives of an edit's parameters, by their names."""
+        given = {"guidance_scale": self.guidance, **self.model_dump(include={"prompt", "steps", "crop_strategy"})}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Sessions:
+    """Where the photo and the mask of an edit are."""
+
+    def __init__(self, blobs: BlobStore, links: Links, limits: Limits) -> None:
+        self._blobs, self._links, self._limits = blobs, links, limits
+        self._held = 0
+        self._decoding = asyncio.Lock()
+
+    async def of(self, body: InpaintBody, job_id: str) -> SessionName:
+        """The session that `body` names; or one of the job's own, in which its pictures, which an edit would take, are
+        stored. Storing the same again changes nothing.
+
+        Raises MissingInput for a session without photo or mask; for pictures LinkRefused, what `decode_photo` and
+        `decode_mask` raise, and KeyReused where others are stored for this job; Unavailable.
+        """
+        if body.session is not None:
+            if body.session.user_id == API_USER:
+                raise MissingInput(f"session: those of {API_USER} are their jobs' own", field="session")
+            for name in INPUTS.values():
+                await self._exists(session_path(body.session.user_id, body.session.session_id, name))
+            return body.session
+        if self._held >= AT_ONCE:
+            raise Unavailable("too many jobs with pictures are being posted; try again", retry_after_s=1)
+        self._held += 1
+        try:
+            await self._store(body, job_id)
+        finally:
+            self._held -= 1
+        return SessionName(user_id=API_USER, session_id=job_id)
+
+    async def _exists(self, path: str) -> None:
+        try:
+            await self._blobs.head(path)
+        except BlobNotFound as e:
+            raise MissingInput(f"session: {path} is not in the blob store", path=path) from e
+
+    async def _store(self, body: InpaintBody, job_id: str) -> None:
+        photo, mask = await asyncio.gather(self._bytes("image", body.image), self._bytes("mask", body.mask))
+        async with self._decoding:
+            content_type = await asyncio.to_thread(self._check, photo, mask)
+        for role, data, of in (("original", photo, content_type), ("mask", mask, "image/png")):
+            path = session_path(API_USER, job_id, INPUTS[role])
+            try:
+                await self._blobs.put(path, data, content_type=of, if_version="")
+            except BlobConflict:
+                stored, _ = await self._blobs.get(path, max_bytes=self._limits.image_bytes)
+                if stored != data:
+                    raise KeyReused("a request with other pictures came with this key or id before") from None
+
+    async def _bytes(self, field: str, given: bytes | str | None) -> bytes:
+        assert given is not None, "the body has a session, or both"
+        if isinstance(given, bytes):
+            return given
+        most = self._limits.image_bytes
+        head, _, encoded = given.partition(",")
+        if not head.lower().startswith("data:"):
+            return await self._links.fetch(given, field=field, max_bytes=most)
+        if len(encoded) > (most + 2) // 3 * 4:
+            raise ImageTooLarge(f"{field}: it has more than {most:,} bytes (limits.image_bytes)")
+        try:
+            if head.lower().endswith(";base64"):
+                return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+        except binascii.Error:
+            pass
+        raise InvalidImage(f"{field}: not data:TYPE;base64, and base64")
+
+    def _check(self, photo: bytes, mask: bytes) -> str:
+        """The photo's content type."""
+        decoded = decode_photo(photo, self._limits)
+        decode_mask(mask, self._limits, decoded.size)
+        return decoded.content_type
