@@ -21,6 +21,7 @@ import cv2
 import pytest
 import yaml
 from huggingface_hub import constants
+from pydantic import SecretStr
 
 from deployments import client
 from deployments.cli import main
@@ -32,6 +33,7 @@ from serve_app.clock import utc_now
 from serve_app.edit.job import Editor, edit_job_id
 from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.painting import LocalModel
+from serve_app.http.auth import ApiKeys
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.notifications import Notifier
@@ -75,6 +77,29 @@ def fluxfill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         raise AssertionError("a console script ends with an exit status")
 
     return run
+
+
+# -- keys
+
+
+@pytest.mark.parametrize("scopes", [["submit", "read"], ["admin"]])
+async def test_a_new_key_is_what_its_entry_admits(fluxfill: Command, scopes: list[str]) -> None:
+    given = [] if scopes == ["submit", "read"] else ["--scope", "+".join(scopes)]
+    made = [fluxfill("keys", "new", "phone-app", *given) for _ in range(2)]
+    keys, entries = zip(*(ended.out.splitlines() for ended in made), strict=True)
+    assert len(set(keys)) == 2 and all(len(key) == 43 for key in keys)
+    for key, entry in zip(keys, entries, strict=True):
+        assert key not in entry
+        known, admitted = ApiKeys(SecretStr(entry), is_production=True).client(None, key)
+        assert known == "phone-app" and admitted.issuperset(scopes) and ("audit" in admitted) == (scopes == ["admin"])
+
+
+@pytest.mark.parametrize(
+    ("id", "scope"), [("a b", "read"), ("", "read"), (f"{'x' * 30},app", "read"), ("app", "all"), ("app", "read,x")]
+)
+def test_a_key_that_no_app_would_take_is_not_made(fluxfill: Command, id: str, scope: str) -> None:
+    ended = fluxfill("keys", "new", id, "--scope", scope)
+    assert ended.status and not ended.out and ended.err
 
 
 # -- the service

@@ -1,4 +1,4 @@
-"""The command line: `fluxfill demo | submit | jobs | deadletters | audit | check | weights`."""
+"""The command line: `fluxfill demo | submit | jobs | deadletters | audit | keys | check | weights`."""
 
 import asyncio
 import uuid
@@ -22,6 +22,7 @@ from serve_app.settings import Settings
 
 from .audits import audit_app
 from .dead_letters import deadletters_app
+from .keys import keys_app
 from .screen import Screen
 from .subcommands import goes_to_subcommand
 
@@ -36,6 +37,7 @@ weights_app = typer.Typer(no_args_is_help=True, help="Model weights.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(weights_app, name="weights")
 app.add_typer(deadletters_app, name="deadletters")
+app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 
 out = Screen()

@@ -167,7 +167,7 @@ _IMPLIED: Mapping[str, tuple[Scope, ...]] = {"jobs": ("submit", "read"), "admin"
 
 #: No entry of a plain key: where its mark stands, the whole entry has this form.
 _DIGEST_MARK = "=sha256:"
-_DIGEST_ENTRY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=sha256:([0-9a-fA-F]{64})(?::(.*))?")
+DIGEST_ENTRY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=sha256:([0-9a-fA-F]{64})(?::([a-z+]*))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +216,7 @@ def _key(entry: str, place: int, at_least: int) -> _Key:
     """Digests have one length: comparing them does not reveal the key's. Errors repeat nothing of a key, not even what
     follows a colon, which may belong to it."""
     if _DIGEST_MARK in entry:
-        if not (hashed := _DIGEST_ENTRY.fullmatch(entry)):
+        if not (hashed := DIGEST_ENTRY.fullmatch(entry)):
             raise SettingsError(f"API_KEYS, key {place}: not ID=sha256: and 64 hexadecimal digits, as it begins")
         return _Key(id=hashed[1], digest=bytes.fromhex(hashed[2]), scopes=_scopes(hashed[3], place))
     key, colon, named = entry.rpartition(":")
