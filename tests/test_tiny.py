@@ -27,7 +27,7 @@ def test_several_at_once_write_the_same_bytes_and_leave_nothing_else(tiny: TinyW
 
 
 def test_a_write_that_fails_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(in_channels: int) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(tiny_module, "_transformer", fail)

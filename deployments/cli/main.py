@@ -314,7 +314,7 @@ def weights_pull(
 ) -> None:
     """Download weights into the cache, and into a mirror; pin their revisions."""
     settings = _settings(config)
-    rows = [_row(settings, name) for name in variants or settings.variants]
+    rows = [_row(settings, name) for name in variants or settings.served]
     if not any(row.repo for row in rows):
         out.print("none of these variants has weights to pull", highlight=False)
     missing = _run(_pull(rows, settings, to, pin))
@@ -325,7 +325,7 @@ def weights_pull(
 
 
 def _row(settings: Settings, name: str) -> Variant:
-    if name in settings.variants:
+    if name in settings.served:
         return settings.variant(name)
     if name not in BUILT_IN:
         raise UnknownVariant(f"there is no variant {name}; the built-in ones are {', '.join(BUILT_IN)}")

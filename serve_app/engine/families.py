@@ -14,22 +14,24 @@ if TYPE_CHECKING:
     from .fake import Fake
     from .flux.fill import FluxFill
     from .pause import Pause
+    from .sdxl.generator import Sdxl
     from .telea import Telea
 
     # The type checker's proof of what `create` only says.
     _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
-    _GENERATORS: tuple[type[Generator], ...] = (Fake,)
+    _GENERATORS: tuple[type[Generator], ...] = (Sdxl, Fake)
 
 #: Family -> module in this package and class; the class takes (variant, weights, served).
 FAMILIES: Mapping[Family, str] = {
     "flux-fill": "flux.fill:FluxFill",
     "telea": "telea:Telea",
     "pause": "pause:Pause",
+    "sdxl": "sdxl.generator:Sdxl",
     "fake": "fake:Fake",
 }
 
 #: Family -> the pip extra that it needs.
-_EXTRAS: Mapping[Family, str] = {"flux-fill": "diffusion"}
+_EXTRAS: Mapping[Family, str] = {"flux-fill": "diffusion", "sdxl": "diffusion", "flux": "diffusion"}
 
 
 def create(name: str, variant: Variant, weights: Weights | None, served: VariantSettings) -> Any:

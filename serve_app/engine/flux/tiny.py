@@ -19,9 +19,9 @@ from filelock import FileLock
 from . import q5_k
 
 #: Part of the folder's name: raise it when what is written changes.
-FORMAT = 1
+FORMAT = FORMAT_DEV = 1
 
-_SEED = 0
+SEED = 0
 #: Width of everything: the least that K-quants take, since they pack rows in blocks of 256.
 _WIDTH = 256
 #: Longest CLIP prompt, in tokens, as in the real model.
@@ -42,8 +42,8 @@ class TinyWeights:
         return self.folder / file
 
 
-def ensure(folder: Path) -> TinyWeights:
-    """The checkpoints in `folder`, written there first where they are absent.
+def ensure(folder: Path, write: Callable[[Path], None] | None = None) -> TinyWeights:
+    """The checkpoints in `folder`, written there first, by `write`, where they are absent; by default FLUX.1-Fill's.
 
     Several processes may call it at once: one writes, into a folder beside it that is then renamed, and the others
     wait. The global random state of torch is left as it was.
@@ -53,36 +53,46 @@ def ensure(folder: Path) -> TinyWeights:
         if not folder.exists():
             beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
-                _write(beside)
+                (write or write_fill)(beside)
                 beside.rename(folder)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     return TinyWeights(folder)
 
 
-def _write(folder: Path) -> None:
+def write_fill(folder: Path) -> None:
+    """FLUX.1-Fill: `base`, and a GGUF file of each quantisation."""
+    _write(folder / "base", {folder / f"flux1-fill-dev-{quant}.gguf": quant for quant in packers()}, in_channels=384)
+
+
+def write_dev(folder: Path) -> None:
+    """FLUX.1-dev: `flux-dev-base` and `flux1-dev-Q8_0.gguf`."""
+    _write(folder / "flux-dev-base", {folder / "flux1-dev-Q8_0.gguf": "Q8_0"}, in_channels=64)
+
+
+def _write(base: Path, files: Mapping[Path, str], in_channels: int) -> None:
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        transformer = _transformer()
-        _vae().save_pretrained(folder / "base" / "vae")
-        _write_text_encoders(folder / "base")
-    transformer.save_config(folder / "base" / "transformer")
-    _scheduler().save_pretrained(folder / "base" / "scheduler")
+        torch.manual_seed(SEED)
+        transformer = _transformer(in_channels)
+        _vae().save_pretrained(base / "vae")
+        _write_text_encoders(base)
+    transformer.save_config(base / "transformer")
+    _scheduler().save_pretrained(base / "scheduler")
     tensors = {name: tensor.float().numpy() for name, tensor in transformer.state_dict().items()}
-    for quant, pack in packers().items():
-        _write_gguf(folder / f"flux1-fill-dev-{quant}.gguf", tensors, *pack)
+    for file, quant in files.items():
+        _write_gguf(file, tensors, *packers()[quant])
 
 
-def _transformer() -> Any:
+def _transformer(in_channels: int) -> Any:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=384,
+        in_channels=in_channels,
         out_channels=64,
         num_layers=2,
         num_single_layers=4,
@@ -120,17 +130,11 @@ def _scheduler() -> Any:
 
 
 def _write_text_encoders(base: Path) -> None:
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
 
-    # Every byte alone, within a word and at its end: any text can be encoded, and no merges are needed.
-    letters = sorted(ByteLevel.alphabet())
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=_CLIP_TOKENS).save_pretrained(base / "tokenizer")
     CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=len(write_clip_tokenizer(base / "tokenizer")),
             hidden_size=_WIDTH,
             intermediate_size=_WIDTH,
             num_hidden_layers=1,
@@ -149,6 +153,20 @@ def _write_text_encoders(base: Path) -> None:
     T5EncoderModel(
         T5Config(vocab_size=len(scored), d_model=_WIDTH, d_kv=64, d_ff=_WIDTH, num_layers=1, num_heads=4)
     ).save_pretrained(base / "text_encoder_2")
+
+
+def write_clip_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer, which is also in the folder from now on."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    # Every byte alone, within a word and at its end: any text can be encoded, and no merges are needed.
+    letters = sorted(ByteLevel.alphabet())
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=_CLIP_TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 Array = npt.NDArray[Any]

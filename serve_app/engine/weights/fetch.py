@@ -6,14 +6,15 @@ An unpinned repository's revision is `main`, in the cache and in the mirror.
 import asyncio
 import glob
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import UnknownWeights, WeightsError
-from ...models import TINY, Variant
+from ...models import TINY, Family, Variant
 from ..cold_start import timed
 from ..flux import tiny
+from ..sdxl import tiny as tiny_sdxl
 from . import lock
 from .cache import UNPINNED, Need, OnFile, Sources, cached, download, files_in, silent
 
@@ -38,6 +39,24 @@ _TEXT = (
     "text_encoder/config.json", "text_encoder/*", "text_encoder_2/config.json", "text_encoder_2/*",
     "tokenizer/tokenizer_config.json", "tokenizer/*", "tokenizer_2/tokenizer_config.json", "tokenizer_2/*",
 )  # fmt: skip
+#: Files of a base repository that describe SDXL, whose weights are one file.
+_SDXL = (
+    "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder_2/config.json", "tokenizer/*.json",
+    "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt", "unet/config.json", "vae/config.json",
+    "model_index.json",
+)  # fmt: skip
+#: By family: what it takes of its base repository.
+_OF_BASE: Mapping[Family, Sequence[tuple[str, ...]]] = {
+    "flux-fill": (_PAINTING, _TEXT),
+    "flux": (_PAINTING, _TEXT),
+    "sdxl": (_SDXL,),
+}
+#: By family: a folder of the cache, and what writes its tiny weights there.
+_TINIES: Mapping[Family, tuple[str, Callable[[Path], None]]] = {
+    "flux-fill": (f"tiny-{tiny.FORMAT}", tiny.write_fill),
+    "flux": (f"tiny-flux-{tiny.FORMAT_DEV}", tiny.write_dev),
+    "sdxl": (f"tiny-sdxl-{tiny_sdxl.FORMAT}", tiny_sdxl.write),
+}
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -45,9 +64,9 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 class Weights:
     """Files of one variant, all on this machine."""
 
-    #: GGUF file.
+    #: The file with the transformer, of SDXL with all weights; or, of SDXL, the folder `base`, which then has them.
     transformer: Path
-    #: Folder with `transformer/config.json`, `vae` and `scheduler`.
+    #: Folder with `transformer/config.json`, `vae` and `scheduler`; of SDXL with every part's config.
     base: Path
 
 
@@ -56,10 +75,17 @@ async def fetch(variant: Variant, sources: Sources) -> Weights:
 
     Raises UnknownWeights, MissingToken, GatedRepo, CorruptWeights, WeightsError; UnsafePath for a mirror's odd names.
     """
-    if variant.file is None or variant.base is None:
+    is_folder = variant.family == "sdxl" and variant.file is None
+    if variant.base is None or (variant.file is None and not is_folder):
         raise UnknownWeights(f"a variant of family {variant.family} needs both `file` and `base` to have weights")
+    if is_folder and not Path(variant.base).is_dir():
+        raise UnknownWeights(
+            f"there is no folder {variant.base}: an sdxl variant without `file` needs one as its `base`"
+        )
     with timed("fetch"):
-        return Weights(await _transformer(variant, variant.file, sources), await _base(variant, sources, _PAINTING))
+        file = None if variant.file is None else await _file(variant, variant.file, sources)
+        base = await _base(variant, sources, _OF_BASE[variant.family][0])
+        return Weights(file or base, base)
 
 
 async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
@@ -137,9 +163,9 @@ async def _pinned(need: Need, sources: Sources, on_file: OnFile) -> lock.LockedR
     return lock.LockedRepo(revision=revision, files=files)
 
 
-async def _transformer(variant: Variant, file: str, sources: Sources) -> Path:
+async def _file(variant: Variant, file: str, sources: Sources) -> Path:
     if file.startswith(TINY):
-        return (await _tiny(sources)).transformer(file.removeprefix(TINY))
+        return await _tiny(variant, file, sources)
     if variant.repo is None:
         if not Path(file).is_file():
             raise UnknownWeights(f"there is no file {file}, and the variant names no repository to fetch it from")
@@ -151,7 +177,7 @@ async def _transformer(variant: Variant, file: str, sources: Sources) -> Path:
 async def _base(variant: Variant, sources: Sources, patterns: tuple[str, ...]) -> Path:
     base = variant.base or ""
     if base.startswith(TINY):
-        return (await _tiny(sources)).base
+        return await _tiny(variant, base, sources)
     if Path(base).is_dir():
         return Path(base)
     if not _REPO.fullmatch(base):
@@ -160,8 +186,9 @@ async def _base(variant: Variant, sources: Sources, patterns: tuple[str, ...]) -
     return await cached(Need(base, revision, patterns), sources)
 
 
-async def _tiny(sources: Sources) -> tiny.TinyWeights:
-    return await asyncio.to_thread(tiny.ensure, sources.cache / f"tiny-{tiny.FORMAT}")
+async def _tiny(variant: Variant, name: str, sources: Sources) -> Path:
+    folder, write = _TINIES[variant.family]
+    return (await asyncio.to_thread(tiny.ensure, sources.cache / folder, write)).folder / name.removeprefix(TINY)
 
 
 def _needs(variants: Iterable[Variant], locked: lock.Lock) -> Sequence[Need]:
@@ -173,7 +200,7 @@ def _needs(variants: Iterable[Variant], locked: lock.Lock) -> Sequence[Need]:
             needs[Need(variant.repo, revision, (glob.escape(variant.file),))] = None
         if variant.base and not variant.base.startswith(TINY) and not Path(variant.base).is_dir():
             revision = _revision(variant.base, variant.base_revision, locked)
-            needs |= {Need(variant.base, revision, patterns): None for patterns in (_PAINTING, _TEXT)}
+            needs |= {Need(variant.base, revision, patterns): None for patterns in _OF_BASE.get(variant.family, ())}
     return list(needs)
 
 

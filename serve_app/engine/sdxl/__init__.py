@@ -1,0 +1,1 @@
+"""Stable Diffusion XL. Imports torch on use only."""

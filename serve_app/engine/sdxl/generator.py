@@ -1,0 +1,190 @@
+"""Stable Diffusion XL as a Generator: holds the pipeline on a device and runs it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from ...errors import CorruptWeights, InputError, PaintError, VariantLoadFailed
+from ...models import GenerateRequest, Pixels, Variant
+from ...settings import VariantSettings
+from ..cold_start import timed
+from ..device import BUILDING, Device
+from ..rounding import rounded
+from ..weights.fetch import Weights
+from . import checkpoint
+
+_PACKAGES = ("torch", "diffusers", "transformers")
+_MULTIPLE_PX = 8
+
+#: By the names of `models.GENERATIONS`: the class, and what it changes of the model's own scheduler's config.
+_SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": False}),
+}
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    return {package: version(package) for package in _PACKAGES}
+
+
+class Sdxl:
+    """On a GPU where the variant wants one, in float16; otherwise on the CPU with `served.threads` threads."""
+
+    def __init__(self, variant: Variant, weights: Weights | None, served: VariantSettings) -> None:
+        """Raises VariantLoadFailed where there are no weights, or no GPU for a variant that wants one."""
+        if weights is None:
+            raise VariantLoadFailed("an sdxl variant needs weights, and was given none")
+        wants_gpu = variant.num_gpus > 0
+        self._device = Device(wants_gpu=wants_gpu, dtype=torch.float16 if wants_gpu else None)
+        self._weights, self._threads = weights, served.threads
+        self._pipeline: Any = None
+        #: The model's own, which no picture is made with: its config alone is read.
+        self._scheduler: Any = None
+
+    def load(self) -> None:
+        """Also raises CorruptWeights where the file or folder holds something else than SDXL's base model."""
+        checkpoint.check(self._weights.transformer)
+        torch.set_num_threads(self._threads)
+        # Redrawn lines in every replica's log.
+        for logging in (diffusers_logging, transformers_logging):
+            logging.disable_progress_bar()
+        self._device.ms = 0.0
+        with BUILDING, self._device.translated():
+            self._pipeline = _build(self._weights, self._device)
+            self._scheduler = self._pipeline.scheduler
+            self._device.free_memory()
+
+    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
+        """One step at each size on a GPU; one small picture on a CPU, where no size is prepared for."""
+        for width, height in buckets if self._device.is_gpu else [(64, 64)]:
+            nothing = GenerateRequest(
+                job_id="", prompt="", width=width, height=height, steps=1, guidance_scale=2.0, seed=0
+            )
+            self._decoded(nothing, lambda step: None)
+        self._device.ms = 0.0
+
+    def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
+        """Also raises InputError for sides that are no multiples of 8, and for an unknown scheduler."""
+        if request.height % _MULTIPLE_PX or request.width % _MULTIPLE_PX:
+            size = f"{request.width}x{request.height}"
+            raise InputError(f"a picture of {size} px: both must be multiples of {_MULTIPLE_PX}")
+        return rounded(self._decoded(request, on_step).permute(1, 2, 0).numpy())
+
+    def device_ms(self) -> float | None:
+        return self._device.ms if self._device.is_gpu else None
+
+    def peak_memory(self) -> tuple[int, int] | None:
+        return self._device.peak_memory()
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**self._device.describe(), "versions": _versions()}
+
+    def free_memory(self) -> None:
+        self._device.free_memory()
+
+    def close(self) -> None:
+        self._pipeline = self._scheduler = None
+        self.free_memory()
+
+    def _decoded(self, request: GenerateRequest, on_step: Callable[[int], None]) -> torch.Tensor:
+        """float32 `[3, height, width]` in host memory; 0 is black and 1 is white."""
+        if self._pipeline is None:
+            raise PaintError("the engine is not loaded")
+        # New for each picture: a scheduler keeps state between steps, and the last picture's may be another.
+        self._pipeline.scheduler = self._scheduler_of(request.scheduler)
+        vae = self._pipeline.vae
+        with self._device.translated(), self._device.timed(), torch.inference_mode():
+            latents = self._pipeline(
+                _sound(request.prompt),
+                # Without one, the model's config says what takes its place.
+                negative_prompt=_sound(request.negative_prompt) or None,
+                width=request.width,
+                height=request.height,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                # Drawn on the CPU, noise is the same whatever the device.
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                callback_on_step_end=self._step_hook(on_step),
+                output_type="latent",
+            ).images
+            image = vae.decode(_scaled(latents.to(vae.dtype), vae.config), return_dict=False)[0][0]
+            return (image.float() * 0.5 + 0.5).cpu()
+
+    def _scheduler_of(self, name: str | None) -> Any:
+        config = self._scheduler.config
+        if name is None:
+            return type(self._scheduler).from_config(config)
+        if name not in _SCHEDULERS:
+            raise InputError(f"there is no scheduler {name}; there are {', '.join(_SCHEDULERS)}")
+        kind, changes = _SCHEDULERS[name]
+        return kind.from_config(config, **changes)
+
+    def _step_hook(self, on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+        def hook(_pipeline: Any, index: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            # As in FluxFill: a step reported is a step done, and raising ends the run at once.
+            self._device.synchronize()
+            on_step(index + 1)
+            return {}
+
+        return hook
+
+
+def _build(weights: Weights, device: Device) -> Any:
+    """Raises CorruptWeights where the weights are not those that the configs describe."""
+    path, options = weights.transformer, {"dtype": device.dtype, "local_files_only": True, "add_watermarker": False}
+    try:
+        with timed("build"):
+            if path.is_dir():
+                halves = "fp16" if any(path.glob("*/*.fp16*.safetensors")) else None
+                pipeline = StableDiffusionXLPipeline.from_pretrained(
+                    path, use_safetensors=True, variant=halves, **options
+                )
+            else:
+                # A folder: without one, diffusers asks the hub whatever `local_files_only` says.
+                config = str(weights.base)
+                pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config, **options)
+        if pipeline.vae.config.force_upcast and device.dtype == torch.float16:
+            # It overflows float16. For good: the pipeline would convert it for each picture, and leave it converted
+            # where that picture fails.
+            pipeline.vae.to(torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        with timed("to_device"):
+            return pipeline.to(device.torch)
+    except (LookupError, ValueError, OSError, NotImplementedError, SingleFileComponentError) as e:
+        # NotImplementedError: a tensor that is not in the file has no data to move.
+        what = f"{path} does not hold the model that {weights.base} describes: {e!r}"
+        raise CorruptWeights(what, file=str(path)) from e
+
+
+def _scaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """As the VAE takes them. Source: StableDiffusionXLPipeline.__call__."""
+    if config.latents_mean is None or config.latents_std is None:
+        return latents / config.scaling_factor
+    mean, deviation = (
+        latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
+    )
+    return latents * deviation / config.scaling_factor + mean
+
+
+def _sound(prompt: str) -> str:
+    """JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    return prompt.encode(errors="replace").decode()
