@@ -70,13 +70,15 @@ class Variant(_Value):
 
     #: Which engine runs it; see `serve_app.engine.families`.
     family: Family
-    #: Hub repository of the quantised transformer, e.g. `owner/name`.
+    #: Hub repository of `file`, e.g. `owner/name`.
     repo: str | None = None
-    #: File in `repo`, or a local path where `repo` is absent.
+    #: File in `repo`, or a local path where `repo` is absent: the transformer, as GGUF or (`flux`) safetensors; of
+    #: `sdxl` all weights as safetensors, or a local folder in diffusers' layout, which is then its `base`, too.
     file: str | None = None
     #: Commit of `repo`. None: not pinned here; the weights lock file may pin it.
     revision: str | None = None
-    #: Repository or local folder with VAE, scheduler, text encoders and the transformer's config.
+    #: Repository or local folder with VAE, scheduler, text encoders and the transformer's config; of `sdxl` the configs
+    #: alone are read.
     base: str | None = None
     base_revision: str | None = None
     #: What the transformer's blocks are repacked to at load, approximately; None computes with what `file` holds.
@@ -108,7 +110,7 @@ class Variant(_Value):
         return self.family != "telea"
 
 
-#: A `base` or `file` under this prefix is written by `serve_app.engine.flux.tiny` on first use.
+#: A `base` or `file` under this prefix is written by `flux.tiny` or `sdxl.tiny` of `serve_app.engine` on first use.
 TINY = "tiny:"
 
 _GGUF_REPO = "YarvixPA/FLUX.1-Fill-dev-GGUF"

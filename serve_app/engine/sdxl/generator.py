@@ -127,7 +127,7 @@ class Sdxl:
                 output_type="latent",
             ).images
             image = vae.decode(_scaled(latents.to(vae.dtype), vae.config), return_dict=False)[0][0]
-            return (image.float() * 0.5 + 0.5).cpu()
+            return torch.as_tensor(image.float() * 0.5 + 0.5).cpu()
 
     def _scheduler_of(self, name: str | None) -> Any:
         config = self._scheduler.config
@@ -175,7 +175,7 @@ def _build(weights: Weights, device: Device) -> Any:
         raise CorruptWeights(what, file=str(path)) from e
 
 
-def _scaled(latents: torch.Tensor, config: Any) -> torch.Tensor:
+def _scaled(latents: Any, config: Any) -> Any:
     """As the VAE takes them. Source: StableDiffusionXLPipeline.__call__."""
     if config.latents_mean is None or config.latents_std is None:
         return latents / config.scaling_factor

@@ -64,9 +64,9 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 class Weights:
     """Files of one variant, all on this machine."""
 
-    #: The file with the transformer, of SDXL with all weights; or, of SDXL, the folder `base`, which then has them.
+    #: The file with the transformer. Of SDXL a file with all weights, or a folder in diffusers' layout.
     transformer: Path
-    #: Folder with `transformer/config.json`, `vae` and `scheduler`; of SDXL with every part's config.
+    #: Folder with `transformer/config.json`, `vae` and `scheduler`; of SDXL with the configs of all parts.
     base: Path
 
 
@@ -75,17 +75,11 @@ async def fetch(variant: Variant, sources: Sources) -> Weights:
 
     Raises UnknownWeights, MissingToken, GatedRepo, CorruptWeights, WeightsError; UnsafePath for a mirror's odd names.
     """
-    is_folder = variant.family == "sdxl" and variant.file is None
-    if variant.base is None or (variant.file is None and not is_folder):
+    if variant.file is None or variant.base is None:
         raise UnknownWeights(f"a variant of family {variant.family} needs both `file` and `base` to have weights")
-    if is_folder and not Path(variant.base).is_dir():
-        raise UnknownWeights(
-            f"there is no folder {variant.base}: an sdxl variant without `file` needs one as its `base`"
-        )
     with timed("fetch"):
-        file = None if variant.file is None else await _file(variant, variant.file, sources)
-        base = await _base(variant, sources, _OF_BASE[variant.family][0])
-        return Weights(file or base, base)
+        file = await _file(variant, variant.file, sources)
+        return Weights(file, await _base(variant, sources, _OF_BASE[variant.family][0]))
 
 
 async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
@@ -167,7 +161,7 @@ async def _file(variant: Variant, file: str, sources: Sources) -> Path:
     if file.startswith(TINY):
         return await _tiny(variant, file, sources)
     if variant.repo is None:
-        if not Path(file).is_file():
+        if not (Path(file).is_file() or (variant.family == "sdxl" and Path(file).is_dir())):
             raise UnknownWeights(f"there is no file {file}, and the variant names no repository to fetch it from")
         return Path(file)
     need = Need(variant.repo, _revision(variant.repo, variant.revision, sources.locked), (glob.escape(file),))
