@@ -3,9 +3,6 @@
 import asyncio
 import base64
 import binascii
-import json
-from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
@@ -77,14 +74,8 @@ class InpaintBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fields(cls, given: Any) -> Any:
+    def _no_chain(cls, given: Any) -> Any:
         refuse_chain(given)
-        if isinstance(given, Mapping) and any(isinstance(value, bytes) for value in given.values()):
-            # A form's other fields are text.
-            given = dict(given)
-            for name in {"steps", "guidance", "guidance_scale", "seed"} & given.keys():
-                with suppress(ValueError, TypeError):
-                    given[name] = json.loads(given[name])
         return given
 
     @model_validator(mode="after")
