@@ -22,7 +22,7 @@ if [[ -f $root/k8s/cluster.env ]]; then
   done <"$root/k8s/cluster.env"
 fi
 : "${PROJECT:=}" "${REGION:=us-central1}" "${CLUSTER:=flux-fill}" "${PUBLIC_HOST:=}"
-: "${LOCATION:=$REGION-a}" "${CPU_MACHINE:=e2-standard-8}" "${CPU_NODES:=6}" "${GPU_NODES:=7}" "${SPOT_NODES:=0}"
+: "${LOCATION:=$REGION-a}" "${CPU_MACHINE:=e2-standard-8}" "${CPU_NODES:=6}" "${GPU_NODES:=8}" "${SPOT_NODES:=0}"
 : "${CONTEXT:=gke_${PROJECT}_${LOCATION}_${CLUSTER}}"
 dry_run=
 

@@ -76,7 +76,10 @@ show() {
 
 write_config() {
   local served="$variant: {min_replicas: $min_replicas, downscale_delay_s: 30}"
-  if [ "$variant" = telea ]; then served+=$'\n        tiny-Q4_0: {downscale_delay_s: 60}'; fi
+  local generators='fake: {num_cpus: 0.1}'
+  if [ "$variant" = telea ]; then
+    served+=$'\n        tiny-Q4_0: {downscale_delay_s: 60}' generators+=$'\n        tiny-sdxl: {downscale_delay_s: 60}'
+  fi
   cat >"$config" <<END
 # Of scripts/setup_colab.sh, for this GPU: $gpu. Once written it is kept.
 proxy_location: HeadOnly
@@ -94,6 +97,8 @@ applications:
       work: {inference_timeout_s: $timeout_s}
       variants:
         $served
+      generators:
+        $generators
       text_encoder: $encoder
     deployments:
       - {name: Ingress, user_config: {variant: $variant}}

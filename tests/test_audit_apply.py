@@ -78,8 +78,8 @@ LAYOUTS = {
     "lists flush": flush(SOUND),
     "four blanks": re.sub("^( *)(- )?", lambda m: m[1] * 2 + ("-   " if m[2] else ""), SOUND, flags=re.MULTILINE),
     "anchors": SOUND.replace("tiny-Q4_0: {", "tiny-Q4_0: &tiny {")
-    .replace("tiny-Q5_K_S: {num_cpus: 0.3, downscale_delay_s: 60}", "tiny-Q5_K_S: *tiny")
-    .replace("tiny-Q8_0: {num_cpus: 0.3, downscale_delay_s: 60}", "tiny-Q8_0: {<<: *tiny, num_cpus: 0.5}"),
+    .replace("tiny-Q5_K_S: {downscale_delay_s: 60}", "tiny-Q5_K_S: *tiny")
+    .replace("tiny-Q8_0: {downscale_delay_s: 60}", "tiny-Q8_0: {<<: *tiny, num_cpus: 0.5}"),
     "quotes and a long line": SOUND.replace(
         "crop_strategy: auto", f"crop_strategy: \"auto\"\n          prompt: '{'word ' * 60}'"
     ).replace("host: 127.0.0.1", 'host: "127.0.0.1"   # loopback'),

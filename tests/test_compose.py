@@ -169,7 +169,7 @@ def test_both_profiles_are_one_app_but_for_what_paints() -> None:
     configs = [yaml.safe_load(path.read_text()) for path in (CPU, GPU)]
     for config in configs:
         app = config["applications"][0]
-        del app["args"]["variants"], app["args"]["text_encoder"], app["args"]["audit"]
+        del app["args"]["variants"], app["args"]["generators"], app["args"]["text_encoder"], app["args"]["audit"]
         del app["deployments"][0]["user_config"]["variant"]
     assert configs[0] == configs[1]
 
@@ -320,7 +320,7 @@ def test_up_makes_secrets_once_and_for_their_owner_alone(checkout: Checkout) -> 
     first = path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     values = dict(line.split("=", 1) for line in first.splitlines() if not line.startswith("#"))
-    assert values.pop("WEBHOOK_SECRET") == values.pop("HF_TOKEN") == ""
+    assert {values.pop(name) for name in [*values] if name.startswith(("WEBHOOK_", "HF_", "DF_"))} == {""}
     assert values["API_KEYS"].endswith(":jobs+audit")
     made = [value.removesuffix(":jobs+audit") for value in values.values()]
     assert len(set(made)) == 5

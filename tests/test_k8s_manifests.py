@@ -61,7 +61,7 @@ def test_both_ways_to_bring_secrets_bring_the_same_keys() -> None:
 
 GOOGLE = "Google's stores and broker, with names of their own"
 CLUSTER = "a cluster of several nodes, which others reach"
-PAINTERS = "FLUX.1-Fill on GPUs; the laptop has tiny variants with random weights"
+PAINTERS = "FLUX.1-Fill and SDXL on GPUs; the laptop has tiny variants with random weights"
 IN_THE_POD = "the pod's root is read-only"
 #: Keys in which an overlay's config may differ from serve_config.yaml: the only value that it may have instead (None:
 #: any), and why.
@@ -78,6 +78,7 @@ DIFFERENCES: dict[Path, dict[str, tuple[Any, str]]] = {
         "messages.project": (None, GOOGLE),
         "weights.*": (None, "a volume that a Job fills"),
         "variants.*": (None, PAINTERS),
+        "generators.*": (None, PAINTERS),
         "text_encoder.*": (None, PAINTERS),
         "audit.matrix.variants": (None, PAINTERS),
         "audit.gpus": (None, "the cluster adds nodes"),

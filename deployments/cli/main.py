@@ -1,4 +1,4 @@
-"""The command line: `fluxfill demo | submit | jobs | deadletters | audit | keys | check | weights`."""
+"""The command line: `fluxfill demo | submit | generate | jobs | deadletters | audit | keys | check | weights`."""
 
 import asyncio
 import uuid
@@ -22,6 +22,7 @@ from serve_app.settings import Settings
 
 from .audits import audit_app
 from .dead_letters import deadletters_app
+from .generate import generate
 from .keys import keys_app
 from .screen import Screen
 from .subcommands import goes_to_subcommand
@@ -30,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Remove things from photos with FLUX.1-Fill.",
+    help="Remove things from photos with FLUX.1-Fill, and make pictures from prompts.",
 )
 jobs_app = typer.Typer(help="List, show and cancel jobs.")
 weights_app = typer.Typer(no_args_is_help=True, help="Model weights.")
@@ -39,6 +40,7 @@ app.add_typer(weights_app, name="weights")
 app.add_typer(deadletters_app, name="deadletters")
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
+app.command()(generate)
 
 out = Screen()
 err = Screen(stderr=True)
@@ -196,12 +198,15 @@ def jobs(
     from ..client import Client
 
     # An id must be whole, to be copied; on a terminal of 80 columns the session fits below it only.
-    table = Table(Column("job, session", no_wrap=True), Column("status", no_wrap=True), "variant", "when")
+    columns = (Column("job, session", no_wrap=True), "type", Column("status", no_wrap=True), "model", "when")
+    table = Table(*columns)
     for job in _run(Client(_settings(config)).list(status=status, limit=limit)):
         state = f"{job.status} {job.progress.fraction:.0%}" if job.status == State.RUNNING else job.status
         why = f"\n{job.error.code}" if job.error else ""
         when = job.created_at.astimezone().strftime("%m-%d %H:%M")
-        table.add_row(Text(f"{job.id}\n{job.lock_key}"), f"{state}{why}", job.variant, when)
+        # One that was posted belongs to no session.
+        name = f"{job.id}\n{job.lock_key}" if job.user_id else job.id
+        table.add_row(Text(name), job.type, f"{state}{why}", job.variant, when)
     out.print(table)
 
 
@@ -281,8 +286,8 @@ def _summary(settings: Settings) -> None:
     from serve_app.engine.weights import lock
 
     locked = lock.read(settings.weights.lock)
-    table = Table("variant", "engine", "replicas", "weights", "pinned")
-    for name, served in settings.variants.items():
+    table = Table("model", "engine", "replicas", "weights", "pinned")
+    for name, served in settings.served.items():
         row = settings.variant(name)
         source = f"{row.repo}/{row.file}" if row.repo else row.file or "none"
         pinned = "" if not row.repo else "yes" if row.revision or row.repo in locked.repos else "NO"
@@ -306,7 +311,7 @@ def weights_tiny(
 @weights_app.command("pull")
 def weights_pull(
     variants: Annotated[
-        list[str] | None, typer.Argument(help="Variants; by default all that the config serves.")
+        list[str] | None, typer.Argument(help="Variants and generators; by default all that the config serves.")
     ] = None,
     to: Annotated[str | None, typer.Option(help="Blob store URL of a mirror to fill as well.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Look up revisions and write them to the lock file.")] = False,

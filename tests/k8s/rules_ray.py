@@ -176,7 +176,7 @@ def settings_know_the_cluster(objects: Objects) -> Iterator[str]:
     if own.nodes != nodes:
         yield f"{place}: nodes: {own.nodes}, and the groups can have {nodes}"
     if own.audit.gpus not in (None, painted):
-        yield f"{place}: audit.gpus: {own.audit.gpus}, and the variants can have {painted:g}"
+        yield f"{place}: audit.gpus: {own.audit.gpus}, and the models can have {painted:g}"
 
 
 # -- shutdown
@@ -212,16 +212,16 @@ def the_head_leaves_last(objects: Objects) -> Iterator[str]:
 
 def the_ingress_stops_first(objects: Objects) -> Iterator[str]:
     """Serve stops a replica as long before its node's drain ends as it may take to stop. An ingress that pulls when the
-    inpainters are gone holds jobs that the other cluster could do."""
+    inpainters, or the generators, are gone holds jobs that the other cluster could do."""
     pods = [pod for pod in workers(objects) if not pod.is_spot]
     asked = deployments(objects)
 
-    def stops_s(pod: Pod, kind: str) -> list[float]:
-        found = [_drain(pod) - one.shutdown_s for one in asked if one.name.startswith(kind) and one.fits(pod)]
-        return [seconds for seconds in found if seconds > 0]
+    def stops_s(pod: Pod, *kinds: str) -> list[float]:
+        found = [_drain(pod) - one.shutdown_s for one in asked if one.name.startswith(kinds) and one.fits(pod)]
+        return sorted(seconds for seconds in found if seconds > 0)
 
     for pod, other in permutations(pods, 2):
-        for pulls_s, paints_s in product(stops_s(pod, "Ingress"), stops_s(other, "Inpainter")[:1]):
+        for pulls_s, paints_s in product(stops_s(pod, "Ingress"), stops_s(other, "Inpainter", "Generator")[:1]):
             if pulls_s > paints_s:
                 yield f"{pod.at}: {DRAIN}: the ingress pulls for {pulls_s:g} s, and {other.at} paints for {paints_s:g}"
 
