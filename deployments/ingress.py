@@ -233,11 +233,6 @@ class Ingress:
     async def _is_stopping(self) -> bool:
         return self.is_stopping
 
-    async def cancel_job(self, job_id: str) -> Job:
-        job = await self._canceler.job(job_id)
-        self._notifier.notify(job)
-        return job
-
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         canceled = await self._canceler.session(user_id, session_id)
         for job in canceled:

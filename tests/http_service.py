@@ -1,7 +1,7 @@
 """The service that routes see, over a real worker: what the tests of the HTTP routes hold in their hands."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import SecretStr
@@ -11,6 +11,7 @@ from serve_app.blobs import BlobInfo
 from serve_app.errors import InvalidLink
 from serve_app.http.app import Readiness, VariantReadiness, VariantState
 from serve_app.http.auth import GOOGLE_JWKS_URL, Access
+from serve_app.jobs.api import JobApi
 from serve_app.jobs.cancel import Canceler
 from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.jobs.record import Job
@@ -54,12 +55,15 @@ class Process:
         self.access = Access(settings(), Secrets())
         self.limits = rig.settings.limits
         self.worked = 0
-        self.jobs = LocalJobs()
+        self.jobs = JobApi(
+            kinds=rig.kinds, job_store=rig.jobs, blobs=rig.blobs, notifier=rig.notifier, settings=rig.settings
+        )
+        self.audit_jobs = LocalJobs()
         self.is_stopping = False
         self.audits = Audits(
             blobs=rig.blobs,
             job_store=rig.jobs,
-            launcher=self.jobs,
+            launcher=self.audit_jobs,
             settings=rig.settings,
             is_stopping=self._stops,
         )
@@ -82,8 +86,8 @@ class Process:
         is_ready = variants[self.default].can_serve
         return Readiness(ready=is_ready, default_variant=self.default, variants=variants, messages=self.messages)
 
-    async def cancel_job(self, job_id: str) -> Job:
-        return await self._canceler.job(job_id)
+    def models(self) -> Mapping[str, VariantReadiness]:
+        return {name: VariantReadiness(state=self.state) for name in self.rig.settings.served}
 
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         return await self._canceler.session(user_id, session_id)

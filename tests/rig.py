@@ -292,8 +292,9 @@ class Rig:
             defaults=lambda: self.inference,
             links=self.linked,
         )
+        self.kinds = [self.editor]
         self.notifier = Notifier(
-            kinds=[self.editor],
+            kinds=self.kinds,
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,
@@ -303,7 +304,7 @@ class Rig:
             poll_s=0.01,
         )
         self.parts: dict[str, Any] = dict(
-            kinds=[self.editor],
+            kinds=self.kinds,
             job_store=self.jobs,
             mirror=self.mirror,
             publisher=self.broker,

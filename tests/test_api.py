@@ -219,7 +219,6 @@ def problem_code(response: Any) -> str:
     [
         ("GET", "/nope", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
-        ("GET", "/openapi.json", 404, "not_found"),
         ("GET", "/inpaint", 405, "method_not_allowed"),
         ("GET", "/v1/jobs/j/cancel", 405, "method_not_allowed"),
         ("POST", "/v1/jobs/a.b/cancel", 422, "invalid_request"),
@@ -251,7 +250,8 @@ async def waiting_job(process: Process) -> str:
 async def test_a_waiting_job_is_canceled_by_its_id(client: TestClient, process: Process) -> None:
     job_id = await waiting_job(process)
     response = client.post(f"/v1/jobs/{job_id}/cancel")
-    assert (response.status_code, response.json()) == (200, {"id": job_id, "status": "canceled"})
+    assert response.status_code == 200
+    assert response.json().items() >= {"id": job_id, "status": "canceled", "error_code": "canceled"}.items()
     assert (await process.rig.job()).status == State.CANCELED
     again = client.post(f"/v1/jobs/{job_id}/cancel")
     assert (again.status_code, problem_code(again)) == (409, "illegal_transition")

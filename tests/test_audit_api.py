@@ -40,7 +40,7 @@ class Site:
         #: The job goes on to its end once it is set.
         self.may_end = asyncio.Event()
         self.ends_as = AuditStatus.SUCCEEDED
-        process.jobs.work = self.job
+        process.audit_jobs.work = self.job
 
     async def job(self, audit: Audit) -> None:
         """What a job does with its run."""
@@ -112,7 +112,7 @@ async def site() -> AsyncIterator[Site]:
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=JSON) as client:
         yield Site(process, client)
     await process.audits.close()
-    await process.jobs.close()
+    await process.audit_jobs.close()
 
 
 def problem_code(response: httpx.Response) -> str:
@@ -208,7 +208,7 @@ async def test_a_run_that_fails_is_a_problem_with_the_reasons_code(site: Site) -
 
 async def test_a_client_that_hangs_up_stops_nothing(site: Site) -> None:
     waiting = asyncio.create_task(site.post(run_id="run-1"))
-    while not site.process.jobs.tasks:
+    while not site.process.audit_jobs.tasks:
         await asyncio.sleep(0.01)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
@@ -245,7 +245,7 @@ async def test_an_app_that_is_about_to_end_says_where_to_look(site: Site) -> Non
 
 async def test_a_store_that_is_away_for_a_moment_is_waited_for(site: Site) -> None:
     waiting = asyncio.create_task(site.post(run_id="run-1"))
-    while not site.process.jobs.tasks:
+    while not site.process.audit_jobs.tasks:
         await asyncio.sleep(0.01)
     await site.until("run-1", AuditStatus.RUNNING)
     jobs = site.process.rig.jobs
@@ -380,7 +380,7 @@ async def test_a_body_over_its_limit_is_refused(site: Site) -> None:
 
 
 async def test_stores_that_no_job_can_reach_are_named(site: Site) -> None:
-    site.process.jobs.is_apart = True
+    site.process.audit_jobs.is_apart = True
     response = await site.post()
     assert (response.status_code, problem_code(response)) == (409, "audit_impossible")
     assert response.json()["detail"].startswith("jobs: memory:")
@@ -440,7 +440,7 @@ async def test_a_second_audit_is_refused_unless_several_may_run(site: Site) -> N
 async def test_of_many_audits_at_once_one_is_started(site: Site) -> None:
     answers = await asyncio.gather(*(site.post(headers=ASYNC) for _ in range(8)))
     assert sorted(answer.status_code for answer in answers) == [202] + [409] * 7
-    assert len(site.process.jobs.tasks) == len(await site.store.list()) == 1
+    assert len(site.process.audit_jobs.tasks) == len(await site.store.list()) == 1
 
 
 async def test_a_store_that_is_down_is_said_to_be(site: Site) -> None:
@@ -455,13 +455,13 @@ async def test_a_store_that_is_down_is_said_to_be(site: Site) -> None:
 
 
 async def test_where_no_job_can_be_started_the_run_has_failed_and_can_be_resumed(site: Site) -> None:
-    site.process.jobs.is_down = True
+    site.process.audit_jobs.is_down = True
     response = await site.post(run_id="run-1")
     assert (response.status_code, problem_code(response)) == (503, "jobs_unavailable")
     audit = await site.store.get("run-1")
     assert audit.status == AuditStatus.FAILED and audit.error is not None
     assert audit.error.code == "jobs_unavailable"
-    site.process.jobs.is_down = False
+    site.process.audit_jobs.is_down = False
     site.may_end.set()
     resumed = await site.client.post(
         "/audit", json={"user_id": USER, "session_id": SESSION, "run_id": "run-1", "resume": True}
@@ -483,12 +483,12 @@ async def test_a_run_that_lost_cells_is_resumed(site: Site) -> None:
     site.ends_as = AuditStatus.SUCCEEDED
     response = await site.client.post("/audit", json=resume())
     assert (response.status_code, response.json()["status"]) == (200, "succeeded")
-    assert set(site.process.jobs.tasks) == {"fluxfill-audit-run-1", "fluxfill-audit-run-1.2"}
+    assert set(site.process.audit_jobs.tasks) == {"fluxfill-audit-run-1", "fluxfill-audit-run-1.2"}
 
 
 async def test_a_run_whose_job_was_killed_just_now_is_resumed_at_once(site: Site) -> None:
     run_id = await site.started()
-    site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
+    site.process.audit_jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
     site.may_end.set()
     assert (await site.client.post("/audit", json=resume(run_id))).status_code == 200
 
@@ -496,7 +496,7 @@ async def test_a_run_whose_job_was_killed_just_now_is_resumed_at_once(site: Site
 async def test_a_silent_job_is_stopped_before_its_run_goes_on(site: Site) -> None:
     run_id = await site.started()
     site.process.rig.clock.advance(ALIVE_S)
-    first = site.process.jobs.tasks[f"fluxfill-audit-{run_id}"]
+    first = site.process.audit_jobs.tasks[f"fluxfill-audit-{run_id}"]
     stopped_first: list[bool] = []
 
     async def work(audit: Audit) -> None:
@@ -504,7 +504,7 @@ async def test_a_silent_job_is_stopped_before_its_run_goes_on(site: Site) -> Non
         site.may_end.set()
         await site.job(audit)
 
-    site.process.jobs.work = work
+    site.process.audit_jobs.work = work
     response = await site.client.post("/audit", json=resume(run_id))
     assert (response.status_code, response.json()["status"]) == (200, "succeeded")
     assert stopped_first == [True]
@@ -521,10 +521,10 @@ async def test_a_silent_job_that_does_not_stop_is_not_waited_for_for_ever(
             with suppress(asyncio.CancelledError):
                 await site.may_end.wait()
 
-    site.process.jobs.work = deaf
+    site.process.audit_jobs.work = deaf
     run_id = await site.started()
     site.process.rig.clock.advance(ALIVE_S)
-    site.process.jobs.work = site.job
+    site.process.audit_jobs.work = site.job
     response = await site.client.post("/audit", json=resume(run_id), headers=ASYNC)
     assert (response.status_code, response.json()["attempt"]) == (202, 2)
     site.may_end.set()
@@ -533,7 +533,7 @@ async def test_a_silent_job_that_does_not_stop_is_not_waited_for_for_ever(
 
 async def test_a_run_whose_job_was_killed_just_now_is_in_nobodys_way(site: Site) -> None:
     run_id = await site.started()
-    site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
+    site.process.audit_jobs.tasks[f"fluxfill-audit-{run_id}"].cancel()
     assert (await site.post(headers=ASYNC)).status_code == 202
     killed = await site.store.get(run_id)
     assert killed.status == AuditStatus.FAILED and killed.error is not None and killed.error.code == "job_died"
@@ -622,7 +622,7 @@ async def test_who_waits_is_told_that_the_job_died(site: Site) -> None:
         await site.begun(audit)
         raise RuntimeError("out of luck")
 
-    site.process.jobs.work = crash
+    site.process.audit_jobs.work = crash
     response = await site.post(run_id="run-1")
     assert (response.status_code, problem_code(response)) == (500, "job_died")
     assert "failed before the run was over" in response.json()["detail"]
@@ -632,7 +632,7 @@ async def test_who_waits_is_told_that_the_job_died(site: Site) -> None:
 async def test_a_job_that_ended_before_it_began_is_seen(site: Site) -> None:
     async def nothing(audit: Audit) -> None: ...
 
-    site.process.jobs.work = nothing
+    site.process.audit_jobs.work = nothing
     assert (await site.post()).json()["code"] == "job_died"
 
 
@@ -650,9 +650,9 @@ async def test_a_job_that_goes_and_is_silent_is_dead_once_its_time_is_over(
     site: Site, has_begun: bool, silent_s: float
 ) -> None:
     if not has_begun:
-        site.process.jobs.work = never_ends
+        site.process.audit_jobs.work = never_ends
     waiting = asyncio.create_task(site.post(run_id="run-1"))
-    await until(lambda: site.process.jobs.tasks)
+    await until(lambda: site.process.audit_jobs.tasks)
     if has_begun:
         await site.until("run-1", AuditStatus.RUNNING)
     site.process.rig.clock.advance(silent_s - 1)
@@ -665,7 +665,7 @@ async def test_a_run_that_failed_has_no_report_of_an_earlier_attempt(site: Site)
     site.may_end.set()
     site.ends_as = AuditStatus.INCOMPLETE
     assert (await site.post(run_id="run-1")).json()["report_path"]
-    site.process.jobs.is_down = True
+    site.process.audit_jobs.is_down = True
     await site.client.post("/audit", json=resume())
     seen = (await site.client.get("/audits/run-1")).json()
     assert (seen["status"], seen["report_path"], seen["report_url"]) == ("failed", None, None)
@@ -679,7 +679,7 @@ async def test_a_running_audit_stops_by_itself(site: Site) -> None:
     response = await site.client.post(f"/audits/{run_id}/cancel")
     assert (response.status_code, response.json()["run_id"]) == (200, run_id)
     assert (response.json()["status"], response.json()["result_count"]) == ("canceled", 2)
-    await asyncio.wait_for(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], 10)
+    await asyncio.wait_for(site.process.audit_jobs.tasks[f"fluxfill-audit-{run_id}"], 10)
     again = await site.client.post(f"/audits/{run_id}/cancel")
     assert (again.status_code, problem_code(again)) == (409, "illegal_transition")
 
@@ -692,13 +692,13 @@ async def test_a_canceled_job_has_time_to_write_its_report(site: Site) -> None:
         await site.may_end.wait()
         await site.put_report(audit.id)
 
-    site.process.jobs.work = slow
+    site.process.audit_jobs.work = slow
     await site.started(run_id="run-1")
     await site.client.post("/audits/run-1/cancel")
     await site.until("run-1", AuditStatus.CANCELED)
     assert (await site.client.get("/audits/run-1")).json()["report_url"] is None
     site.may_end.set()
-    await asyncio.wait_for(site.process.jobs.tasks["fluxfill-audit-run-1"], 10)
+    await asyncio.wait_for(site.process.audit_jobs.tasks["fluxfill-audit-run-1"], 10)
     assert (await site.client.get("/audits/run-1")).json()["report_path"] == "audit/run-1/report.html"
 
 
@@ -708,11 +708,11 @@ async def test_a_job_that_does_not_stop_is_stopped(site: Site, monkeypatch: pyte
         await asyncio.Event().wait()
 
     monkeypatch.setattr(runs, "GRACE_S", 0.05)
-    site.process.jobs.work = deaf
+    site.process.audit_jobs.work = deaf
     run_id = await site.started()
     assert (await site.client.post(f"/audits/{run_id}/cancel")).json()["status"] == "canceled"
-    await asyncio.gather(site.process.jobs.tasks[f"fluxfill-audit-{run_id}"], return_exceptions=True)
-    assert site.process.jobs.tasks[f"fluxfill-audit-{run_id}"].cancelled()
+    await asyncio.gather(site.process.audit_jobs.tasks[f"fluxfill-audit-{run_id}"], return_exceptions=True)
+    assert site.process.audit_jobs.tasks[f"fluxfill-audit-{run_id}"].cancelled()
 
 
 async def test_an_audit_that_waits_for_its_job_is_canceled_at_once(site: Site) -> None:
@@ -721,12 +721,12 @@ async def test_an_audit_that_waits_for_its_job_is_canceled_at_once(site: Site) -
     async def late(audit: Audit) -> None:
         await waits.wait()
 
-    site.process.jobs.work = late
+    site.process.audit_jobs.work = late
     await site.post(headers=ASYNC, run_id="run-1")
     assert (await site.client.post("/audits/run-1/cancel")).json()["status"] == "canceled"
     async with asyncio.timeout(10):
-        await asyncio.gather(site.process.jobs.tasks["fluxfill-audit-run-1"], return_exceptions=True)
-    assert site.process.jobs.tasks["fluxfill-audit-run-1"].cancelled()
+        await asyncio.gather(site.process.audit_jobs.tasks["fluxfill-audit-run-1"], return_exceptions=True)
+    assert site.process.audit_jobs.tasks["fluxfill-audit-run-1"].cancelled()
 
 
 async def test_a_driver_that_begins_as_the_cancel_comes_has_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,7 +741,7 @@ async def test_a_driver_that_begins_as_the_cancel_comes_has_time(site: Site, mon
         begins.set()
         await site.until("run-1", AuditStatus.RUNNING)
 
-    site.process.jobs.work = late
+    site.process.audit_jobs.work = late
     graces: list[float] = []
 
     async def stop(audit: Audit, grace_s: float) -> None:
@@ -757,7 +757,7 @@ async def test_a_driver_that_begins_as_the_cancel_comes_has_time(site: Site, mon
 
 async def test_a_job_that_cannot_be_stopped_is_logged(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     run_id = await site.started()
-    site.process.jobs.is_down = True
+    site.process.audit_jobs.is_down = True
     with caplog.at_level(logging.WARNING):
         await site.client.post(f"/audits/{run_id}/cancel")
         async with asyncio.timeout(10):

@@ -78,8 +78,9 @@ class Studio:
         self.topics, self.painter, self.metrics = Topics(), Painter(), Counters()
         models = {name: self.painter for name in self.settings.served}
         self.kind = Generation(blobs=self.blobs, models=models, prompts=Prompts(), settings=self.settings)
+        self.kinds = [self.kind]
         shared: dict[str, Any] = dict(
-            kinds=[self.kind],
+            kinds=self.kinds,
             job_store=self.jobs,
             mirror=MemoryJobStore(self.settings.jobs),
             publisher=self.topics,
@@ -90,7 +91,7 @@ class Studio:
         self.notifier = Notifier(**shared, poll_s=0.01)
         self.worker = Worker(**shared, notifier=self.notifier, models=models, pace=QUICK)
         self.api = JobApi(
-            kinds=[self.kind], job_store=self.jobs, blobs=self.blobs, notifier=self.notifier, settings=self.settings
+            kinds=self.kinds, job_store=self.jobs, blobs=self.blobs, notifier=self.notifier, settings=self.settings
         )
 
     def beside(self) -> "Studio":

@@ -149,7 +149,7 @@ def test_a_job_with_uploads_is_a_form_but_not_that_of_another_site(path: str) ->
 def test_the_audits_that_a_page_would_start_are_not(client: TestClient, process: Process) -> None:
     foreign = {"host": "rebind.evil.example", "origin": "https://evil.example", "sec_fetch_site": "cross-site"}
     assert ask(client, "POST", "/audit", content_type="text/plain", **foreign)[0] == 421
-    assert not process.jobs.tasks
+    assert not process.audit_jobs.tasks
 
 
 @pytest.mark.parametrize("given", ["application/json", "Application/JSON", "application/json; charset=utf-8"])
@@ -235,6 +235,6 @@ def test_why_a_variant_failed_is_for_clients(
     process.messages = {"s": {"connected": False, "error": "no such file", "held": 0}}
     answer = client.get("/ready", headers=headers)
     assert answer.status_code == 503
-    assert answer.json()["variants"]["telea"] == {"state": "failed", "error": error}
+    assert answer.json()["variants"]["telea"] == {"state": "failed", "error": error, "where": {}}
     assert answer.json()["messages"] == {"s": {"connected": False, "error": error, "held": 0}}
-    assert answer.json()["variants"]["Q8_0"] == {"state": "starting", "error": ""}
+    assert answer.json()["variants"]["Q8_0"] == {"state": "starting", "error": "", "where": {}}

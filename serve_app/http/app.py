@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -13,27 +13,28 @@ from starlette.exceptions import HTTPException
 from ..audit.record import PAGE
 from ..audit.runs import Audits
 from ..blobs import BlobInfo
-from ..errors import FluxFillError, MalformedMessage, VariantNotReady
+from ..errors import FluxFillError, MalformedMessage, Unavailable, VariantNotReady
 from ..jobs.api import JobApi
 from ..jobs.messages import parse_edit, parse_envelope
 from ..jobs.ports import Delivery, Verdict
 from ..jobs.record import Job, State
-from ..parameters import ID_PATTERN, Id
+from ..parameters import Id
 from ..settings import Limits
 from ..telemetry import Metrics
 from .audits import routes as audit_routes
-from .auth import Access
+from .auth import Access, Credential, caller_with
+from .events import Streams
+from .jobs import routes as job_routes
+from .models import routes as model_routes
+from .openapi import described
 from .pages import check_page
-from .problems import Bodies, Gate, answer_problems, problem
+from .problems import Bodies, Gate, answer_problems, json_body, problem, problems
 
 log = logging.getLogger(__name__)
 
 #: Pub/Sub's largest message, 10 MB, in base64, with room for the envelope. A message over this app's own, smaller limit
 #: must be read to be acknowledged and dead-lettered: a refused push is delivered again for ever.
 MAX_ENVELOPE_BYTES = 14_000_000
-
-#: A header that carries a credential.
-Credential = Annotated[str | None, Header()]
 
 VariantState = Literal["starting", "ready", "scaled_to_zero", "failed"]
 
@@ -83,6 +84,15 @@ class Readiness(BaseModel):
         return self.model_copy(update={**models, "messages": messages, "defaults_error": error})
 
 
+class Health(BaseModel):
+    status: Literal["ok", "ready"]
+
+
+class Outcome(BaseModel):
+    #: Of the push's message: an outcome of a job, or an error's code.
+    outcome: str
+
+
 class CanceledJob(BaseModel):
     id: str
     status: State
@@ -126,9 +136,6 @@ class Service(Protocol):
     def is_stopping(self) -> bool:
         """Whether an ingress replica is stopping, which may be this one: no request may wait any longer."""
 
-    async def cancel_job(self, job_id: str) -> Job:
-        """Raises UnknownJob, IllegalTransition, StoreUnavailable."""
-
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         """The jobs that were stopped. Raises StoreUnavailable."""
 
@@ -140,18 +147,25 @@ class Service(Protocol):
 Services = Callable[[], Service]
 
 
-def create_app(service: Services, bodies: Bodies | None = None) -> FastAPI:
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        self.openapi_schema = self.openapi_schema or described(super().openapi())
+        return self.openapi_schema
+
+
+def create_app(service: Services, bodies: Bodies | None = None, streams: Streams | None = None) -> FastAPI:
     def check(request: Request) -> None:
         # In production every route needs a credential that no browser adds by itself, and probes and proxies use many
         # host names.
         if not service().access.is_production:
             check_page(request.method, request.url.path, request.headers)
 
-    app = FastAPI(title="flux-fill-serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = _App(title="flux-fill-serve", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     answer_problems(app)
     app.add_middleware(Gate, check=check)
     bodies = bodies or Bodies()
-    for routes in (_state_routes(service), _push_routes(service, bodies), _job_routes(service), _blob_routes(service)):
+    routers = (_state_routes(service), _push_routes(service, bodies), _session_routes(service), _blob_routes(service))
+    for routes in (*routers, job_routes(service, bodies, streams or Streams()), model_routes(service)):
         app.include_router(routes)
     app.include_router(audit_routes(lambda: service().access, lambda: service().audits, bodies))
     return app
@@ -160,12 +174,21 @@ def create_app(service: Services, bodies: Bodies | None = None) -> FastAPI:
 def _state_routes(service: Services) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/health")
-    async def health() -> dict[str, str]:
+    async def health() -> Health:
         """The process answers. Says nothing about models or brokers; see /ready."""
-        return {"status": "ok"}
+        return Health(status="ok")
 
-    @routes.get("/ready")
+    for path in ("/health", "/healthz"):
+        routes.get(path, operation_id=path[1:])(health)
+
+    @routes.get("/readyz", responses=problems(503))
+    async def readyz() -> Health:
+        """Whether the app can work, as /ready has it, in a word."""
+        if not service().readiness().ready:
+            raise Unavailable("not ready; see /ready")
+        return Health(status="ready")
+
+    @routes.get("/ready", responses={503: {"model": Readiness}})
     async def ready(response: Response, authorization: Credential = None, x_api_key: Credential = None) -> Readiness:
         """200 when the default variant can serve and an embedded Pub/Sub server listens, else 503; always with each
         variant's and each subscription's state, and for clients with a key the reasons."""
@@ -179,7 +202,12 @@ def _state_routes(service: Services) -> APIRouter:
 def _push_routes(service: Services, bodies: Bodies) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/inpaint")
+    @routes.post(
+        "/inpaint",
+        response_model=Outcome,
+        responses=problems(400, 401, 403, 404, 408, 413, 422, 503),
+        openapi_extra={"requestBody": json_body("PushEnvelope")},
+    )
     async def inpaint(request: Request) -> JSONResponse:
         """A Pub/Sub push, answered when its result is stored. 2xx acknowledges it."""
         if not service().access.takes_pushes:
@@ -220,16 +248,9 @@ def _delivery(body: bytes) -> Delivery:
     )
 
 
-def _job_routes(service: Services) -> APIRouter:
-    async def client(authorization: Credential = None, x_api_key: Credential = None) -> None:
-        await service().access.client(authorization, x_api_key, scope="jobs")
-
-    routes = APIRouter(prefix="/v1", dependencies=[Depends(client)])
-
-    @routes.post("/jobs/{id}/cancel")
-    async def cancel_job(job_id: Annotated[str, Path(alias="id", pattern=ID_PATTERN)]) -> CanceledJob:
-        """Cancel a job: a waiting one never starts, a running one stops within a step. 409 if it has ended."""
-        return CanceledJob.of(await service().cancel_job(job_id))
+def _session_routes(service: Services) -> APIRouter:
+    client = caller_with(lambda: service().access, "jobs")
+    routes = APIRouter(prefix="/v1", dependencies=[Depends(client)], responses=problems(401, 403, 422, 429, 503))
 
     @routes.post("/sessions/{userId}/{sessionId}/cancel")
     async def cancel_session(
@@ -258,10 +279,13 @@ _PAGE_POLICY = (
 )
 
 
+_BLOB: dict[int | str, Any] = {200: {"description": "The blob.", "content": {"*/*": {}}}}
+
+
 def _blob_routes(service: Services) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/blobs/{token}", response_class=Response)
+    @routes.get("/blobs/{token}", response_class=Response, responses={**_BLOB, **problems(403, 404, 413, 422, 503)})
     async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]) -> Response:
         """The blob of one of this app's signed links."""
         data, info = await service().blob(token)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
@@ -15,14 +14,12 @@ from ..audit.options import OPTIONS
 from ..audit.record import Audit, AuditFault, AuditStatus, CellProgress, MemoryReading, Recommendation
 from ..audit.runs import Audits
 from ..parameters import RUN_ID_PATTERN, Id, RunId
-from .auth import Access
-from .problems import Bodies, problem
+from .auth import Access, caller_with
+from .problems import Bodies, json_body, problem, problems, wrong
 
 MAX_BODY_BYTES = 64_000
 #: A `Prefer` header that is longer is not read: looking for what it quotes takes time by its square.
 _PREFER_CHARS = 1_000
-#: Of a field's name that a sender made up, in errors.
-_NAME_CHARS = 100
 _OPTIONS = {option.field for option in OPTIONS if option.over_http}
 
 
@@ -42,7 +39,7 @@ class AuditBody(BaseModel):
         """The options, where they say anything. Raises RequestValidationError for what is none."""
         given = self.model_extra or {}
         if unknown := next((name for name in given if name not in _OPTIONS), None):
-            raise _wrong(unknown[:_NAME_CHARS], "Extra inputs are not permitted")
+            raise wrong(unknown, "Extra inputs are not permitted")
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -109,14 +106,15 @@ _Run = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
 def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: Bodies) -> APIRouter:
     """The first two are asked at each request, because Serve makes the app before the replica."""
 
-    async def client(
-        authorization: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
-    ) -> None:
-        await access().client(authorization, x_api_key, scope="audit")
+    client = caller_with(access, "audit")
+    made = APIRouter(dependencies=[Depends(client)], responses=problems(401, 403, 422, 429, 503))
 
-    made = APIRouter(dependencies=[Depends(client)])
-
-    @made.post("/audit")
+    @made.post(
+        "/audit",
+        response_model=AuditReport,
+        responses={202: {"model": AuditView}, **problems(404, 408, 409, 413, 500)},
+        openapi_extra={"requestBody": json_body("AuditBody")},
+    )
     async def audit(request: Request) -> Response:
         """Start an audit, and answer when it is over; with `Prefer: respond-async` at once."""
         started = await _start(request, audits(), bodies)
@@ -137,12 +135,12 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: B
         """Runs, newest first."""
         return [AuditLine.model_validate(one) for one in await audits().list(limit)]
 
-    @made.get("/audits/{run_id}")
+    @made.get("/audits/{run_id}", responses=problems(404))
     async def look(run_id: _Run) -> AuditView:
         """A run, with the progress of each cell."""
         return await _with_report(AuditView, await audits().look(run_id), audits())
 
-    @made.post("/audits/{run_id}/cancel")
+    @made.post("/audits/{run_id}/cancel", responses=problems(404, 409))
     async def cancel(run_id: _Run) -> AuditView:
         """Stop a run: a waiting one never begins, a running one stops within a step. 409 where it is over."""
         return await _with_report(AuditView, await audits().cancel(run_id), audits())
@@ -164,16 +162,12 @@ async def _start(request: Request, audits: Audits, bodies: Bodies) -> Audit:
         # With the caller's own name of the field.
         first = e.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if part != "matrix")
-        raise _wrong(where[:_NAME_CHARS], first["msg"]) from None
+        raise wrong(where, first["msg"]) from None
     if body.run_id is None:
-        raise _wrong("run_id", "a resume names its run")
+        raise wrong("run_id", "a resume names its run")
     if given:
-        raise _wrong(min(given), "a resume goes by what its run was asked for")
+        raise wrong(min(given), "a resume goes by what its run was asked for")
     return await audits.resume(body.run_id, body.user_id, body.session_id)
-
-
-def _wrong(field: str, why: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", *([field] if field else [])), "msg": why}])
 
 
 async def _accepted(request: Request, audit: Audit, audits: Audits, headers: Mapping[str, str]) -> Response:

@@ -1,20 +1,71 @@
-"""Shared by all HTTP routes: bodies are read up to a limit, and every error is answered as a problem with a code."""
+"""Shared by all HTTP routes: bodies are read up to a limit, every error is answered as a problem with a code, and every
+answer has the request's correlation id."""
 
 import asyncio
+import http
+import json
 import math
+import re
+import uuid
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import BodyTimeout, BodyTooLarge, FluxFillError, Unauthorized, Unavailable
+from ..telemetry import logged_with
 
-#: Bodies that may be read at a time.
+#: Places for bodies that are being read, and the size of one: a larger body takes several.
 BODIES_AT_ONCE = 32
+PLACE_BYTES = 14_000_000
+#: Of a field's name that a sender made up, in errors.
+_NAME_CHARS = 100
+
+#: By which a client and the log name a request: the client's own, or one that is made up.
+CORRELATION_ID = "X-Correlation-ID"
+_GIVEN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_CORRELATION_ID: ContextVar[str] = ContextVar("correlation_id", default="")
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "about:blank",
+                    "title": "unknown job",
+                    "status": 404,
+                    "code": "unknown_job",
+                    "detail": "there is no job j-1",
+                    "message": "there is no job j-1",
+                    "details": {},
+                    "correlation_id": "5f0c1c8e6d7a4f0f9a55e21cf1f5a3a1",
+                }
+            ]
+        }
+    )
+
+    type: str
+    title: str
+    status: int
+    #: For programs; it stays as it is from version to version.
+    code: str
+    #: For people.
+    detail: str
+    #: The same as `detail`.
+    message: str
+    details: dict[str, Any]
+    #: Also in the answer's header `X-Correlation-ID`, and in the log.
+    correlation_id: str
 
 
 def answer_problems(app: FastAPI) -> None:
@@ -26,40 +77,64 @@ def answer_problems(app: FastAPI) -> None:
 
 
 class Gate:
-    """ASGI middleware: a request for which `check` raises is answered with that problem, without reading its body."""
+    """ASGI middleware: a request for which `check` raises is answered with that problem, without reading its body; and
+    every answer says the request's correlation id."""
 
     def __init__(self, app: ASGIApp, check: Callable[[Request], None]) -> None:
         self._app, self._check = app, check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            if scope["type"] == "http":
-                self._check(Request(scope))
-        except FluxFillError as e:
-            await _answer(e)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        correlation_id = _given_id(Headers(scope=scope)) or uuid.uuid4().hex
+        # Not reset: what answers a fault that nobody expected stands outside of this.
+        _CORRELATION_ID.set(correlation_id)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[CORRELATION_ID] = correlation_id
+            await send(message)
+
+        with logged_with(correlation_id=correlation_id):
+            try:
+                self._check(Request(scope))
+            except FluxFillError as e:
+                await _answer(e)(scope, receive, answer)
+                return
+            await self._app(scope, receive, answer)
+
+
+def _given_id(headers: Headers) -> str:
+    """The request's own correlation id; empty where it has none that can stand in a log."""
+    given = headers.get(CORRELATION_ID) or headers.get("X-Request-ID") or ""
+    return given if _GIVEN_ID.fullmatch(given) else ""
 
 
 class Bodies:
     """Reads bodies, each up to its limit and in time, and so few at once that slow ones do not block other requests."""
 
     def __init__(self, *, at_once: int = BODIES_AT_ONCE, timeout_s: float = 15.0) -> None:
-        self._places, self._timeout_s = at_once, timeout_s
+        self._places = self._at_once = at_once
+        self._timeout_s = timeout_s
 
     async def read(self, request: Request, max_bytes: int) -> bytes:
         """Reads no more than `max_bytes`, whatever the Content-Length says. Raises BodyTooLarge; BodyTimeout;
         Unavailable while too many others are being read."""
-        if not self._places:
-            raise Unavailable("too many requests are sending bodies; try again")
-        self._places -= 1
+        # A Content-Length that is there is kept to: the server cuts off what follows.
+        length = request.headers.get("Content-Length", "")
+        size = min(int(length), max_bytes) if length.isdecimal() else max_bytes
+        places = min(self._at_once, 1 + size // (PLACE_BYTES + 1))
+        if self._places < places:
+            raise Unavailable("too many requests are sending bodies; try again", retry_after_s=1)
+        self._places -= places
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await _read(request, max_bytes)
         except TimeoutError:
             raise BodyTimeout(f"the body was not complete after {self._timeout_s:g} s") from None
         finally:
-            self._places += 1
+            self._places += places
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -72,13 +147,51 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 
 def problem(
-    status: int, code: str, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    details: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> JSONResponse:
     """An `application/problem+json` answer (RFC 9457) with a stable `code`."""
-    body = {"type": "about:blank", "title": code.replace("_", " "), "status": status, "code": code, "detail": detail}
-    return JSONResponse(
-        {**body, **more}, status_code=status, headers=headers and dict(headers), media_type="application/problem+json"
+    body = Problem(
+        type="about:blank",
+        title=code.replace("_", " "),
+        status=status,
+        code=code,
+        detail=detail,
+        message=detail,
+        details=json.loads(json.dumps(dict(details or {}), default=str)),
+        correlation_id=_CORRELATION_ID.get(),
     )
+    given = {**(headers or {}), CORRELATION_ID: body.correlation_id}
+    return JSONResponse(
+        {**body.model_dump(), **more}, status_code=status, headers=given, media_type="application/problem+json"
+    )
+
+
+def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's description: the errors that it answers, beside those that any may answer."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {code: {"description": http.HTTPStatus(code).phrase, "content": content} for code in sorted(codes)}
+
+
+def json_body(schema: str) -> dict[str, Any]:
+    """For the description of a route that reads its body itself: the name of its schema."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"required": True, "content": content}
+
+
+def invalid(e: ValidationError) -> RequestValidationError:
+    """What is wrong with a body: the first field at fault, by the sender's own name of it, and never the input."""
+    first = e.errors(include_input=False, include_url=False)[0]
+    return wrong(".".join(map(str, first["loc"])), first["msg"])
+
+
+def wrong(field: str, why: str, where: str = "body") -> RequestValidationError:
+    return RequestValidationError([{"loc": (where, *([field[:_NAME_CHARS]] if field else [])), "msg": why}])
 
 
 #: Further headers of an answer. A connection whose body was not complete takes no second request.
@@ -90,9 +203,9 @@ _HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
 
 def _answer(e: FluxFillError) -> Response:
     headers = dict(_HEADERS.get(type(e), {}))
-    if "retry_after_s" in e.details:
-        headers["Retry-After"] = str(max(1, math.ceil(e.details["retry_after_s"])))
-    return problem(e.http_status, e.code, e.message, headers=headers)
+    if (wait_s := e.details.get("retry_after_s")) is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    return problem(e.http_status, e.code, e.message, headers=headers, details=e.details)
 
 
 async def _problem(_request: Request, e: Exception) -> Response:
@@ -110,7 +223,8 @@ async def _invalid_request(_request: Request, e: Exception) -> Response:
     assert isinstance(e, RequestValidationError)
     # Without the input, which may be a token.
     first = e.errors()[0]
-    return problem(422, "invalid_request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    field = ".".join(map(str, first["loc"]))
+    return problem(422, "invalid_request", f"{field}: {first['msg']}", details={"field": field})
 
 
 async def _internal_error(_request: Request, _e: Exception) -> Response:

@@ -47,7 +47,7 @@ class JobApi:
         settings: Settings,
     ) -> None:
         self._kinds: Mapping[str, PostedKind] = {kind.type: kind for kind in kinds}
-        self._jobs, self._blobs, self._notifier, self._settings = job_store, blobs, notifier, settings
+        self._jobs, self._blobs, self._notifier, self.settings = job_store, blobs, notifier, settings
         #: Ids of jobs that are being posted in this process.
         self._in_flight: set[str] = set()
 
@@ -87,7 +87,7 @@ class JobApi:
         stored = await self._jobs.get(job_id)
         if stored is None:
             new = await kind.post(body, job_id=job_id)
-            api = self._settings.api
+            api = self.settings.api
             quota = claims.Quota(unfinished=api.unfinished_jobs, per_day=api.jobs_per_day) if caller.id else None
             stored, is_new = await self._jobs.create(self._posted(new, caller, fingerprint), quota)
             if is_new:
@@ -103,7 +103,7 @@ class JobApi:
             owner=caller.id,
             request=fingerprint,
             message=Message(data=json.dumps(about), attributes=about),
-            redispatch_s=self._settings.work.redispatch_after_s,
+            redispatch_s=self.settings.work.redispatch_after_s,
         )
 
     async def get(self, job_id: str, caller: Caller) -> Job:

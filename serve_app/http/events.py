@@ -1,0 +1,216 @@
+"""A job's events as a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), replayed from any of
+them on any replica, because they are read from the job's record.
+
+A stored event becomes one message or several, `number.k` with `k` from 0: what happened, what a log says of it, and the
+state. Progress has no id, so that a client that comes back names what is stored.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from contextvars import Context
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from fastapi.sse import ServerSentEvent, format_sse_event
+from pydantic import BaseModel
+
+from ..errors import RateLimited, StoreUnavailable, Unavailable, UnknownJob
+from ..jobs.api import Caller
+from ..jobs.record import Cause, Event, Job, JobError, State
+from ..settings import ApiSettings
+from .views import job_view, log_lines, progress_view, row
+
+#: Between two looks at a watched job, in seconds.
+POLL_S = 1.0
+#: A stream in which nothing happens says so after so long, so that no proxy takes it for dead, in seconds.
+PING_S = 15.0
+#: After which a client comes back, in milliseconds, and in seconds after it was refused.
+RETRY_MS = 2000
+RETRY_S = 5
+
+#: The id of a message: its event's number, and its own within the event.
+Position = tuple[int, int]
+START: Position = (0, 0)
+
+
+class StateMessage(BaseModel):
+    job_id: str
+    status: State
+    cause: Cause | None
+    at: datetime
+
+
+class ErrorMessage(BaseModel):
+    job_id: str
+    at: datetime
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A message of a stored event."""
+
+    position: Position
+    name: str
+    data: BaseModel
+    at: datetime
+
+
+def told(job: Job) -> Iterator[Told]:
+    """All messages of the events that the record has kept."""
+    for event in job.events:
+        for k, (name, data) in enumerate(_of(job, event)):
+            yield Told((event.number, k), name, data, event.at)
+
+
+def _of(job: Job, event: Event) -> Iterator[tuple[str, BaseModel]]:
+    if event.artifact is not None and event.artifact < len(job.artifacts):
+        yield "artifact", row(job, event.artifact)
+    if event.error is not None:
+        yield "error", _error(job, event, event.error)
+    for line in log_lines(job, event):
+        yield "log", line
+    # Last, because with the last one a client may hang up.
+    if event.artifact is None:
+        yield "state", StateMessage(job_id=job.id, status=event.status, cause=event.cause, at=event.at)
+
+
+def _error(job: Job, event: Event, error: JobError) -> ErrorMessage:
+    return ErrorMessage(job_id=job.id, at=event.at, code=error.code, message=error.message)
+
+
+def last(job: Job) -> Position:
+    return max((one.position for one in told(job)), default=START)
+
+
+def parse(text: str) -> Position | None:
+    """A position as `Last-Event-ID` says it; None for what is none."""
+    number, dot, k = text.partition(".")
+    is_one = dot and all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, k))
+    return (int(number), int(k)) if is_one else None
+
+
+def _is_kept(job: Job, after: Position | None) -> bool:
+    """Whether all that follows `after` is in the record."""
+    if after == START:
+        return job.events[0].number == 1 if job.events else not job.status.is_final
+    return any(one.position == after for one in told(job))
+
+
+@dataclass(eq=False)
+class Feed:
+    """A job as this process saw it last."""
+
+    #: None once it is deleted.
+    job: Job | None
+    readers: int = 0
+    seen: asyncio.Event = field(default_factory=asyncio.Event)
+    polling: "asyncio.Task[None] | None" = None
+
+    async def poll(self, look: Callable[[], Awaitable[Job]], poll_s: float) -> None:
+        while self.job is not None:
+            await asyncio.sleep(poll_s)
+            try:
+                self.job = await look()
+            except StoreUnavailable:
+                continue
+            except UnknownJob:
+                self.job = None
+            self.seen.set()
+            self.seen = asyncio.Event()
+
+    async def next_look(self, timeout_s: float) -> bool:
+        """Whether the store was looked at within the time."""
+        try:
+            await asyncio.wait_for(self.seen.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+class Streams:
+    """Those of this process: so many in all and of a client, and one look at the store for all that watch a job."""
+
+    def __init__(self, *, poll_s: float = POLL_S) -> None:
+        self._poll_s = poll_s
+        self._feeds: dict[str, Feed] = {}
+        self._open: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def watch(
+        self, job: Job, caller: Caller, api: ApiSettings, look: Callable[[], Awaitable[Job]]
+    ) -> AsyncIterator[Feed]:
+        """`look` gives the job anew. Raises Unavailable, or RateLimited for a client with too many streams."""
+        if self._open.total() >= api.streams:
+            raise Unavailable(f"{api.streams} event streams are open here; try again", retry_after_s=RETRY_S)
+        if caller.id and self._open[caller.id] >= api.streams_per_key:
+            raise RateLimited(f"this key has {api.streams_per_key} event streams already", retry_after_s=RETRY_S)
+        feed = self._feeds.setdefault(job.id, Feed(job))
+        feed.readers += 1
+        # A client that comes from another replica may have seen more than this one has.
+        if feed.job is not None and last(job) > last(feed.job):
+            feed.job = job
+        self._open[caller.id] += 1
+        if feed.polling is None:
+            # In a context of its own: it goes on for those who come later.
+            feed.polling = asyncio.create_task(feed.poll(look, self._poll_s), context=Context())
+        try:
+            yield feed
+        finally:
+            self._open[caller.id] -= 1
+            feed.readers -= 1
+            if not feed.readers:
+                feed.polling.cancel()
+                self._feeds.pop(job.id, None)
+
+
+async def stream(
+    feed: Feed,
+    *,
+    after: Position | None,
+    since: datetime | None,
+    lasts_s: float,
+    is_stopping: Callable[[], bool],
+) -> AsyncGenerator[bytes, None]:
+    """What has happened after `after`, what happens, and progress between, until the job is over, for `lasts_s` at
+    most. A client that names what the record has not kept gets the whole job first."""
+    loop = asyncio.get_running_loop()
+    ends_at, pings_at = loop.time() + lasts_s, loop.time() + PING_S
+    sent_progress = None
+    yield _encoded(ServerSentEvent(retry=RETRY_MS))
+    while (job := feed.job) is not None:
+        messages = []
+        if after is None or not _is_kept(job, after):
+            after = last(job)
+            messages.append(ServerSentEvent(event="snapshot", id=_id(after), data=job_view(job)))
+        for one in told(job):
+            if one.position > after:
+                after = one.position
+                if since is None or one.at >= since:
+                    messages.append(ServerSentEvent(event=one.name, id=_id(after), data=one.data))
+        if (present := progress_view(job)) != sent_progress:
+            # Before the last message, after which a client may hang up.
+            messages.insert(len(messages) - job.status.is_final, ServerSentEvent(event="progress", data=present))
+            sent_progress = present
+        if not messages and loop.time() >= pings_at:
+            messages.append(ServerSentEvent(comment="ping"))
+        for message in messages:
+            yield _encoded(message)
+            pings_at = loop.time() + PING_S
+        if job.status.is_final or is_stopping() or loop.time() >= ends_at:
+            return
+        await feed.next_look(min(ends_at, pings_at) - loop.time())
+
+
+def _id(position: Position) -> str:
+    return "{}.{}".format(*position)
+
+
+def _encoded(message: ServerSentEvent) -> bytes:
+    data = message.data.model_dump_json(exclude_none=message.event == "log") if message.data is not None else None
+    return format_sse_event(
+        data_str=data, event=message.event, id=message.id, retry=message.retry, comment=message.comment
+    )

@@ -1,0 +1,97 @@
+"""The body of a request for a job: JSON, or a form with files."""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from ..errors import MalformedMessage, UnsupportedMediaType
+from ..settings import Limits
+from .problems import Bodies, wrong
+
+JSON, FORM = "application/json", "multipart/form-data"
+
+#: Parts of a form that are files; the part `job` is the JSON.
+FILES = ("image", "mask")
+
+_EXAMPLES = {
+    "generate": {"value": {"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}},
+    "inpaint": {"value": {"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}}},
+}
+_FILE = {"type": "string", "format": "binary"}
+_JOB = {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("GenerateBody", "InpaintBody")]}
+#: For the description of routes that read one.
+JOB_BODY: Mapping[str, Any] = {
+    "required": True,
+    "content": {
+        JSON: {"schema": _JOB, "examples": _EXAMPLES},
+        FORM: {
+            "schema": {
+                "type": "object",
+                "required": ["job"],
+                "properties": {"job": _JOB, **dict.fromkeys(FILES, _FILE)},
+                "additionalProperties": False,
+            },
+            "encoding": {"job": {"contentType": JSON}},
+        },
+    },
+}
+
+
+async def read_job(request: Request, bodies: Bodies, limits: Limits) -> dict[str, Any]:
+    """The JSON, and a form's files as bytes beside it.
+
+    Raises UnsupportedMediaType; MalformedMessage for what is no such body; RequestValidationError for a form with other
+    parts; and what `Bodies.read` raises.
+    """
+    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if media_type not in (JSON, FORM):
+        raise UnsupportedMediaType(f"a body must be {JSON} or {FORM}")
+    # In JSON, pictures are data: URIs, in base64.
+    data = await bodies.read(request, len(FILES) * limits.image_bytes * 4 // 3 + limits.message_bytes)
+    if media_type == JSON:
+        return _object(data)
+    try:
+        return await _form(request, data, limits)
+    except MultiPartException as e:
+        raise MalformedMessage(f"the body is no form: {e.message}") from None
+
+
+async def _form(request: Request, data: bytes, limits: Limits) -> dict[str, Any]:
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield data
+
+    parser = MultiPartParser(
+        request.headers, whole(), max_files=len(FILES), max_fields=1, max_part_size=limits.message_bytes
+    )
+    # Never in a file of the server's.
+    parser.spool_max_size = len(data) + 1
+    form = await parser.parse()
+    try:
+        parts = [
+            (name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items()
+        ]
+    finally:
+        await form.close()
+    files = {name: part for name, part in parts if name in FILES and isinstance(part, bytes)}
+    if unknown := next((name for name, _ in parts if name != "job" and name not in files), None):
+        raise wrong(unknown, f"a form has a part job, and files {' and '.join(FILES)}")
+    if len(dict(parts)) < len(parts):
+        raise wrong("", "a part is there twice")
+    body = _object(dict(parts).get("job", ""))
+    if twice := min(body.keys() & files.keys(), default=None):
+        raise wrong(twice, "it is in the part job already")
+    return body | files
+
+
+def _object(data: str | bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise MalformedMessage("the body is no JSON") from None
+    if not isinstance(body, dict):
+        raise MalformedMessage("the body is no JSON object")
+    return body
