@@ -27,6 +27,7 @@ from serve_app.errors import (
     MaskUnclear,
     MissingInput,
     NotSupported,
+    QuotaExceeded,
     SettingsError,
     StoreUnavailable,
     Unavailable,
@@ -212,6 +213,15 @@ async def test_it_is_painted_as_any_edit_and_deleted_with_its_uploads(rig: Rig) 
         await rig.blobs.head(path)
     await api(rig).delete(job.id, caller)
     assert [blob.path async for blob in rig.blobs.list("users/api")] == []
+
+
+async def test_a_job_too_many_leaves_no_uploads(rig: Rig) -> None:
+    caller, body = Caller(id="app", sees_all=False), {"type": "inpaint", "image": PHOTO, "mask": MASK}
+    rig.settings = rig.settings.model_copy(update={"api": ApiSettings(unfinished_jobs=1)})
+    await api(rig).post(body, caller, job_id="first")
+    with pytest.raises(QuotaExceeded):
+        await api(rig).post(body, caller, job_id="second")
+    assert {blob.path.split("/")[3] async for blob in rig.blobs.list("users/api")} == {"first"}
 
 
 TALL = png(line_mask(80, 96))

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..blobs import BlobStore
-from ..errors import BlobNotFound, Forbidden, IllegalTransition, InputError, KeyReused, PostInFlight, UnknownJob
+from ..errors import (
+    BlobNotFound,
+    Forbidden,
+    IllegalTransition,
+    InputError,
+    KeyReused,
+    PostInFlight,
+    QuotaExceeded,
+    UnknownJob,
+)
 from ..parameters import JobType
 from ..settings import Settings
 from . import claims
@@ -89,7 +98,12 @@ class JobApi:
             new = await kind.post(body, job_id=job_id)
             api = self.settings.api
             quota = claims.Quota(unfinished=api.unfinished_jobs, per_day=api.jobs_per_day) if caller.id else None
-            stored, is_new = await self._jobs.create(self._posted(new, caller, fingerprint), quota)
+            try:
+                stored, is_new = await self._jobs.create(self._posted(new, caller, fingerprint), quota)
+            except QuotaExceeded:
+                for path in kind.inputs(new):
+                    await self._blobs.delete(path)
+                raise
             if is_new:
                 self._notifier.dispatch(stored)
                 return stored, True
