@@ -310,7 +310,7 @@ async def test_few_bodies_are_held_and_one_at_a_time_is_decoded(rig: Rig, monkey
     held = [asyncio.create_task(post(rig, f"job-{n}", image=PHOTO, mask=MASK)) for n in range(AT_ONCE)]
     await asyncio.sleep(0)
     with pytest.raises(Unavailable) as refused:
-        await post(rig, "job-more", image=PHOTO, mask=MASK)
+        await asyncio.wait_for(post(rig, "job-more", image=PHOTO, mask=MASK), 5)
     assert refused.value.details == {"retry_after_s": 1}
     assert (await post(rig, "job-other", session=STORED)).session_id == SESSION
     let_go.set()
