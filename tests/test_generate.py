@@ -63,19 +63,30 @@ class Painter:
 class Studio:
     """One process: its API, its worker and its notifier; `beside()` is another over the same stores."""
 
-    def __init__(self, name: str | None = None, clock: Clock | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        name: str | None = None,
+        clock: Clock | None = None,
+        stores: tuple[Any, Any] | None = None,
+        painter: Any = None,
+        **settings: Any,
+    ) -> None:
+        """Over `stores`, of blobs and of jobs, or else over those of this name in memory, with this clock."""
         self.name, self.clock, self.given = name or uuid.uuid4().hex, clock or Clock(), settings
         self.settings = Settings(
             variants={"telea": {}},
             generators={"sdxl": {}, "flux-dev-Q8_0": {"max_count": 4}},
             blobs=f"memory:{self.name}",
             jobs=f"memory:{self.name}",
-            work=FAST,
+            work={**FAST, "lease_s": 10} if stores else FAST,
             **settings,
         )
-        self.blobs = BlobOutage(MemoryBlobStore(self.settings.blobs, "http://app.example.org"), StoreUnavailable)
-        self.jobs = Outage(MemoryJobStore(self.settings.jobs, self.clock), StoreUnavailable)
-        self.topics, self.painter, self.metrics = Topics(), Painter(), Counters()
+        blobs, jobs = stores or (
+            MemoryBlobStore(self.settings.blobs, "http://app.example.org"),
+            MemoryJobStore(self.settings.jobs, self.clock),
+        )
+        self.blobs, self.jobs = BlobOutage(blobs, StoreUnavailable), Outage(jobs, StoreUnavailable)
+        self.topics, self.painter, self.metrics = Topics(), painter or Painter(), Counters()
         models = {name: self.painter for name in self.settings.served}
         self.kind = Generation(blobs=self.blobs, models=models, prompts=Prompts(), settings=self.settings)
         self.kinds = [self.kind]
@@ -508,3 +519,10 @@ async def test_a_post_survives_a_broker_that_is_down(studio: Studio) -> None:
     await studio.notifier.drained()
     assert len(studio.topics.sessions) == 1
     assert (await studio.work()).reason == "succeeded" and (await studio.job(job)).status == State.SUCCEEDED
+
+
+async def test_a_job_without_a_session_writes_no_session_document(studio: Studio) -> None:
+    await studio.post()
+    await studio.work()
+    await studio.notifier.drained()
+    assert await MemoryJobStore(studio.settings.jobs).read_session("", "") is None

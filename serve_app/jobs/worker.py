@@ -264,7 +264,7 @@ class Worker:
 
     async def _is_canceled(self, job: Job) -> bool:
         """Whether the session was canceled after the job was last asked for. Asked after the claim: see cancel.py."""
-        until = await self._jobs.canceled_until(job.lock_key)
+        until = await self._jobs.canceled_until(job.lock_key) if job.session_id else None
         return until is not None and job.asked_at is not None and job.asked_at <= until
 
     def _queued_s(self, job: Job, delivery: Delivery) -> float:
@@ -273,7 +273,7 @@ class Worker:
 
     async def _attempt(self, job: Job, delivery: Delivery, claimed_at: float) -> Result:
         kind, work, pace = self._kinds[job.type], self._settings.work, self._pace
-        show = partial(self._mirrored, kind)
+        show = partial(self._mirrored, kind) if job.session_id else None
         lease = Lease(job, store=self._jobs, show=show, work=work, claimed_at=claimed_at, pace=pace)
         if job.variant not in self._settings.served:
             known = ", ".join(self._settings.served)
