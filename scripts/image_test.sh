@@ -133,7 +133,7 @@ step "$image: $("$engine" image inspect -f '{{.Size}}' "$image" | awk '{ printf 
 
 step "starting it"
 began=$SECONDS
-start "$app" --network none --memory 8g "$image"
+start "$app" --network none --memory 8g -e "API_KEYS=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')" "$image"
 await 180 healthy "$app" || fail "the app is not ready"
 step "ready after $((SECONDS - began)) s"
 
