@@ -4,6 +4,8 @@ import asyncio
 import base64
 import json
 import sqlite3
+import subprocess
+import sys
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -48,9 +50,9 @@ async def state_of(app: App, job_id: str, state: State) -> Job:
     return await until(reached)
 
 
-async def variant_state(app: App, variant: str, state: str) -> dict[str, Any]:
+async def variant_state(app: App, variant: str, state: str, kind: str = "variants") -> dict[str, Any]:
     async def reached() -> dict[str, Any] | None:
-        found: dict[str, Any] = app.ready()["variants"][variant]
+        found: dict[str, Any] = app.ready()[kind][variant]
         return found if found["state"] == state else None
 
     return await until(reached)
@@ -143,14 +145,34 @@ async def test_the_real_pipeline_wakes_from_zero_and_encodes_a_prompt_once(app: 
     assert job.error is None
     cached = [blob.path async for blob in adapters.blob_store(app.settings.blobs).list("prompts")]
     assert len(cached) == 1 and cached[0].endswith(".safetensors")
-    assert await variant_state(app, "tiny-Q4_0", "ready") == {"state": "ready", "error": ""}
+    state = await variant_state(app, "tiny-Q4_0", "ready")
+    assert state["error"] == "" and state["where"]["pid"] in app.pids("Inpainter-tiny-Q4_0")
 
 
 async def test_asking_for_readiness_wakes_no_variant(app: App) -> None:
     for _ in range(5):
-        assert app.ready()["variants"]["tiny-Q8_0"] == {"state": "scaled_to_zero", "error": ""}
+        assert app.ready()["variants"]["tiny-Q8_0"] == {"state": "scaled_to_zero", "error": "", "where": {}}
         await asyncio.sleep(1.1)
     assert app.pids("Inpainter-tiny-Q8_0") == set()
+
+
+TINY_GENERATORS = ("tiny-sdxl",)
+
+
+async def test_the_command_line_makes_pictures_with_each_tiny_pipeline(app: App, tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("fluxfill"))
+    size = ["--width", "64", "--height", "64", "--steps", "2", "--url", app.http]
+    for model in TINY_GENERATORS:
+        command = [program, "generate", "grass", "--model", model, "--count", "2", "--seed", "7", "--out", model, *size]
+        ran = await asyncio.to_thread(
+            subprocess.run, command, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        names = sorted(path.name.partition("_")[2] for path in (tmp_path / model).iterdir())
+        assert names == ["0_64x64_7.png", "1_64x64_8.png"]
+    for model in TINY_GENERATORS:
+        where = (await variant_state(app, model, "ready", "generators"))["where"]
+        assert where["device"] and where["pid"] in app.pids(f"Generator-{model}")
 
 
 async def test_a_push_is_worked_on_and_answered(app: App) -> None:
