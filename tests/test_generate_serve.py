@@ -35,7 +35,8 @@ def test_the_commands_of_the_api_document_run(app: App, tmp_path: Path) -> None:
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert Image.open(tmp_path / "picture.png").size == (512, 512)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (512, 512)
     assert json.loads((tmp_path / "artifacts.json").read_text())["artifacts"][0]["seed"] == 7
     assert "event: artifact" in run.stdout and '"succeeded"' in run.stdout
 
