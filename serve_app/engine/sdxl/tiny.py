@@ -153,16 +153,16 @@ def _pipeline(base: Path) -> Any:
         for kind, width in zip((CLIPTextModel, CLIPTextModelWithProjection), _WIDTHS, strict=True)
     ]
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
+        block_out_channels=(8, 16),
         layers_per_block=1,
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
+        attention_head_dim=(1, 1),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, 1),
         projection_class_embeddings_input_dim=6 * 8 + _WIDTHS[1],
         cross_attention_dim=sum(_WIDTHS),
         norm_num_groups=4,
@@ -170,7 +170,7 @@ def _pipeline(base: Path) -> Any:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 16, 32, 32),
+        block_out_channels=(8, 8, 16, 16),
         layers_per_block=1,
         sample_size=64,
         norm_num_groups=8,
