@@ -27,7 +27,7 @@ READY_PER_REPLICA = 1
 AUDITS_PER_REPLICA = 1
 #: Times a cell is painted, unless more is asked for.
 PAINTINGS_PER_AUDIT: int = AuditRequest.model_fields["runs"].default
-#: Requests to an ingress that hold neither a job nor a body.
+#: Requests to an ingress that hold neither a job nor a body, and follow none.
 OTHER_REQUESTS = 100
 #: What an ingress takes to stop, beside its grace, when the broker and the stores are down; seconds.
 STOP_S = 30
@@ -41,8 +41,8 @@ def build(args: Settings) -> serve.Application:
     ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
         name="Ingress",
         num_replicas=settings.ingress_replicas,
-        # Probes find a place however many pushes and slow bodies there are.
-        max_ongoing_requests=settings.in_flight() + BODIES_AT_ONCE + OTHER_REQUESTS,
+        # Probes find a place however many pushes, slow bodies and event streams there are.
+        max_ongoing_requests=settings.in_flight() + BODIES_AT_ONCE + settings.api.streams + OTHER_REQUESTS,
         ray_actor_options={"num_cpus": 0.2},
         # Serve first waits for the pushes it has sent here, and kills what is not stopped by then.
         graceful_shutdown_timeout_s=settings.push.response_timeout_s + settings.work.shutdown_grace_s + STOP_S,

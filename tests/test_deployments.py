@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -363,8 +364,8 @@ def test_the_ingress_does_not_autoscale_and_has_time_to_give_its_work_back() -> 
     config = parts["Ingress"]._deployment_config
     assert (config.num_replicas, config.autoscaling_config) == (1, None)
     assert config.graceful_shutdown_timeout_s > 30
-    # Pushes, and bodies that are slow to come, together leave places for probes.
-    assert config.max_ongoing_requests >= 162 + BODIES_AT_ONCE + 100
+    # Pushes, bodies that are slow to come, and event streams together leave places for probes.
+    assert config.max_ongoing_requests >= 162 + BODIES_AT_ONCE + 100 + 100
     assert config.user_config["variant"] == "telea"
 
 
@@ -619,6 +620,24 @@ async def test_a_replica_too_busy_to_answer_is_ready(monkeypatch: pytest.MonkeyP
     watch = VariantWatch({"v": Answers(None)}, {"v": "Inpainter-v"})
     await watch._look("v", overview(RUNNING))
     assert watch.states["v"].state == "ready"
+
+
+@pytest.mark.parametrize(
+    ("ingresses", "stops"), [([RUNNING], False), ([RUNNING, STOPPING], True), (None, True)], ids=["no", "one", "gone"]
+)
+async def test_an_ingress_that_stops_is_noticed(
+    ingresses: list[ReplicaState] | None, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployments = {"Inpainter-v": overview(), **({} if ingresses is None else {"Ingress": overview(*ingresses)})}
+    status = SimpleNamespace(applications={"app": SimpleNamespace(deployments=deployments)})
+    monkeypatch.setattr(serve, "status", lambda: status)
+    here = SimpleNamespace(app_name="app", deployment="Ingress")
+    monkeypatch.setattr(serve, "get_replica_context", lambda: here)
+    watch = VariantWatch({"v": Answers("")}, {"v": "Inpainter-v"}, Counters())
+    watch.is_stopping = not stops
+    watching = asyncio.create_task(watch.run())
+    await until(lambda: watch.is_stopping == stops)
+    watching.cancel()
 
 
 # -- the demo
