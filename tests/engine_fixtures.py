@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from serve_app.engine import Window
-from serve_app.engine.flux.tiny import TinyWeights, ensure
+from serve_app.engine.flux.tiny import TinyWeights, ensure, write_dev
 from serve_app.engine.weights.fetch import Weights
 from serve_app.models import BUILT_IN, Box, EditRequest, Pixels
 from serve_app.settings import Optimizations, VariantSettings
@@ -27,6 +27,18 @@ SIDE = 128
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
     return ensure(of_the_run(tmp_path_factory) / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
+    from serve_app.engine.sdxl import tiny
+
+    return ensure(of_the_run(tmp_path_factory) / "tiny-sdxl", tiny.write)
+
+
+@pytest.fixture(scope="session")
+def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
+    return ensure(of_the_run(tmp_path_factory) / "tiny-dev", write_dev)
 
 
 def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:

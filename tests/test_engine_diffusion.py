@@ -225,10 +225,10 @@ def test_models_are_built_one_at_a_time(tiny: TinyWeights, monkeypatch: pytest.M
     at_once: list[int] = []
     build = pipeline.build
 
-    def watched(weights: Weights, device: Device) -> Any:
+    def watched(weights: Weights, device: Device, kind: Any) -> Any:
         building.append(weights.transformer.name)
         at_once.append(len(building))
-        built = build(weights, device)
+        built = build(weights, device, kind)
         building.pop()
         return built
 

@@ -6,7 +6,6 @@ import pytest
 
 from serve_app.engine import families, flux
 from serve_app.engine.flux.tiny import TinyWeights
-from serve_app.engine.telea import Telea
 from serve_app.engine.weights.fetch import Weights
 from serve_app.errors import VariantLoadFailed
 from serve_app.models import BUILT_IN, Family, Variant
@@ -23,6 +22,9 @@ def test_every_family_has_its_engine(tiny: TinyWeights) -> None:
         "flux-fill": "FluxFill",
         "telea": "Telea",
         "pause": "Pause",
+        "sdxl": "Sdxl",
+        "flux": "FluxDev",
+        "fake": "Fake",
     }
 
 
@@ -37,14 +39,15 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
         families.create("tiny-Q4_0", BUILT_IN["tiny-Q4_0"], None, VariantSettings())
 
 
-def test_telea_needs_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "diffusers", "transformers", "gguf", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert isinstance(families.create("telea", BUILT_IN["telea"], None, VariantSettings()), Telea)
+@pytest.mark.parametrize("name", ["telea", "fake"])
+def test_some_need_none_of_them(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for package in ("torch", "diffusers", "transformers", "gguf", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert type(families.create(name, BUILT_IN[name], None, VariantSettings())).__name__.lower() == name
 
 
 def test_what_a_cpu_ingress_imports_brings_no_torch() -> None:
-    code = "import serve_app.engine.painting, serve_app.engine.families, serve_app.engine.prompts, sys\n"
+    code = "import serve_app.engine.generating, serve_app.engine.families, serve_app.engine.prompts, sys\n"
     code += "print([n for n in ('torch', 'diffusers', 'transformers', 'huggingface_hub') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,6 +12,7 @@ from .weights.fetch import Weights
 
 if TYPE_CHECKING:
     from .fake import Fake
+    from .flux.dev import FluxDev
     from .flux.fill import FluxFill
     from .pause import Pause
     from .sdxl.generator import Sdxl
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
     # The type checker's proof of what `create` only says.
     _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
-    _GENERATORS: tuple[type[Generator], ...] = (Sdxl, Fake)
+    _GENERATORS: tuple[type[Generator], ...] = (Sdxl, FluxDev, Fake)
 
 #: Family -> module in this package and class; the class takes (variant, weights, served).
 FAMILIES: Mapping[Family, str] = {
     "flux-fill": "flux.fill:FluxFill",
     "telea": "telea:Telea",
     "pause": "pause:Pause",
+    "flux": "flux.dev:FluxDev",
     "sdxl": "sdxl.generator:Sdxl",
     "fake": "fake:Fake",
 }

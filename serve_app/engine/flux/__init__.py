@@ -1,1 +1,1 @@
-"""FLUX.1-Fill in diffusers."""
+"""FLUX.1 in diffusers."""

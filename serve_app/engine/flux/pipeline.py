@@ -1,5 +1,6 @@
-"""Builds FLUX.1-Fill from files: a GGUF transformer, and VAE and scheduler from its base. It does not run it."""
+"""Builds a FLUX.1 from files: its transformer, and VAE and scheduler from its base. It does not run it."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from diffusers import (
     GGUFQuantizationConfig,
 )
 from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift, retrieve_timesteps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ...errors import CorruptWeights
 from ..cold_start import timed
@@ -20,12 +23,12 @@ from ..weights.fetch import Weights
 from . import gguf_tensors
 
 
-def build(weights: Weights, device: Device) -> Any:
-    """A FluxFillPipeline without text encoders, every part of it resident on `device`.
+def build(weights: Weights, device: Device, kind: Any = FluxFillPipeline) -> Any:
+    """A pipeline of this kind without text encoders, every part of it resident on `device`.
 
-    Raises CorruptWeights where the GGUF file is damaged or is not this transformer's.
+    Raises CorruptWeights where the transformer's file is damaged or is not this transformer's.
     """
-    pipeline = FluxFillPipeline(
+    pipeline = kind(
         transformer=_transformer(weights, device),
         vae=_vae(weights, device),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
@@ -63,23 +66,36 @@ def packed(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _transformer(weights: Weights, device: Device) -> Any:
-    file = str(weights.transformer)
-    tensors = gguf_tensors.read(weights.transformer, device.torch, device.dtype)
+    """GGUF stays packed; safetensors, in the original names or in diffusers', become of the device's type."""
+    file, options = str(weights.transformer), dict[str, Any]()
+    if weights.transformer.suffix == ".safetensors":
+        tensors = _read(weights.transformer, device)
+    else:
+        tensors = gguf_tensors.read(weights.transformer, device.torch, device.dtype)
+        options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=device.dtype)
     try:
         with timed("build"):
             return FluxTransformer2DModel.from_single_file(
                 tensors,
                 config=str(weights.base),
                 subfolder="transformer",
-                quantization_config=GGUFQuantizationConfig(compute_dtype=device.dtype),
                 torch_dtype=device.dtype,
                 device=device.torch,
                 local_files_only=True,
+                **options,
             )
     except (LookupError, ValueError) as e:
         # The loader looks its tensors up by name, and says no more than which look-up failed.
         described = weights.base / "transformer" / "config.json"
         raise CorruptWeights(f"{file} does not hold the model that {described} describes: {e!r}", file=file) from e
+
+
+def _read(path: Path, device: Device) -> dict[str, torch.Tensor]:
+    try:
+        with timed("read", path.stat().st_size):
+            return load_file(path, device=str(device.torch))
+    except SafetensorError as e:
+        raise CorruptWeights(f"{path} is no whole safetensors file: {e}", file=str(path)) from e
 
 
 def _vae(weights: Weights, device: Device) -> Any:

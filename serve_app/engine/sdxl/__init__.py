@@ -1,1 +1,1 @@
-"""Stable Diffusion XL. Imports torch on use only."""
+"""Stable Diffusion XL in diffusers."""

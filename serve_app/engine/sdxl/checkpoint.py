@@ -69,6 +69,6 @@ def _of_folder(path: Path) -> str:
         return f"no folder of diffusers: {e!r}"
     if channels != _CHANNELS:
         return f"made for inpainting: its UNet takes {channels} channels, not {_CHANNELS}"
-    if not kind.startswith("StableDiffusionXL"):
+    if not str(kind).startswith("StableDiffusionXL"):
         return f"a model for {kind}"
     return f"incomplete: model_index.json names no {absent[0]}" if absent else ""
