@@ -156,7 +156,8 @@ async def test_asking_for_readiness_wakes_no_variant(app: App) -> None:
     assert app.pids("Inpainter-tiny-Q8_0") == set()
 
 
-TINY_GENERATORS = ("tiny-sdxl",)
+#: FLUX.1-dev by its text encoder, from zero.
+TINY_GENERATORS = ("tiny-flux-dev", "tiny-sdxl")
 
 
 async def test_the_command_line_makes_pictures_with_each_tiny_pipeline(app: App, tmp_path: Path) -> None:
