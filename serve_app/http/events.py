@@ -7,11 +7,12 @@ state. Progress has no id, so that a client that comes back names what is stored
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from fastapi.sse import ServerSentEvent, format_sse_event
 from pydantic import BaseModel
@@ -20,7 +21,7 @@ from ..errors import RateLimited, StoreUnavailable, Unavailable, UnknownJob
 from ..jobs.api import Caller
 from ..jobs.record import Cause, Event, Job, JobError, State
 from ..settings import ApiSettings
-from .views import job_view, log_lines, progress_view, row
+from .views import ArtifactRow, JobView, LogLine, ProgressView, job_view, log_lines, progress_view, row
 
 #: Between two looks at a watched job, in seconds.
 POLL_S = 1.0
@@ -47,6 +48,31 @@ class ErrorMessage(BaseModel):
     at: datetime
     code: str
     message: str
+
+
+#: By its name, what a message's data are.
+DATA: Mapping[str, type[BaseModel]] = {
+    "state": StateMessage,
+    "artifact": ArtifactRow,
+    "log": LogLine,
+    "error": ErrorMessage,
+    "progress": ProgressView,
+    "snapshot": JobView,
+}
+#: For the description of a stream.
+MESSAGE: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": list(DATA)},
+        "id": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [{"$ref": f"#/components/schemas/{one.__name__}"} for one in DATA.values()]},
+        },
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from ..jobs.record import Job, State
 from ..parameters import ID_PATTERN, RUN_ID_PATTERN, JobType
 from . import views
 from .auth import caller_with
-from .events import START, Feed, Position, Streams, last, parse, stream
+from .events import MESSAGE, START, Feed, Position, Streams, last, parse, stream
 from .forms import JOB_BODY, read_job
 from .problems import Bodies, invalid, problems, wrong
 
@@ -205,7 +205,7 @@ def _following(service: "Services", streams: Streams) -> APIRouter:
         return EventSourceResponse(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     answers: dict[int | str, Any] = {
-        200: {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"description": "Server-sent events.", "content": {"text/event-stream": {"itemSchema": MESSAGE}}},
         204: {"description": "The job is over, and Last-Event-ID is its last event."},
         **problems(*_ANY, 404),
     }

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ..edit.posted import InpaintBody
 from ..generate.request import GenerateBody
 from ..jobs.messages import PushEnvelope
-from . import events, views
+from . import events
 from .audits import AuditBody
 from .problems import CORRELATION_ID, Problem, problems
 
@@ -25,10 +25,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     InpaintBody,
     Problem,
     PushEnvelope,
-    events.ErrorMessage,
-    events.StateMessage,
-    views.ArtifactRow,
-    views.LogLine,
+    *events.DATA.values(),
 )
 _CREDENTIALS = ("authorization", "x-api-key")
 _SCHEMES = {
