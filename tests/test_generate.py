@@ -82,7 +82,7 @@ class Studio:
             **settings,
         )
         blobs, jobs = stores or (
-            MemoryBlobStore(self.settings.blobs, "http://app.example.org"),
+            MemoryBlobStore(self.settings.blobs, self.settings.public_url),
             MemoryJobStore(self.settings.jobs, self.clock),
         )
         self.blobs, self.jobs = BlobOutage(blobs, StoreUnavailable), Outage(jobs, StoreUnavailable)
