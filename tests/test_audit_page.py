@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from serve_app.audit.record import Audit, CellResult
-from serve_app.http.app import _BLOB_HEADERS, _PAGE_POLICY
+from serve_app.http.blobs import HEADERS, PAGE_POLICY
 from serve_app.parameters import AuditRequest, Matrix
 
 from . import audited
@@ -23,7 +23,7 @@ from .browser import Watched, served
 pytestmark = pytest.mark.emulator
 
 #: What the app sends with a report.
-HEADERS = {**_BLOB_HEADERS, "Content-Security-Policy": _PAGE_POLICY}
+HEADERS = {**HEADERS, "Content-Security-Policy": PAGE_POLICY}
 REQUEST = audited.REQUEST
 DESKTOP, PHONE = (1280, 900), (390, 844)
 

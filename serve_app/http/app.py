@@ -1,7 +1,6 @@
 """HTTP routes over the ports. Knows no adapter, no engine and no Ray."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
@@ -10,7 +9,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ..audit.record import PAGE
 from ..audit.runs import Audits
 from ..blobs import BlobInfo
 from ..errors import FluxFillError, MalformedMessage, Unavailable, VariantNotReady
@@ -23,6 +21,7 @@ from ..settings import Limits
 from ..telemetry import Metrics
 from .audits import routes as audit_routes
 from .auth import Access, Credential, caller_with
+from .blobs import routes as blob_routes
 from .events import Streams
 from .jobs import routes as job_routes
 from .models import routes as model_routes
@@ -164,7 +163,7 @@ def create_app(service: Services, bodies: Bodies | None = None, streams: Streams
     answer_problems(app)
     app.add_middleware(Gate, check=check)
     bodies = bodies or Bodies()
-    routers = (_state_routes(service), _push_routes(service, bodies), _session_routes(service), _blob_routes(service))
+    routers = (_state_routes(service), _push_routes(service, bodies), _session_routes(service), blob_routes(service))
     for routes in (*routers, job_routes(service, bodies, streams or Streams()), model_routes(service)):
         app.include_router(routes)
     app.include_router(audit_routes(lambda: service().access, lambda: service().audits, bodies))
@@ -261,45 +260,6 @@ def _session_routes(service: Services) -> APIRouter:
         return CanceledSession(jobs=[CanceledJob.of(job) for job in jobs])
 
     return routes
-
-
-#: A browser shows a blob, and runs nothing in it.
-_BLOB_HEADERS: Mapping[str, str] = {
-    "Cache-Control": "private, no-store",
-    "Content-Security-Policy": "default-src 'none'; sandbox",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
-#: An audit's page runs its own scripts, in an origin of its own, and fetches nothing. Only audits write to its path: a
-#: user's blob is never such a page, whatever its content type.
-_PAGE_PATH = re.compile(rf"audit/[A-Za-z0-9_-]{{1,64}}/{re.escape(PAGE)}")
-_PAGE_POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
-)
-
-
-_BLOB: dict[int | str, Any] = {200: {"description": "The blob.", "content": {"*/*": {}}}}
-
-
-def _blob_routes(service: Services) -> APIRouter:
-    routes = APIRouter()
-
-    @routes.get("/blobs/{token}", response_class=Response, responses={**_BLOB, **problems(403, 404, 413, 422, 503)})
-    async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]) -> Response:
-        """The blob of one of this app's signed links."""
-        data, info = await service().blob(token)
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
-        headers = {**_BLOB_HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
-        if _is_page(info):
-            headers["Content-Security-Policy"] = _PAGE_POLICY
-        return Response(data, media_type=info.content_type, headers=headers)
-
-    return routes
-
-
-def _is_page(info: BlobInfo) -> bool:
-    return _PAGE_PATH.fullmatch(info.path) is not None and info.content_type.partition(";")[0].strip() == "text/html"
 
 
 def _refuse_early(delivery: Delivery, readiness: Readiness, limits: Limits) -> None:

@@ -12,14 +12,14 @@ from contextlib import asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import NamedTuple
 
 from fastapi.sse import ServerSentEvent, format_sse_event
 from pydantic import BaseModel
 
 from ..errors import RateLimited, StoreUnavailable, Unavailable, UnknownJob
 from ..jobs.api import Caller
-from ..jobs.record import Cause, Event, Job, JobError, State
+from ..jobs.record import Cause, Job, JobError, State
 from ..settings import ApiSettings
 from .views import ArtifactRow, JobView, LogLine, ProgressView, job_view, log_lines, progress_view, row
 
@@ -43,69 +43,39 @@ class StateMessage(BaseModel):
     at: datetime
 
 
-class ErrorMessage(BaseModel):
-    job_id: str
-    at: datetime
-    code: str
-    message: str
-
-
 #: By its name, what a message's data are.
-DATA: Mapping[str, type[BaseModel]] = {
+MESSAGES: Mapping[str, type[BaseModel]] = {
     "state": StateMessage,
     "artifact": ArtifactRow,
     "log": LogLine,
-    "error": ErrorMessage,
+    "error": JobError,
     "progress": ProgressView,
     "snapshot": JobView,
 }
-#: For the description of a stream.
-MESSAGE: Mapping[str, Any] = {
-    "type": "object",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {"enum": list(DATA)},
-        "id": {"type": "string"},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {"anyOf": [{"$ref": f"#/components/schemas/{one.__name__}"} for one in DATA.values()]},
-        },
-    },
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """A message of a stored event."""
 
     position: Position
+    at: datetime
     name: str
     data: BaseModel
-    at: datetime
 
 
 def told(job: Job) -> Iterator[Told]:
     """All messages of the events that the record has kept."""
     for event in job.events:
-        for k, (name, data) in enumerate(_of(job, event)):
-            yield Told((event.number, k), name, data, event.at)
-
-
-def _of(job: Job, event: Event) -> Iterator[tuple[str, BaseModel]]:
-    if event.artifact is not None and event.artifact < len(job.artifacts):
-        yield "artifact", row(job, event.artifact)
-    if event.error is not None:
-        yield "error", _error(job, event, event.error)
-    for line in log_lines(job, event):
-        yield "log", line
-    # Last, because with the last one a client may hang up.
-    if event.artifact is None:
-        yield "state", StateMessage(job_id=job.id, status=event.status, cause=event.cause, at=event.at)
-
-
-def _error(job: Job, event: Event, error: JobError) -> ErrorMessage:
-    return ErrorMessage(job_id=job.id, at=event.at, code=error.code, message=error.message)
+        of: list[tuple[str, BaseModel]] = [("log", line) for line in log_lines(job, event)]
+        if event.artifact is not None and event.artifact < len(job.artifacts):
+            of.insert(0, ("artifact", row(job, event.artifact)))
+        if event.error is not None:
+            of.insert(0, ("error", event.error))
+        if event.artifact is None:
+            # Last, because with the last one a client may hang up.
+            state = StateMessage(job_id=job.id, status=event.status, cause=event.cause, at=event.at)
+            of.append(("state", state))
+        yield from (Told((event.number, k), event.at, *one) for k, one in enumerate(of))
 
 
 def last(job: Job) -> Position:

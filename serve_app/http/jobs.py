@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from ..clock import utc_now
 from ..jobs.api import Caller, JobApi
@@ -15,7 +15,7 @@ from ..jobs.record import Job, State
 from ..parameters import ID_PATTERN, RUN_ID_PATTERN, JobType
 from . import views
 from .auth import caller_with
-from .events import MESSAGE, START, Feed, Position, Streams, last, parse, stream
+from .events import START, Feed, Position, Streams, last, parse, stream
 from .forms import JOB_BODY, read_job
 from .problems import Bodies, invalid, problems, wrong
 
@@ -30,7 +30,11 @@ MIN_LINK_S, MAX_LINK_S = 300, 86_400
 _MAX_KEY_CHARS = 255
 
 _Id = Annotated[str, Path(alias="id", pattern=ID_PATTERN)]
-_Since = Annotated[datetime | None, Query(description="Only what happened since then: ISO 8601, or seconds of Unix.")]
+_Since = Annotated[
+    datetime | None,
+    Query(description="Only what happened since then: ISO 8601, or seconds of Unix."),
+    AfterValidator(lambda at: at.replace(tzinfo=at.tzinfo or UTC) if at else None),
+]
 _Key = Annotated[
     str | None,
     Header(
@@ -39,10 +43,6 @@ _Key = Annotated[
     ),
 ]
 
-
-#: Errors that any of these routes may answer.
-_ANY = (401, 403, 422, 429, 503)
-
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 #: A watched job, and after what; None where there is nothing more to come.
@@ -50,18 +50,20 @@ _Watched = tuple[Feed, Position | None] | None
 
 
 def routes(service: "Services", bodies: Bodies, streams: Streams) -> APIRouter:
-    made = APIRouter()
-    for part in (_writing(service, bodies), _reading(service), _following(service, streams)):
-        made.include_router(part)
+    made = APIRouter(prefix="/v1/jobs", responses=problems(401, 403, 422, 429, 503))
+    _write(made, service, bodies)
+    read = Annotated[Caller, Depends(caller_with(lambda: service().access, "read"))]
+    _look(made, service, read)
+    _fetch(made, service, read)
+    _follow(made, service, read, streams)
     return made
 
 
-def _writing(service: "Services", bodies: Bodies) -> APIRouter:
-    made = APIRouter(prefix="/v1/jobs")
-    submit = Depends(caller_with(lambda: service().access, "submit"))
+def _write(made: APIRouter, service: "Services", bodies: Bodies) -> None:
+    submit = Annotated[Caller, Depends(caller_with(lambda: service().access, "submit"))]
     posting: dict[str, Any] = {
         "status_code": 202,
-        "responses": problems(*_ANY, 400, 404, 408, 409, 413, 415),
+        "responses": problems(400, 404, 408, 409, 413, 415),
         "openapi_extra": {"requestBody": JOB_BODY},
     }
 
@@ -75,9 +77,7 @@ def _writing(service: "Services", bodies: Bodies) -> APIRouter:
         return views.PostedJob(job=await _view(service().jobs, job))
 
     @made.post("", **posting)
-    async def post_job(
-        request: Request, response: Response, caller: Annotated[Caller, submit], key: _Key = None
-    ) -> views.PostedJob:
+    async def post_job(request: Request, response: Response, caller: submit, key: _Key = None) -> views.PostedJob:
         """Ask for a job. With an Idempotency-Key, a request that is sent again is answered with the same job."""
         return await posted(request, caller, response, idempotency_key=_bare(key))
 
@@ -86,31 +86,26 @@ def _writing(service: "Services", bodies: Bodies) -> APIRouter:
         job_id: Annotated[str, Path(alias="id", pattern=RUN_ID_PATTERN)],
         request: Request,
         response: Response,
-        caller: Annotated[Caller, submit],
+        caller: submit,
     ) -> views.PostedJob:
         """Ask for a job under an id of one's own. Sent again, it is answered with the same job."""
         return await posted(request, caller, response, job_id=job_id)
 
-    @made.post("/{id}/cancel", responses=problems(*_ANY, 404, 409))
-    async def cancel_job(job_id: _Id, caller: Annotated[Caller, submit]) -> views.JobView:
+    @made.post("/{id}/cancel", responses=problems(404, 409))
+    async def cancel_job(job_id: _Id, caller: submit) -> views.JobView:
         """Cancel a job: a waiting one never starts, a running one stops within a step. 409 if it has ended."""
         return views.job_view(await service().jobs.cancel(job_id, caller))
 
-    @made.delete("/{id}", status_code=204, responses=problems(*_ANY, 404, 409))
-    async def delete_job(job_id: _Id, caller: Annotated[Caller, submit]) -> None:
+    @made.delete("/{id}", status_code=204, responses=problems(404, 409))
+    async def delete_job(job_id: _Id, caller: submit) -> None:
         """Delete a job and what it made. 409 if it has not ended."""
         await service().jobs.delete(job_id, caller)
 
-    return made
 
-
-def _reading(service: "Services") -> APIRouter:
-    made = APIRouter(prefix="/v1/jobs")
-    read = Depends(caller_with(lambda: service().access, "read"))
-
-    @made.get("", responses=problems(*_ANY))
+def _look(made: APIRouter, service: "Services", read: Any) -> None:
+    @made.get("")
     async def list_jobs(
-        caller: Annotated[Caller, read],
+        caller: read,
         job_type: Annotated[JobType | None, Query(alias="type")] = None,
         status: State | None = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 20,
@@ -120,17 +115,24 @@ def _reading(service: "Services") -> APIRouter:
         found = await service().jobs.list(caller, type=job_type, status=status, after=cursor, limit=limit + 1)
         page = found[:limit]
         following = page[-1].id if len(found) > limit else None
-        return views.JobList(jobs=[views.job_line(job) for job in page], next_cursor=following)
+        return views.JobList(jobs=[views.job_view(job) for job in page], next_cursor=following)
 
-    @made.get("/{id}", responses=problems(*_ANY, 404))
-    async def get_job(job_id: _Id, caller: Annotated[Caller, read]) -> views.JobView:
+    @made.get("/{id}", responses=problems(404))
+    async def get_job(job_id: _Id, caller: read) -> views.JobView:
         """A job."""
         return await _view(service().jobs, await service().jobs.get(job_id, caller))
 
-    @made.get("/{id}/artifacts", responses=problems(*_ANY, 404))
+    @made.get("/{id}/progress", responses=problems(404))
+    async def get_progress(job_id: _Id, caller: read) -> views.ProgressView:
+        """How far a job is, and each of its pictures."""
+        return views.progress_view(await service().jobs.get(job_id, caller))
+
+
+def _fetch(made: APIRouter, service: "Services", read: Any) -> None:
+    @made.get("/{id}/artifacts", responses=problems(404))
     async def list_artifacts(
         job_id: _Id,
-        caller: Annotated[Caller, read],
+        caller: read,
         expires_s: Annotated[int | None, Query(description="Of the links, in seconds; 300 to 86400.")] = None,
     ) -> views.ArtifactList:
         """What a job has made so far, each with a link."""
@@ -139,44 +141,37 @@ def _reading(service: "Services") -> APIRouter:
         lasts_s = max(MIN_LINK_S, min(MAX_LINK_S, jobs.settings.api.link_s if expires_s is None else expires_s))
         until = utc_now() + timedelta(seconds=lasts_s)
         artifacts = [
-            views.LinkedArtifact(**row.model_dump(), url=await jobs.link(artifact, lasts_s), expires_at=until)
-            for row, artifact in views.rows(job)
+            views.LinkedArtifact(
+                **views.row(job, position).model_dump(), url=await jobs.link(artifact, lasts_s), expires_at=until
+            )
+            for position, artifact in enumerate(job.artifacts)
         ]
-        return views.ArtifactList(artifacts=artifacts)
+        return views.ArtifactList(artifacts=sorted(artifacts, key=lambda one: one.item_index))
 
-    @made.get("/{id}/progress", responses=problems(*_ANY, 404))
-    async def get_progress(job_id: _Id, caller: Annotated[Caller, read]) -> views.ProgressView:
-        """How far a job is, and each of its pictures."""
-        return views.progress_view(await service().jobs.get(job_id, caller))
-
-    return made
-
-
-def _following(service: "Services", streams: Streams) -> APIRouter:
-    made = APIRouter(prefix="/v1/jobs")
-    read = Depends(caller_with(lambda: service().access, "read"))
     line = {"schema": {"$ref": "#/components/schemas/LogLine"}}
     lines: dict[int | str, Any] = {
         200: {"description": "One JSON object a line.", "content": {"application/x-ndjson": line}}
     }
 
-    @made.get("/{id}/logs", response_class=Response, responses={**lines, **problems(*_ANY, 404)})
+    @made.get("/{id}/logs", response_class=Response, responses={**lines, **problems(404)})
     async def get_logs(
         job_id: _Id,
-        caller: Annotated[Caller, read],
+        caller: read,
         tail: Annotated[int, Query(ge=1, le=MAX_TAIL)] = TAIL,
         since_ts: _Since = None,
     ) -> Response:
         """The newest lines of a job's log, oldest first."""
         job = await service().jobs.get(job_id, caller)
-        since = _aware(since_ts)
-        found = [one for event in job.events for one in views.log_lines(job, event) if not since or one.ts >= since]
-        text = "".join(one.model_dump_json(exclude_none=True) + "\n" for one in found[-tail:])
+        events = [event for event in job.events if not since_ts or event.at >= since_ts]
+        found = [line for event in events for line in views.log_lines(job, event)]
+        text = "".join(line.model_dump_json(exclude_none=True) + "\n" for line in found[-tail:])
         return Response(text, media_type="application/x-ndjson")
 
+
+def _follow(made: APIRouter, service: "Services", read: Any, streams: Streams) -> None:
     async def watched(
         job_id: _Id,
-        caller: Annotated[Caller, read],
+        caller: read,
         header: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
         query: Annotated[str | None, Query(alias="last_event_id")] = None,
     ) -> AsyncGenerator[_Watched]:
@@ -199,20 +194,17 @@ def _following(service: "Services", streams: Streams) -> APIRouter:
             return Response(status_code=204)
         feed, after = watched
         lasts_s = service().jobs.settings.api.stream_s
-        content = stream(
-            feed, after=after, since=_aware(since_ts), lasts_s=lasts_s, is_stopping=lambda: service().is_stopping
-        )
+        content = stream(feed, after=after, since=since_ts, lasts_s=lasts_s, is_stopping=lambda: service().is_stopping)
         return EventSourceResponse(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     answers: dict[int | str, Any] = {
-        200: {"description": "Server-sent events.", "content": {"text/event-stream": {"itemSchema": MESSAGE}}},
+        200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}},
         204: {"description": "The job is over, and Last-Event-ID is its last event."},
-        **problems(*_ANY, 404),
+        **problems(404),
     }
     for path in ("/events", "/progress/stream"):
         options: dict[str, Any] = {"response_class": Response, "responses": answers}
         made.get("/{id}" + path, operation_id="follow" + path.replace("/", "_"), **options)(follow)
-    return made
 
 
 async def _view(jobs: JobApi, job: Job) -> views.JobView:
@@ -229,7 +221,3 @@ def _bare(key: str | None) -> str | None:
     if not 1 <= len(bare) <= _MAX_KEY_CHARS:
         raise wrong("Idempotency-Key", f"it must have 1 to {_MAX_KEY_CHARS} characters", where="header")
     return bare
-
-
-def _aware(moment: datetime | None) -> datetime | None:
-    return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -5,11 +5,12 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..generate.request import GenerateBody
-from ..models import Family, Variant
+from ..models import Family
+from ..parameters import VariantName
 from ..settings import Settings
 from .auth import caller_with
 from .openapi import portable
@@ -20,18 +21,13 @@ if TYPE_CHECKING:
 
 ModelState = Literal["available", "loading", "loaded", "failed"]
 #: By the state of its replicas.
-_STATES: Mapping[str, ModelState] = {
-    "ready": "loaded",
-    "starting": "loading",
-    "scaled_to_zero": "available",
-    "failed": "failed",
-}
+_STATES: Mapping[str, ModelState] = dict(
+    ready="loaded", starting="loading", scaled_to_zero="available", failed="failed"
+)
 _KINDS: Mapping[Family, str] = {"sdxl": "sdxl-checkpoint", "flux": "flux-transformer", "fake": "fake"}
 
 
-class ModelRow(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class ModelView(BaseModel):
     id: str
     object: Literal["model"] = "model"
     #: Not known.
@@ -55,9 +51,6 @@ class ModelRow(BaseModel):
     capabilities: Mapping[str, Any]
     #: Of what a job leaves out.
     defaults: Mapping[str, Any]
-
-
-class ModelDetail(ModelRow):
     source_uri: str | None
     #: The name of a file of the server's own, without its folder.
     local_path: str | None
@@ -68,75 +61,57 @@ class ModelList(BaseModel):
     """The same twice: `data` for clients of OpenAI's, `models` for others."""
 
     object: Literal["list"] = "list"
-    data: Sequence[ModelRow]
-    models: Sequence[ModelRow]
+    data: Sequence[ModelView]
+    models: Sequence[ModelView]
 
 
 def routes(service: "Services") -> APIRouter:
     made = APIRouter(prefix="/v1/models", dependencies=[Depends(caller_with(lambda: service().access, "read"))])
 
-    def found() -> Sequence[ModelDetail]:
-        settings = service().jobs.settings
-        return [_model(name, settings, readiness) for name, readiness in service().models().items()]
-
     @made.get("", responses=problems(401, 403, 429, 503))
     async def list_models() -> ModelList:
         """The models that are served, whether they can work now or not."""
-        rows = [ModelRow.model_validate(one.model_dump(exclude=_OF_DETAIL)) for one in found()]
+        settings = service().jobs.settings
+        rows = [_view(name, settings, readiness) for name, readiness in service().models().items()]
         return ModelList(data=rows, models=rows)
 
-    @made.get("/{id}", responses=problems(401, 403, 404, 422, 429, 503))
-    async def get_model(name: Annotated[str, Path(alias="id", pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]) -> ModelDetail:
+    @made.get("/{id}", responses=problems(401, 403, 404, 429, 503))
+    async def get_model(name: Annotated[VariantName, Path(alias="id")]) -> ModelView:
         """A model."""
-        for one in found():
-            if one.id == name:
-                return one
-        raise HTTPException(404, "no such model is served; see GET /v1/models")
+        readiness = service().models().get(name)
+        if readiness is None:
+            raise HTTPException(404, "no such model is served; see GET /v1/models")
+        return _view(name, service().jobs.settings, readiness)
 
     return made
 
 
-_OF_DETAIL = set(ModelDetail.model_fields) - set(ModelRow.model_fields)
-
-
-def _model(name: str, settings: Settings, readiness: "VariantReadiness") -> ModelDetail:
+def _view(name: str, settings: Settings, readiness: "VariantReadiness") -> ModelView:
     row, state = settings.variant(name), _STATES[readiness.state]
-    files = [one for one in (row.file, row.base) if one]
-    return ModelDetail(
+    capabilities: dict[str, Any] = {"inpaint": row.generation is None, "generate": row.generation is not None}
+    defaults, schema = dict[str, Any](), dict[str, Any]()
+    if takes := row.generation:
+        capabilities |= {"max_count": settings.generators[name].max_count, "multiple_px": takes.multiple_px}
+        capabilities |= {"schedulers": takes.schedulers, "negative_prompt": takes.takes_negative_prompt}
+        defaults = takes.defaults.model_dump(exclude={"guidance_scale"}) | {"guidance": takes.defaults.guidance_scale}
+        schema = portable(GenerateBody.model_json_schema())
+    return ModelView(
         id=name,
         owned_by=row.repo.partition("/")[0] if row.repo else "local",
         name=name,
         kind=_KINDS.get(row.family, "inpaint"),
         version=row.revision or "",
         installed=state != "failed",
+        parameters_schema=schema,
         state=state,
         where=readiness.where,
         error=readiness.error,
-        **_of_jobs(name, row, settings),
-        source_uri=f"hf://{row.repo}" + (f"@{row.revision}" if row.revision else "") if row.repo else None,
+        capabilities=capabilities,
+        defaults=defaults,
+        source_uri=f"hf://{row.repo}" if row.repo else None,
         local_path=_shown(row.file) if row.file and not row.repo else None,
-        files_json=[_shown(one) for one in files],
+        files_json=[_shown(one) for one in (row.file, row.base) if one],
     )
-
-
-def _of_jobs(name: str, row: Variant, settings: Settings) -> dict[str, Any]:
-    takes = row.generation
-    if takes is None:
-        return {"capabilities": {"inpaint": True}, "defaults": {}, "parameters_schema": {}}
-    capabilities = {
-        "generate": True,
-        "max_count": settings.generators[name].max_count,
-        "multiple_px": takes.multiple_px,
-        "schedulers": takes.schedulers,
-        "negative_prompt": takes.takes_negative_prompt,
-    }
-    defaults = takes.defaults.model_dump()
-    defaults["guidance"] = defaults.pop("guidance_scale")
-    return {
-        "capabilities": capabilities,
-        "defaults": defaults,
-        "parameters_schema": portable(GenerateBody.model_json_schema()),
-    }
 
 
 def _shown(path: str) -> str:

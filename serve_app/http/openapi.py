@@ -5,7 +5,8 @@ python -m serve_app.http.openapi docs/openapi/openapi.v1.json
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,93 +15,82 @@ from pydantic import BaseModel
 from ..edit.posted import InpaintBody
 from ..generate.request import GenerateBody
 from ..jobs.messages import PushEnvelope
-from . import events
+from ..jobs.record import Job
+from ..parameters import GenerateParameters
 from .audits import AuditBody
-from .problems import CORRELATION_ID, Problem, problems
+from .events import MESSAGES
+from .problems import CORRELATION_ID, Problem, problem, problems
+from .views import job_view
 
 #: Bodies that routes read themselves, lines and messages of streams, and the error of all.
-_MODELS: tuple[type[BaseModel], ...] = (
-    AuditBody,
-    GenerateBody,
-    InpaintBody,
-    Problem,
-    PushEnvelope,
-    *events.DATA.values(),
-)
-_CREDENTIALS = ("authorization", "x-api-key")
+_MODELS: Sequence[type[BaseModel]] = (AuditBody, GenerateBody, InpaintBody, PushEnvelope, Problem, *MESSAGES.values())
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-#: The last: where the app has no keys.
-_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"key": []}, {}]
-#: Any request may be refused for its host, and any fail.
-_ALWAYS = problems(421, 500)
-#: In place of FastAPI's own.
-_INVALID = problems(422)
-#: What changes something may be refused for the page that it comes from.
-_REFUSALS = problems(403, 415)
+_CORRELATED = {CORRELATION_ID: {"schema": {"type": "string"}, "description": "By which the log names the request."}}
+_PARAMETERS = GenerateParameters(
+    prompt="an old-growth forest at dawn", width=1024, height=1024, steps=24, guidance_scale=7
+)
+_JOB = Job(
+    id="forest-1", variant="sdxl", parameters=_PARAMETERS, seed=7, created_at=datetime(2026, 11, 30, 12, tzinfo=UTC)
+)
 
 
 def described(schema: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's description, with the rest."""
     components = schema["components"]
+    schemas, answers = components["schemas"], components.setdefault("responses", {})
+    components |= {"securitySchemes": _SCHEMES, "headers": _CORRELATED}
     for model in _MODELS:
         made = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        components["schemas"] |= {**made.pop("$defs", {}), model.__name__: made}
-    components["securitySchemes"] = _SCHEMES
-    components["headers"] = {
-        CORRELATION_ID: {"schema": {"type": "string"}, "description": "The request's, in the log."}
-    }
-    components["responses"] = {}
-    for method, operation in _operations(schema):
-        parameters = operation.get("parameters", [])
-        operation["parameters"] = [one for one in parameters if one["name"] not in _CREDENTIALS]
-        if len(operation["parameters"]) < len(parameters):
-            operation["security"] = _SECURITY
-        answers = operation["responses"]
-        is_invalid = "HTTPValidationError" in str(answers.get("422"))
-        answers |= {str(status): problem for status, problem in (_INVALID if is_invalid else {}).items()}
-        for status, problem in {**_ALWAYS, **({} if method == "get" else _REFUSALS)}.items():
-            answers.setdefault(str(status), problem)
-        for status, answer in answers.items():
-            answer["headers"] = {CORRELATION_ID: {"$ref": f"#/components/headers/{CORRELATION_ID}"}}
-            if "application/problem+json" in answer.get("content", {}):
-                components["responses"][status] = answer
-                answers[status] = {"$ref": f"#/components/responses/{status}"}
-    for unused in ("HTTPValidationError", "ValidationError"):
-        components["schemas"].pop(unused, None)
+        schemas |= {**made.pop("$defs", {}), model.__name__: made}
+    schemas["JobView"]["examples"] = [job_view(_JOB, ahead=0).model_dump(mode="json")]
+    example = json.loads(bytes(problem(404, "unknown_job", "there is no job forest-2").body))
+    schemas["Problem"]["examples"] = [example | {"correlation_id": "order-7"}]
+    for path in schema["paths"].values():
+        for method, operation in path.items():
+            _complete(operation, method)
+            for status, answer in operation["responses"].items():
+                answer["headers"] = {CORRELATION_ID: {"$ref": f"#/components/headers/{CORRELATION_ID}"}}
+                if "application/problem+json" in answer.get("content", {}):
+                    answers[status] = answer
+                    operation["responses"][status] = {"$ref": f"#/components/responses/{status}"}
+    # FastAPI's own error, which is never answered.
+    del schemas["HTTPValidationError"], schemas["ValidationError"]
     return dict(portable(schema))
 
 
-#: Limits of numbers that pydantic writes by its own names.
-_LIMITS = {"ge": "minimum", "le": "maximum"}
+def _complete(operation: dict[str, Any], method: str) -> None:
+    """Credentials, and the errors of any route: for its host, a parameter, the page that it comes from, a fault."""
+    given, answers = operation.pop("parameters", []), operation["responses"]
+    operation["parameters"] = [one for one in given if one["name"] not in ("authorization", "x-api-key")]
+    if len(operation["parameters"]) < len(given):
+        # Neither, where the app has no keys.
+        operation["security"] = [{"bearer": []}, {"key": []}, {}]
+    if "HTTPValidationError" in str(answers.get("422")):
+        del answers["422"]
+    for status, answer in problems(
+        421, 500, *((422,) if given else ()), *(() if method == "get" else (403, 415))
+    ).items():
+        answers.setdefault(str(status), answer)
 
 
 def portable(value: Any) -> Any:
-    """JSON Schema as any tool reads it: patterns are ECMAScript's."""
-    if isinstance(value, Mapping):
-        return {
-            _LIMITS.get(name, name): part.replace(r"\A", "^").replace(r"\z", "$")
-            if name == "pattern"
-            else portable(part)
-            for name, part in value.items()
-        }
+    """JSON Schema as any tool reads it: patterns are ECMAScript's, and limits are not by pydantic's own names."""
+    if isinstance(value, str):
+        return value.replace(r"\A", "^").replace(r"\z", "$")
+    if isinstance(value, dict):
+        return {{"ge": "minimum", "le": "maximum"}.get(name, name): portable(part) for name, part in value.items()}
     return [portable(part) for part in value] if isinstance(value, list) else value
-
-
-def _operations(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in schema["paths"].values():
-        yield from path.items()
 
 
 def text() -> str:
     """The description as it is committed."""
+    # It needs this module.
     from .app import create_app
 
-    def no_service() -> Any:
-        raise AssertionError("no route is asked")
-
+    no_service: Any = None
     return json.dumps(create_app(no_service).openapi(), indent=2, sort_keys=True) + "\n"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,23 +36,6 @@ _CORRELATION_ID: ContextVar[str] = ContextVar("correlation_id", default="")
 
 class Problem(BaseModel):
     """An error (RFC 9457)."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "about:blank",
-                    "title": "unknown job",
-                    "status": 404,
-                    "code": "unknown_job",
-                    "detail": "there is no job j-1",
-                    "message": "there is no job j-1",
-                    "details": {},
-                    "correlation_id": "5f0c1c8e6d7a4f0f9a55e21cf1f5a3a1",
-                }
-            ]
-        }
-    )
 
     type: str
     title: str
