@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from serve_app import adapters
+from serve_app.environment import with_environment
 from serve_app.http.app import create_app
 from serve_app.jobs import record as records
 from serve_app.models import BUILT_IN
@@ -93,8 +94,9 @@ def test_the_buckets_are_documented() -> None:
 def test_every_key_in_the_tables_is_a_setting() -> None:
     known = {*SETTINGS, *VARIANT, *Inference.model_fields}
     others = {"windows.buckets", "text_encoder.…", "variants", "RAY_AUTH_MODE", *SECRETS}
+    environment = set(re.findall(r"\bDF_[A-Z_]+\b", with_environment.__doc__ or ""))
     named = {key for key in rows(CONFIGURATION) if ":" not in key}
-    assert named <= known | others
+    assert environment <= named <= known | others | environment
 
 
 SECRETS = [name.upper() for name in Secrets.model_fields]
