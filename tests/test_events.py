@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.errors import FluxFillError
 from serve_app.http.events import START, Feed, Streams, last, parse, stream, told
 from serve_app.jobs.api import Caller
 from serve_app.jobs.record import MAX_EVENTS, Artifact, Cause, Job, State
@@ -202,6 +203,24 @@ async def test_a_deleted_job_ends_its_streams(replicas: list[Replica]) -> None:
         assert {message.event async for message in messages} <= {"state", "progress"}
 
 
+async def test_a_damaged_record_ends_its_streams(replicas: list[Replica]) -> None:
+    site = replicas[0]
+    job = await site.post()
+    async with asyncio.timeout(10), aclosing(site.follow(job["id"])) as messages:
+        await anext(messages)
+
+        async def damaged() -> None:
+            raise RecordDamaged
+
+        site.studio.jobs.before["get"] = damaged
+        assert {message.event async for message in messages} <= {"progress"}
+
+
+class RecordDamaged(FluxFillError):
+    def __init__(self) -> None:
+        super().__init__("it cannot be read")
+
+
 # Caps, polls, ends
 
 
@@ -252,6 +271,9 @@ async def test_a_client_that_hangs_up_gives_its_place_back(replicas: list[Replic
             assert open_streams(site) == 1
         await settled(lambda: open_streams(site) == 0)
     assert not site.streams._feeds
+    looks = site.studio.jobs.calls["get"]
+    await asyncio.sleep(0.1)
+    assert site.studio.jobs.calls["get"] == looks
 
 
 async def test_a_job_is_looked_at_once_however_many_watch_it(replicas: list[Replica]) -> None:

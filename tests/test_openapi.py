@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
@@ -53,6 +54,11 @@ def test_every_route_describes_its_answers_and_errors(path: str, method: str) ->
     assert all(one["content"] == problem for one in SCHEMA["components"]["responses"].values())
 
 
+def test_every_operation_has_a_name_of_its_own() -> None:
+    names = [SCHEMA["paths"][path][method]["operationId"] for path, method in OPERATIONS]
+    assert len(set(names)) == len(names) and {"post_job", "get_job", "follow_events", "list_models"} <= set(names)
+
+
 def test_every_reference_leads_somewhere() -> None:
     def references(value: Any) -> list[str]:
         if isinstance(value, list):
@@ -73,7 +79,14 @@ def test_bodies_that_routes_read_themselves_are_described() -> None:
     takes = {key for key, has_body in bodies.items() if has_body}
     assert takes == {("/v1/jobs", "post"), ("/v1/jobs/{id}", "put"), ("/audit", "post"), ("/inpaint", "post")}
     job = SCHEMA["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]
-    assert job.keys() == {"application/json", "multipart/form-data"} and job["application/json"]["examples"]
+    assert job.keys() == {"application/json", "multipart/form-data"}
+
+
+@pytest.mark.parametrize("name", ["GenerateBody", "InpaintBody", "JobView", "Problem"])
+def test_the_shapes_that_a_client_begins_with_have_examples_that_are_valid(name: str) -> None:
+    schema = {**SCHEMA["components"]["schemas"][name], "components": SCHEMA["components"]}
+    (example,) = schema["examples"]
+    jsonschema.validate(example, schema)
 
 
 # What the app answers

@@ -159,7 +159,14 @@ def create_app(service: Services, bodies: Bodies | None = None, streams: Streams
         if not service().access.is_production:
             check_page(request.method, request.url.path, request.headers)
 
-    app = _App(title="flux-fill-serve", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = _App(
+        title="flux-fill-serve",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
     answer_problems(app)
     app.add_middleware(Gate, check=check)
     bodies = bodies or Bodies()

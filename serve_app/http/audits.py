@@ -115,7 +115,7 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: B
         responses={202: {"model": AuditView}, **problems(404, 408, 409, 413, 500)},
         openapi_extra={"requestBody": json_body("AuditBody")},
     )
-    async def audit(request: Request) -> Response:
+    async def start_audit(request: Request) -> Response:
         """Start an audit, and answer when it is over; with `Prefer: respond-async` at once."""
         started = await _start(request, audits(), bodies)
         if _prefers_async(request.headers.getlist("Prefer")):
@@ -131,17 +131,17 @@ def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: B
         return JSONResponse((await _with_report(AuditReport, ended, audits())).model_dump(mode="json"))
 
     @made.get("/audits")
-    async def listed(limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Sequence[AuditLine]:
+    async def list_audits(limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Sequence[AuditLine]:
         """Runs, newest first."""
         return [AuditLine.model_validate(one) for one in await audits().list(limit)]
 
     @made.get("/audits/{run_id}", responses=problems(404))
-    async def look(run_id: _Run) -> AuditView:
+    async def get_audit(run_id: _Run) -> AuditView:
         """A run, with the progress of each cell."""
         return await _with_report(AuditView, await audits().look(run_id), audits())
 
     @made.post("/audits/{run_id}/cancel", responses=problems(404, 409))
-    async def cancel(run_id: _Run) -> AuditView:
+    async def cancel_audit(run_id: _Run) -> AuditView:
         """Stop a run: a waiting one never begins, a running one stops within a step. 409 where it is over."""
         return await _with_report(AuditView, await audits().cancel(run_id), audits())
 

@@ -8,7 +8,7 @@ state. Progress has no id, so that a client that comes back names what is stored
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fastapi.sse import ServerSentEvent, format_sse_event
 from pydantic import BaseModel
 
-from ..errors import RateLimited, StoreUnavailable, Unavailable, UnknownJob
+from ..errors import FluxFillError, RateLimited, StoreUnavailable, Unavailable
 from ..jobs.api import Caller
 from ..jobs.record import Cause, Job, JobError, State
 from ..settings import ApiSettings
@@ -113,18 +113,16 @@ class Feed:
                 self.job = await look()
             except StoreUnavailable:
                 continue
-            except UnknownJob:
+            except FluxFillError:
+                # It is gone, or its record is damaged: whoever comes back is told.
                 self.job = None
             self.seen.set()
             self.seen = asyncio.Event()
 
-    async def next_look(self, timeout_s: float) -> bool:
-        """Whether the store was looked at within the time."""
-        try:
+    async def next_look(self, timeout_s: float) -> None:
+        """Returns when the store was looked at again, or the time is over."""
+        with suppress(TimeoutError):
             await asyncio.wait_for(self.seen.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
 
 
 class Streams:
@@ -175,18 +173,13 @@ async def stream(
     most. A client that names what the record has not kept gets the whole job first."""
     loop = asyncio.get_running_loop()
     ends_at, pings_at = loop.time() + lasts_s, loop.time() + PING_S
-    sent_progress = None
+    sent_progress, seen = None, -1
     yield _encoded(ServerSentEvent(retry=RETRY_MS))
     while (job := feed.job) is not None:
-        messages = []
-        if after is None or not _is_kept(job, after):
-            after = last(job)
-            messages.append(ServerSentEvent(event="snapshot", id=_id(after), data=job_view(job)))
-        for one in told(job):
-            if one.position > after:
-                after = one.position
-                if since is None or one.at >= since:
-                    messages.append(ServerSentEvent(event=one.name, id=_id(after), data=one.data))
+        newest, messages = job.events[-1].number if job.events else 0, list[ServerSentEvent]()
+        if newest != seen:
+            seen = newest
+            after, messages = _news(job, after, since)
         if (present := progress_view(job)) != sent_progress:
             # Before the last message, after which a client may hang up.
             messages.insert(len(messages) - job.status.is_final, ServerSentEvent(event="progress", data=present))
@@ -201,8 +194,17 @@ async def stream(
         await feed.next_look(min(ends_at, pings_at) - loop.time())
 
 
-def _id(position: Position) -> str:
-    return "{}.{}".format(*position)
+def _news(job: Job, after: Position | None, since: datetime | None) -> tuple[Position, list[ServerSentEvent]]:
+    """What follows `after`, and up to where that is."""
+    if after is None or not _is_kept(job, after):
+        return last(job), [ServerSentEvent(event="snapshot", id="{}.{}".format(*last(job)), data=job_view(job))]
+    fresh = [one for one in told(job) if one.position > after]
+    messages = [
+        ServerSentEvent(event=one.name, id="{}.{}".format(*one.position), data=one.data)
+        for one in fresh
+        if since is None or one.at >= since
+    ]
+    return fresh[-1].position if fresh else after, messages
 
 
 def _encoded(message: ServerSentEvent) -> bytes:

@@ -17,17 +17,13 @@ JSON, FORM = "application/json", "multipart/form-data"
 #: Parts of a form that are files; the part `job` is the JSON.
 FILES = ("image", "mask")
 
-_EXAMPLES = {
-    "generate": {"value": {"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}},
-    "inpaint": {"value": {"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}}},
-}
 _FILE = {"type": "string", "format": "binary"}
 _JOB = {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("GenerateBody", "InpaintBody")]}
 #: For the description of routes that read one.
 JOB_BODY: Mapping[str, Any] = {
     "required": True,
     "content": {
-        JSON: {"schema": _JOB, "examples": _EXAMPLES},
+        JSON: {"schema": _JOB},
         FORM: {
             "schema": {
                 "type": "object",
