@@ -26,6 +26,7 @@ from serve_app.errors import (
     StoreUnavailable,
     UnknownJob,
     UnknownVariant,
+    VariantNotReady,
 )
 from serve_app.generate.job import Generation
 from serve_app.jobs.api import Caller, JobApi
@@ -526,3 +527,15 @@ async def test_a_job_without_a_session_writes_no_session_document(studio: Studio
     await studio.work()
     await studio.notifier.drained()
     assert await MemoryJobStore(studio.settings.jobs).read_session("", "") is None
+
+
+async def test_a_job_that_waits_says_why(studio: Studio) -> None:
+    async def starts(request: GenerateRequest) -> None:
+        raise VariantNotReady("no replica of sdxl started")
+
+    studio.painter.before = starts
+    job = await studio.post()
+    assert (await studio.work()).action == "defer"
+    waits = (await studio.job(job)).events[-1]
+    assert (waits.status, waits.cause) == (State.QUEUED, Cause.REQUEUED)
+    assert waits.error is not None and waits.error.message == "no replica of sdxl started"

@@ -184,6 +184,7 @@ class Event(_Value):
     cause: Cause | None = None
     #: The position of the artifact among the job's.
     artifact: int | None = None
+    #: Why it ended, or why it waits.
     error: JobError | None = None
 
 
@@ -301,8 +302,7 @@ class Job(_Value):
         lease_until = self.lease_until if to == State.RUNNING else None
         finished_at = now if to.is_final else None
         after = self.evolve(status=to, lease_until=lease_until, finished_at=finished_at, **changes)
-        error = after.error if to.is_final else None
-        return after.noted(now, cause=cause, error=error).evolve(owed=_notifications(after, now))
+        return after.noted(now, cause=cause, error=after.error).evolve(owed=_notifications(after, now))
 
     def noted(self, now: datetime, **what: Any) -> "Job":
         """The record with one event more, which `what` says."""
