@@ -69,7 +69,7 @@ def told(job: Job) -> Iterator[Told]:
         of: list[tuple[str, BaseModel]] = [("log", line) for line in log_lines(job, event)]
         if event.artifact is not None and event.artifact < len(job.artifacts):
             of.insert(0, ("artifact", row(job, event.artifact)))
-        if event.error is not None:
+        if event.error is not None and event.status.is_final:
             of.insert(0, ("error", event.error))
         if event.artifact is None:
             # Last, because with the last one a client may hang up.

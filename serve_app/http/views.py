@@ -176,10 +176,11 @@ def log_lines(job: Job, event: Event) -> Iterator[LogLine]:
     elif event.cause == Cause.CLAIMED:
         yield line("step.start", f"Began {job.type}")
         yield line("model.selected", f"Works with {job.variant}")
-    elif event.error is not None:
+    elif event.error is not None and event.status.is_final:
         yield line("error", f"{event.error.code}: {event.error.message}", "error")
     elif event.cause in (Cause.LEASE_LOST, Cause.RETRIED, Cause.REQUEUED):
-        yield line("step.finish", f"Waits for another attempt: {event.cause}", "warning")
+        why = event.error.message if event.error else event.cause
+        yield line("step.finish", f"Waits for another attempt: {why}", "warning")
     elif event.cause == Cause.SUCCEEDED:
         yield line("step.finish", f"Finished {job.type}")
     if event.status.is_final:
