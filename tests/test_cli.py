@@ -768,6 +768,17 @@ def test_pull_without_the_token_a_repository_wants_says_so(
     assert "secret" not in ended.out
 
 
+def test_pull_takes_generators_too(fluxfill: Command, hub: HubServer, tmp_path: Path) -> None:
+    hub.repos["o/dev"] = Repo({"dev.safetensors": b"{}"})
+    row = {"family": "flux", "repo": "o/dev", "file": "dev.safetensors", "base": "o/base"}
+    served = {"variants": {"telea": {}}, "generators": {"fake": {}, "ours": {"definition": row}}}
+    config = write_config(tmp_path, **served)
+    for names in ((), ("ours",)):
+        ended = fluxfill("weights", "pull", *names, "-c", config)
+        assert (ended.status, ended.err) == (0, "")
+    assert "o/dev: 1/1 dev.safetensors" in fluxfill("weights", "pull", "--pin", "-c", config).out
+
+
 def test_pull_refuses_a_variant_nobody_knows(fluxfill: Command, from_hub: Path) -> None:
     ended = fluxfill("weights", "pull", "theirs", "-c", from_hub)
     assert ended.status == 1

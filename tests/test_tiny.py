@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from serve_app.engine.flux import gguf_file
 from serve_app.engine.flux import tiny as tiny_module
 from serve_app.engine.flux.tiny import TinyWeights, ensure
+from serve_app.engine.sdxl import tiny as sdxl_tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,6 +49,23 @@ def test_matrices_are_packed_and_vectors_are_not(tiny: TinyWeights, quant: str, 
     assert tensors["transformer_blocks.0.attn.to_q.weight"] == packing
     assert tensors["transformer_blocks.0.attn.to_q.bias"] == "F32"
     assert list(tensors.values()).count(packing) > len(tensors) / 3
+
+
+def test_the_tiny_sdxl_is_read_back_as_it_was_written(tiny_sdxl: TinyWeights, tmp_path: Path) -> None:
+    base = tiny_sdxl.folder / "sdxl-base"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tiny_module.SEED)
+        written = sdxl_tiny._pipeline(tmp_path)
+    read = StableDiffusionXLPipeline.from_single_file(
+        str(tiny_sdxl.folder / "sdxl.safetensors"), config=str(base), local_files_only=True, dtype=torch.float32
+    )
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        ours, theirs = (getattr(pipeline, part).state_dict() for pipeline in (written, read))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    again = ensure(tmp_path / "again", sdxl_tiny.write)
+    assert contents(again.folder) == contents(tiny_sdxl.folder)
+    assert sum(map(len, contents(again.folder).values())) < 10_000_000
 
 
 def test_it_is_small(tiny: TinyWeights) -> None:

@@ -257,6 +257,66 @@ async def test_a_read_only_cache_that_is_not_whole_is_named(sources: Sources, vo
         await fetch.fetch(PINNED, empty)
 
 
+#: Of the real repository: what is taken of it besides the weights, and some of what is not.
+SDXL = {
+    "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder_2/config.json",
+    "tokenizer/merges.txt", "tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json", "tokenizer_2/merges.txt", "tokenizer_2/special_tokens_map.json",
+    "tokenizer_2/tokenizer_config.json", "tokenizer_2/vocab.json", "unet/config.json", "vae/config.json",
+}  # fmt: skip
+NOT_SDXL = {
+    "README.md", "01.png", "sd_xl_base_1.0_0.9vae.safetensors", "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors", "text_encoder/openvino_model.bin", "tokenizer/flax.msgpack",
+    "vae/diffusion_pytorch_model.safetensors", "vae_1_0/config.json", "vae_decoder/config.json",
+}  # fmt: skip
+
+
+async def test_of_sdxl_come_one_file_and_the_configs(hub: HubServer, sources: Sources) -> None:
+    variant = Variant(family="sdxl", repo="o/sdxl", file="sd_xl.safetensors", base="o/sdxl")
+    hub.repos["o/sdxl"] = Repo({file: file.encode() for file in SDXL | NOT_SDXL | {"sd_xl.safetensors"}})
+    found = await fetch.fetch(variant, sources)
+    assert found.transformer == found.base / "sd_xl.safetensors"
+    assert files_below(found.base) == SDXL | {"sd_xl.safetensors"}
+    pinned = await fetch.pin([variant], sources)
+    assert set(pinned.lock.repos["o/sdxl"].files) == SDXL | {"sd_xl.safetensors"}
+    store, mirrored = mirror()
+    await fetch.push_to_mirror([variant], replace(sources, mirror=mirrored))
+    paths = [info.path async for info in store.list("models")]
+    assert len(paths) == len(SDXL) + 1
+
+
+async def test_of_flux_comes_what_comes_of_fill(hub: HubServer, sources: Sources) -> None:
+    found = await fetch.fetch(PINNED.model_copy(update={"family": "flux"}), sources)
+    assert files_below(found.base) == PAINTING
+
+
+async def test_each_built_in_variant_names_what_it_takes(sources: Sources) -> None:
+    needs = fetch._needs(BUILT_IN.values(), lock.Lock())
+    assert {need.repo for need in needs} == {
+        *("YarvixPA/FLUX.1-Fill-dev-GGUF", "black-forest-labs/FLUX.1-Fill-dev"),
+        *("city96/FLUX.1-dev-gguf", "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-xl-base-1.0"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-flux-dev"])
+async def test_tiny_generators_need_no_hub(sources: Sources, name: str) -> None:
+    variant = BUILT_IN[name]
+    made = await fetch.fetch(variant, sources)
+    assert made.transformer.is_file() and (made.base / "vae" / "config.json").is_file()
+    local = variant.model_copy(update={"file": str(made.transformer), "base": str(made.base)})
+    assert await fetch.fetch(local, sources) == made
+
+
+async def test_the_weights_of_sdxl_may_be_a_folder(sources: Sources, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    folder = str(tmp_path / "model")
+    variant = Variant(family="sdxl", file=folder, base=folder)
+    assert await fetch.fetch(variant, sources) == fetch.Weights(tmp_path / "model", tmp_path / "model")
+    with pytest.raises(UnknownWeights, match="there is no file"):
+        await fetch.fetch(variant.model_copy(update={"family": "flux"}), sources)
+
+
 @pytest.mark.slow
 async def test_tiny_and_local_weights_need_no_hub(sources: Sources, tiny: TinyWeights) -> None:
     made = await fetch.fetch(BUILT_IN["tiny-Q8_0"], sources)
