@@ -14,7 +14,7 @@ import pytest
 from serve_app.errors import FluxFillError
 from serve_app.http.events import START, Feed, Streams, last, parse, stream, told
 from serve_app.jobs.api import Caller
-from serve_app.jobs.record import MAX_EVENTS, Artifact, Cause, Job, State
+from serve_app.jobs.record import MAX_EVENTS, Artifact, Cause, Job, JobError, State
 from serve_app.models import Progress
 from serve_app.parameters import GenerateParameters
 from serve_app.settings import ApiSettings
@@ -192,6 +192,16 @@ async def test_a_job_that_fails_says_why(replicas: list[Replica]) -> None:
     messages = stored(await whole(site.follow(job["id"])))
     assert [one.event for one in messages] == ["state", "error", "log", "log", "state"]
     assert messages[1].data == {"code": "canceled", "message": "canceled by a user"}
+
+
+def test_why_a_job_waits_is_in_its_log_and_no_error() -> None:
+    why = JobError(code="replica_lost", message="the replica died")
+    job = job_of(2).after(Cause.RETRIED, NOW, error=why)
+    *_, log, state = told(job)
+    assert (log.name, log.data.level, log.data.code) == ("log", "warning", "step.finish")
+    assert log.data.message.endswith("the replica died")
+    assert (state.name, state.data.status) == ("state", "queued")
+    assert "error" not in {one.name for one in told(job)}
 
 
 async def test_a_deleted_job_ends_its_streams(replicas: list[Replica]) -> None:
