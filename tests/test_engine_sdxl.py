@@ -110,7 +110,7 @@ OTHERS: list[dict[str, Any]] = [
     {"guidance_scale": 1.0},
     {"seed": 2**63 - 1},
     {"prompt": "", "negative_prompt": "snow"},
-    {"prompt": "half of a pair \ud83d, 猫 " * 90},
+    {"prompt": "猫 \U0001f408 " * 90},
 ]
 
 

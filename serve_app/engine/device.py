@@ -4,8 +4,10 @@ import gc
 import platform
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -95,6 +97,42 @@ class Device:
             # The frames that failed still hold what filled the memory.
             traceback.clear_frames(e.__traceback__)
             raise kind(f"{self.torch} failed: {_first_line(e)}") from e
+
+
+class OnDevice:
+    """What an engine on a device says of it."""
+
+    #: Whose versions it names.
+    packages: tuple[str, ...] = ("torch", "diffusers", "transformers")
+    _device: Device
+
+    def device_ms(self) -> float | None:
+        return self._device.ms if self._device.is_gpu else None
+
+    def peak_memory(self) -> tuple[int, int] | None:
+        return self._device.peak_memory()
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**self._device.describe(), "versions": _versions(self.packages)}
+
+    def free_memory(self) -> None:
+        self._device.free_memory()
+
+    def _step_hook(self, on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+        """A pipeline's callback. Raising in it ends the run at once; the pipeline's own flag would still decode."""
+
+        def hook(_pipeline: Any, index: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            # Kernels run behind the code that launches them: wait, so that a step reported is a step done.
+            self._device.synchronize()
+            on_step(index + 1)
+            return {}
+
+        return hook
+
+
+@cache
+def _versions(packages: tuple[str, ...]) -> Mapping[str, str]:
+    return {package: version(package) for package in packages}
 
 
 def _kind_of(error: RuntimeError) -> type[PaintError] | None:

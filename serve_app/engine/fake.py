@@ -1,8 +1,7 @@
 """A card in place of a picture, with what was asked for written on it: for tests, and for clients being developed."""
 
 import hashlib
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, takewhile
 from typing import Any
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..models import GenerateRequest, Pixels, Variant
 from ..settings import VariantSettings
+from .weightless import Weightless
 from .weights.fetch import Weights
 
 _INK = (20, 20, 20)
@@ -20,14 +20,12 @@ _MARGIN = 0.04
 _MAX_LINE = 500
 
 
-class Fake:
+class Fake(Weightless):
     """A Generator of cards. Each request's has a colour of its own; a small one shows the beginning of the text."""
 
+    versions: Mapping[str, str] = {"pillow": PIL.__version__}
+
     def __init__(self, _variant: Variant, _weights: Weights | None, _served: VariantSettings) -> None: ...
-
-    def load(self) -> None: ...
-
-    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None: ...
 
     def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
         for step in range(1, request.steps + 1):
@@ -42,25 +40,6 @@ class Fake:
         for number, line in zip(range(int((card.height - margin_px) / line_px)), lines, strict=False):
             ImageDraw.Draw(card).text((margin_px, margin_px + number * line_px), line, _INK, font)
         return np.asarray(card, np.uint8)
-
-    def device_ms(self) -> None:
-        return None
-
-    def peak_memory(self) -> None:
-        return None
-
-    def describe(self) -> Mapping[str, Any]:
-        return {
-            "device": platform.machine(),
-            "compute_capability": "N/A",
-            "memory_used_bytes": None,
-            "memory_total_bytes": None,
-            "versions": {"pillow": PIL.__version__},
-        }
-
-    def free_memory(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _text(request: GenerateRequest) -> str:

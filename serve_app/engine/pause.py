@@ -1,27 +1,24 @@
 """Sleeps in place of painting: it stands in for a GPU that works while the CPU is free, in load tests."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..models import Pixels, Variant
 from ..settings import VariantSettings
 from . import Window
+from .weightless import Weightless
 from .weights.fetch import Weights
 
 _GREY = 127
 
 
-class Pause:
+class Pause(Weightless):
     """An Engine that takes `variant.pause_s` seconds for each window and paints it grey. A deaf one reports no step, so
     that it cannot be stopped either."""
 
+    device = "none: it sleeps"
+
     def __init__(self, variant: Variant, _weights: Weights | None, _served: VariantSettings) -> None:
         self._pause_s, self._deaf = variant.pause_s, variant.deaf
-
-    def load(self) -> None: ...
-
-    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None: ...
 
     def paint(self, window: Window) -> Pixels:
         started_s = time.monotonic()
@@ -33,22 +30,3 @@ class Pause:
         painted = window.pixels.copy()
         painted[window.mask >= 128] = _GREY
         return painted
-
-    def device_ms(self) -> None:
-        return None
-
-    def peak_memory(self) -> None:
-        return None
-
-    def describe(self) -> Mapping[str, Any]:
-        return {
-            "device": "none: it sleeps",
-            "compute_capability": "N/A",
-            "memory_used_bytes": None,
-            "memory_total_bytes": None,
-            "versions": {},
-        }
-
-    def free_memory(self) -> None: ...
-
-    def close(self) -> None: ...

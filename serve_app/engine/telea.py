@@ -1,8 +1,6 @@
 """Inpainting by OpenCV: needs no weights, and takes thin things out of photos well enough to look at."""
 
-import platform
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -10,17 +8,20 @@ import numpy as np
 from ..models import Pixels, Variant
 from ..settings import VariantSettings
 from . import Window
+from .weightless import Weightless
 from .weights.fetch import Weights
 
 #: A pixel is filled from known ones this near: 3 pixels up to windows of 512, 6 at 1024. Larger blurs, and takes long.
 _MIN_RADIUS_PX, _WINDOW_PER_RADIUS_PX = 3, 170
 
 
-class Telea:
+class Telea(Weightless):
     """An Engine by A. Telea's fast marching method ("An image inpainting technique", J. Graphics Tools 9(1), 2004).
 
     It knows no steps, prompt, guidance or seed: it reports one step.
     """
+
+    versions: Mapping[str, str] = {"opencv": cv2.__version__}
 
     def __init__(self, _variant: Variant, _weights: Weights | None, served: VariantSettings) -> None:
         self._threads = served.threads
@@ -28,32 +29,11 @@ class Telea:
     def load(self) -> None:
         cv2.setNumThreads(self._threads)
 
-    def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None: ...
-
     def paint(self, window: Window) -> Pixels:
         """Where the mask leaves no known pixel to go on from, the window becomes its own mean colour."""
         painted = _inpaint(window.pixels, window.mask)
         window.on_step(1)
         return painted
-
-    def device_ms(self) -> None:
-        return None
-
-    def peak_memory(self) -> None:
-        return None
-
-    def describe(self) -> Mapping[str, Any]:
-        return {
-            "device": platform.machine(),
-            "compute_capability": "N/A",
-            "memory_used_bytes": None,
-            "memory_total_bytes": None,
-            "versions": {"opencv": cv2.__version__},
-        }
-
-    def free_memory(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _inpaint(pixels: Pixels, mask: Pixels) -> Pixels:

@@ -1,16 +1,14 @@
 """FLUX.1-dev as a Generator."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
 from diffusers import FluxPipeline
 
 from ...errors import InputError
 from ...models import GenerateRequest, Pixels
 from ..rounding import rounded
 from . import compiled
-from .model import MULTIPLE_PX, Flux, Prompt
+from .model import MULTIPLE_PX, Flux
 
 
 class FluxDev(Flux):
@@ -25,7 +23,7 @@ class FluxDev(Flux):
                 job_id="", prompt="", width=width, height=height, steps=1, guidance_scale=1.0, seed=0
             )
             with compiled.translated():
-                self._run(nothing, self.no_prompt(), lambda step: None)
+                self.run(nothing, (width, height), self.no_prompt(), lambda step: None)
         self._device.ms = 0.0
 
     def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
@@ -35,19 +33,4 @@ class FluxDev(Flux):
             raise InputError(f"a picture of {width}x{height} px: both must be multiples of {MULTIPLE_PX}")
         if request.scheduler not in (None, "euler"):
             raise InputError(f"there is no scheduler {request.scheduler}; FLUX.1 has euler alone")
-        return rounded(self._run(request, self.prompt(request.embeddings), on_step))
-
-    def _run(self, request: GenerateRequest, prompt: Prompt, on_step: Callable[[int], None]) -> Any:
-        def inputs() -> Mapping[str, Any]:
-            # Drawn on the CPU, noise is the same whatever the device.
-            return {"generator": torch.Generator("cpu").manual_seed(request.seed)}
-
-        return self.run(
-            prompt,
-            on_step,
-            width=request.width,
-            height=request.height,
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            inputs=inputs,
-        )
+        return rounded(self.run(request, (width, height), self.prompt(request.embeddings), on_step))

@@ -47,25 +47,14 @@ class FluxFill(Flux):
     def _run(self, window: Window, prompt: Prompt) -> Pixels:
         height, width = window.mask.shape
 
-        def inputs() -> Mapping[str, Any]:
-            # Drawn on the CPU, noise is the same whatever the device.
-            generator = torch.Generator("cpu").manual_seed(window.seed)
+        def inputs(generator: torch.Generator) -> Mapping[str, Any]:
             return {
                 "image": window.pixels[np.newaxis].astype(np.float32) / 255,
                 "mask_image": (window.mask[np.newaxis] >= 128).astype(np.float32),
-                "generator": generator,
                 "latents": self._noise(generator, height, width) if self._one_encode else None,
             }
 
-        painted = self.run(
-            prompt,
-            window.on_step,
-            width=width,
-            height=height,
-            steps=window.steps,
-            guidance_scale=window.guidance_scale,
-            inputs=inputs,
-        )
+        painted = self.run(window, (width, height), prompt, window.on_step, inputs)
         return np.asarray(np.rint(painted * 255), np.uint8)
 
     def _noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:

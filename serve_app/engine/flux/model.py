@@ -1,8 +1,6 @@
 """FLUX.1 on a device: its pipeline loaded and made ready, and run. What goes in, its subclasses know."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import safetensors.torch
@@ -10,10 +8,11 @@ import torch
 from safetensors import SafetensorError
 
 from ...errors import PaintError, VariantLoadFailed
-from ...models import Variant
+from ...models import GenerateRequest, Variant
 from ...settings import VariantSettings
+from .. import Window
 from ..cold_start import timed
-from ..device import BUILDING, Device
+from ..device import BUILDING, Device, OnDevice
 from ..weights.fetch import Weights
 from . import compiled, pipeline, step_cache
 from .modulation import Conditions, Modulation
@@ -21,21 +20,14 @@ from .repack import repack
 
 #: A picture's sides are multiples of this: the VAE makes one of 8 pixels, and the transformer takes 2x2 of those.
 MULTIPLE_PX = 16
-_PACKAGES = ("torch", "diffusers", "transformers", "gguf", "torchao")
-
-
-@cache
-def _versions() -> Mapping[str, str]:
-    return {package: version(package) for package in _PACKAGES}
-
-
 #: `prompt_embeds` `[1, tokens, d]` and `pooled_prompt_embeds` `[1, d]`.
 Prompt = Mapping[str, torch.Tensor]
 
 
-class Flux:
+class Flux(OnDevice):
     """On a GPU where the variant wants one, otherwise on the CPU with `served.threads` threads."""
 
+    packages = ("torch", "diffusers", "transformers", "gguf", "torchao")
     #: Of diffusers.
     kind: Any
 
@@ -91,50 +83,39 @@ class Flux:
         """Whether the first picture of a size takes longer than the next."""
         return self._device.is_gpu or self._levers.compile
 
-    def device_ms(self) -> float | None:
-        return self._device.ms if self._device.is_gpu else None
-
-    def peak_memory(self) -> tuple[int, int] | None:
-        return self._device.peak_memory()
-
-    def describe(self) -> Mapping[str, Any]:
-        return {**self._device.describe(), "versions": _versions()}
-
-    def free_memory(self) -> None:
-        self._device.free_memory()
-
     def close(self) -> None:
         self._pipeline = self._modulation = None
         self.free_memory()
 
     def run(
         self,
+        asked: Window | GenerateRequest,
+        size: tuple[int, int],
         prompt: Prompt,
         on_step: Callable[[int], None],
-        *,
-        width: int,
-        height: int,
-        steps: int,
-        guidance_scale: float,
-        inputs: Callable[[], Mapping[str, Any]],
+        inputs: Callable[[torch.Generator], Mapping[str, Any]] = lambda _: {},
     ) -> Any:
-        """float32 `[height, width, 3]`, 0 to 1. `inputs` gives what else this pipeline takes."""
+        """float32 `[height, width, 3]`, 0 to 1. `inputs` gives what else the pipeline takes."""
         if self._pipeline is None:
             raise PaintError("the engine is not loaded")
+        (width, height), scale = size, asked.guidance_scale
+        # Drawn on the CPU, noise is the same whatever the device.
+        generator = torch.Generator("cpu").manual_seed(asked.seed)
         one_run = step_cache.one_run(self._pipeline.transformer)
         with self._device.translated(), self._device.timed(), torch.inference_mode(), one_run:
             if self._modulation is not None:
-                timesteps = pipeline.timesteps(self._pipeline, width, height, steps)
-                self._modulation.begin(Conditions(timesteps, guidance_scale, prompt["pooled_prompt_embeds"]))
+                timesteps = pipeline.timesteps(self._pipeline, width, height, asked.steps)
+                self._modulation.begin(Conditions(timesteps, scale, prompt["pooled_prompt_embeds"]))
             (image,) = self._pipeline(
                 height=height,
                 width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                num_inference_steps=asked.steps,
+                guidance_scale=scale,
+                generator=generator,
                 callback_on_step_end=self._step_hook(on_step),
                 output_type="np",
                 **prompt,
-                **inputs(),
+                **inputs(generator),
             ).images
         return image
 
@@ -157,14 +138,3 @@ class Flux:
         }
         device, dtype = self._device.torch, self._device.dtype
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-
-    def _step_hook(self, on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
-        """The pipeline's callback. Raising in it ends the run at once; the pipeline's own flag would still decode."""
-
-        def hook(_pipeline: Any, index: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-            # Kernels run behind the code that launches them: wait, so that a step reported is a step done.
-            self._device.synchronize()
-            on_step(index + 1)
-            return {}
-
-        return hook

@@ -1,8 +1,6 @@
 """Stable Diffusion XL as a Generator: holds the pipeline on a device and runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,12 +20,11 @@ from ...errors import CorruptWeights, InputError, PaintError, VariantLoadFailed
 from ...models import GenerateRequest, Pixels, Variant
 from ...settings import VariantSettings
 from ..cold_start import timed
-from ..device import BUILDING, Device
+from ..device import BUILDING, Device, OnDevice
 from ..rounding import rounded
 from ..weights.fetch import Weights
 from . import checkpoint
 
-_PACKAGES = ("torch", "diffusers", "transformers")
 _MULTIPLE_PX = 8
 
 #: By the names of `models.GENERATIONS`: the class, and what it changes of the model's own scheduler's config.
@@ -41,12 +38,7 @@ _SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 }
 
 
-@cache
-def _versions() -> Mapping[str, str]:
-    return {package: version(package) for package in _PACKAGES}
-
-
-class Sdxl:
+class Sdxl(OnDevice):
     """On a GPU where the variant wants one, in float16; otherwise on the CPU with `served.threads` threads."""
 
     def __init__(self, variant: Variant, weights: Weights | None, served: VariantSettings) -> None:
@@ -89,18 +81,6 @@ class Sdxl:
             raise InputError(f"a picture of {size} px: both must be multiples of {_MULTIPLE_PX}")
         return rounded(self._decoded(request, on_step).permute(1, 2, 0).numpy())
 
-    def device_ms(self) -> float | None:
-        return self._device.ms if self._device.is_gpu else None
-
-    def peak_memory(self) -> tuple[int, int] | None:
-        return self._device.peak_memory()
-
-    def describe(self) -> Mapping[str, Any]:
-        return {**self._device.describe(), "versions": _versions()}
-
-    def free_memory(self) -> None:
-        self._device.free_memory()
-
     def close(self) -> None:
         self._pipeline = self._scheduler = None
         self.free_memory()
@@ -114,9 +94,9 @@ class Sdxl:
         vae = self._pipeline.vae
         with self._device.translated(), self._device.timed(), torch.inference_mode():
             latents = self._pipeline(
-                _sound(request.prompt),
+                request.prompt,
                 # Without one, the model's config says what takes its place.
-                negative_prompt=_sound(request.negative_prompt) or None,
+                negative_prompt=request.negative_prompt or None,
                 width=request.width,
                 height=request.height,
                 num_inference_steps=request.steps,
@@ -137,15 +117,6 @@ class Sdxl:
             raise InputError(f"there is no scheduler {name}; there are {', '.join(_SCHEDULERS)}")
         kind, changes = _SCHEDULERS[name]
         return kind.from_config(config, **changes)
-
-    def _step_hook(self, on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
-        def hook(_pipeline: Any, index: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-            # As in FluxFill: a step reported is a step done, and raising ends the run at once.
-            self._device.synchronize()
-            on_step(index + 1)
-            return {}
-
-        return hook
 
 
 def _build(weights: Weights, device: Device) -> Any:
@@ -183,8 +154,3 @@ def _scaled(latents: Any, config: Any) -> Any:
         latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
     )
     return latents * deviation / config.scaling_factor + mean
-
-
-def _sound(prompt: str) -> str:
-    """JSON may hold half of a surrogate pair, which no tokenizer takes."""
-    return prompt.encode(errors="replace").decode()
