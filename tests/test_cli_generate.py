@@ -47,7 +47,8 @@ class Api:
     def job(self) -> dict[str, Any]:
         code, message = self.error or (None, None)
         summary, parameters = {"count": 2, "completed": self.pictures}, {"model_id": "fake"}
-        job = {"id": "j1", "status": self.status, "summary": summary, "parameters": parameters}
+        status = "running" if self.streams else self.status
+        job = {"id": "j1", "status": status, "summary": summary, "parameters": parameters}
         return {**job, "error_code": code, "error_message": message}
 
     def artifacts(self) -> dict[str, Any]:

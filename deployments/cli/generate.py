@@ -3,8 +3,8 @@
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,13 +15,11 @@ from rich.text import Text
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_delay
 
 from serve_app.adapters.loopback import bypass_proxies
-from serve_app.errors import Unavailable
 from serve_app.jobs.record import State
 
 from .screen import Screen
 
-out = Screen()
-err = Screen(stderr=True)
+out, err = Screen(), Screen(stderr=True)
 
 #: How long an app may be away, in seconds: as long as one takes to be replaced.
 OUTAGE_S = 120.0
@@ -36,43 +34,29 @@ class Refused(Exception):
 
     def __init__(self, answer: httpx.Response) -> None:
         try:
-            problem = answer.json()
+            problem = json.loads(answer.read())
         except ValueError:
             problem = {}
-        self.status, self.code = answer.status_code, str(problem.get("code", answer.status_code))
+        self.code = str(problem.get("code", answer.status_code))
         self.detail = str(problem.get("detail", answer.reason_phrase))
+        self.passes = answer.status_code in (429, 502, 503, 504) or self.code == "post_in_flight"
         self.retry_after_s = float(answer.headers.get("Retry-After", RETRY_S))
-        super().__init__(f"{self.code}: {self.detail}")
 
 
 def _passes(error: BaseException) -> bool:
-    if isinstance(error, Refused):
-        return error.status in (429, 502, 503, 504) or error.code == "post_in_flight"
-    return isinstance(error, httpx.TransportError)
+    return error.passes if isinstance(error, Refused) else isinstance(error, httpx.TransportError)
 
 
 def _pause_s(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    return error.retry_after_s if isinstance(error, Refused) else RETRY_S
+    return float(getattr(state.outcome and state.outcome.exception(), "retry_after_s", RETRY_S))
 
 
-def _give_up(state: RetryCallState) -> NoReturn:
-    error = state.outcome.exception() if state.outcome else None
-    assert error is not None, "it was tried for its error"
-    raise _away(error) if isinstance(error, httpx.TransportError) else error
-
-
-def _away(error: httpx.TransportError) -> Unavailable:
-    return Unavailable(f"the app does not answer: {error}")
-
-
-_insisting = retry(
-    stop=stop_after_delay(OUTAGE_S), wait=_pause_s, retry=retry_if_exception(_passes), retry_error_callback=_give_up
-)
+_insisting = retry(stop=stop_after_delay(OUTAGE_S), wait=_pause_s, retry=retry_if_exception(_passes), reraise=True)
 
 
 class Server:
-    """The job API of a running app. An app that is away, or too busy, is asked again for OUTAGE_S."""
+    """The job API of a running app, which is asked again for OUTAGE_S where it is away or too busy. Its methods raise
+    Refused, and httpx.TransportError."""
 
     def __init__(self, url: str, key: str | None) -> None:
         bypass_proxies()
@@ -80,38 +64,36 @@ class Server:
         self._http = httpx.Client(base_url=url, headers=headers, timeout=SILENCE_S)
         #: Without the key, which is none of the blob store's business.
         self._links = httpx.Client(timeout=SILENCE_S, follow_redirects=True)
+        self._last_id = ""
 
     @_insisting
     def ask(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        """Raises Refused, Unavailable."""
         answer = self._http.request(method, path, **request)
         if answer.is_error:
             raise Refused(answer)
         body: dict[str, Any] = answer.json()
         return body
 
-    def events(self, job_id: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Each event and its data, from the job's first, over as many streams as it takes. Raises as `ask`."""
-        last_id, since = "", time.monotonic()
-        while True:
-            try:
-                headers = {"Last-Event-ID": last_id} if last_id else {}
-                with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
-                    if answer.status_code == 204:
-                        return
-                    if answer.is_error:
-                        answer.read()
-                        raise Refused(answer)
-                    for fields in _messages(answer.iter_lines()):
-                        last_id, since = fields.get("id", last_id), time.monotonic()
-                        yield fields.get("event", "message"), json.loads(fields["data"])
-            except httpx.TransportError as e:
-                if time.monotonic() - since > OUTAGE_S:
-                    raise _away(e) from e
-            except Refused as e:
-                if not _passes(e) or time.monotonic() - since > OUTAGE_S:
-                    raise
-            time.sleep(RETRY_S)
+    @_insisting
+    def follow(self, job_id: str, told: Callable[[str, Mapping[str, Any]], None]) -> None:
+        """One event stream to its end; the next call goes on behind it. `told` takes an event's name and its data."""
+        headers = {"Last-Event-ID": self._last_id} if self._last_id else {}
+        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
+            if answer.is_error:
+                raise Refused(answer)
+            fields: dict[str, str] = {}
+            # One that is cut has ended, too.
+            with suppress(httpx.TransportError):
+                for line in answer.iter_lines():
+                    name, _, value = line.partition(": ")
+                    if line:
+                        # Several lines of data would be joined; the app writes JSON in one.
+                        fields[name] = value
+                        continue
+                    if "data" in fields:
+                        self._last_id = fields.get("id", self._last_id)
+                        told(fields["event"], json.loads(fields["data"]))
+                    fields = {}
 
     @_insisting
     def fetch(self, url: str) -> bytes:
@@ -121,40 +103,12 @@ class Server:
         return answer.content
 
 
-def _messages(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Of an event stream, those that have data; what else there is keeps the connection open."""
-    fields: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name:
-            # Several lines of data would be joined; the app writes JSON in one.
-            fields[name] = value.removeprefix(" ")
-        elif not line:
-            if "data" in fields:
-                yield fields
-            fields = {}
-
-
-class _Pictures:
-    """A job's pictures on their way into a folder."""
-
-    def __init__(self, server: Server, job_id: str, folder: Path) -> None:
-        self._server, self._job_id, self._folder = server, job_id, folder
-        self.written: dict[str, Path] = {}
-
-    def fetch(self) -> None:
-        """Those that are stored and not here yet."""
-        for one in self._server.ask("GET", f"/v1/jobs/{self._job_id}/artifacts")["artifacts"]:
-            if one["id"] not in self.written:
-                data, to = self._server.fetch(one["url"]), self._folder / Path(one["s3_key"]).name
-                self._folder.mkdir(parents=True, exist_ok=True)
-                to.write_bytes(data)
-                self.written[one["id"]] = to
-
-
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the pictures are to show.")],
-    model: Annotated[str | None, typer.Option(help="One of the app's generators; its first by default.")] = None,
+    model_id: Annotated[
+        str | None, typer.Option("--model", help="One of the app's generators; its first by default.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What they are not to show.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, 64 to 2048.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, 64 to 2048.")] = None,
@@ -171,64 +125,62 @@ def generate(
     key: Annotated[str | None, typer.Option(envvar="FLUXFILL_API_KEY", help="API key with submit and read.")] = None,
 ) -> None:
     """Make pictures from a prompt, by a running app. Ctrl-C cancels the job."""
-    given = {
-        "prompt": prompt,
-        "model_id": model,
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "count": count,
-        "format": format,
-        "scheduler": scheduler,
-    }
-    body = {"type": "generate", **{name: value for name, value in given.items() if value is not None}}
+    # All that is given says what to make, but for where.
+    asked = {name: value for name, value in context.params.items() if value is not None}
+    body = {"type": "generate", **{name: asked[name] for name in asked.keys() - {"folder", "url", "key"}}}
     server = Server(url, key)
     try:
         # A request that is sent again is the same job.
         job = server.ask("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": f'"{uuid.uuid4().hex}"'})["job"]
         out.print(f"job {job['id']}", highlight=False)
-        pictures = _Pictures(server, job["id"], folder or Path(job["id"]))
-        with _canceled_by_interrupt(server, job["id"]):
-            _follow(server, job, pictures)
-            pictures.fetch()
-        job = server.ask("GET", f"/v1/jobs/{job['id']}")
+        try:
+            job = _follow(server, job, folder or Path(job["id"]))
+        except KeyboardInterrupt:
+            # One that has just ended cannot be canceled.
+            with suppress(Refused):
+                server.ask("POST", f"/v1/jobs/{job['id']}/cancel")
+            _fail("canceled", f"job {job['id']} was interrupted", status=130)
     except Refused as e:
         _fail(e.code, e.detail)
-    for path in pictures.written.values():
-        out.print(f"wrote {path}", highlight=False)
+    except httpx.TransportError as e:
+        _fail("unavailable", f"the app does not answer: {e}")
     if job["status"] != State.SUCCEEDED:
         _fail(job["error_code"] or job["status"], job["error_message"] or f"the job has {job['status']}")
 
 
-def _follow(server: Server, job: Mapping[str, Any], pictures: _Pictures) -> None:
+def _follow(server: Server, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The job once it is over. Its pictures are written into `folder` as they land."""
+    written: dict[str, Path] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[made]}"))
     with Progress(*columns, TimeElapsedColumn(), console=out) as bar:
-        count = job["summary"]["count"]
-        task = bar.add_task(job["status"], total=1.0, made=f"0/{count}")
-        for name, data in server.events(job["id"]):
+        task = bar.add_task(job["status"], total=1.0, made="")
+
+        def fetch() -> None:
+            for one in server.ask("GET", f"/v1/jobs/{job['id']}/artifacts")["artifacts"]:
+                if one["id"] not in written:
+                    data, to = server.fetch(one["url"]), folder / Path(one["s3_key"]).name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    to.write_bytes(data)
+                    written[one["id"]] = to
+            bar.update(task, made=f"{len(written)}/{job['summary']['count']}")
+
+        def told(name: str, data: Mapping[str, Any]) -> None:
             if name == "progress":
                 bar.update(task, completed=data["progress"])
             if name in ("artifact", "snapshot"):
-                pictures.fetch()
-                bar.update(task, made=f"{len(pictures.written)}/{count}")
+                fetch()
             if name in ("state", "snapshot"):
                 bar.update(task, description=f"{data['status']} on {job['parameters']['model_id']}")
-                if State(data["status"]).is_final:
-                    return
 
-
-@contextmanager
-def _canceled_by_interrupt(server: Server, job_id: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        # One that has just ended cannot be canceled.
-        with suppress(Refused):
-            server.ask("POST", f"/v1/jobs/{job_id}/cancel")
-        _fail("canceled", f"job {job_id} was interrupted", status=130)
+        while not State(job["status"]).is_final:
+            server.follow(job["id"], told)
+            job = server.ask("GET", f"/v1/jobs/{job['id']}")
+            # An app that is stopping ends its streams at once.
+            time.sleep(0 if State(job["status"]).is_final else RETRY_S)
+        fetch()
+    for path in written.values():
+        out.print(f"wrote {path}", highlight=False)
+    return job
 
 
 def _fail(code: str, why: str, *, status: int = 1) -> NoReturn:
