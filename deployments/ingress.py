@@ -24,8 +24,9 @@ from serve_app.edit.job import Editor
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, SettingsError, Unavailable
 from serve_app.generate.job import Generation
-from serve_app.http.app import Readiness, VariantReadiness, create_app
+from serve_app.http.app import create_app
 from serve_app.http.auth import Access
+from serve_app.http.service import Readiness, VariantReadiness
 from serve_app.jobs.api import JobApi
 from serve_app.jobs.cancel import Canceler
 from serve_app.jobs.notifications import Notifier

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatusOverview
 
-from serve_app.http.app import VariantReadiness
+from serve_app.http.service import VariantReadiness
 from serve_app.telemetry import Metrics
 
 from .metrics import RayMetrics

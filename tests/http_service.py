@@ -9,8 +9,8 @@ from pydantic import SecretStr
 from serve_app.audit.runs import Audits
 from serve_app.blobs import BlobInfo
 from serve_app.errors import InvalidLink
-from serve_app.http.app import Readiness, VariantReadiness, VariantState
 from serve_app.http.auth import GOOGLE_JWKS_URL, Access
+from serve_app.http.service import Readiness, VariantReadiness, VariantState
 from serve_app.jobs.api import JobApi
 from serve_app.jobs.cancel import Canceler
 from serve_app.jobs.ports import Delivery, Verdict

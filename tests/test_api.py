@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 from starlette.types import Message
 
 from serve_app.errors import ReplicaLost
-from serve_app.http.app import MAX_ENVELOPE_BYTES, VariantState, create_app
+from serve_app.http.app import MAX_ENVELOPE_BYTES, create_app
+from serve_app.http.service import VariantState
 from serve_app.jobs.record import State
 
 from . import jwks_server

@@ -42,7 +42,7 @@ from serve_app.audit.report import results
 from serve_app.audit.store import AuditStore
 from serve_app.edit.session import INPUTS, session_path
 from serve_app.errors import UnknownAudit
-from serve_app.http.app import Readiness, VariantReadiness
+from serve_app.http.service import Readiness, VariantReadiness
 from serve_app.models import Trial
 from serve_app.parameters import AuditRequest, Cell
 from serve_app.settings import Settings

@@ -47,8 +47,8 @@ from serve_app.errors import (
     VariantLoadFailed,
     VariantNotReady,
 )
-from serve_app.http.app import VariantReadiness
 from serve_app.http.problems import BODIES_AT_ONCE
+from serve_app.http.service import VariantReadiness
 from serve_app.jobs.ports import Verdict
 from serve_app.models import EditRequest, Images, Measured, Progress, Variant
 from serve_app.settings import MessagesSettings, Settings

@@ -340,8 +340,13 @@ def job_of(events: int, **changes: Any) -> Job:
 
 async def messages_of(feed: Feed, **options: Any) -> list[Message]:
     given = {"after": START, "since": None, "lasts_s": 0.0, "is_stopping": lambda: False, **options}
-    chunks = [chunk.decode() async for chunk in stream(feed, **given)]
-    return [message for chunk in chunks for message in parsed(chunk)]
+    return [message async for message in heard(feed, **given)]
+
+
+async def heard(feed: Feed, after: Any, since: Any = None, **options: Any) -> AsyncGenerator[Message]:
+    async for chunk in stream(feed, after, since, **options):
+        for message in parsed(chunk.decode()):
+            yield message
 
 
 async def test_what_is_trimmed_is_replaced_by_the_whole_job() -> None:
@@ -373,11 +378,11 @@ def test_an_artifact_that_the_record_has_lost_is_no_message() -> None:
 async def test_progress_is_told_only_when_it_changes_and_has_no_id() -> None:
     job = job_of(2)
     feed = Feed(job)
-    heard: list[Message] = []
+    told_: list[Message] = []
 
     async def listen() -> None:
-        async for chunk in stream(feed, after=last(job), since=None, lasts_s=9, is_stopping=lambda: False):
-            heard.extend(parsed(chunk.decode()))
+        async for message in heard(feed, last(job), lasts_s=9, is_stopping=lambda: False):
+            told_.append(message)
 
     listening = asyncio.create_task(listen())
 
@@ -393,9 +398,9 @@ async def test_progress_is_told_only_when_it_changes_and_has_no_id() -> None:
         await look(job.evolve(progress=Progress(step=step, steps=6)))
     await look(job.after(Cause.SUCCEEDED, NOW))
     await listening
-    assert [one.data["progress"] for one in heard if one.event == "progress"] == [0.0, 0.5, 0.6667, 1.0]
-    assert not any(one.id for one in heard if one.event == "progress")
-    assert heard[-1].event == "state"
+    assert [one.data["progress"] for one in told_ if one.event == "progress"] == [0.0, 0.5, 0.6667, 1.0]
+    assert not any(one.id for one in told_ if one.event == "progress")
+    assert told_[-1].event == "state"
 
 
 async def test_a_client_that_has_seen_more_than_this_replica_gets_nothing_twice() -> None:

@@ -9,9 +9,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve_app.errors import ForeignHost, ForeignOrigin, UnsupportedMediaType
-from serve_app.http.app import WITHHELD, create_app
+from serve_app.http.app import create_app
 from serve_app.http.pages import check_page
 from serve_app.http.problems import Bodies
+from serve_app.http.service import WITHHELD
 
 from .http_service import Process, long
 from .rig import Rig

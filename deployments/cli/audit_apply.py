@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 from serve_app.audit.record import AuditStatus
 from serve_app.errors import AuditError, SettingsError
-from serve_app.http.app import Readiness
+from serve_app.http.service import Readiness
 from serve_app.parameters import GuidanceScale, RunId, Steps, VariantName
 from serve_app.settings import Inference
 

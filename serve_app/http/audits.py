@@ -1,11 +1,11 @@
 """HTTP routes of audits. Knows no store, no launcher and no Ray."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
@@ -14,8 +14,8 @@ from ..audit.options import OPTIONS
 from ..audit.record import Audit, AuditFault, AuditStatus, CellProgress, MemoryReading, Recommendation
 from ..audit.runs import Audits
 from ..parameters import RUN_ID_PATTERN, Id, RunId
-from .auth import Access, caller_with
-from .problems import Bodies, json_body, problem, problems, wrong
+from .problems import json_body, problem, problems, wrong
+from .service import Served, caller_with
 
 MAX_BODY_BYTES = 64_000
 #: A `Prefer` header that is longer is not read: looking for what it quotes takes time by its square.
@@ -103,55 +103,54 @@ async def _with_report(model: type[R], audit: Audit, audits: Audits) -> R:
 _Run = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
 
 
-def routes(access: Callable[[], Access], audits: Callable[[], Audits], bodies: Bodies) -> APIRouter:
-    """The first two are asked at each request, because Serve makes the app before the replica."""
-
-    client = caller_with(access, "audit")
-    made = APIRouter(dependencies=[Depends(client)], responses=problems(401, 403, 422, 429, 503))
-
-    @made.post(
-        "/audit",
-        response_model=AuditReport,
-        responses={202: {"model": AuditView}, **problems(404, 408, 409, 413, 500)},
-        openapi_extra={"requestBody": json_body("AuditBody")},
-    )
-    async def start_audit(request: Request) -> Response:
-        """Start an audit, and answer when it is over; with `Prefer: respond-async` at once."""
-        started = await _start(request, audits(), bodies)
-        if _prefers_async(request.headers.getlist("Prefer")):
-            return await _accepted(request, started, audits(), {"Preference-Applied": "respond-async"})
-        ended = await audits().wait(started.id)
-        if not ended.status.is_over:
-            # This process is about to end, and the job goes on.
-            return await _accepted(request, ended, audits(), {})
-        if ended.status == AuditStatus.FAILED:
-            # Whatever ended the run: nothing is wrong with the request any more, and there is no report.
-            fault = ended.error or AuditFault(code="internal_error", message="nobody said why it failed")
-            return problem(500, fault.code, fault.message, run_id=ended.id)
-        return JSONResponse((await _with_report(AuditReport, ended, audits())).model_dump(mode="json"))
-
-    @made.get("/audits")
-    async def list_audits(limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Sequence[AuditLine]:
-        """Runs, newest first."""
-        return [AuditLine.model_validate(one) for one in await audits().list(limit)]
-
-    @made.get("/audits/{run_id}", responses=problems(404))
-    async def get_audit(run_id: _Run) -> AuditView:
-        """A run, with the progress of each cell."""
-        return await _with_report(AuditView, await audits().look(run_id), audits())
-
-    @made.post("/audits/{run_id}/cancel", responses=problems(404, 409))
-    async def cancel_audit(run_id: _Run) -> AuditView:
-        """Stop a run: a waiting one never begins, a running one stops within a step. 409 where it is over."""
-        return await _with_report(AuditView, await audits().cancel(run_id), audits())
-
-    return made
+router = APIRouter(dependencies=[caller_with("audit")], responses=problems(401, 403, 422, 429, 503))
 
 
-async def _start(request: Request, audits: Audits, bodies: Bodies) -> Audit:
+@router.post(
+    "/audit",
+    response_model=AuditReport,
+    responses={202: {"model": AuditView}, **problems(404, 408, 409, 413, 500)},
+    openapi_extra={"requestBody": json_body("AuditBody")},
+)
+async def start_audit(request: Request, service: Served) -> Response:
+    """Start an audit, and answer when it is over; with `Prefer: respond-async` at once."""
+    audits = service.audits
+    started = await _start(request, audits)
+    if _prefers_async(request.headers.getlist("Prefer")):
+        return await _accepted(request, started, audits, {"Preference-Applied": "respond-async"})
+    ended = await audits.wait(started.id)
+    if not ended.status.is_over:
+        # This process is about to end, and the job goes on.
+        return await _accepted(request, ended, audits, {})
+    if ended.status == AuditStatus.FAILED:
+        # Whatever ended the run: nothing is wrong with the request any more, and there is no report.
+        fault = ended.error or AuditFault(code="internal_error", message="nobody said why it failed")
+        return problem(500, fault.code, fault.message, run_id=ended.id)
+    return JSONResponse((await _with_report(AuditReport, ended, audits)).model_dump(mode="json"))
+
+
+@router.get("/audits")
+async def list_audits(service: Served, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Sequence[AuditLine]:
+    """Runs, newest first."""
+    return [AuditLine.model_validate(one) for one in await service.audits.list(limit)]
+
+
+@router.get("/audits/{run_id}", responses=problems(404))
+async def get_audit(run_id: _Run, service: Served) -> AuditView:
+    """A run, with the progress of each cell."""
+    return await _with_report(AuditView, await service.audits.look(run_id), service.audits)
+
+
+@router.post("/audits/{run_id}/cancel", responses=problems(404, 409))
+async def cancel_audit(run_id: _Run, service: Served) -> AuditView:
+    """Stop a run: a waiting one never begins, a running one stops within a step. 409 where it is over."""
+    return await _with_report(AuditView, await service.audits.cancel(run_id), service.audits)
+
+
+async def _start(request: Request, audits: Audits) -> Audit:
     if not audits.settings.audit.enabled:
         raise HTTPException(404, "this app starts no audits: audit.enabled is false")
-    data = await bodies.read(request, MAX_BODY_BYTES)
+    data = await request.app.state.bodies.read(request, MAX_BODY_BYTES)
     try:
         body = AuditBody.model_validate_json(data)
         given = body.given()

@@ -9,12 +9,11 @@ import hmac
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import jwt
-from fastapi import Header
 from jwt import PyJWK, PyJWKClient
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
@@ -297,16 +296,3 @@ class Access:
         except AuthError:
             return False
         return True
-
-
-#: A header that carries a credential.
-Credential = Annotated[str | None, Header()]
-
-
-def caller_with(access: Callable[[], Access], scope: Scope) -> Callable[..., Awaitable[Caller]]:
-    """A route's dependency: who calls it, with a key of this scope. `access` is asked at each request."""
-
-    async def caller(authorization: Credential = None, x_api_key: Credential = None) -> Caller:
-        return await access().client(authorization, x_api_key, scope=scope)
-
-    return caller

@@ -2,16 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
 from ..audit.record import PAGE
-from ..blobs import BlobInfo
 from .problems import problems
-
-if TYPE_CHECKING:
-    from .app import Services
+from .service import Served
 
 #: A browser shows a blob, and runs nothing in it.
 HEADERS: Mapping[str, str] = {
@@ -28,25 +25,19 @@ PAGE_POLICY = (
     "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
 )
 
-
-_BLOB: dict[int | str, Any] = {200: {"description": "The blob.", "content": {"*/*": {}}}}
-
-
-def routes(service: "Services") -> APIRouter:
-    routes = APIRouter()
-
-    @routes.get("/blobs/{token}", response_class=Response, responses={**_BLOB, **problems(403, 404, 413, 422, 503)})
-    async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]) -> Response:
-        """The blob of one of this app's signed links."""
-        data, info = await service().blob(token)
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
-        headers = {**HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
-        if _is_page(info):
-            headers["Content-Security-Policy"] = PAGE_POLICY
-        return Response(data, media_type=info.content_type, headers=headers)
-
-    return routes
+router = APIRouter()
 
 
-def _is_page(info: BlobInfo) -> bool:
-    return _PAGE_PATH.fullmatch(info.path) is not None and info.content_type.partition(";")[0].strip() == "text/html"
+@router.get(
+    "/blobs/{token}",
+    response_class=Response,
+    responses={200: {"description": "The blob.", "content": {"*/*": {}}}, **problems(403, 404, 413, 422, 503)},
+)
+async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")], service: Served) -> Response:
+    """The blob of one of this app's signed links."""
+    data, info = await service.blob(token)
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
+    headers = {**HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
+    if _PAGE_PATH.fullmatch(info.path) and info.content_type.partition(";")[0].strip() == "text/html":
+        headers["Content-Security-Policy"] = PAGE_POLICY
+    return Response(data, media_type=info.content_type, headers=headers)

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
-from fastapi.sse import ServerSentEvent, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 
 from ..errors import FluxFillError, RateLimited, StoreUnavailable, Unavailable
 from ..jobs.api import Caller
-from ..jobs.record import Cause, Job, JobError, State
+from ..jobs.record import Cause, Event, Job, JobError, State
 from ..settings import ApiSettings
-from .views import ArtifactRow, JobView, LogLine, ProgressView, job_view, log_lines, progress_view, row
+from .views import ArtifactView, JobView, LogLine, ProgressView, artifact_view, job_view, log_lines, progress_view
 
 #: Between two looks at a watched job, in seconds.
 POLL_S = 1.0
@@ -46,7 +46,7 @@ class StateMessage(BaseModel):
 #: By its name, what a message's data are.
 MESSAGES: Mapping[str, type[BaseModel]] = {
     "state": StateMessage,
-    "artifact": ArtifactRow,
+    "artifact": ArtifactView,
     "log": LogLine,
     "error": JobError,
     "progress": ProgressView,
@@ -66,16 +66,20 @@ class Told(NamedTuple):
 def told(job: Job) -> Iterator[Told]:
     """All messages of the events that the record has kept."""
     for event in job.events:
-        of: list[tuple[str, BaseModel]] = [("log", line) for line in log_lines(job, event)]
-        if event.artifact is not None and event.artifact < len(job.artifacts):
-            of.insert(0, ("artifact", row(job, event.artifact)))
-        if event.error is not None and event.status.is_final:
-            of.insert(0, ("error", event.error))
-        if event.artifact is None:
-            # Last, because with the last one a client may hang up.
-            state = StateMessage(job_id=job.id, status=event.status, cause=event.cause, at=event.at)
-            of.append(("state", state))
-        yield from (Told((event.number, k), event.at, *one) for k, one in enumerate(of))
+        for k, (name, data) in enumerate(_messages(job, event)):
+            yield Told((event.number, k), event.at, name, data)
+
+
+def _messages(job: Job, event: Event) -> Iterator[tuple[str, BaseModel]]:
+    if event.error is not None and event.status.is_final:
+        yield "error", event.error
+    if event.artifact is not None and event.artifact < len(job.artifacts):
+        yield "artifact", artifact_view(job, event.artifact)
+    for line in log_lines(job, event):
+        yield "log", line
+    if event.artifact is None:
+        # Last, because with the last one a client may hang up.
+        yield "state", StateMessage(job_id=job.id, status=event.status, cause=event.cause, at=event.at)
 
 
 def last(job: Job) -> Position:
@@ -162,53 +166,42 @@ class Streams:
 
 
 async def stream(
-    feed: Feed,
-    *,
-    after: Position | None,
-    since: datetime | None,
-    lasts_s: float,
-    is_stopping: Callable[[], bool],
-) -> AsyncGenerator[bytes, None]:
+    feed: Feed, after: Position | None, since: datetime | None, *, lasts_s: float, is_stopping: Callable[[], bool]
+) -> AsyncGenerator[bytes]:
     """What has happened after `after`, what happens, and progress between, until the job is over, for `lasts_s` at
     most. A client that names what the record has not kept gets the whole job first."""
-    loop = asyncio.get_running_loop()
-    ends_at, pings_at = loop.time() + lasts_s, loop.time() + PING_S
-    sent_progress, seen = None, -1
-    yield _encoded(ServerSentEvent(retry=RETRY_MS))
+    time = asyncio.get_running_loop().time
+    ends_at, pings_at, shown, seen = time() + lasts_s, time() + PING_S, None, -1
+    yield format_sse_event(retry=RETRY_MS)
     while (job := feed.job) is not None:
-        newest, messages = job.events[-1].number if job.events else 0, list[ServerSentEvent]()
+        newest, messages = job.events[-1].number if job.events else 0, list[bytes]()
         if newest != seen:
             seen = newest
             after, messages = _news(job, after, since)
-        if (present := progress_view(job)) != sent_progress:
+        if (present := progress_view(job)) != shown:
             # Before the last message, after which a client may hang up.
-            messages.insert(len(messages) - job.status.is_final, ServerSentEvent(event="progress", data=present))
-            sent_progress = present
-        if not messages and loop.time() >= pings_at:
-            messages.append(ServerSentEvent(comment="ping"))
+            messages.insert(len(messages) - job.status.is_final, _encoded("progress", present))
+            shown = present
+        if not messages and time() >= pings_at:
+            messages.append(KEEPALIVE_COMMENT)
         for message in messages:
-            yield _encoded(message)
-            pings_at = loop.time() + PING_S
-        if job.status.is_final or is_stopping() or loop.time() >= ends_at:
+            yield message
+            pings_at = time() + PING_S
+        if job.status.is_final or is_stopping() or time() >= ends_at:
             return
-        await feed.next_look(min(ends_at, pings_at) - loop.time())
+        await feed.next_look(min(ends_at, pings_at) - time())
 
 
-def _news(job: Job, after: Position | None, since: datetime | None) -> tuple[Position, list[ServerSentEvent]]:
+def _news(job: Job, after: Position | None, since: datetime | None) -> tuple[Position, list[bytes]]:
     """What follows `after`, and up to where that is."""
     if after is None or not _is_kept(job, after):
-        return last(job), [ServerSentEvent(event="snapshot", id="{}.{}".format(*last(job)), data=job_view(job))]
+        return last(job), [_encoded("snapshot", job_view(job), last(job))]
     fresh = [one for one in told(job) if one.position > after]
-    messages = [
-        ServerSentEvent(event=one.name, id="{}.{}".format(*one.position), data=one.data)
-        for one in fresh
-        if since is None or one.at >= since
-    ]
+    messages = [_encoded(one.name, one.data, one.position) for one in fresh if since is None or one.at >= since]
     return fresh[-1].position if fresh else after, messages
 
 
-def _encoded(message: ServerSentEvent) -> bytes:
-    data = message.data.model_dump_json(exclude_none=message.event == "log") if message.data is not None else None
+def _encoded(name: str, data: BaseModel, position: Position | None = None) -> bytes:
     return format_sse_event(
-        data_str=data, event=message.event, id=message.id, retry=message.retry, comment=message.comment
+        event=name, data_str=data.model_dump_json(), id="{}.{}".format(*position) if position else None
     )

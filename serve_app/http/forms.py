@@ -10,7 +10,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..errors import MalformedMessage, UnsupportedMediaType
 from ..settings import Limits
-from .problems import Bodies, wrong
+from .problems import wrong
 
 JSON, FORM = "application/json", "multipart/form-data"
 
@@ -37,7 +37,7 @@ JOB_BODY: Mapping[str, Any] = {
 }
 
 
-async def read_job(request: Request, bodies: Bodies, limits: Limits) -> dict[str, Any]:
+async def read_job(request: Request, limits: Limits) -> dict[str, Any]:
     """The JSON, and a form's files as bytes beside it.
 
     Raises UnsupportedMediaType; MalformedMessage for what is no such body; RequestValidationError for a form with other
@@ -47,31 +47,11 @@ async def read_job(request: Request, bodies: Bodies, limits: Limits) -> dict[str
     if media_type not in (JSON, FORM):
         raise UnsupportedMediaType(f"a body must be {JSON} or {FORM}")
     # In JSON, pictures are data: URIs, in base64.
-    data = await bodies.read(request, len(FILES) * limits.image_bytes * 4 // 3 + limits.message_bytes)
+    max_bytes = len(FILES) * limits.image_bytes * 4 // 3 + limits.message_bytes
+    data: bytes = await request.app.state.bodies.read(request, max_bytes)
     if media_type == JSON:
         return _object(data)
-    try:
-        return await _form(request, data, limits)
-    except MultiPartException as e:
-        raise MalformedMessage(f"the body is no form: {e.message}") from None
-
-
-async def _form(request: Request, data: bytes, limits: Limits) -> dict[str, Any]:
-    async def whole() -> AsyncGenerator[bytes, None]:
-        yield data
-
-    parser = MultiPartParser(
-        request.headers, whole(), max_files=len(FILES), max_fields=1, max_part_size=limits.message_bytes
-    )
-    # Never in a file of the server's.
-    parser.spool_max_size = len(data) + 1
-    form = await parser.parse()
-    try:
-        parts = [
-            (name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items()
-        ]
-    finally:
-        await form.close()
+    parts = await _parts(request, data, limits.message_bytes)
     files = {name: part for name, part in parts if name in FILES and isinstance(part, bytes)}
     if unknown := next((name for name, _ in parts if name != "job" and name not in files), None):
         raise wrong(unknown, f"a form has a part job, and files {' and '.join(FILES)}")
@@ -81,6 +61,25 @@ async def _form(request: Request, data: bytes, limits: Limits) -> dict[str, Any]
     if twice := min(body.keys() & files.keys(), default=None):
         raise wrong(twice, "it is in the part job already")
     return body | files
+
+
+async def _parts(request: Request, data: bytes, max_part_size: int) -> list[tuple[str, str | bytes]]:
+    """Name and content, which is bytes for a file."""
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield data
+
+    parser = MultiPartParser(request.headers, whole(), max_files=len(FILES), max_fields=1, max_part_size=max_part_size)
+    # Never in a file of the server's.
+    parser.spool_max_size = len(data) + 1
+    try:
+        form = await parser.parse()
+    except MultiPartException as e:
+        raise MalformedMessage(f"the body is no form: {e.message}") from None
+    try:
+        return [(n, await part.read() if isinstance(part, UploadFile) else part) for n, part in form.multi_items()]
+    finally:
+        await form.close()
 
 
 def _object(data: str | bytes) -> dict[str, Any]:

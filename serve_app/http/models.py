@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Path
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -12,12 +12,9 @@ from ..generate.request import GenerateBody
 from ..models import Family
 from ..parameters import VariantName
 from ..settings import Settings
-from .auth import caller_with
 from .openapi import portable
 from .problems import problems
-
-if TYPE_CHECKING:
-    from .app import Services, VariantReadiness
+from .service import Served, VariantReadiness, caller_with
 
 ModelState = Literal["available", "loading", "loaded", "failed"]
 #: By the state of its replicas.
@@ -65,28 +62,26 @@ class ModelList(BaseModel):
     models: Sequence[ModelView]
 
 
-def routes(service: "Services") -> APIRouter:
-    made = APIRouter(prefix="/v1/models", dependencies=[Depends(caller_with(lambda: service().access, "read"))])
-
-    @made.get("", responses=problems(401, 403, 429, 503))
-    async def list_models() -> ModelList:
-        """The models that are served, whether they can work now or not."""
-        settings = service().jobs.settings
-        rows = [_view(name, settings, readiness) for name, readiness in service().models().items()]
-        return ModelList(data=rows, models=rows)
-
-    @made.get("/{id}", responses=problems(401, 403, 404, 429, 503))
-    async def get_model(name: Annotated[VariantName, Path(alias="id")]) -> ModelView:
-        """A model."""
-        readiness = service().models().get(name)
-        if readiness is None:
-            raise HTTPException(404, "no such model is served; see GET /v1/models")
-        return _view(name, service().jobs.settings, readiness)
-
-    return made
+router = APIRouter(prefix="/v1/models", dependencies=[caller_with("read")], responses=problems(401, 403, 429, 503))
 
 
-def _view(name: str, settings: Settings, readiness: "VariantReadiness") -> ModelView:
+@router.get("")
+async def list_models(service: Served) -> ModelList:
+    """The models that are served, whether they can work now or not."""
+    rows = [_view(name, service.jobs.settings, readiness) for name, readiness in service.models().items()]
+    return ModelList(data=rows, models=rows)
+
+
+@router.get("/{id}", responses=problems(404))
+async def get_model(name: Annotated[VariantName, Path(alias="id")], service: Served) -> ModelView:
+    """A model."""
+    readiness = service.models().get(name)
+    if readiness is None:
+        raise HTTPException(404, "no such model is served; see GET /v1/models")
+    return _view(name, service.jobs.settings, readiness)
+
+
+def _view(name: str, settings: Settings, readiness: VariantReadiness) -> ModelView:
     row, state = settings.variant(name), _STATES[readiness.state]
     capabilities: dict[str, Any] = {"inpaint": row.generation is None, "generate": row.generation is not None}
     defaults, schema = dict[str, Any](), dict[str, Any]()

@@ -24,10 +24,6 @@ from .views import job_view
 
 #: Bodies that routes read themselves, lines and messages of streams, and the error of all.
 _MODELS: Sequence[type[BaseModel]] = (AuditBody, GenerateBody, InpaintBody, PushEnvelope, Problem, *MESSAGES.values())
-_SCHEMES = {
-    "bearer": {"type": "http", "scheme": "bearer"},
-    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-}
 _CORRELATED = {CORRELATION_ID: {"schema": {"type": "string"}, "description": "By which the log names the request."}}
 _PARAMETERS = GenerateParameters(
     prompt="an old-growth forest at dawn", width=1024, height=1024, steps=24, guidance_scale=7
@@ -38,19 +34,26 @@ _JOB = Job(
 
 
 def described(schema: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's description, with the rest."""
-    components = schema["components"]
-    schemas, answers = components["schemas"], components.setdefault("responses", {})
-    components |= {"securitySchemes": _SCHEMES, "headers": _CORRELATED}
+    """FastAPI's description, with the rest: models that no route names, examples, and the errors of any route."""
+    schemas, answers = schema["components"]["schemas"], dict[str, Any]()
+    schema["components"] |= {"headers": _CORRELATED, "responses": answers}
     for model in _MODELS:
         made = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= {**made.pop("$defs", {}), model.__name__: made}
     schemas["JobView"]["examples"] = [job_view(_JOB, ahead=0).model_dump(mode="json")]
     example = json.loads(bytes(problem(404, "unknown_job", "there is no job forest-2").body))
     schemas["Problem"]["examples"] = [example | {"correlation_id": "order-7"}]
-    for path in schema["paths"].values():
-        for method, operation in path.items():
-            _complete(operation, method)
+    for methods in schema["paths"].values():
+        for method, operation in methods.items():
+            if "security" in operation:
+                # Neither, where the app has no keys.
+                operation["security"].append({})
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+            invalid = (422,) if operation.get("parameters") else ()
+            # Of the page that a request comes from.
+            for status, answer in problems(*invalid, *(() if method == "get" else (403, 415))).items():
+                operation["responses"].setdefault(str(status), answer)
             for status, answer in operation["responses"].items():
                 answer["headers"] = {CORRELATION_ID: {"$ref": f"#/components/headers/{CORRELATION_ID}"}}
                 if "application/problem+json" in answer.get("content", {}):
@@ -59,21 +62,6 @@ def described(schema: dict[str, Any]) -> dict[str, Any]:
     # FastAPI's own error, which is never answered.
     del schemas["HTTPValidationError"], schemas["ValidationError"]
     return dict(portable(schema))
-
-
-def _complete(operation: dict[str, Any], method: str) -> None:
-    """Credentials, and the errors of any route: for its host, a parameter, the page that it comes from, a fault."""
-    given, answers = operation.pop("parameters", []), operation["responses"]
-    operation["parameters"] = [one for one in given if one["name"] not in ("authorization", "x-api-key")]
-    if len(operation["parameters"]) < len(given):
-        # Neither, where the app has no keys.
-        operation["security"] = [{"bearer": []}, {"key": []}, {}]
-    if "HTTPValidationError" in str(answers.get("422")):
-        del answers["422"]
-    for status, answer in problems(
-        421, 500, *((422,) if given else ()), *(() if method == "get" else (403, 415))
-    ).items():
-        answers.setdefault(str(status), answer)
 
 
 def portable(value: Any) -> Any:

@@ -70,7 +70,10 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        correlation_id = _given_id(Headers(scope=scope)) or uuid.uuid4().hex
+        headers = Headers(scope=scope)
+        given = headers.get(CORRELATION_ID) or headers.get("X-Request-ID") or ""
+        # What cannot stand in a log is no id.
+        correlation_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         # Not reset: what answers a fault that nobody expected stands outside of this.
         _CORRELATION_ID.set(correlation_id)
 
@@ -80,18 +83,12 @@ class Gate:
             await send(message)
 
         with logged_with(correlation_id=correlation_id):
+            app, request = self._app, Request(scope)
             try:
-                self._check(Request(scope))
+                self._check(request)
             except FluxFillError as e:
-                await _answer(e)(scope, receive, answer)
-                return
-            await self._app(scope, receive, answer)
-
-
-def _given_id(headers: Headers) -> str:
-    """The request's own correlation id; empty where it has none that can stand in a log."""
-    given = headers.get(CORRELATION_ID) or headers.get("X-Request-ID") or ""
-    return given if _GIVEN_ID.fullmatch(given) else ""
+                app = await _problem(request, e)
+            await app(scope, receive, answer)
 
 
 class Bodies:
@@ -111,22 +108,18 @@ class Bodies:
         if self._places < places:
             raise Unavailable("too many requests are sending bodies; try again", retry_after_s=1)
         self._places -= places
+        body = bytearray()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await _read(request, max_bytes)
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > max_bytes:
+                        raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
+            return bytes(body)
         except TimeoutError:
             raise BodyTimeout(f"the body was not complete after {self._timeout_s:g} s") from None
         finally:
             self._places += places
-
-
-async def _read(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
-    return bytes(body)
 
 
 def problem(
@@ -184,20 +177,18 @@ _HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
 }
 
 
-def _answer(e: FluxFillError) -> Response:
+async def _problem(_request: Request, e: Exception) -> Response:
+    assert isinstance(e, FluxFillError)
     headers = dict(_HEADERS.get(type(e), {}))
     if (wait_s := e.details.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
     return problem(e.http_status, e.code, e.message, headers=headers, details=e.details)
 
 
-async def _problem(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, FluxFillError)
-    return _answer(e)
-
-
 async def _http_problem(_request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
+    if e.status_code < 400:
+        return Response(status_code=e.status_code)
     code = {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "http_error")
     return problem(e.status_code, code, str(e.detail), headers=e.headers)
 

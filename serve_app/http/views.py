@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ..jobs.record import Artifact, Cause, Event, Job, State
 from ..parameters import JobType
 
 #: By content type.
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+#: Of a field that is left out where it has nothing to say.
+_SPARSE = Field(exclude_if=lambda value: value is None)
 
 
 class Stage(BaseModel):
@@ -63,7 +65,7 @@ class JobList(BaseModel):
     next_cursor: str | None
 
 
-class ArtifactRow(BaseModel):
+class ArtifactView(BaseModel):
     id: str
     format: str
     width: int | None
@@ -75,16 +77,13 @@ class ArtifactRow(BaseModel):
     content_type: str
     #: Where the blob store has it.
     s3_key: str
-
-
-class LinkedArtifact(ArtifactRow):
-    #: Signed anew in each answer.
-    url: str
-    expires_at: datetime
+    #: A link that is signed anew in each answer, and its end; not in events.
+    url: Annotated[str | None, _SPARSE] = None
+    expires_at: Annotated[datetime | None, _SPARSE] = None
 
 
 class ArtifactList(BaseModel):
-    artifacts: Sequence[LinkedArtifact]
+    artifacts: Sequence[ArtifactView]
 
 
 class ItemProgress(BaseModel):
@@ -111,8 +110,8 @@ class LogLine(BaseModel):
     code: Literal["step.start", "model.selected", "artifact.written", "error", "step.finish", "job.finish"]
     message: str
     job_id: str
-    step_id: str | None = None
-    item_index: int | None = None
+    step_id: Annotated[str | None, _SPARSE] = None
+    item_index: Annotated[int | None, _SPARSE] = None
 
 
 def job_view(job: Job, ahead: int | None = None) -> JobView:
@@ -120,15 +119,16 @@ def job_view(job: Job, ahead: int | None = None) -> JobView:
     given = job.parameters.model_dump(mode="json", exclude={"type", "guidance_scale"})
     guidance = getattr(job.parameters, "guidance_scale", None)
     moments = (job.events[-1].at if job.events else None, job.finished_at, job.started_at, job.created_at)
+    pictures = _pictures(job)
     return JobView(
         **job.model_dump(include={"id", "status", "created_at", "started_at", "finished_at", "attempt"}),
         type=job.type,
         updated_at=max(moment for moment in moments if moment),
         steps=[Stage(name=job.type, status=job.status)],
-        summary=Summary(count=_count(job), completed=len(_completed(job))),
+        summary=Summary(count=_count(job), completed=len(pictures)),
         progress=_progress(job),
         parameters={**given, "guidance": guidance, "model_id": job.variant, "seed": job.seed},
-        seeds=[job.seed if one.seed is None else one.seed for one in _completed(job).values()],
+        seeds=[job.seed if one.seed is None else one.seed for one in pictures.values()],
         timings=job.timings.model_dump(exclude_none=True),
         queue_position=None if ahead is None else ahead + 1,
         error_code=job.error and job.error.code,
@@ -138,7 +138,7 @@ def job_view(job: Job, ahead: int | None = None) -> JobView:
 
 def progress_view(job: Job) -> ProgressView:
     """Pictures are made one by one: all before the one that is being made are whole."""
-    whole, done = _completed(job), _progress(job) * _count(job)
+    whole, done = _pictures(job), _progress(job) * _count(job)
     items = [
         ItemProgress(item_index=i, progress=1.0 if i in whole else round(min(1.0, max(0.0, done - i)), 4))
         for i in range(_count(job))
@@ -146,10 +146,10 @@ def progress_view(job: Job) -> ProgressView:
     return ProgressView(progress=_progress(job), items=items, stages=[StageWeight(name=job.type, weight=1.0)])
 
 
-def row(job: Job, position: int) -> ArtifactRow:
+def artifact_view(job: Job, position: int, **link: Any) -> ArtifactView:
     """The job's artifact at `position`."""
     artifact = job.artifacts[position]
-    return ArtifactRow(
+    return ArtifactView(
         id=f"{job.id}-{position}",
         format=_FORMATS.get(artifact.content_type) or artifact.path.rpartition(".")[2],
         width=artifact.width,
@@ -159,6 +159,7 @@ def row(job: Job, position: int) -> ArtifactRow:
         bytes=artifact.size_bytes,
         content_type=artifact.content_type,
         s3_key=artifact.path,
+        **link,
     )
 
 
@@ -171,7 +172,7 @@ def log_lines(job: Job, event: Event) -> Iterator[LogLine]:
 
     if event.artifact is not None:
         if event.artifact < len(job.artifacts):
-            one = row(job, event.artifact)
+            one = artifact_view(job, event.artifact)
             yield line("artifact.written", f"Stored {one.s3_key}", item_index=one.item_index)
     elif event.cause == Cause.CLAIMED:
         yield line("step.start", f"Began {job.type}")
@@ -192,8 +193,8 @@ def _count(job: Job) -> int:
     return int(getattr(job.parameters, "count", 1))
 
 
-def _completed(job: Job) -> Mapping[int, Artifact]:
-    """The pictures that are stored, by number; one without a number is its job's only one."""
+def _pictures(job: Job) -> Mapping[int, Artifact]:
+    """Those that are stored, by number; one without a number is its job's only one."""
     found = {one.index or 0: one for one in reversed(job.artifacts)}
     return dict(sorted(found.items()))
 
@@ -201,4 +202,4 @@ def _completed(job: Job) -> Mapping[int, Artifact]:
 def _progress(job: Job) -> float:
     if job.status == State.SUCCEEDED:
         return 1.0
-    return round(min(0.9999, max(job.progress.fraction, len(_completed(job)) / _count(job))), 4)
+    return round(min(0.9999, max(job.progress.fraction, len(_pictures(job)) / _count(job))), 4)
