@@ -324,6 +324,18 @@ async def test_a_message_of_a_deleted_job_is_dropped(studio: Studio) -> None:
     assert await studio.jobs.get(job.id) is None and studio.painter.requests == []
 
 
+async def test_a_job_deleted_while_it_is_being_claimed_stays_deleted(studio: Studio) -> None:
+    job = await studio.post()
+
+    async def is_deleted() -> None:
+        await studio.beside().api.cancel(job.id, OPEN)
+        await studio.beside().api.delete(job.id, OPEN)
+
+    studio.jobs.before["update"] = is_deleted
+    assert (await studio.work()).reason == "unknown_job"
+    assert await studio.jobs.get(job.id) is None and studio.painter.requests == []
+
+
 async def test_a_message_that_names_no_stored_job_is_a_dead_letter(studio: Studio) -> None:
     await studio.post()
     named = studio.topics.sessions[-1]

@@ -338,6 +338,26 @@ def test_each_artifact_is_recorded_by_the_claim_that_holds() -> None:
         claims.record(lost, first)(again, (), at(99))
 
 
+def test_an_artifact_is_recorded_once_however_often_the_store_is_asked() -> None:
+    job = one(claim(posted(), 6)(posted(), ()))
+    change = claims.record(claim_of(job), Artifact(role="image", path="0", index=0))
+    stored = one(change(job, (), at(7)))
+    assert one(change(stored, (), at(8))) == stored
+
+
+def test_a_deleted_job_is_not_claimed() -> None:
+    with pytest.raises(UnknownJob):
+        claim(posted(), 6)(None, ())
+
+
+def test_a_claim_is_not_one_on_a_later_job_of_the_same_id() -> None:
+    change = claims.claim(posted(), lease_s=LEASE_S, max_attempts=5, claimer="first")
+    deleted = claim_of(one(change(posted(), (), at(6))))
+    again = one(claims.claim(posted(), lease_s=LEASE_S, max_attempts=5, claimer="second")(posted(), (), at(7)))
+    with pytest.raises(StaleClaim):
+        claims.check_held(again, deleted)
+
+
 def test_a_record_keeps_its_newest_events() -> None:
     job = posted()
     for second in range(records.MAX_EVENTS):

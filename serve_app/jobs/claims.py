@@ -46,10 +46,12 @@ class Claim(_Value):
     job_id: str
     lock_key: str
     fence: int
+    #: As in `Job.claimed_by`: a job that was deleted and asked for again under its id counts its fences anew.
+    claimer: str = ""
 
 
 def claim_of(job: Job) -> Claim:
-    return Claim(job_id=job.id, lock_key=job.lock_key, fence=job.fence)
+    return Claim(job_id=job.id, lock_key=job.lock_key, fence=job.fence, claimer=job.claimed_by)
 
 
 #: The official client of OpenAI gives up where it is asked to wait for longer.
@@ -69,10 +71,13 @@ def claim(new: Job, *, lease_s: float, max_attempts: int, claimer: str = "") -> 
     waits for the same request, on a photo or mask since replaced, is superseded.
 
     Raises Busy (from the change) while a live lease holds the job or another job of its session, or its backoff lasts;
-    OtherVariant where the stored record is of another variant than `new`; MalformedMessage where it is of another type.
+    OtherVariant where the stored record is of another variant than `new`; MalformedMessage where it is of another type;
+    UnknownJob where `new` is a stored record that was deleted meanwhile.
     """
 
     def change(stored: Job | None, rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        if stored is None and new.events:
+            raise UnknownJob(f"job {new.id} was deleted")
         if stored is not None and stored.type != new.type:
             raise MalformedMessage(f"its job's id, {new.id}, is of type {stored.type}")
         job = _asked_again(stored, new, now) if stored else new.evolve(created_at=now)
@@ -108,9 +113,12 @@ def claim(new: Job, *, lease_s: float, max_attempts: int, claimer: str = "") -> 
 
 
 def record(claim: Claim, artifact: Artifact) -> Change:
-    """Note that `artifact` is stored, while the job goes on. Raises StaleClaim where the claim no longer holds."""
+    """Note that `artifact` is stored, while the job goes on; once, however often a store that does not answer is asked.
+    Raises StaleClaim where the claim no longer holds."""
 
     def after(job: Job, now: datetime) -> Job:
+        if artifact in job.artifacts:
+            return job
         position = len(job.artifacts)
         return job.evolve(artifacts=(*job.artifacts, artifact)).noted(now, artifact=position)
 
@@ -255,7 +263,7 @@ def mark_dead_lettered(told: Job) -> Change:
 
 def check_held(job: Job | None, claim: Claim) -> Job:
     """`job`, where `claim` still holds it. Raises StaleClaim, with the job's status in `details`, where it does not."""
-    if job is None or job.status != State.RUNNING or job.fence != claim.fence:
+    if job is None or job.status != State.RUNNING or (job.fence, job.claimed_by) != (claim.fence, claim.claimer):
         status = job.status if job else None
         raise StaleClaim(f"the claim {claim.fence} on job {claim.job_id} is over", status=status)
     return job
