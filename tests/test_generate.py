@@ -508,6 +508,41 @@ async def test_a_job_is_deleted_with_its_pictures_once_it_is_over(studio: Studio
         await studio.api.delete(job.id, OPEN)
 
 
+async def test_a_picture_that_a_canceled_job_did_not_record_is_deleted_with_it(studio: Studio) -> None:
+    job = await studio.post(count=2)
+
+    async def is_canceled() -> None:
+        await studio.beside().api.cancel(job.id, OPEN)
+
+    # Whose own write comes first.
+    await studio.kind._outputs.check_writable()
+    studio.blobs.after["put"] = is_canceled
+    assert (await studio.work()).reason == "canceled"
+    assert len(await studio.paths()) == 1 and (await studio.job(job)).artifacts == ()
+    await studio.api.delete(job.id, OPEN)
+    assert await studio.paths() == []
+
+
+async def test_what_was_kept_of_a_deleted_job_is_not_a_later_jobs_of_its_id(studio: Studio) -> None:
+    async def put(prompt: str) -> None:
+        await studio.api.post({"type": "generate", "prompt": prompt, **SMALL}, OPEN, job_id="mine")
+        await studio.notifier.drained()
+
+    async def goes_down(_: GenerateRequest) -> None:
+        studio.blobs.is_down = True
+
+    await put("old")
+    studio.painter.before = goes_down
+    assert (await studio.work()).reason == "store_unavailable"
+    studio.blobs.is_down, studio.painter.before = False, None
+    await studio.api.cancel("mine", OPEN)
+    await studio.api.delete("mine", OPEN)
+    studio.clock.advance(1)
+    await put("new")
+    assert (await studio.work()).reason == "succeeded"
+    assert [request.prompt for request in studio.painter.requests] == ["old", "new"]
+
+
 async def test_a_store_that_is_down_while_pictures_are_deleted_keeps_the_record(studio: Studio) -> None:
     job = await studio.post(count=2)
     await studio.work()

@@ -83,7 +83,7 @@ async def test_a_job_has_what_its_body_says_and_the_apps_defaults(rig: Rig) -> N
     defaults = rig.inference.model_dump(exclude={"variant"})
     assert (plain.variant, plain.parameters) == ("telea", EditParameters(**defaults))
     assert (plain.user_id, plain.session_id, plain.lock_key) == (USER, SESSION, f"{USER}/{SESSION}")
-    assert rig.editor.inputs(plain) == []
+    assert rig.editor.inputs(plain) == rig.editor.outputs(plain) == []
     asked = {"prompt": "grass", "steps": 8, "guidance": 2.5, "seed": 7, "crop_strategy": "crop", "model": "telea"}
     job = await post(rig, session=STORED, **asked)
     expected = EditParameters(prompt="grass", steps=8, guidance_scale=2.5, crop_strategy=CropStrategy.CROP)

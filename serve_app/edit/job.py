@@ -200,8 +200,10 @@ class Editor:
         )
 
     def inputs(self, job: Job) -> Sequence[str]:
-        is_own = (job.user_id, job.session_id) == (API_USER, job.id)
-        return [session_path(job.user_id, job.session_id, name) for name in INPUTS.values()] if is_own else []
+        return [session_path(job.user_id, job.session_id, name) for name in INPUTS.values()] if _is_alone(job) else []
+
+    def outputs(self, job: Job) -> Sequence[str]:
+        return list(_paths(job).values()) if _is_alone(job) else []
 
     async def _version(self, message: EditMessage, name: str) -> str:
         try:
@@ -314,6 +316,11 @@ class Editor:
 def _asked(job: Job) -> EditParameters:
     assert isinstance(job.parameters, EditParameters), "the worker gives each kind its own jobs"
     return job.parameters
+
+
+def _is_alone(job: Job) -> bool:
+    """Whether no other job has its session."""
+    return (job.user_id, job.session_id) == (API_USER, job.id)
 
 
 def _paths(job: Job) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -55,8 +56,9 @@ class Outputs:
         self._probe_path = f"locks/writable-{uuid.uuid4().hex}"
         self._proven_at = -float("inf")
         self._probing = asyncio.Lock()
-        #: By job and the versions of its inputs, the oldest first.
-        self._kept: OrderedDict[tuple[str, tuple[str, ...]], Painting] = OrderedDict()
+        #: By job, of which there may be several of one id after each other, and the versions of its inputs, the oldest
+        #: first.
+        self._kept: OrderedDict[tuple[str, datetime, tuple[str, ...]], Painting] = OrderedDict()
 
     async def check_writable(self) -> None:
         """Raises StoreUnavailable, and its StoreDenied, where the store does not take writes."""
@@ -105,13 +107,13 @@ class Outputs:
 
     def keep(self, job: Job, inputs: Sequence[str], painting: Painting) -> None:
         """Keep what could not be stored; `inputs` are the versions it was painted from."""
-        self._kept[job.id, tuple(inputs)] = painting
+        self._kept[job.id, job.created_at, tuple(inputs)] = painting
         while sum(kept.size for kept in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
 
     def kept(self, job: Job, inputs: Sequence[str]) -> Painting | None:
         """What `keep` was given, once."""
-        return self._kept.pop((job.id, tuple(inputs)), None)
+        return self._kept.pop((job.id, job.created_at, tuple(inputs)), None)
 
     async def _insist(
         self, write: Callable[[], Awaitable[BlobInfo]], confirm: Callable[[], Awaitable[None]]

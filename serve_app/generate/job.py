@@ -61,6 +61,9 @@ class Generation:
     def inputs(self, job: Job) -> Sequence[str]:
         return ()
 
+    def outputs(self, job: Job) -> Sequence[str]:
+        return [self._path(job, index) for index in range(_asked(job).count)]
+
     async def run(self, job: Job, attempt: Attempt) -> Result:
         """Make what `job` lacks. What an earlier attempt has stored is not made again.
 
@@ -129,7 +132,7 @@ class Generation:
         seconds: _Seconds,
     ) -> Artifact:
         started = time.perf_counter()
-        path = self._path(job, request, index)
+        path = self._path(job, index)
         try:
             (written,) = await self._outputs.store(painting, {ROLE: path}, {ROLE: ""}, attempt.confirm)
         except StoreUnavailable:
@@ -141,10 +144,11 @@ class Generation:
         seconds["upload_s"] += time.perf_counter() - started
         return artifact
 
-    def _path(self, job: Job, request: GenerateRequest, index: int) -> str:
+    def _path(self, job: Job, index: int) -> str:
         """The same in every attempt: its time is the job's, not the picture's."""
-        name = f"{job.created_at:%Y%m%dT%H%M%S}_{index}_{request.width}x{request.height}_{request.seed}"
-        return f"{self._settings.api.prefix}/jobs/{job.id}/generate/{name}.{_asked(job).format}"
+        asked = _asked(job)
+        name = f"{job.created_at:%Y%m%dT%H%M%S}_{index}_{asked.width}x{asked.height}_{_seed(job, index)}"
+        return f"{self._settings.api.prefix}/jobs/{job.id}/generate/{name}.{asked.format}"
 
 
 def _request(job: Job, index: int, embeddings: bytes | None) -> GenerateRequest:
@@ -157,11 +161,15 @@ def _request(job: Job, index: int, embeddings: bytes | None) -> GenerateRequest:
         height=asked.height,
         steps=asked.steps,
         guidance_scale=asked.guidance_scale,
-        seed=(job.seed + index) % _SEEDS,
+        seed=_seed(job, index),
         scheduler=asked.scheduler,
         traceparent=job.traceparent,
         embeddings=embeddings,
     )
+
+
+def _seed(job: Job, index: int) -> int:
+    return (job.seed + index) % _SEEDS
 
 
 def _about(job: Job, request: GenerateRequest, made: Images) -> Mapping[str, Any] | None:

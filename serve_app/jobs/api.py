@@ -160,11 +160,13 @@ class JobApi:
         job = await self.get(job_id, caller)
         if not job.status.is_final:
             raise IllegalTransition(f"job {job_id} is {job.status}: cancel it first", status=job.status)
+        kind = self._kinds[job.type]
+        own = (*kind.inputs(job), *kind.outputs(job))
         for artifact in job.artifacts:
             with suppress(BlobNotFound):
-                if (await self._blobs.head(artifact.path)).version == artifact.version:
+                if artifact.path not in own and (await self._blobs.head(artifact.path)).version == artifact.version:
                     await self._blobs.delete(artifact.path)
-        for path in self._kinds[job.type].inputs(job):
+        for path in own:
             await self._blobs.delete(path)
         await self._jobs.delete(job_id)
 

@@ -81,6 +81,10 @@ class PostedKind(Kind, Protocol):
     def inputs(self, job: Job) -> Sequence[str]:
         """Paths of the blobs that `post` stored for it: they are deleted with the job."""
 
+    def outputs(self, job: Job) -> Sequence[str]:
+        """Paths that are its own and that its attempts write to, also those that a canceled one never recorded: they
+        are deleted with the job."""
+
 
 def refuse_chain(body: Any) -> None:
     """Raises NotSupported for a job of several stages: ignoring what follows would leave its client waiting."""
