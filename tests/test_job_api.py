@@ -255,17 +255,26 @@ async def test_jobs_are_listed_page_by_page(site: Site) -> None:
     for _ in range(5):
         site.studio.clock.advance(1)
         ids.append((await site.post())["id"])
-    found, cursor = [], {}
-    while cursor is not None:
-        page = await site.get("/v1/jobs", limit=2, **cursor)
-        found += [job["id"] for job in page["jobs"]]
-        cursor = page["next_cursor"] and {"cursor": page["next_cursor"]}
-    assert found == ids[::-1]
+
+    async def paged(*, deleted: bool = False) -> list[str]:
+        found, cursor = list[str](), {}
+        while cursor is not None:
+            page = await site.get("/v1/jobs", limit=2, **cursor)
+            found += [job["id"] for job in page["jobs"]]
+            cursor = page["next_cursor"] and {"cursor": page["next_cursor"]}
+            for job in page["jobs"] if deleted else ():
+                assert (await site.http.delete(f"/v1/jobs/{job['id']}")).status_code == 204
+        return found
+
+    assert await paged() == ids[::-1]
     await site.http.post(f"/v1/jobs/{ids[2]}/cancel")
     assert [job["id"] for job in (await site.get("/v1/jobs", status="canceled"))["jobs"]] == [ids[2]]
     assert (await site.get("/v1/jobs", type="inpaint"))["jobs"] == []
-    for wrong in ({"limit": 0}, {"limit": 201}, {"status": "done"}, {"cursor": "a.b"}, {"cursor": "gone"}):
+    for wrong in ({"limit": 0}, {"limit": 201}, {"status": "done"}, {"cursor": "a.b"}, {"cursor": "1-"}):
         assert (await site.http.get("/v1/jobs", params=wrong)).status_code == 422
+    for id in ids:
+        await site.http.post(f"/v1/jobs/{id}/cancel")
+    assert await paged(deleted=True) == ids[::-1] and await paged() == []
 
 
 @pytest.mark.parametrize(("asked", "lasts_s"), [(None, 3600), (600, 600), (1, 300), (10**9, 86_400)])

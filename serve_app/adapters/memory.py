@@ -168,7 +168,7 @@ class MemoryJobStore:
         notification: Notification | None = None,
         receiver: str | None = None,
         owner: str | None = None,
-        before: Job | None = None,
+        before: tuple[datetime, str] | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
@@ -179,7 +179,7 @@ class MemoryJobStore:
                 self._with_progress(job)
                 for job in self._content.jobs.values()
                 if all(value in (None, getattr(job, name)) for name, value in wanted.items())
-                and (before is None or _age(job) < _age(before))
+                and (before is None or _age(job) < before)
             ]
         return sorted(found, key=_age, reverse=True)[:limit]
 

@@ -24,6 +24,9 @@ TAIL, MAX_TAIL = 500, 2000
 #: Links to artifacts live so long, in seconds.
 MIN_LINK_S, MAX_LINK_S = 300, 86_400
 
+_CURSOR = r"\A[0-9]{1,16}-[A-Za-z0-9_-]{1,128}\z"
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 
@@ -103,12 +106,23 @@ async def list_jobs(
     job_type: Annotated[JobType | None, Query(alias="type")] = None,
     status: State | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
-    cursor: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+    cursor: Annotated[str | None, Query(pattern=_CURSOR)] = None,
 ) -> views.JobList:
     """Jobs, newest first."""
-    found = await service.jobs.list(caller, type=job_type, status=status, after=cursor, limit=limit + 1)
-    following = found[limit - 1].id if len(found) > limit else None
+    before = _place(cursor) if cursor else None
+    found = await service.jobs.list(caller, type=job_type, status=status, before=before, limit=limit + 1)
+    following = _cursor(found[limit - 1]) if len(found) > limit else None
     return views.JobList(jobs=[views.job_view(job) for job in found[:limit]], next_cursor=following)
+
+
+def _cursor(job: Job) -> str:
+    """A job's place in a list, which it keeps when it is deleted: microseconds of Unix, and its id."""
+    return f"{(job.created_at - _EPOCH) // timedelta(microseconds=1)}-{job.id}"
+
+
+def _place(cursor: str) -> tuple[datetime, str]:
+    microseconds, _, job_id = cursor.partition("-")
+    return _EPOCH + timedelta(microseconds=int(microseconds)), job_id
 
 
 @router.get("/{id}", responses=problems(404))

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from ..blobs import BlobStore
@@ -133,16 +134,11 @@ class JobApi:
         *,
         type: JobType | None = None,
         status: State | None = None,
-        after: str | None = None,
+        before: tuple[datetime, str] | None = None,
         limit: int,
     ) -> Sequence[Job]:
-        """The caller's jobs, or all where it sees all, newest first, from behind the job `after`.
-
-        Raises InputError for a job `after` that is gone; StoreUnavailable.
-        """
-        before = None if after is None else await self._jobs.get(after)
-        if after is not None and (before is None or not caller.sees(before)):
-            raise InputError("cursor: the job that it names is gone", field="cursor")
+        """The caller's jobs, or all where it sees all, newest first; `before` as in `JobStore.list`. Raises
+        StoreUnavailable."""
         owner = None if caller.sees_all else caller.id
         return await self._jobs.list(type=type, status=status, owner=owner, before=before, limit=limit)
 

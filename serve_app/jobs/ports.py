@@ -56,10 +56,11 @@ class JobStore(Protocol):
         notification: Notification | None = None,
         receiver: str | None = None,
         owner: str | None = None,
-        before: Job | None = None,
+        before: tuple[datetime, str] | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Newest first by `created_at`, and by id where that is the same; those after `before` in this order.
+        """Newest first by `created_at`, and by id where that is the same; those after `before`, such a pair, in
+        this order.
 
         With `owes_by`, and then nothing of the above, those that owe something due by then, earliest due first; with
         `notification` too, those that owe this by then; with a `receiver` (`Job.receiver`) beside the notification

@@ -69,7 +69,7 @@ class FirestoreJobStore:
         notification: Notification | None = None,
         receiver: str | None = None,
         owner: str | None = None,
-        before: Job | None = None,
+        before: tuple[datetime, str] | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         def query() -> Sequence[Job]:
@@ -163,14 +163,17 @@ class FirestoreJobStore:
         if known and claim.fence >= (reported if isinstance(reported, int) else 0):
             transaction.set(document, {"fence": claim.fence, **progress.model_dump()})
 
-    def _newest(self, wanted: Mapping[str, str | None], before: Job | None, limit: int) -> Sequence[Job]:
+    def _newest(
+        self, wanted: Mapping[str, str | None], before: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[Job]:
         query = self._database.client.collection("jobs")
         for field, value in wanted.items():
             if value is not None:
                 query = query.where(filter=FieldFilter(field, "==", value))
         query = _newest(query).order_by("__name__", direction=Query.DESCENDING)
         if before is not None:
-            query = query.start_after({"createdAt": before.created_at, "__name__": document_name(before.id)})
+            created_at, job_id = before
+            query = query.start_after({"createdAt": created_at, "__name__": document_name(job_id)})
         return self._listed(query, limit)
 
     def _owing(

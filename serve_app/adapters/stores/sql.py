@@ -56,7 +56,7 @@ class SqlJobStore:
         notification: Notification | None = None,
         receiver: str | None = None,
         owner: str | None = None,
-        before: Job | None = None,
+        before: tuple[datetime, str] | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
         if owes_by is not None:
@@ -68,7 +68,8 @@ class SqlJobStore:
             query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
             query = query.order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc())
             if before is not None:
-                query = query.where(sa.tuple_(JOBS.c.created_at, JOBS.c.id) < (seconds(before.created_at), before.id))
+                created_at, job_id = before
+                query = query.where(sa.tuple_(JOBS.c.created_at, JOBS.c.id) < (seconds(created_at), job_id))
         return await self._database.read(lambda c: _list(c, query.limit(limit), limit))
 
     async def delete(self, job_id: str) -> None:
