@@ -269,6 +269,12 @@ async def test_a_session_is_canceled_with_its_jobs(client: TestClient, process: 
     assert (response.status_code, response.json()) == (200, {"jobs": [{"id": job_id, "status": "canceled"}]})
 
 
+async def test_a_posted_jobs_own_session_is_canceled_by_the_job_alone(client: TestClient, process: Process) -> None:
+    response = client.post("/v1/sessions/api/job-1/cancel")
+    assert (response.status_code, problem_code(response)) == (403, "forbidden")
+    assert await process.rig.jobs.canceled_until("api/job-1") is None
+
+
 async def test_a_session_without_jobs_is_canceled_for_its_waiting_messages(
     client: TestClient, process: Process
 ) -> None:

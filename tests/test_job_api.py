@@ -191,12 +191,17 @@ async def test_a_form_brings_its_files_as_bytes(site: Site) -> None:
     assert taken == [{"type": "inpaint", **pictures}]
 
 
+#: Each of its names would have an error of its own.
+WIDE = json.dumps({**BODY, **dict.fromkeys(map(str, range(10_000)))}).encode()
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "code"),
     [
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "malformed_message"),
         ({"content": b"[]", "headers": {"Content-Type": "application/json"}}, 400, "malformed_message"),
         ({"content": b"[" * 60_000, "headers": {"Content-Type": "application/json"}}, 400, "malformed_message"),
+        ({"content": WIDE, "headers": {"Content-Type": "application/json"}}, 400, "malformed_message"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "malformed_message"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 400, "malformed_message"),
         ({"content": b"{}", "headers": {"Content-Type": "text/plain"}}, 415, "unsupported_media_type"),
@@ -212,6 +217,14 @@ async def test_what_is_no_body_of_a_job_is_refused(
 ) -> None:
     assert refused(await site.http.post("/v1/jobs", **request_)) == (status, code)
     assert await site.get("/v1/jobs") == {"jobs": [], "next_cursor": None}
+
+
+async def test_no_depth_of_nesting_is_a_fault_of_the_apps(site: Site) -> None:
+    # Somewhere between what is read and what is not, there is a depth that the reader alone could do.
+    bodies = [json.dumps({**BODY, "provider": "?"}).replace('"?"', "[" * n + "]" * n) for n in range(700, 1000)]
+    kind = {"Content-Type": "application/json"}
+    statuses = {(await site.http.post("/v1/jobs", content=body, headers=kind)).status_code for body in bodies}
+    assert statuses <= {400, 422}
 
 
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])

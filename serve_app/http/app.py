@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ..errors import FluxFillError, MalformedMessage, Unavailable, VariantNotReady
+from ..edit.posted import API_USER
+from ..errors import FluxFillError, Forbidden, MalformedMessage, Unavailable, VariantNotReady
 from ..jobs.messages import parse_edit, parse_envelope
 from ..jobs.ports import Delivery, Verdict
 from ..jobs.record import State
@@ -116,6 +117,8 @@ async def cancel_session(
     user_id: Annotated[Id, Path(alias="userId")], session_id: Annotated[Id, Path(alias="sessionId")], service: Served
 ) -> CanceledSession:
     """Cancel a session's jobs and waiting messages. 200 even if there are none."""
+    if user_id == API_USER:
+        raise Forbidden(f"userId: a session of {API_USER} is a posted job's own: cancel the job")
     canceled = await service.cancel_session(user_id, session_id)
     return CanceledSession(jobs=[CanceledJob(id=job.id, status=job.status) for job in canceled])
 

@@ -14,6 +14,9 @@ from .problems import wrong
 
 JSON, FORM = "application/json", "multipart/form-data"
 
+#: Commas and brackets that a JSON body may have. Its values take more memory and time by their number than by its size.
+_MAX_MARKS = 10_000
+
 #: Parts of a form that are files; the part `job` is the JSON.
 FILES = ("image", "mask")
 
@@ -50,6 +53,8 @@ async def read_job(request: Request, limits: Limits) -> dict[str, Any]:
     max_bytes = len(FILES) * limits.image_bytes * 4 // 3 + limits.message_bytes
     data: bytes = await request.app.state.bodies.read(request, max_bytes)
     if media_type == JSON:
+        if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_MARKS:
+            raise MalformedMessage("the body is no job's: it has too many values")
         return _object(data)
     parts = await _parts(request, data, limits.message_bytes)
     files = {name: part for name, part in parts if name in FILES and isinstance(part, bytes)}

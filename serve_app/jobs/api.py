@@ -188,4 +188,8 @@ def _fingerprint(body: Mapping[str, Any]) -> str:
     def plain(value: object) -> str:
         return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
-    return hashlib.sha256(json.dumps(body, sort_keys=True, default=plain).encode()).hexdigest()
+    try:
+        text = json.dumps(body, sort_keys=True, default=plain)
+    except RecursionError:
+        raise InputError("the body is nested too deeply") from None
+    return hashlib.sha256(text.encode()).hexdigest()
