@@ -175,6 +175,8 @@ def test_each_scheduler_has_its_own_picture(engine: Sdxl) -> None:
     steps = {name: list[int]() for name in _SCHEDULERS}
     pictures = {name: engine.generate(asked(scheduler=name, steps=5), done.append) for name, done in steps.items()}
     assert all(done == [1, 2, 3, 4, 5] for done in steps.values())
+    # DDIM without noise takes the steps of Euler's method (arXiv:2010.02502, 4.3), unless it clips the latents.
+    assert np.allclose(pictures.pop("ddim"), pictures["euler"], atol=1)
     assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
     # The tiny model's own is Euler's.
     assert np.array_equal(pictures["euler"], engine.generate(asked(steps=5), no_step))

@@ -32,7 +32,7 @@ from serve_app.generate.job import Generation
 from serve_app.jobs.api import Caller, JobApi
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Verdict
-from serve_app.jobs.record import Cause, Job, State
+from serve_app.jobs.record import MAX_EVENTS, Cause, Job, State
 from serve_app.jobs.worker import Worker
 from serve_app.models import GenerateRequest, Images, OnProgress, Progress
 from serve_app.settings import Settings
@@ -574,6 +574,20 @@ async def test_a_job_without_a_session_writes_no_session_document(studio: Studio
     await studio.work()
     await studio.notifier.drained()
     assert await MemoryJobStore(studio.settings.jobs).read_session("", "") is None
+
+
+async def test_the_largest_record_fits_into_a_document_of_firestore(studio: Studio) -> None:
+    job = await studio.post(count=100, prompt="\N{DECIDUOUS TREE}" * 2000, negative_prompt="\N{DECIDUOUS TREE}" * 2000)
+
+    async def starts_no_more(_: GenerateRequest) -> None:
+        if len(studio.painter.requests) == 100:
+            studio.painter.requests.pop()
+            raise VariantNotReady("x" * 100_000)
+
+    studio.painter.before = starts_no_more
+    while len((stored := await studio.job(job)).events) < MAX_EVENTS:
+        await studio.work()
+    assert len(stored.artifacts) == 99 and len(stored.model_dump_json().encode()) < 1 << 20
 
 
 async def test_a_job_that_waits_says_why(studio: Studio) -> None:

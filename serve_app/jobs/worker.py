@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 #: A variant that starts is ready in a minute: its messages must not be away for much longer.
 LONGEST_WAIT_FOR_A_VARIANT_S = 10.0
 
+#: Of an error in a record, which may have it in each of its events. The log has all of it.
+MAX_ERROR_CHARS = 1000
+
 #: How a job ends that is not tried again, by its error's disposition.
 _ENDS_BY = {
     Disposition.DEAD_LETTER: Cause.REJECTED,
@@ -414,4 +417,4 @@ def _claimer() -> str:
 
 
 def _job_error(e: FluxFillError) -> JobError:
-    return JobError(code=e.code, message=e.message)
+    return JobError(code=e.code, message=e.message[:MAX_ERROR_CHARS])

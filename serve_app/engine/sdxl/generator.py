@@ -31,7 +31,8 @@ _MULTIPLE_PX = 8
 _SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
     "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
+    # By default it clips latents as if they were pixels, and not every model's config says no.
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": False}),
