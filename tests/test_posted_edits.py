@@ -390,7 +390,7 @@ async def drop_by_drop(_reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 @pytest.mark.parametrize("answer", [servers.silence, servers.endless_head, drop_by_drop])
 async def test_a_slow_server_is_left(make_links: MakeLinks, server: Receiver, answer: Answer) -> None:
     server.answer = answer
-    with pytest.raises(LinkRefused, match=r"did not send it within 0\.2 s"):
+    with pytest.raises(LinkRefused, match=r"did not answer within 0\.2 s"):
         await fetch(make_links(server.authority, timeout_s=0.2), f"http://{server.authority}/")
 
 
@@ -405,7 +405,7 @@ async def test_nobody_listens(make_links: MakeLinks) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         authority = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(LinkRefused, match=f"image: {authority} did not answer: ConnectError"):
+        with pytest.raises(LinkRefused, match=f"image: {authority} cannot be reached"):
             await fetch(make_links(authority), f"http://{authority}/")
 
 

@@ -1,11 +1,13 @@
 """URLs that strangers give, and the hosts that the settings allow: the same rules for webhooks and for links."""
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import httpx
 
-from ..errors import InputError, SettingsError
+from ..errors import FluxFillError, InputError, SettingsError
 
 #: Characters of a URL that everything between here and the receiver takes (RFC 9110 asks for 8,000 and up).
 MAX_URL = 2048
@@ -21,6 +23,8 @@ class ListedHosts:
         self._hosts = {_listed(host, setting) for host in hosts}
         self._setting, self._refused = setting, refused
         self._schemes = ("https", "http") if allow_http else ("https",)
+        # Below httpx's client, which would take proxies from the environment, keep cookies and log whole URLs.
+        self._transport = httpx.AsyncHTTPTransport()
 
     def url(self, text: str, field: str) -> httpx.URL:
         """What `text`, the value of `field`, is taken for, here and on the wire. Raises `refused` for a URL that may
@@ -39,6 +43,32 @@ class ListedHosts:
         if (host := authority(url)) not in self._hosts:
             raise self._refused(f"{field}: {host!r} is not listed in {self._setting}", host=host)
         return url
+
+    @asynccontextmanager
+    async def answer(
+        self, request: httpx.Request, *, within_s: float, failed: Callable[[str], FluxFillError]
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer, whose body is not read yet. Raises what `failed` makes of the reason where it does not come, or
+        is not done with, within `within_s`."""
+        try:
+            async with asyncio.timeout(within_s):
+                response = await self._transport.handle_async_request(request)
+                try:
+                    yield response
+                finally:
+                    await response.aclose()
+        except FluxFillError:
+            raise
+        except TimeoutError:
+            raise failed(f"did not answer within {within_s:g} s") from None
+        except httpx.ConnectError as e:
+            raise failed(f"cannot be reached: {e}") from e
+        except Exception as e:
+            # httpx documents HTTPError; a name's look-up has others. Only the kind: the text may quote the answer.
+            raise failed(f"did not answer: {type(e).__name__}") from None
+
+    async def close(self) -> None:
+        await self._transport.aclose()
 
 
 def authority(url: httpx.URL) -> str:

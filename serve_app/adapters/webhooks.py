@@ -1,6 +1,5 @@
 """Calls to a publisher's URL, by https://www.standardwebhooks.com/: one signed try each. Trying again is not here."""
 
-import asyncio
 import base64
 import binascii
 import json
@@ -32,8 +31,7 @@ class Webhooks:
             settings.hosts, setting="webhooks.hosts", allow_http=settings.allow_http, refused=CallbackRefused
         )
         self._keys = _keys(secrets.webhook_secret)
-        # Below httpx's client, which would take proxies from the environment, keep cookies and log whole URLs.
-        self._transport = httpx.AsyncHTTPTransport()
+        self.close = self._hosts.close
 
     def check(self, url: str) -> None:
         """Raises CallbackRefused for a URL that may not be called, and says why."""
@@ -50,24 +48,22 @@ class Webhooks:
         """
         url = self._allowed(job.callback_url)
         host = authority(url)
-        status = await self._post(self._request(url, job, _event(job, event, document)), host)
-        if status == 410:
-            log.info(
-                "%s answered 410: not called again for this job",
-                host,
-                extra={"action": "webhook_gone", "host": host, **job.log_context()},
-            )
-        elif 200 <= status < 300:
-            log.info(
-                "Delivered a webhook to %s",
-                host,
-                extra={"action": "webhook_delivered", "host": host, **job.log_context()},
-            )
-        else:
-            raise WebhookFailed(f"{host} answered {status}", host=host, status=status)
+        log_context = {"host": host, **job.log_context()}
 
-    async def close(self) -> None:
-        await self._transport.aclose()
+        def failed(why: str, **status: int) -> WebhookFailed:
+            return WebhookFailed(f"{host} {why}", host=host, **status)
+
+        request = self._request(url, job, _event(job, event, document))
+        # The body is not read: the connection is closed on it.
+        async with self._hosts.answer(request, within_s=self._settings.timeout_s, failed=failed) as response:
+            status = response.status_code
+        if status == 410:
+            extra = {"action": "webhook_gone", **log_context}
+            log.info("%s answered 410: not called again for this job", host, extra=extra)
+        elif 200 <= status < 300:
+            log.info("Delivered a webhook to %s", host, extra={"action": "webhook_delivered", **log_context})
+        else:
+            raise failed(f"answered {status}", status=status)
 
     def _allowed(self, text: str) -> httpx.URL:
         if not self._keys:
@@ -86,21 +82,6 @@ class Webhooks:
         if job.traceparent:
             headers["traceparent"] = job.traceparent
         return httpx.Request("POST", url, headers=headers, content=body)
-
-    async def _post(self, request: httpx.Request, host: str) -> int:
-        """The answer's status. Its body is not read: the connection is closed on it."""
-        try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                response = await self._transport.handle_async_request(request)
-                await response.aclose()
-        except TimeoutError:
-            raise WebhookFailed(f"{host} did not answer within {self._settings.timeout_s:g} s", host=host) from None
-        except httpx.ConnectError as e:
-            raise WebhookFailed(f"{host} cannot be reached: {e}", host=host) from e
-        except Exception as e:
-            # httpx documents HTTPError; a name's look-up has others. Only the kind: the text may quote the answer.
-            raise WebhookFailed(f"{host} did not answer: {type(e).__name__}", host=host) from None
-        return response.status_code
 
 
 def _event(job: Job, event: str, document: Mapping[str, Any]) -> dict[str, Any]:
