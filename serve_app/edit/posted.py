@@ -5,12 +5,12 @@ import base64
 import binascii
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..blobs import BlobStore
 from ..errors import BlobConflict, BlobNotFound, ImageTooLarge, InvalidImage, KeyReused, MissingInput, Unavailable
-from ..jobs.kinds import refuse_chain
-from ..parameters import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
+from ..jobs.kinds import PostedBody
+from ..parameters import CropStrategy, Id, Prompt, Whole
 from ..settings import Limits
 from .images import decode_photo
 from .masks import decode_mask
@@ -44,18 +44,14 @@ Picture = Annotated[
 ]
 
 
-class InpaintBody(BaseModel):
-    """An edit of a photo: of a session that is stored already, or of a photo and a mask that come with the request.
-    What is left out is as the app has it: see `defaults` of `GET /ready`."""
+_EXAMPLE = {"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}, "steps": 28}
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        hide_input_in_errors=True,
-        json_schema_extra={
-            "examples": [{"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}, "steps": 28}]
-        },
-    )
+
+class InpaintBody(PostedBody):
+    """An edit of a photo: of a session that is stored already, or of a photo and a mask that come with the request.
+    What is left out is as the app has it: see `defaults` of `GET /ready`. `model_id` is a variant."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     type: Literal["inpaint"]
     session: SessionName | None = None
@@ -63,20 +59,9 @@ class InpaintBody(BaseModel):
     #: White where the photo is to be painted.
     mask: Picture | None = None
     prompt: Prompt | None = None
-    #: Denoising steps.
-    steps: Steps | None = None
-    guidance: GuidanceScale | None = Field(None, validation_alias=AliasChoices("guidance", "guidance_scale"))
     #: Left out, or -1: one that the answer tells.
     seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
-    #: A variant. Left out: the app's default.
-    model_id: VariantName | None = Field(None, validation_alias=AliasChoices("model_id", "model"))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_chain(cls, given: Any) -> Any:
-        refuse_chain(given)
-        return given
 
     @model_validator(mode="after")
     def _one_source(self) -> "InpaintBody":
@@ -110,7 +95,11 @@ class Sessions:
             if body.session.user_id == API_USER:
                 raise MissingInput(f"session: those of {API_USER} are their jobs' own", field="session")
             for name in INPUTS.values():
-                await self._exists(session_path(body.session.user_id, body.session.session_id, name))
+                path = session_path(body.session.user_id, body.session.session_id, name)
+                try:
+                    await self._blobs.head(path)
+                except BlobNotFound as e:
+                    raise MissingInput(f"session: {path} is not in the blob store", path=path) from e
             return body.session
         if self._held >= AT_ONCE:
             raise Unavailable("too many jobs with pictures are being posted; try again", retry_after_s=1)
@@ -120,12 +109,6 @@ class Sessions:
         finally:
             self._held -= 1
         return SessionName(user_id=API_USER, session_id=job_id)
-
-    async def _exists(self, path: str) -> None:
-        try:
-            await self._blobs.head(path)
-        except BlobNotFound as e:
-            raise MissingInput(f"session: {path} is not in the blob store", path=path) from e
 
     async def _store(self, body: InpaintBody, job_id: str) -> None:
         photo, mask = await asyncio.gather(self._bytes("image", body.image), self._bytes("mask", body.mask))

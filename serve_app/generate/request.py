@@ -1,14 +1,14 @@
 """What a client asks for, and what becomes of it: every value set, and one that the model can do."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints
 
 from ..errors import InputError, UnknownVariant
-from ..jobs.kinds import refuse_chain
+from ..jobs.kinds import PostedBody
 from ..models import Family, Variant
-from ..parameters import GenerateParameters, GuidanceScale, Prompt, Seed, Steps, VariantName, Whole
+from ..parameters import GenerateParameters, Prompt, Seed, Whole
 from ..settings import Settings
 
 #: What another system's clients name a family.
@@ -20,17 +20,14 @@ Side = Annotated[Whole, Field(ge=64, le=2048)]
 SMOKE_SIDE_PX, SMOKE_STEPS = 256, 10
 
 
-class GenerateBody(BaseModel):
-    """Pictures from a prompt. What is left out is as the model has it: see `defaults` of `GET /v1/models/{id}`."""
+_EXAMPLE = {"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        hide_input_in_errors=True,
-        json_schema_extra={
-            "examples": [{"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}]
-        },
-    )
+
+class GenerateBody(PostedBody):
+    """Pictures from a prompt. What is left out is as the model has it: see `defaults` of `GET /v1/models/{id}`; without
+    `model_id`, the model is the first one of `engine`, or of all."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     type: Literal["generate"]
     prompt: Annotated[Prompt, StringConstraints(min_length=1)]
@@ -38,30 +35,18 @@ class GenerateBody(BaseModel):
     #: Pixels; a multiple of 8 for SDXL, of 16 for FLUX.1.
     width: Side | None = None
     height: Side | None = None
-    #: Denoising steps.
-    steps: Steps | None = None
-    guidance: GuidanceScale | None = Field(None, validation_alias=AliasChoices("guidance", "guidance_scale"))
     #: Of the first picture; the others have the numbers that follow. Left out: one that the answer tells.
     seed: Seed | None = None
     count: Annotated[Whole, Field(ge=1, le=100)] = 1
     format: Literal["png", "jpg", "jpeg", "webp"] = "png"
-    #: One of `GET /v1/models`. Left out: the first one of `engine`, or of all.
-    model_id: VariantName | None = Field(None, validation_alias=AliasChoices("model_id", "model"))
     engine: Literal["sdxl", "flux", "flux-srpo"] | None = None
     scheduler: Annotated[str, StringConstraints(max_length=64)] | None = None
     #: Whether prompt, seed and model are written into each file.
     embed_metadata: bool = True
     #: Has no effect: all models run here.
     provider: Annotated[str, StringConstraints(max_length=64)] | None = None
-
     #: Not supported: null, or left out.
     chain: None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_chain(cls, given: Any) -> Any:
-        refuse_chain(given)
-        return given
 
 
 def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParameters]:

@@ -97,10 +97,13 @@ class JobApi:
         stored = await self._jobs.get(job_id)
         if stored is None:
             new = await kind.post(body, job_id=job_id)
-            api = self.settings.api
+            about = {"jobType": new.type, "jobId": new.id, "variant": new.variant}
+            message = Message(data=json.dumps(about), attributes=about)
+            redispatch_s, api = self.settings.work.redispatch_after_s, self.settings.api
+            new = new.evolve(owner=caller.id, request=fingerprint, message=message, redispatch_s=redispatch_s)
             quota = claims.Quota(unfinished=api.unfinished_jobs, per_day=api.jobs_per_day) if caller.id else None
             try:
-                stored, is_new = await self._jobs.create(self._posted(new, caller, fingerprint), quota)
+                stored, is_new = await self._jobs.create(new, quota)
             except QuotaExceeded:
                 for path in kind.inputs(new):
                     await self._blobs.delete(path)
@@ -111,15 +114,6 @@ class JobApi:
         if not caller.sees(stored) or stored.request != fingerprint:
             raise KeyReused("a request with another payload came with this key or id before")
         return stored, False
-
-    def _posted(self, new: Job, caller: Caller, fingerprint: str) -> Job:
-        about = {"jobType": new.type, "jobId": new.id, "variant": new.variant}
-        return new.evolve(
-            owner=caller.id,
-            request=fingerprint,
-            message=Message(data=json.dumps(about), attributes=about),
-            redispatch_s=self.settings.work.redispatch_after_s,
-        )
 
     async def get(self, job_id: str, caller: Caller) -> Job:
         """Raises UnknownJob, also for a job that the caller does not see; StoreUnavailable."""

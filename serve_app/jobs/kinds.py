@@ -5,9 +5,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
 from ..errors import NotSupported
 from ..models import OnProgress
-from ..parameters import JobType
+from ..parameters import GuidanceScale, JobType, Steps, VariantName
 from .record import Artifact, Job, Timings
 
 
@@ -86,7 +88,20 @@ class PostedKind(Kind, Protocol):
         are deleted with the job."""
 
 
-def refuse_chain(body: Any) -> None:
-    """Raises NotSupported for a job of several stages: ignoring what follows would leave its client waiting."""
-    if isinstance(body, Mapping) and body.get("chain") is not None:
-        raise NotSupported("chain: jobs of several stages are not done here", field="chain")
+class PostedBody(BaseModel):
+    """What requests for jobs of all kinds have. Raises NotSupported for a job of several stages: ignoring what follows
+    would leave its client waiting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    #: Denoising steps.
+    steps: Steps | None = None
+    guidance: GuidanceScale | None = Field(None, validation_alias=AliasChoices("guidance", "guidance_scale"))
+    model_id: VariantName | None = Field(None, validation_alias=AliasChoices("model_id", "model"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_chain(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("chain") is not None:
+            raise NotSupported("chain: jobs of several stages are not done here", field="chain")
+        return given
