@@ -58,49 +58,30 @@ def inpainter_name(variant: str) -> str:
     return f"Inpainter-{variant}"
 
 
-def generator_name(model: str) -> str:
-    return f"Generator-{model}"
-
-
 def model_names(settings: Settings) -> dict[str, str]:
     """The deployment of each variant and generator."""
     inpainters = {name: inpainter_name(name) for name in settings.variants}
-    return inpainters | {name: generator_name(name) for name in settings.generators}
+    return inpainters | {name: f"Generator-{name}" for name in settings.generators}
 
 
 def deployment_names(settings: Settings) -> list[str]:
     """Every deployment the app has with these settings."""
-    encoders = [text_encoder_name(base) for base in _bases(settings)]
-    return [
-        "Ingress",
-        *model_names(settings).values(),
-        *encoders,
-        *(["PubSub"] if settings.messages.is_embedded else []),
-    ]
+    encoders = map(text_encoder_name, _bases(settings))
+    broker = ["PubSub"] if settings.messages.is_embedded else []
+    return ["Ingress", *model_names(settings).values(), *encoders, *broker]
 
 
 def absolute(settings: Settings) -> Settings:
     """Relative folders are taken from the folder the app is started in, once, whatever a replica's own is."""
 
-    def anchored(url: str) -> str:
-        scheme, _, path = url.partition(":")
+    def anchored(url: str | None) -> str | None:
+        scheme, _, path = (url or "").partition(":")
         return f"{scheme}:{Path(path).absolute()}" if scheme in ("files", "sqlite") else url
 
+    stores = {name: anchored(getattr(settings, name)) for name in ("blobs", "jobs", "sessions")}
     weights = settings.weights
-    return settings.model_copy(
-        update={
-            "blobs": anchored(settings.blobs),
-            "jobs": anchored(settings.jobs),
-            "sessions": settings.sessions and anchored(settings.sessions),
-            "weights": weights.model_copy(
-                update={
-                    "cache": weights.cache.absolute(),
-                    "lock": weights.lock.absolute(),
-                    "mirror": weights.mirror and anchored(weights.mirror),
-                }
-            ),
-        }
-    )
+    paths = {"cache": weights.cache.absolute(), "lock": weights.lock.absolute(), "mirror": anchored(weights.mirror)}
+    return settings.model_copy(update={**stores, "weights": weights.model_copy(update=paths)})
 
 
 def _bases(settings: Settings) -> dict[str, Variant]:
@@ -116,25 +97,13 @@ def text_encoder_name(base: str) -> str:
 
 def _model(name: str, settings: Settings) -> serve.Application:
     kind, audits = (Generator, 0) if name in settings.generators else (Inpainter, AUDITS_PER_REPLICA)
-    return (
-        serve.deployment(kind)
-        .options(
-            name=model_names(settings)[name],
-            **_scaled(settings.served[name], num_gpus=settings.variant(name).num_gpus, audits=audits),
-        )
-        .bind(name, settings)
-    )
+    options = _scaled(settings.served[name], num_gpus=settings.variant(name).num_gpus, audits=audits)
+    return serve.deployment(kind).options(name=model_names(settings)[name], **options).bind(name, settings)
 
 
 def _text_encoder(base: str, variant: Variant, settings: Settings) -> serve.Application:
-    return (
-        serve.deployment(TextEncoder)
-        .options(
-            name=text_encoder_name(base),
-            **_scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, audits=0),
-        )
-        .bind(variant, settings)
-    )
+    options = _scaled(settings.text_encoder, num_gpus=settings.text_encoder.num_gpus, audits=0)
+    return serve.deployment(TextEncoder).options(name=text_encoder_name(base), **options).bind(variant, settings)
 
 
 def _scaled(scaling: Scaling, *, num_gpus: int, audits: int) -> dict[str, Any]:
@@ -153,12 +122,5 @@ def _scaled(scaling: Scaling, *, num_gpus: int, audits: int) -> dict[str, Any]:
         # which a replica can stand idle.
         "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.04),
         "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": num_gpus},
-        "autoscaling_config": {
-            "min_replicas": scaling.min_replicas,
-            "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
-            "upscale_delay_s": scaling.upscale_delay_s,
-            "downscale_delay_s": scaling.downscale_delay_s,
-            "downscale_to_zero_delay_s": scaling.downscale_to_zero_delay_s,
-        },
+        "autoscaling_config": scaling.model_dump(include=Scaling.model_fields.keys() - {"num_cpus"}),
     }

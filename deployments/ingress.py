@@ -124,7 +124,7 @@ class Ingress:
             job_store=self._job_store,
             launcher=launcher,
             settings=settings,
-            is_stopping=self._is_stopping,
+            is_stopping=lambda: self.is_stopping,
         )
         self._broker = BrokerWatch(broker)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
@@ -149,24 +149,17 @@ class Ingress:
         editor = Editor(models=painters, defaults=self._defaults, links=self._image_links, **for_kinds)
         generation = Generation(models=generators, **for_kinds)
         self._webhooks = Webhooks(settings.webhooks, self._secrets)
+        stored: dict[str, Any] = {"kinds": [editor, generation], "job_store": self._job_store, "settings": settings}
         shared: dict[str, Any] = {
-            "kinds": [editor, generation],
-            "job_store": self._job_store,
+            **stored,
             "mirror": adapters.session_mirror(settings, self._job_store),
             "publisher": adapters.publisher(settings.messages),
             "webhooks": self._webhooks,
-            "settings": settings,
             "metrics": self.metrics,
         }
         self._notifier = Notifier(**shared)
         self._worker = Worker(notifier=self._notifier, models={**painters, **generators}, **shared)
-        self.jobs = JobApi(
-            kinds=[editor, generation],
-            job_store=self._job_store,
-            blobs=self._blobs,
-            notifier=self._notifier,
-            settings=settings,
-        )
+        self.jobs = JobApi(blobs=self._blobs, notifier=self._notifier, **stored)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new inference defaults. Jobs that were claimed before keep their values.
@@ -230,9 +223,6 @@ class Ingress:
     @property
     def is_stopping(self) -> bool:
         return self._watch.is_stopping
-
-    async def _is_stopping(self) -> bool:
-        return self.is_stopping
 
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         canceled = await self._canceler.session(user_id, session_id)

@@ -40,11 +40,10 @@ class Inpainter(Replica[Engine]):
         engine = self._loading.value
         cell = measuring(engine, request, self._slot, trials, places, self._out_of_memory)
         try:
-            with self._watched(request):
-                async with aclosing(cell) as events:
-                    async for event in events:
-                        if isinstance(event, Measured):
-                            event = replace(event, where={**event.where, **self._here()})
-                        yield event
+            async with aclosing(self._streamed(request, cell)) as events:
+                async for event in events:
+                    if isinstance(event, Measured):
+                        event = replace(event, where={**event.where, **self._here()})
+                    yield event
         except ReplicaTaken as e:
             yield e

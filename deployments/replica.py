@@ -6,8 +6,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray import serve
@@ -17,7 +17,7 @@ from serve_app.engine.cold_start import timed
 from serve_app.engine.slot import Slot
 from serve_app.engine.weights import fetch
 from serve_app.errors import FluxFillError, GpuLost
-from serve_app.models import EditRequest, GenerateRequest, Images, Progress
+from serve_app.models import EditRequest, GenerateRequest, Images
 from serve_app.settings import Settings
 from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_id
 
@@ -27,6 +27,7 @@ from .metrics import RayMetrics
 log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=AnyEngine)
+T = TypeVar("T")
 
 
 class Status(NamedTuple):
@@ -50,18 +51,14 @@ def open_engine(name: str, settings: Settings) -> Any:
             _warm_up(engine, name, settings)
     except BaseException:
         # The next try must not meet this one's weights on the device.
-        _abandon(engine, name)
+        try:
+            engine.close()
+        except (FluxFillError, RuntimeError) as e:
+            # The error that is under way stays the one that is told.
+            extra = {"action": "engine_not_closed", "variant": name}
+            log.warning("Could not close the engine of %s after it failed to load: %s", name, e, extra=extra)
         raise
     return engine
-
-
-def _abandon(engine: AnyEngine, name: str) -> None:
-    """Close it, while the error that is under way stays the one that is told."""
-    try:
-        engine.close()
-    except (FluxFillError, RuntimeError) as e:
-        extra = {"action": "engine_not_closed", "variant": name}
-        log.warning("Could not close the engine of %s after it failed to load: %s", name, e, extra=extra)
 
 
 def _warm_up(engine: AnyEngine, name: str, settings: Settings) -> None:
@@ -93,55 +90,46 @@ class Replica(Generic[E]):
         self._slot = Slot()
 
     async def _streamed(
-        self, request: EditRequest | GenerateRequest, events: AsyncGenerator[Progress | Images, None]
-    ) -> AsyncGenerator[Progress | Images, None]:
+        self, request: EditRequest | GenerateRequest, events: AsyncGenerator[T, None]
+    ) -> AsyncGenerator[T, None]:
         """`events`, and what the metrics are told of them."""
-        with self._watched(request):
+        try:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Images):
                         self._note(request, event)
                     yield event
-
-    @contextmanager
-    def _watched(self, request: EditRequest | GenerateRequest) -> Iterator[None]:
-        try:
-            yield
         except GpuLost as e:
-            self._lose(request, e)
+            # A second job, which waited for the first one to end, meets the same GPU.
+            if self._loading.lose(e):
+                self._metrics.add("fluxfill_gpu_lost_total", variant=self._name)
+                with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
+                    log.error("The GPU of %s failed for good: %s", self._name, e, extra={"action": "gpu_lost"})
             raise
 
-    def _out_of_memory(self) -> None:
-        self._metrics.add("fluxfill_out_of_memory_total", variant=self._name)
-
     def _note(self, request: EditRequest | GenerateRequest, made: Images) -> None:
-        used_bytes = made.where.get("memory_used_bytes")
-        if used_bytes is not None:
+        if (used_bytes := made.where.get("memory_used_bytes")) is not None:
             self._metrics.put("fluxfill_gpu_memory_bytes", used_bytes, variant=self._name)
         if self._counts_steps:
             times = len(made.windows) if isinstance(request, EditRequest) else 1
             self._metrics.observe("fluxfill_steps_per_second", request.steps * times / made.busy_s, variant=self._name)
 
-    def _lose(self, request: EditRequest | GenerateRequest, error: GpuLost) -> None:
-        # A second job, which waited for the first one to end, meets the same GPU.
-        if self._loading.lose(error):
-            self._metrics.add("fluxfill_gpu_lost_total", variant=self._name)
-            with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
-                log.error("The GPU of %s failed for good: %s", self._name, error, extra={"action": "gpu_lost"})
+    def _out_of_memory(self) -> None:
+        self._metrics.add("fluxfill_out_of_memory_total", variant=self._name)
 
     def check_health(self) -> None:
         """Raises when Serve is to replace the replica, so that jobs go elsewhere: GpuLost when its GPU failed for good;
         RuntimeError when its engine does not stop, or has painted for longer than any worker waits."""
         self._loading.check_health()
-        self._check(self._slot.stopping_since, self._work.engine_stop_timeout_s, "was told to stop")
+        stop_s = self._work.engine_stop_timeout_s
         # A worker that died tells no replica to stop. An audit's cell has each painting's own beginning.
-        self._check(
-            self._slot.taken_since, self._work.inference_timeout_s + self._work.engine_stop_timeout_s, "began to paint"
-        )
-
-    def _check(self, since: float | None, limit_s: float, what: str) -> None:
-        if since is not None and time.monotonic() - since > limit_s:
-            raise RuntimeError(f"the engine of {self._name} {what} more than {limit_s:g} s ago and is still running")
+        for since, limit_s, what in (
+            (self._slot.stopping_since, stop_s, "was told to stop"),
+            (self._slot.taken_since, self._work.inference_timeout_s + stop_s, "began to paint"),
+        ):
+            if since is not None and time.monotonic() - since > limit_s:
+                what = f"{what} more than {limit_s:g} s ago and is still running"
+                raise RuntimeError(f"the engine of {self._name} {what}")
 
     async def status(self) -> Status:
         try:

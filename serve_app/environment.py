@@ -14,6 +14,7 @@ from .settings import GeneratorSettings, Settings
 SDXL = "sdxl"
 
 _SWITCH: Mapping[str, bool] = {"1": True, "true": True, "0": False, "false": False, "": False}
+_NEW = GeneratorSettings()
 
 
 def with_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -44,9 +45,6 @@ def with_environment(settings: Settings, environ: Mapping[str, str] = os.environ
         raise SettingsError(f"the environment's DF_ variables: {e.errors()[0]['msg']}") from e
 
 
-_NEW = GeneratorSettings()
-
-
 def _is_on(name: str, environ: Mapping[str, str]) -> bool:
     given = environ.get(name, "")
     if given.lower() not in _SWITCH:
@@ -55,20 +53,16 @@ def _is_on(name: str, environ: Mapping[str, str]) -> bool:
 
 
 def _checkpoint(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """`file`, and for a folder `base`; empty where none is named."""
-    if path := environ.get("DF_GENERATE_MODEL_PATH"):
-        return _at("DF_GENERATE_MODEL_PATH", Path(path))
+    """`file`, and for a folder `base`; empty where none is named. A root alone names none."""
     root, folder = environ.get("DF_MODELS_ROOT"), environ.get("DF_DEFAULT_MODEL_DIR")
-    if not folder:
-        # A root alone says where models are, and names none.
-        return {}
-    if not root:
+    if given := environ.get("DF_GENERATE_MODEL_PATH"):
+        name, path = "DF_GENERATE_MODEL_PATH", Path(given).absolute()
+    elif folder and root:
+        name, path = "DF_DEFAULT_MODEL_DIR", Path(root, folder).absolute()
+    elif folder:
         raise SettingsError("DF_DEFAULT_MODEL_DIR: it is a folder in DF_MODELS_ROOT, which is not set")
-    return _at("DF_DEFAULT_MODEL_DIR", Path(root, folder))
-
-
-def _at(name: str, path: Path) -> Mapping[str, str]:
-    path = path.absolute()
+    else:
+        return {}
     if path.is_file():
         return {"file": str(path)}
     if (path / "model_index.json").is_file():

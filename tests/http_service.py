@@ -65,16 +65,13 @@ class Process:
             job_store=rig.jobs,
             launcher=self.audit_jobs,
             settings=rig.settings,
-            is_stopping=self._stops,
+            is_stopping=lambda: self.is_stopping,
         )
         self._canceler = Canceler(rig.jobs)
 
     def guard(self, *, api_keys: str | None = None, jwks_url: str = GOOGLE_JWKS_URL, **changes: Any) -> None:
         keys = None if api_keys is None else SecretStr(api_keys)
         self.access = Access(settings(**changes), Secrets(api_keys=keys), jwks_url=jwks_url)
-
-    async def _stops(self) -> bool:
-        return self.is_stopping
 
     async def work(self, delivery: Delivery) -> Verdict:
         self.worked += 1

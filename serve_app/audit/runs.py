@@ -44,10 +44,6 @@ _ENDED: tuple[LaunchState, ...] = ("stopped", "succeeded", "failed")
 _GOING: tuple[LaunchState, ...] = ("pending", "running")
 
 
-async def _never() -> bool:
-    return False
-
-
 class Report(NamedTuple):
     #: The page's, in the blob store.
     path: str
@@ -65,7 +61,7 @@ class Audits:
         job_store: JobStore,
         launcher: AuditLauncher,
         settings: Settings,
-        is_stopping: Callable[[], Awaitable[bool]] = _never,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """`is_stopping`: whether this process is about to end, so that nobody may wait here any longer."""
         self._store = AuditStore(job_store, blobs)
@@ -114,7 +110,7 @@ class Audits:
         """The run when it is over, or as it is when this process is about to end."""
         while True:
             audit = await retry_unavailable(partial(self.look, run_id), OUTAGE_S)
-            if audit.status.is_over or await self._is_stopping():
+            if audit.status.is_over or self._is_stopping():
                 return audit
             await asyncio.sleep(POLL_S)
 

@@ -44,7 +44,7 @@ Picture = Annotated[
 ]
 
 
-_EXAMPLE = {"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}, "steps": 28}
+_EXAMPLE: Any = {"type": "inpaint", "session": {"user_id": "u1", "session_id": "s1"}, "steps": 28}
 
 
 class InpaintBody(PostedBody):

@@ -1,7 +1,7 @@
 """What a client asks for, and what becomes of it: every value set, and one that the model can do."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
@@ -20,7 +20,7 @@ Side = Annotated[Whole, Field(ge=64, le=2048)]
 SMOKE_SIDE_PX, SMOKE_STEPS = 256, 10
 
 
-_EXAMPLE = {"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}
+_EXAMPLE: Any = {"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}
 
 
 class GenerateBody(PostedBody):
