@@ -408,8 +408,12 @@ async def test_what_cannot_be_done_is_refused_by_name(
     assert await studio.api.list(OPEN, limit=10) == []
 
 
-async def test_an_empty_chain_and_a_provider_are_no_hindrance(studio: Studio) -> None:
-    assert (await studio.post(chain=None, provider="local")).variant == "sdxl"
+async def test_null_is_as_left_out_and_a_provider_is_no_hindrance(studio: Studio) -> None:
+    names = "negative_prompt width height steps guidance seed scheduler model_id engine chain"
+    body = {"type": "generate", "prompt": "x", "provider": "local", **dict.fromkeys(names.split())}
+    job, _ = await studio.api.post(body, OPEN)
+    left_out, _ = await studio.api.post({"type": "generate", "prompt": "x"}, OPEN)
+    assert (job.variant, job.parameters) == (left_out.variant, left_out.parameters)
 
 
 # -- keys, ids and callers

@@ -31,7 +31,7 @@ class GenerateBody(PostedBody):
 
     type: Literal["generate"]
     prompt: Annotated[Prompt, StringConstraints(min_length=1)]
-    negative_prompt: Prompt = ""
+    negative_prompt: Prompt | None = None
     #: Pixels; a multiple of 8 for SDXL, of 16 for FLUX.1.
     width: Side | None = None
     height: Side | None = None
@@ -64,7 +64,7 @@ def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParam
     parameters = GenerateParameters(
         **{**takes.defaults.model_dump(), **given, **guidance},
         prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
+        negative_prompt=body.negative_prompt or "",
         count=body.count,
         format="jpg" if body.format == "jpeg" else body.format,
         scheduler=body.scheduler,
