@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.text import Text
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_delay
 
@@ -62,23 +62,22 @@ class Server:
         bypass_proxies()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=SILENCE_S)
-        #: Without the key, which is none of the blob store's business.
         self._links = httpx.Client(timeout=SILENCE_S, follow_redirects=True)
         self._last_id = ""
 
     @_insisting
-    def ask(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        answer = self._http.request(method, path, **request)
+    def ask(self, method: str, url: str, **request: Any) -> httpx.Response:
+        # The key is none of the business of those whom the app links to.
+        answer = (self._links if url.startswith("http") else self._http).request(method, url, **request)
         if answer.is_error:
             raise Refused(answer)
-        body: dict[str, Any] = answer.json()
-        return body
+        return answer
 
     @_insisting
-    def follow(self, job_id: str, told: Callable[[str, Mapping[str, Any]], None]) -> None:
+    def follow(self, url: str, told: Callable[[str, Mapping[str, Any]], None]) -> None:
         """One event stream to its end; the next call goes on behind it. `told` takes an event's name and its data."""
         headers = {"Last-Event-ID": self._last_id} if self._last_id else {}
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
+        with self._http.stream("GET", url, headers=headers) as answer:
             if answer.is_error:
                 raise Refused(answer)
             fields: dict[str, str] = {}
@@ -94,13 +93,6 @@ class Server:
                         self._last_id = fields.get("id", self._last_id)
                         told(fields["event"], json.loads(fields["data"]))
                     fields = {}
-
-    @_insisting
-    def fetch(self, url: str) -> bytes:
-        answer = self._links.get(url)
-        if answer.is_error:
-            raise Refused(answer)
-        return answer.content
 
 
 def generate(
@@ -125,13 +117,14 @@ def generate(
     key: Annotated[str | None, typer.Option(envvar="FLUXFILL_API_KEY", help="API key with submit and read.")] = None,
 ) -> None:
     """Make pictures from a prompt, by a running app. Ctrl-C cancels the job."""
-    # All that is given says what to make, but for where.
-    asked = {name: value for name, value in context.params.items() if value is not None}
-    body = {"type": "generate", **{name: asked[name] for name in asked.keys() - {"folder", "url", "key"}}}
+    # All options say what to make, but for three.
+    given = {name: value for name, value in context.params.items() if value is not None}
+    body = {"type": "generate", **{name: given[name] for name in given.keys() - {"folder", "url", "key"}}}
     server = Server(url, key)
     try:
         # A request that is sent again is the same job.
-        job = server.ask("POST", "/v1/jobs", json=body, headers={"Idempotency-Key": f'"{uuid.uuid4().hex}"'})["job"]
+        headers = {"Idempotency-Key": f'"{uuid.uuid4().hex}"'}
+        job = server.ask("POST", "/v1/jobs", json=body, headers=headers).json()["job"]
         out.print(f"job {job['id']}", highlight=False)
         try:
             job = _follow(server, job, folder or Path(job["id"]))
@@ -150,19 +143,17 @@ def generate(
 
 def _follow(server: Server, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The job once it is over. Its pictures are written into `folder` as they land."""
-    written: dict[str, Path] = {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[made]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=out) as bar:
-        task = bar.add_task(job["status"], total=1.0, made="")
+    path, written = f"/v1/jobs/{job['id']}", dict[str, Path]()
+    with Progress(console=out) as bar:
+        task = bar.add_task(job["status"], total=1.0)
 
         def fetch() -> None:
-            for one in server.ask("GET", f"/v1/jobs/{job['id']}/artifacts")["artifacts"]:
+            for one in server.ask("GET", f"{path}/artifacts").json()["artifacts"]:
                 if one["id"] not in written:
-                    data, to = server.fetch(one["url"]), folder / Path(one["s3_key"]).name
+                    data, to = server.ask("GET", one["url"]).content, folder / Path(one["s3_key"]).name
                     folder.mkdir(parents=True, exist_ok=True)
                     to.write_bytes(data)
                     written[one["id"]] = to
-            bar.update(task, made=f"{len(written)}/{job['summary']['count']}")
 
         def told(name: str, data: Mapping[str, Any]) -> None:
             if name == "progress":
@@ -173,13 +164,13 @@ def _follow(server: Server, job: dict[str, Any], folder: Path) -> dict[str, Any]
                 bar.update(task, description=f"{data['status']} on {job['parameters']['model_id']}")
 
         while not State(job["status"]).is_final:
-            server.follow(job["id"], told)
-            job = server.ask("GET", f"/v1/jobs/{job['id']}")
+            server.follow(f"{path}/events", told)
+            job = server.ask("GET", path).json()
             # An app that is stopping ends its streams at once.
             time.sleep(0 if State(job["status"]).is_final else RETRY_S)
         fetch()
-    for path in written.values():
-        out.print(f"wrote {path}", highlight=False)
+    for to in written.values():
+        out.print(f"wrote {to}", highlight=False)
     return job
 
 
