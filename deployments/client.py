@@ -13,9 +13,9 @@ from serve_app.blobs import BlobInfo
 from serve_app.edit.containers import content_type
 from serve_app.edit.job import edit_job_id
 from serve_app.edit.session import INPUTS, session_document, session_path
-from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable
-from serve_app.jobs import record
-from serve_app.jobs.cancel import Canceler
+from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable, UnknownJob
+from serve_app.jobs import claims, record
+from serve_app.jobs.cancel import cancel_session
 from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.record import Artifact, Cause, Job
 from serve_app.settings import MessagesSettings, Settings
@@ -42,7 +42,6 @@ class Client:
         self._jobs = adapters.job_store(settings.jobs)
         self._publisher = adapters.publisher(settings.messages)
         self._looking, self._has_spoken = asyncio.Lock(), False
-        self._canceler = Canceler(self._jobs)
 
     async def submit(
         self, message: EditMessage, original: Path, mask: Path, *, attributes: Mapping[str, str] | None = None
@@ -126,13 +125,16 @@ class Client:
 
     async def cancel(self, job_id: str) -> Job:
         """Raises UnknownJob; IllegalTransition for a job that is over."""
-        canceled = await self._canceler.job(job_id)
+        job = await self.get(job_id)
+        if job is None:
+            raise UnknownJob(f"there is no job {job_id}")
+        canceled = await self._jobs.update(job_id, job.lock_key, claims.cancel)
         await self._show([canceled])
         return canceled
 
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         """Also the session's messages that wait. The jobs that were stopped."""
-        canceled = await self._canceler.session(user_id, session_id)
+        canceled = await cancel_session(self._jobs, user_id, session_id)
         await self._show(canceled)
         return canceled
 

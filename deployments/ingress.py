@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from contextvars import Context
 from dataclasses import asdict
 from typing import Any
@@ -28,10 +28,8 @@ from serve_app.http.app import create_app
 from serve_app.http.auth import Access
 from serve_app.http.service import Readiness, VariantReadiness
 from serve_app.jobs.api import JobApi
-from serve_app.jobs.cancel import Canceler
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
-from serve_app.jobs.record import Job
 from serve_app.jobs.worker import Worker
 from serve_app.models import EditRequest, GenerateRequest
 from serve_app.settings import Inference, Secrets, Settings
@@ -115,7 +113,6 @@ class Ingress:
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
         self._job_store = adapters.job_store(settings.jobs)
-        self._canceler = Canceler(self._job_store)
         # An audit's job keeps no GPU node awake: it runs where ingresses may.
         pool = ray.get_runtime_context().get_node_labels().get(POOL)
         launcher = RayJobs(app=serve.get_replica_context().app_name, pool=pool)
@@ -223,12 +220,6 @@ class Ingress:
     @property
     def is_stopping(self) -> bool:
         return self._watch.is_stopping
-
-    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
-        canceled = await self._canceler.session(user_id, session_id)
-        for job in canceled:
-            self._notifier.notify(job)
-        return canceled
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
         if self._links is None:

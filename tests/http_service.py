@@ -1,7 +1,7 @@
 """The service that routes see, over a real worker: what the tests of the HTTP routes hold in their hands."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import SecretStr
@@ -12,9 +12,7 @@ from serve_app.errors import InvalidLink
 from serve_app.http.auth import GOOGLE_JWKS_URL, Access
 from serve_app.http.service import Readiness, VariantReadiness, VariantState
 from serve_app.jobs.api import JobApi
-from serve_app.jobs.cancel import Canceler
 from serve_app.jobs.ports import Delivery, Verdict
-from serve_app.jobs.record import Job
 from serve_app.settings import PushSettings, Secrets, Settings
 from serve_app.telemetry import Metrics
 
@@ -67,7 +65,6 @@ class Process:
             settings=rig.settings,
             is_stopping=lambda: self.is_stopping,
         )
-        self._canceler = Canceler(rig.jobs)
 
     def guard(self, *, api_keys: str | None = None, jwks_url: str = GOOGLE_JWKS_URL, **changes: Any) -> None:
         keys = None if api_keys is None else SecretStr(api_keys)
@@ -85,9 +82,6 @@ class Process:
 
     def models(self) -> Mapping[str, VariantReadiness]:
         return {name: VariantReadiness(state=self.state) for name in self.rig.settings.served}
-
-    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
-        return await self._canceler.session(user_id, session_id)
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
         if token == "broken.token":

@@ -119,7 +119,7 @@ async def cancel_session(
     """Cancel a session's jobs and waiting messages. 200 even if there are none."""
     if user_id == API_USER:
         raise Forbidden(f"userId: a session of {API_USER} is a posted job's own: cancel the job")
-    canceled = await service.cancel_session(user_id, session_id)
+    canceled = await service.jobs.cancel_session(user_id, session_id)
     return CanceledSession(jobs=[CanceledJob(id=job.id, status=job.status) for job in canceled])
 
 

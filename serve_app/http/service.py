@@ -1,6 +1,6 @@
 """What the routes use of the process that serves them, and how a route gets it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import Depends, Request
@@ -11,7 +11,6 @@ from ..audit.runs import Audits
 from ..blobs import BlobInfo
 from ..jobs.api import Caller, JobApi
 from ..jobs.ports import Delivery, Verdict
-from ..jobs.record import Job
 from ..settings import Limits
 from ..telemetry import Metrics
 from .auth import Access, Scope
@@ -79,9 +78,6 @@ class Service(Protocol):
 
     def models(self) -> Mapping[str, VariantReadiness]:
         """The state of each variant and generator."""
-
-    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
-        """The jobs that were stopped. Raises StoreUnavailable."""
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
         """The blob of a signed link of this app. Raises InvalidLink, BlobNotFound, BlobTooLarge, StoreUnavailable."""

@@ -26,6 +26,7 @@ from ..errors import (
 from ..parameters import JobType
 from ..settings import Settings
 from . import claims
+from .cancel import cancel_session
 from .kinds import PostedKind
 from .notifications import Notifier
 from .ports import JobStore
@@ -142,6 +143,13 @@ class JobApi:
         job = await self.get(job_id, caller)
         canceled = await self._jobs.update(job_id, job.lock_key, claims.cancel)
         self._notifier.notify(canceled)
+        return canceled
+
+    async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
+        """See `cancel.cancel_session`."""
+        canceled = await cancel_session(self._jobs, user_id, session_id)
+        for job in canceled:
+            self._notifier.notify(job)
         return canceled
 
     async def delete(self, job_id: str, caller: Caller) -> None:
