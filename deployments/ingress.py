@@ -134,12 +134,11 @@ class Ingress:
     def _take_up_work(self, handles: Mapping[str, DeploymentHandle], encoders: Mapping[str, DeploymentHandle]) -> None:
         """The kinds of job, who is told of their ends, what works on them, and those that are posted."""
         settings = self._settings
-        painters: dict[str, RemoteModel[EditRequest]] = {
-            name: RemoteModel(name, handles[name], self._watch, "paint") for name in settings.variants
-        }
-        generators: dict[str, RemoteModel[GenerateRequest]] = {
-            name: RemoteModel(name, handles[name], self._watch, "generate") for name in settings.generators
-        }
+        painters, generators = dict[str, RemoteModel[EditRequest]](), dict[str, RemoteModel[GenerateRequest]]()
+        for name in settings.variants:
+            painters[name] = RemoteModel(name, handles[name], self._watch, "paint")
+        for name in settings.generators:
+            generators[name] = RemoteModel(name, handles[name], self._watch, "generate")
         prompts = RemotePrompts(encoders, PromptCache(self._blobs), settings)
         self._image_links = ImageLinks(settings)
         for_kinds: dict[str, Any] = {"blobs": self._blobs, "prompts": prompts, "settings": settings}
@@ -166,20 +165,19 @@ class Ingress:
         """
         try:
             inference = Inference.model_validate(user_config)
-            self._check_served(inference)
+            if inference.variant not in (served := self._settings.variants):
+                raise ValueError(f"variant: {inference.variant!r} is not served; there are {list(served)}")
         except ValueError as e:
             if self._inference is None:
                 raise
-            self._defaults_error = _first_line(e)
-            log.error(
-                "Refused new inference defaults, keeping the old ones: %s", e, extra={"action": "defaults_refused"}
-            )
+            first = e.errors()[0] if isinstance(e, ValidationError) else None
+            self._defaults_error = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(e)
+            extra = {"action": "defaults_refused"}
+            log.error("Refused new inference defaults, keeping the old ones: %s", e, extra=extra)
             return
         started, self._inference, self._defaults_error = self._inference is not None, inference, ""
-        log.info(
-            "Changed the inference defaults",
-            extra={"action": "defaults_changed", **inference.model_dump(exclude={"prompt"})},
-        )
+        extra = {"action": "defaults_changed", **inference.model_dump(exclude={"prompt"})}
+        log.info("Changed the inference defaults", extra=extra)
         if not started:
             self._pulling = asyncio.create_task(self._pull())
             self._tasks.append(self._pulling)
@@ -187,10 +185,6 @@ class Ingress:
     async def _pull(self) -> None:
         await self._broker.listens.wait()
         await self._source.run(self._worker.work)
-
-    def _check_served(self, inference: Inference) -> None:
-        if inference.variant not in self._settings.variants:
-            raise ValueError(f"variant: {inference.variant!r} is not served; there are {list(self._settings.variants)}")
 
     def _defaults(self) -> Inference:
         assert self._inference is not None, "no message arrives before reconfigure"
@@ -274,10 +268,3 @@ def check_ray_token() -> None:
     """Raises SettingsError if Ray's own ports, which run what they are sent, need no token."""
     if not is_token_auth_enabled():
         raise SettingsError("in production Ray must run with RAY_AUTH_MODE=token; see docs/security.md")
-
-
-def _first_line(e: ValueError) -> str:
-    if isinstance(e, ValidationError):
-        first = e.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(e)

@@ -26,10 +26,7 @@ class VariantWatch:
     """Keeps the state of each variant and generator. A ready one is not asked again, so that it can scale down."""
 
     def __init__(
-        self,
-        handles: Mapping[str, DeploymentHandle],
-        deployments: Mapping[str, str],
-        metrics: Metrics | None = None,
+        self, handles: Mapping[str, DeploymentHandle], deployments: Mapping[str, str], metrics: Metrics | None = None
     ) -> None:
         self._ask = {name: h.options(method_name="status") for name, h in handles.items()}
         self._deployments = deployments

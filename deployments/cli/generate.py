@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 def _passes(error: BaseException) -> bool:
-    return error.passes if isinstance(error, Refused) else isinstance(error, httpx.TransportError)
+    return bool(getattr(error, "passes", isinstance(error, httpx.TransportError)))
 
 
 def _pause_s(state: RetryCallState) -> float:

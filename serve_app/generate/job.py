@@ -123,13 +123,7 @@ class Generation:
         return Painting(files={ROLE: file}, seconds=seconds, gpu_ms=made.gpu_ms)
 
     async def _store(
-        self,
-        job: Job,
-        request: GenerateRequest,
-        index: int,
-        painting: Painting,
-        attempt: Attempt,
-        seconds: _Seconds,
+        self, job: Job, request: GenerateRequest, index: int, painting: Painting, attempt: Attempt, seconds: _Seconds
     ) -> Artifact:
         started = time.perf_counter()
         path = self._path(job, index)

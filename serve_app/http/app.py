@@ -15,12 +15,11 @@ from ..jobs.messages import parse_edit, parse_envelope
 from ..jobs.ports import Delivery, Verdict
 from ..jobs.record import State
 from ..parameters import Id
-from ..settings import Limits
 from . import audits, blobs, jobs, models
 from .events import Streams
 from .openapi import described
 from .pages import check_page
-from .problems import Bodies, Gate, answer_problems, json_body, problem, problems
+from .problems import HANDLERS, Bodies, Gate, json_body, problem, problems
 from .service import Credentials, Readiness, Served, Service, caller_with
 
 log = logging.getLogger(__name__)
@@ -72,9 +71,9 @@ def create_app(service: Callable[[], Service], bodies: Bodies | None = None, str
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
         responses=problems(421, 500),
+        exception_handlers=dict(HANDLERS),
     )
     app.state.service, app.state.bodies, app.state.streams = service, bodies or Bodies(), streams or Streams()
-    answer_problems(app)
     app.add_middleware(Gate, check=check)
     for routes in (router, blobs.router, jobs.router, models.router, audits.router):
         app.include_router(routes)
@@ -162,18 +161,14 @@ async def _work_on_push(request: Request, service: Service) -> Verdict:
             raise
         # Pub/Sub would send a refused push again for ever; another client reads the answer.
         return await service.work(Delivery(data=body, attributes={}, message_id="", fault=e.message))
-    _refuse_early(delivery, service.readiness(), service.limits)
-    return await service.work(delivery)
-
-
-def _refuse_early(delivery: Delivery, readiness: Readiness, limits: Limits) -> None:
-    """Raises VariantNotReady for a message whose variant cannot serve yet: pushed again, it finds it ready. The worker
-    dead-letters a message that cannot be read or names an unknown variant."""
     try:
-        message, _ = parse_edit(delivery.data, max_bytes=limits.message_bytes)
+        message, _ = parse_edit(delivery.data, max_bytes=service.limits.message_bytes)
     except MalformedMessage:
-        return
+        # The worker dead-letters it, and one that names an unknown variant.
+        return await service.work(delivery)
+    readiness = service.readiness()
     name = message.variant or readiness.default_variant
-    variant = readiness.variants.get(name)
-    if variant is not None and not variant.can_serve:
+    if (variant := readiness.variants.get(name)) is not None and not variant.can_serve:
+        # Pushed again, it finds it ready.
         raise VariantNotReady(f"variant {name} is {variant.state}; see /ready")
+    return await service.work(delivery)

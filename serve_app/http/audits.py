@@ -14,7 +14,7 @@ from ..audit.options import OPTIONS
 from ..audit.record import Audit, AuditFault, AuditStatus, CellProgress, MemoryReading, Recommendation
 from ..audit.runs import Audits
 from ..parameters import RUN_ID_PATTERN, Id, RunId
-from .problems import json_body, problem, problems, wrong
+from .problems import invalid, json_body, problem, problems, wrong
 from .service import Served, caller_with
 
 MAX_BODY_BYTES = 64_000
@@ -158,10 +158,7 @@ async def _start(request: Request, audits: Audits) -> Audit:
             whose = {"user_id": body.user_id, "session_id": body.session_id}
             return await audits.start(audits.settings.audit.request(whose | given), body.run_id)
     except ValidationError as e:
-        # With the caller's own name of the field.
-        first = e.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "matrix")
-        raise wrong(where, first["msg"]) from None
+        raise invalid(e, but="matrix") from None
     if body.run_id is None:
         raise wrong("run_id", "a resume names its run")
     if given:

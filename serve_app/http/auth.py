@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jwt
 from jwt import PyJWK, PyJWKClient
@@ -94,13 +94,9 @@ class PushVerifier:
         keys that sign tokens cannot be fetched.
         """
         token = _bearer(authorization)
-        claims = self._claims(token, await self._keys.get(_key_id(token)))
-        if claims.get("email") != self._push.service_account or claims.get("email_verified") is not True:
-            raise Forbidden("the token is not that of push.service_account, or its e-mail is not verified")
-
-    def _claims(self, token: str, key: PyJWK) -> Mapping[str, Any]:
+        key = await self._keys.get(_key_id(token))
         try:
-            claims: Mapping[str, Any] = jwt.decode(
+            claims = jwt.decode(
                 token,
                 key,
                 algorithms=[_ALGORITHM],
@@ -110,8 +106,9 @@ class PushVerifier:
                 options={"require": ["exp", "iat", "aud", "iss"], "strict_aud": True},
             )
         except jwt.PyJWTError as e:
-            raise Unauthorized(f"the token is invalid: {_sentence(e)}") from e
-        return claims
+            raise Unauthorized(f"the token is invalid: {_SENTENCES.get(type(e), 'it is malformed')}") from e
+        if claims.get("email") != self._push.service_account or claims.get("email_verified") is not True:
+            raise Forbidden("the token is not that of push.service_account, or its e-mail is not verified")
 
 
 #: PyJWT's own sentences may repeat a token's content.
@@ -123,10 +120,6 @@ _SENTENCES: Mapping[type[jwt.PyJWTError], str] = {
     jwt.InvalidSignatureError: "its signature is wrong",
     jwt.MissingRequiredClaimError: "it lacks one of exp, iat, aud and iss",
 }
-
-
-def _sentence(e: jwt.PyJWTError) -> str:
-    return _SENTENCES.get(type(e), "it is malformed")
 
 
 def _key_id(token: str) -> str:

@@ -13,14 +13,11 @@ from urllib.parse import urlsplit
 
 from ..errors import ForeignHost, ForeignOrigin, UnsupportedMediaType
 from ..urls import is_loopback
+from .forms import FORM, JSON
 
 _CHANGES_NOTHING = ("GET", "HEAD", "OPTIONS")
 #: A name or an address, and its port.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]+)?")
-
-
-_JSON = "application/json"
-_FORM = "multipart/form-data"
 #: Behind whatever the app is mounted at.
 _JOBS = re.compile(r".*/v1/jobs(/[^/]+)?")
 
@@ -36,7 +33,7 @@ def check_page(method: str, path: str, headers: Mapping[str, str]) -> None:
         raise ForeignOrigin("the request comes from a web page of another site")
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("the request comes from a web page of another site")
-    allowed = (_JSON, _FORM) if _JOBS.fullmatch(path) else (_JSON,)
+    allowed = (JSON, FORM) if _JOBS.fullmatch(path) else (JSON,)
     if _has_body(headers) and headers.get("content-type", "").partition(";")[0].strip().lower() not in allowed:
         raise UnsupportedMediaType(f"a body must be {' or '.join(allowed)}")
 

@@ -7,11 +7,11 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
@@ -49,14 +49,6 @@ class Problem(BaseModel):
     details: dict[str, Any]
     #: Also in the answer's header `X-Correlation-ID`, and in the log.
     correlation_id: str
-
-
-def answer_problems(app: FastAPI) -> None:
-    """Have `app` answer every error with a `problem`."""
-    app.add_exception_handler(FluxFillError, _problem)
-    app.add_exception_handler(HTTPException, _http_problem)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(Exception, _internal_error)
 
 
 class Gate:
@@ -160,14 +152,15 @@ def json_body(schema: str) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
-def invalid(e: ValidationError) -> RequestValidationError:
-    """What is wrong with a body: the first field at fault, by the sender's own name of it, and never the input."""
+def invalid(e: ValidationError, *, but: str = "") -> RequestValidationError:
+    """What is wrong with a body: the first field at fault, by the sender's own name of it, which has no part `but`, and
+    never the input."""
     first = e.errors(include_input=False, include_url=False)[0]
-    return wrong(".".join(map(str, first["loc"])), first["msg"])
+    return wrong(".".join(str(part) for part in first["loc"] if part != but), first["msg"])
 
 
-def wrong(field: str, why: str, where: str = "body") -> RequestValidationError:
-    return RequestValidationError([{"loc": (where, *([field[:_NAME_CHARS]] if field else [])), "msg": why}])
+def wrong(field: str, why: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", *([field[:_NAME_CHARS]] if field else [])), "msg": why}])
 
 
 #: Further headers of an answer. A connection whose body was not complete takes no second request.
@@ -177,24 +170,21 @@ _HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
 }
 
 
-async def _problem(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, FluxFillError)
+async def _problem(_request: Request, e: FluxFillError) -> Response:
     headers = dict(_HEADERS.get(type(e), {}))
     if (wait_s := e.details.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
     return problem(e.http_status, e.code, e.message, headers=headers, details=e.details)
 
 
-async def _http_problem(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, HTTPException)
+async def _http_problem(_request: Request, e: HTTPException) -> Response:
     if e.status_code < 400:
         return Response(status_code=e.status_code)
     code = {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "http_error")
     return problem(e.status_code, code, str(e.detail), headers=e.headers)
 
 
-async def _invalid_request(_request: Request, e: Exception) -> Response:
-    assert isinstance(e, RequestValidationError)
+async def _invalid_request(_request: Request, e: RequestValidationError) -> Response:
     # Without the input, which may be a token.
     first = e.errors()[0]
     field = ".".join(map(str, first["loc"]))
@@ -204,3 +194,12 @@ async def _invalid_request(_request: Request, e: Exception) -> Response:
 async def _internal_error(_request: Request, _e: Exception) -> Response:
     # The server logs the exception, which is raised again.
     return problem(500, FluxFillError.code, "an internal error; see the log")
+
+
+#: By which an app answers every error with a `problem`.
+HANDLERS: Mapping[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+    FluxFillError: _problem,
+    HTTPException: _http_problem,
+    RequestValidationError: _invalid_request,
+    Exception: _internal_error,
+}

@@ -63,12 +63,7 @@ class JobApi:
         self._in_flight: set[str] = set()
 
     async def post(
-        self,
-        body: Mapping[str, Any],
-        caller: Caller,
-        *,
-        job_id: str | None = None,
-        idempotency_key: str | None = None,
+        self, body: Mapping[str, Any], caller: Caller, *, job_id: str | None = None, idempotency_key: str | None = None
     ) -> tuple[Job, bool]:
         """The job that `body` asks for, and whether it is new. With an `idempotency_key`, of which no more than a hash
         is kept, or a `job_id`, the job that the same request made before is given again.
@@ -83,7 +78,10 @@ class JobApi:
         if body.get("session") is not None and not caller.sees_messages:
             # Its result shows the user's photo.
             raise Forbidden("session: the API key does not have the scope jobs", field="session")
-        job_id = job_id or _job_id(caller, idempotency_key)
+        if job_id is None and idempotency_key is not None:
+            # One for each key of each caller.
+            job_id = hashlib.sha256(json.dumps([caller.id, idempotency_key]).encode()).hexdigest()[:32]
+        job_id = job_id or uuid.uuid4().hex
         if job_id in self._in_flight:
             raise PostInFlight("a request with this key is being answered", retry_after_s=1)
         self._in_flight.add(job_id)
@@ -175,13 +173,6 @@ class JobApi:
     async def link(self, artifact: Artifact, expires_s: int) -> str:
         """A signed URL. Raises StoreUnavailable."""
         return await self._blobs.link(artifact.path, expires_s=expires_s)
-
-
-def _job_id(caller: Caller, idempotency_key: str | None) -> str:
-    """One for each key of each caller."""
-    if idempotency_key is None:
-        return uuid.uuid4().hex
-    return hashlib.sha256(json.dumps([caller.id, idempotency_key]).encode()).hexdigest()[:32]
 
 
 def _fingerprint(body: Mapping[str, Any]) -> str:
