@@ -215,6 +215,14 @@ async def test_it_is_painted_as_any_edit_and_deleted_with_its_uploads(rig: Rig) 
     assert [blob.path async for blob in rig.blobs.list("users/api")] == []
 
 
+async def test_the_same_edit_asked_for_twice_is_two_edits(rig: Rig) -> None:
+    jobs = [(await api(rig).post({"type": "inpaint", "session": STORED}, Caller()))[0] for _ in range(2)]
+    await rig.notifier.drained()
+    for message in rig.topics.sessions:
+        assert (await rig.take(message)).reason == "succeeded"
+    assert len({(await api(rig).get(job.id, Caller())).seed for job in jobs}) == 2
+
+
 async def test_a_job_too_many_leaves_no_uploads(rig: Rig) -> None:
     caller, body = Caller(id="app", sees_all=False), {"type": "inpaint", "image": PHOTO, "mask": MASK}
     rig.settings = rig.settings.model_copy(update={"api": ApiSettings(unfinished_jobs=1)})

@@ -91,7 +91,7 @@ class JobApi:
             self._in_flight.discard(job_id)
 
     async def _post(self, kind: PostedKind, body: Mapping[str, Any], caller: Caller, job_id: str) -> tuple[Job, bool]:
-        fingerprint = _fingerprint(body)
+        fingerprint = _fingerprint(body, job_id)
         # Before what it takes is fetched and stored for it.
         stored = await self._jobs.get(job_id)
         if stored is None:
@@ -175,14 +175,15 @@ class JobApi:
         return await self._blobs.link(artifact.path, expires_s=expires_s)
 
 
-def _fingerprint(body: Mapping[str, Any]) -> str:
-    """SHA-256 of what is asked for, files included; the order of its fields says nothing."""
+def _fingerprint(body: Mapping[str, Any], job_id: str) -> str:
+    """SHA-256 of what is asked for, files included; the order of its fields says nothing. No other job has it: who asks
+    for the same edit twice, asks for two."""
 
     def plain(value: object) -> str:
         return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
     try:
-        text = json.dumps(body, sort_keys=True, default=plain)
+        text = json.dumps([job_id, body], sort_keys=True, default=plain)
     except RecursionError:
         raise InputError("the body is nested too deeply") from None
     return hashlib.sha256(text.encode()).hexdigest()
