@@ -39,29 +39,23 @@ class Generation:
     takes_negative_prompt: bool
 
 
-_SDXL_SCHEDULERS = ("euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
-
-#: By family. Sources of the defaults: diffusers' StableDiffusionXLPipeline is called with 30 steps and 7 by most of its
-#: users' tools; the model card of FLUX.1-dev.
+#: Source of the defaults: most tools call diffusers' StableDiffusionXLPipeline so.
+_SDXL = Generation(
+    defaults=Defaults(steps=30, guidance_scale=7.0),
+    multiple_px=8,
+    schedulers=("euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_karras", "unipc"),
+    takes_negative_prompt=True,
+)
+#: By family. Source of FLUX.1-dev's defaults: its model card.
 GENERATIONS: Mapping[Family, Generation] = {
-    "sdxl": Generation(
-        defaults=Defaults(steps=30, guidance_scale=7.0),
-        multiple_px=8,
-        schedulers=_SDXL_SCHEDULERS,
-        takes_negative_prompt=True,
-    ),
+    "sdxl": _SDXL,
     "flux": Generation(
         defaults=Defaults(steps=28, guidance_scale=3.5),
         multiple_px=16,
         schedulers=("euler",),
         takes_negative_prompt=False,
     ),
-    "fake": Generation(
-        defaults=Defaults(steps=30, guidance_scale=7.0),
-        multiple_px=8,
-        schedulers=_SDXL_SCHEDULERS,
-        takes_negative_prompt=True,
-    ),
+    "fake": _SDXL,
 }
 
 

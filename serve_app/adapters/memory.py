@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from ..blobs import ANY_VERSION, BlobInfo
 from ..clock import Clock, utc_now
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
+from ..jobs.ports import LISTED, JobQuery
 from ..jobs.record import Job, Notification, State
 from ..models import Progress
-from ..parameters import JobType
 from .blobs.links import LocalLinks
 from .blobs.paths import check_path
 from .blobs.transfers import check_size, whole_file
@@ -158,22 +158,11 @@ class MemoryJobStore:
             if claim.job_id in self._content.jobs and claim.fence >= reported_fence:
                 self._content.progress[claim.job_id] = (claim.fence, progress)
 
-    async def list(
-        self,
-        *,
-        type: JobType | None = None,
-        status: State | None = None,
-        lock_key: str | None = None,
-        owes_by: datetime | None = None,
-        notification: Notification | None = None,
-        receiver: str | None = None,
-        owner: str | None = None,
-        before: tuple[datetime, str] | None = None,
-        limit: int = 50,
-    ) -> Sequence[Job]:
-        if owes_by is not None:
-            return self._owing(owes_by, notification, receiver)[:limit]
-        wanted = {"type": type, "status": status, "lock_key": lock_key, "owner": owner}
+    async def list(self, **query: Unpack[JobQuery]) -> Sequence[Job]:
+        limit, before = query.get("limit", LISTED), query.get("before")
+        if (owes_by := query.get("owes_by")) is not None:
+            return self._owing(owes_by, query.get("notification"), query.get("receiver"))[:limit]
+        wanted = {name: query.get(name) for name in ("type", "status", "lock_key", "owner")}
         with self._content.lock:
             found = [
                 self._with_progress(job)

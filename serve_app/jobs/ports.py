@@ -6,12 +6,29 @@ Guarantees stand in the docstrings and are held by the contract tests, one suite
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 from ..models import Progress
 from ..parameters import JobType
 from .claims import Change, Claim, Quota
 from .record import Job, Notification, State
+
+#: Jobs that are listed, unless it is said how many.
+LISTED = 50
+
+
+class JobQuery(TypedDict, total=False):
+    """Which jobs; what is None or left out says nothing. See `JobStore.list`."""
+
+    type: JobType | None
+    status: State | None
+    lock_key: str | None
+    owner: str | None
+    before: tuple[datetime, str] | None
+    owes_by: datetime | None
+    notification: Notification | None
+    receiver: str | None
+    limit: int
 
 
 class JobStore(Protocol):
@@ -46,19 +63,7 @@ class JobStore(Protocol):
     async def report(self, claim: Claim, progress: Progress) -> None:
         """Note progress beside the record. Ignored for a claim older than one that has reported, or an unknown job."""
 
-    async def list(
-        self,
-        *,
-        type: JobType | None = None,
-        status: State | None = None,
-        lock_key: str | None = None,
-        owes_by: datetime | None = None,
-        notification: Notification | None = None,
-        receiver: str | None = None,
-        owner: str | None = None,
-        before: tuple[datetime, str] | None = None,
-        limit: int = 50,
-    ) -> Sequence[Job]:
+    async def list(self, **query: Unpack[JobQuery]) -> Sequence[Job]:
         """Newest first by `created_at`, and by id where that is the same; those after `before`, such a pair, in
         this order.
 

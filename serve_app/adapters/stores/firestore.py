@@ -11,7 +11,7 @@ Queries need the indexes in k8s/firestore.indexes.json: `firebase deploy --only 
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Unpack
 from urllib.parse import unquote
 
 from google.cloud.firestore import FieldFilter, Increment, Query
@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from ...errors import StoreUnavailable, UnknownJob
 from ...jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
+from ...jobs.ports import LISTED, JobQuery
 from ...jobs.record import Job, Notification, State
 from ...models import Progress
-from ...parameters import JobType
 from ..calls import current_call
 from .firestore_database import ONCE, Firestore, Transaction, document_name
 from .records import read_all, read_record, with_progress
@@ -59,26 +59,15 @@ class FirestoreJobStore:
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.transact(lambda t: self._report(t, claim, progress))
 
-    async def list(
-        self,
-        *,
-        type: JobType | None = None,
-        status: State | None = None,
-        lock_key: str | None = None,
-        owes_by: datetime | None = None,
-        notification: Notification | None = None,
-        receiver: str | None = None,
-        owner: str | None = None,
-        before: tuple[datetime, str] | None = None,
-        limit: int = 50,
-    ) -> Sequence[Job]:
-        def query() -> Sequence[Job]:
-            if owes_by is not None:
-                return self._owing(owes_by, notification, receiver, limit)
-            wanted = {"type": type, "status": status, "sessionKey": lock_key, "owner": owner}
-            return self._newest(wanted, before, limit)
+    async def list(self, **query: Unpack[JobQuery]) -> Sequence[Job]:
+        def found() -> Sequence[Job]:
+            limit = query.get("limit", LISTED)
+            if (owes_by := query.get("owes_by")) is not None:
+                return self._owing(owes_by, query.get("notification"), query.get("receiver"), limit)
+            wanted = {"type": query.get("type"), "status": query.get("status"), "owner": query.get("owner")}
+            return self._newest(wanted | {"sessionKey": query.get("lock_key")}, query.get("before"), limit)
 
-        return await self._database.run(query)
+        return await self._database.run(found)
 
     async def delete(self, job_id: str) -> None:
         def both(transaction: Transaction) -> None:

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Unpack
 
 import sqlalchemy as sa
 
 from ...clock import Clock, utc_now
 from ...errors import UnknownJob
 from ...jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
-from ...jobs.record import Job, Notification, State
+from ...jobs.ports import LISTED, JobQuery
+from ...jobs.record import Job, State
 from ...models import Progress
-from ...parameters import JobType
 from ..calls import current_call
 from .records import read_all, read_record, read_stored, with_progress
 from .session_documents import SessionDocument, written
@@ -46,31 +46,20 @@ class SqlJobStore:
     async def report(self, claim: Claim, progress: Progress) -> None:
         await self._database.write(lambda c: _report(c, claim, progress))
 
-    async def list(
-        self,
-        *,
-        type: JobType | None = None,
-        status: State | None = None,
-        lock_key: str | None = None,
-        owes_by: datetime | None = None,
-        notification: Notification | None = None,
-        receiver: str | None = None,
-        owner: str | None = None,
-        before: tuple[datetime, str] | None = None,
-        limit: int = 50,
-    ) -> Sequence[Job]:
+    async def list(self, **query: Unpack[JobQuery]) -> Sequence[Job]:
+        limit, notification = query.get("limit", LISTED), query.get("notification")
+        named = ("receiver",) if (owes_by := query.get("owes_by")) else ("type", "status", "lock_key", "owner")
+        wanted = {JOBS.c[name]: query.get(name) for name in named}
+        jobs = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
         if owes_by is not None:
             due_at = JOBS.c[f"owes_{notification}_at" if notification else "owes_at"]
-            query = _JOBS.where(due_at <= seconds(owes_by)).order_by(due_at)
-            query = query if receiver is None else query.where(JOBS.c.receiver == receiver)
+            jobs = jobs.where(due_at <= seconds(owes_by)).order_by(due_at)
         else:
-            wanted = {JOBS.c.type: type, JOBS.c.status: status, JOBS.c.lock_key: lock_key, JOBS.c.owner: owner}
-            query = _JOBS.where(*(column == value for column, value in wanted.items() if value is not None))
-            query = query.order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc())
-            if before is not None:
+            jobs = jobs.order_by(JOBS.c.created_at.desc(), JOBS.c.id.desc())
+            if before := query.get("before"):
                 created_at, job_id = before
-                query = query.where(sa.tuple_(JOBS.c.created_at, JOBS.c.id) < (seconds(created_at), job_id))
-        return await self._database.read(lambda c: _list(c, query.limit(limit), limit))
+                jobs = jobs.where(sa.tuple_(JOBS.c.created_at, JOBS.c.id) < (seconds(created_at), job_id))
+        return await self._database.read(lambda c: _list(c, jobs.limit(limit), limit))
 
     async def delete(self, job_id: str) -> None:
         def both(connection: sa.Connection) -> None:
