@@ -6,6 +6,7 @@ state. Progress has no id, so that a client that comes back names what is stored
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -88,9 +89,8 @@ def last(job: Job) -> Position:
 
 def parse(text: str) -> Position | None:
     """A position as `Last-Event-ID` says it; None for what is none."""
-    number, dot, k = text.partition(".")
-    is_one = dot and all(part.isascii() and part.isdigit() and len(part) < 10 for part in (number, k))
-    return (int(number), int(k)) if is_one else None
+    found = re.fullmatch(r"([0-9]{1,9})\.([0-9]{1,9})", text)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _is_kept(job: Job, after: Position | None) -> bool:

@@ -22,20 +22,14 @@ FILES = ("image", "mask")
 
 _FILE = {"type": "string", "format": "binary"}
 _JOB = {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("GenerateBody", "InpaintBody")]}
+_PARTS = {"job": _JOB, **dict.fromkeys(FILES, _FILE)}
+_FORM = {"type": "object", "required": ["job"], "properties": _PARTS, "additionalProperties": False}
 #: For the description of routes that read one.
 JOB_BODY: Mapping[str, Any] = {
     "required": True,
     "content": {
         JSON: {"schema": _JOB},
-        FORM: {
-            "schema": {
-                "type": "object",
-                "required": ["job"],
-                "properties": {"job": _JOB, **dict.fromkeys(FILES, _FILE)},
-                "additionalProperties": False,
-            },
-            "encoding": {"job": {"contentType": JSON}},
-        },
+        FORM: {"schema": _FORM, "encoding": {"job": {"contentType": JSON}}},
     },
 }
 

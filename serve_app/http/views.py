@@ -116,8 +116,8 @@ class LogLine(BaseModel):
 
 def job_view(job: Job, ahead: int | None = None) -> JobView:
     """`ahead`: how many jobs wait before it."""
-    given = job.parameters.model_dump(mode="json", exclude={"type", "guidance_scale"})
-    guidance = getattr(job.parameters, "guidance_scale", None)
+    given = job.parameters.model_dump(mode="json", exclude={"type"})
+    guidance = given.pop("guidance_scale", None)
     moments = (job.events[-1].at if job.events else None, job.finished_at, job.started_at, job.created_at)
     pictures = _pictures(job)
     return JobView(
@@ -195,8 +195,7 @@ def _count(job: Job) -> int:
 
 def _pictures(job: Job) -> Mapping[int, Artifact]:
     """Those that are stored, by number; one without a number is its job's only one."""
-    found = {one.index or 0: one for one in reversed(job.artifacts)}
-    return dict(sorted(found.items()))
+    return dict(sorted({one.index or 0: one for one in reversed(job.artifacts)}.items()))
 
 
 def _progress(job: Job) -> float:

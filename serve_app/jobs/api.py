@@ -9,8 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from typing import Any, Unpack
 
 from ..blobs import BlobStore
 from ..errors import (
@@ -23,14 +22,13 @@ from ..errors import (
     QuotaExceeded,
     UnknownJob,
 )
-from ..parameters import JobType
 from ..settings import Settings
 from . import claims
 from .cancel import cancel_session
 from .kinds import PostedKind
 from .notifications import Notifier
-from .ports import JobStore
-from .record import Artifact, Job, Message, State
+from .ports import JobQuery, JobStore
+from .record import Artifact, Job, Message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,19 +119,10 @@ class JobApi:
             raise UnknownJob(f"there is no job {job_id}")
         return job
 
-    async def list(
-        self,
-        caller: Caller,
-        *,
-        type: JobType | None = None,
-        status: State | None = None,
-        before: tuple[datetime, str] | None = None,
-        limit: int,
-    ) -> Sequence[Job]:
-        """The caller's jobs, or all where it sees all, newest first; `before` as in `JobStore.list`. Raises
-        StoreUnavailable."""
-        owner = None if caller.sees_all else caller.id
-        return await self._jobs.list(type=type, status=status, owner=owner, before=before, limit=limit)
+    async def list(self, caller: Caller, **query: Unpack[JobQuery]) -> Sequence[Job]:
+        """The caller's jobs, or all where it sees all; as `JobStore.list`. Raises StoreUnavailable."""
+        query["owner"] = None if caller.sees_all else caller.id
+        return await self._jobs.list(**query)
 
     async def cancel(self, job_id: str, caller: Caller) -> Job:
         """A waiting job never starts, a running one stops within a step. Raises as `get`; IllegalTransition where it is
