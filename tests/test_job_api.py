@@ -14,6 +14,7 @@ from serve_app.http.app import create_app
 from serve_app.http.problems import Bodies
 from serve_app.telemetry import JsonFormatter
 
+from .backends import make_audit
 from .http_service import Process
 from .rig import jpeg, line_mask, photo, png
 from .test_generate import Studio
@@ -261,6 +262,13 @@ async def test_a_large_body_takes_the_places_of_several() -> None:
 
 
 # Looking
+
+
+async def test_an_audit_is_listed_with_audits_alone(site: Site) -> None:
+    audit = make_audit()
+    await site.studio.jobs.update(audit.id, audit.lock_key, lambda *_: (audit,))
+    assert (await site.get("/v1/jobs"))["jobs"] == []
+    assert (await site.http.get("/v1/jobs", params={"type": "audit"})).status_code == 422
 
 
 async def test_jobs_are_listed_page_by_page(site: Site) -> None:

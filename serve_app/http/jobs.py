@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from ..clock import utc_now
 from ..jobs.api import Caller
 from ..jobs.record import Job, State
-from ..parameters import ID_PATTERN, RUN_ID_PATTERN, JobType
+from ..parameters import ID_PATTERN, RUN_ID_PATTERN
 from . import views
 from .events import START, Feed, Position, last, parse, stream
 from .forms import JOB_BODY, read_job
@@ -103,7 +103,7 @@ async def _posted(
 async def list_jobs(
     service: Served,
     caller: _Reader,
-    job_type: Annotated[JobType | None, Query(alias="type")] = None,
+    job_type: Annotated[views.PostedType | None, Query(alias="type")] = None,
     status: State | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
     cursor: Annotated[str | None, Query(pattern=_CURSOR)] = None,
@@ -112,7 +112,9 @@ async def list_jobs(
     before = _place(cursor) if cursor else None
     found = await service.jobs.list(caller, type=job_type, status=status, before=before, limit=limit + 1)
     following = _cursor(found[limit - 1]) if len(found) > limit else None
-    return views.JobList(jobs=[views.job_view(job) for job in found[:limit]], next_cursor=following)
+    return views.JobList(
+        jobs=[views.job_view(job) for job in found[:limit] if job.type in views.POSTED], next_cursor=following
+    )
 
 
 def _cursor(job: Job) -> str:

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
 from ..jobs.record import Artifact, Cause, Event, Job, State
 from ..parameters import JobType
 
+#: Types of jobs that may be posted: audits have routes of their own.
+PostedType = Literal["inpaint", "generate"]
+POSTED = get_args(PostedType)
 #: By content type.
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 #: Of a field that is left out where it has nothing to say.
