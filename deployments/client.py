@@ -145,11 +145,12 @@ class Client:
             with suppress(StoreUnavailable):
                 await mirror.write_session(job, session_document(job))
 
-    async def links(self, job: Job, *, expires_s: int) -> dict[str, str]:
-        """Signed links to the job's artifacts, by role. Raises ResultReplaced; a later edit replaces what they show."""
+    async def links(self, job: Job, *, expires_s: int) -> Sequence[str]:
+        """Signed links to the job's artifacts, in their order; a later edit replaces what they show. Raises
+        ResultReplaced."""
         for artifact in job.artifacts:
             _check_own(job, artifact, await self._blobs.head(artifact.path))
-        return {role: await self._blobs.link(path, expires_s=expires_s) for role, path in job.paths.items()}
+        return [await self._blobs.link(artifact.path, expires_s=expires_s) for artifact in job.artifacts]
 
 
 def _check_own(job: Job, artifact: Artifact, stored: BlobInfo) -> None:

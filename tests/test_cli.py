@@ -483,6 +483,18 @@ def test_an_id_is_whole_on_a_narrow_terminal(
     assert listed(fluxfill("jobs", "-c", config)) == [id]
 
 
+def test_a_posted_job_fits_a_narrow_terminal(
+    fluxfill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, id = write_config(tmp_path), "edit-" + "0" * 27
+    put(config, make_job(id, variant="tiny-flux-dev", status=State.SUCCEEDED))
+    monkeypatch.setattr(main.out, "width", 80)
+    shown = fluxfill("jobs", "-c", config).out
+    for told in (id, "tiny-flux-dev", "succeeded", f"{at(0):%m-%d}"):
+        assert told in shown
+    assert "…" not in shown
+
+
 def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
     done = fluxfill("jobs", "show", "edit-done", "-c", jobs)
     assert done.status == 0
@@ -542,6 +554,25 @@ def test_links_to_a_jobs_pictures(fluxfill: Command, jobs: Path) -> None:
     assert local is not None and ended.status == 0
     read = dict(line.split(": ", 1) for line in ended.out.splitlines())
     assert {role: local.path_of(url.rpartition("/")[2]) for role, url in read.items()} == done.paths
+
+
+def test_each_picture_of_a_job_has_a_link(fluxfill: Command, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    paths = {f"image {i}": f"dreamforge/{'long' * 30}/{i}.png" for i in range(3)}
+    pictures = [
+        Artifact(role="image", path=path, version=write_blob(config, path), index=i)
+        for i, path in enumerate(paths.values())
+    ]
+    put(config, make_job("edit-many", status=State.SUCCEEDED).evolve(artifacts=tuple(pictures)))
+    read = dict(line.split(": ", 1) for line in fluxfill("jobs", "links", "edit-many", "-c", config).out.splitlines())
+    local = adapters.local_links(settings_in(config))
+    assert local is not None
+    assert {label: local.path_of(url.rpartition("/")[2]) for label, url in read.items()} == paths
+
+
+def test_a_job_without_pictures_is_said_to_have_none(fluxfill: Command, jobs: Path) -> None:
+    ended = fluxfill("jobs", "links", "edit-failed", "-c", jobs)
+    assert (ended.status, ended.out, ended.err) == (1, "", "job edit-failed is failed and has no pictures\n")
 
 
 def test_there_are_no_links_to_another_edits_pictures(fluxfill: Command, jobs: Path) -> None:

@@ -92,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
                 f"id: {id}\nevent: {name}\ndata: {json.dumps(data)}\n\n" for id, name, data in api.streams.pop(0)
             )
             return self.answer(200, text.encode())
+        if self.path == "/healthz":
+            return self.json(200, {"status": "ok"})
         if self.path == "/v1/jobs/j1/artifacts":
             return self.json(200, api.artifacts())
         if self.path == "/v1/jobs/j1":
@@ -193,8 +195,14 @@ def test_an_interrupt_cancels_the_job(api: Api, run: Run) -> None:
     assert err == "canceled: job j1 was interrupted\n"
 
 
-def test_an_app_that_is_not_there_is_said_so(api: Api, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate.Server.ask.retry, "stop", lambda state: state.attempt_number > 1)
-    monkeypatch.setattr(api, "url", "http://127.0.0.1:1")
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1"])
+def test_an_app_that_is_not_there_is_not_waited_for(
+    api: Api, run: Run, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        pytest.fail("it was asked for a job")
+
+    monkeypatch.setattr(generate.Server, "ask", asked)
+    monkeypatch.setattr(api, "url", url)
     status, _, err = run()
-    assert status == 1 and "the app does not answer" in err
+    assert status == 1 and f"the app does not answer at {url}: " in err

@@ -25,6 +25,8 @@ out, err = Screen(), Screen(stderr=True)
 OUTAGE_S = 120.0
 #: Between two tries, in seconds, where the app does not say.
 RETRY_S = 1.0
+#: How long the first answer may take, in seconds.
+REACH_S = 10.0
 #: An event stream that is silent for longer is cut.
 SILENCE_S = 60.0
 
@@ -64,6 +66,10 @@ class Server:
         self._http = httpx.Client(base_url=url, headers=headers, timeout=SILENCE_S)
         self._links = httpx.Client(timeout=SILENCE_S, follow_redirects=True)
         self._last_id = ""
+
+    def check_answers(self) -> None:
+        """At once: an app that has not been there yet is not started, or elsewhere."""
+        self._http.get("/healthz", timeout=REACH_S)
 
     @_insisting
     def ask(self, method: str, url: str, **request: Any) -> httpx.Response:
@@ -122,6 +128,7 @@ def generate(
     body = {"type": "generate", **{name: given[name] for name in given.keys() - {"folder", "url", "key"}}}
     server = Server(url, key)
     try:
+        server.check_answers()
         # A request that is sent again is the same job.
         headers = {"Idempotency-Key": f'"{uuid.uuid4().hex}"'}
         job = server.ask("POST", "/v1/jobs", json=body, headers=headers).json()["job"]
@@ -136,7 +143,7 @@ def generate(
     except Refused as e:
         _fail(e.code, e.detail)
     except httpx.TransportError as e:
-        _fail("unavailable", f"the app does not answer: {e}")
+        _fail("unavailable", f"the app does not answer at {url}: {e}; start it first, or name another --url")
     if job["status"] != State.SUCCEEDED:
         _fail(job["error_code"] or job["status"], job["error_message"] or f"the job has {job['status']}")
 
@@ -170,10 +177,11 @@ def _follow(server: Server, job: dict[str, Any], folder: Path) -> dict[str, Any]
             time.sleep(0 if State(job["status"]).is_final else RETRY_S)
         fetch()
     for to in written.values():
-        out.print(f"wrote {to}", highlight=False)
+        # A path that is broken over lines cannot be copied.
+        out.print(f"wrote {to}", highlight=False, soft_wrap=True)
     return job
 
 
 def _fail(code: str, why: str, *, status: int = 1) -> NoReturn:
-    err.print(Text.assemble((code, "red"), f": {why}"))
+    err.print(Text.assemble((code, "red"), f": {why}"), soft_wrap=True)
     raise typer.Exit(status)

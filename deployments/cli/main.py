@@ -15,7 +15,7 @@ from rich.text import Text
 
 from serve_app.errors import FluxFillError, MalformedMessage, UnknownJob, UnknownVariant
 from serve_app.jobs.messages import EditMessage, parse_attributes
-from serve_app.jobs.record import Job, State
+from serve_app.jobs.record import Artifact, Job, State
 from serve_app.models import BUILT_IN, Variant
 from serve_app.parameters import CropStrategy
 from serve_app.settings import Settings
@@ -118,7 +118,7 @@ def submit(
     if job.status != State.SUCCEEDED:
         raise typer.Exit(1)
     for path in files:
-        out.print(f"wrote {path}", highlight=False)
+        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _message(given: dict[str, Any]) -> EditMessage:
@@ -167,21 +167,22 @@ def _show(job: Job) -> None:
     timings = {name: f"{value:.3f}" for name, value in job.timings.model_dump(exclude_none=True).items()}
     rows: dict[str, Any] = {
         "status": job.status,
-        "session": job.lock_key,
+        "session": job.lock_key or None,
         "variant": job.variant,
         **job.parameters.model_dump(mode="json"),
         "seed": job.seed,
         "attempts": job.attempt,
-        "progress": f"{job.progress.step}/{job.progress.steps}",
+        "progress": f"{job.progress.step}/{job.progress.steps} steps" if job.progress.steps else None,
         **({"error": f"{job.error.code}: {job.error.message}"} if job.error else {}),
         **timings,
-        **job.paths,
-        "created": job.created_at,
-        "finished": job.finished_at,
+        **{_label(artifact): artifact.path for artifact in job.artifacts},
+        "created": job.created_at.isoformat(" ", "seconds"),
+        "finished": job.finished_at and job.finished_at.isoformat(" ", "seconds"),
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(Text(name), Text(str(value)))
+            # A path must be whole, to be copied.
+            table.add_row(Text(name), Text(str(value), overflow="fold"))
     out.print(table)
 
 
@@ -198,15 +199,15 @@ def jobs(
     from ..client import Client
 
     # An id must be whole, to be copied; on a terminal of 80 columns the session fits below it only.
-    columns = (Column("job, session", no_wrap=True), "type", Column("status", no_wrap=True), "model", "when")
-    table = Table(*columns)
+    model, status_column = Column("type, model", overflow="fold"), Column("status", no_wrap=True)
+    table = Table(Column("job, session", no_wrap=True), model, status_column, "when")
     for job in _run(Client(_settings(config)).list(status=status, limit=limit)):
         state = f"{job.status} {job.progress.fraction:.0%}" if job.status == State.RUNNING else job.status
         why = f"\n{job.error.code}" if job.error else ""
         when = job.created_at.astimezone().strftime("%m-%d %H:%M")
         # One that was posted belongs to no session.
         name = f"{job.id}\n{job.lock_key}" if job.user_id else job.id
-        table.add_row(Text(name), job.type, f"{state}{why}", job.variant, when)
+        table.add_row(Text(name), Text(f"{job.type}\n{job.variant}"), f"{state}{why}", when)
     out.print(table)
 
 
@@ -249,9 +250,17 @@ def jobs_links(
     from ..client import Client
 
     job = _run(_job(job_id, config))
-    for role, url in _run(Client(_settings(config)).links(job, expires_s=round(hours * 3600))).items():
+    urls = _run(Client(_settings(config)).links(job, expires_s=round(hours * 3600)))
+    for artifact, url in zip(job.artifacts, urls, strict=True):
         # A link that is broken over lines cannot be clicked.
-        out.print(f"{role}: {url}", highlight=False, soft_wrap=True)
+        out.print(f"{_label(artifact)}: {url}", highlight=False, soft_wrap=True)
+    if not urls:
+        err.print(f"job {job_id} is {job.status} and has no pictures", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _label(artifact: Artifact) -> str:
+    return artifact.role if artifact.index is None else f"{artifact.role} {artifact.index}"
 
 
 async def _job(job_id: str, config: Path) -> Job:
