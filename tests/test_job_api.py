@@ -165,7 +165,21 @@ async def test_a_refusal_names_the_field_and_not_the_input(
 ) -> None:
     answer = await site.http.post("/v1/jobs", json={**BODY, **change})
     assert refused(answer) == (status, code)
-    assert field in answer.json()["detail"] and "s3cret" not in answer.text
+    assert answer.json()["detail"].startswith(f"{field}: ") and "s3cret" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"type": "generate"}, "prompt: it is required"),
+        ({**BODY, "hue": 1}, "hue: there is no such field"),
+        ({**BODY, "model_id": "none", "engine": "flux"}, "model_id: none is no model of engine flux; the models of "),
+    ],
+)
+async def test_a_refusal_is_in_words_of_our_own(site: Site, body: dict[str, Any], said: str) -> None:
+    answer = await site.http.post("/v1/jobs", json=body)
+    assert answer.json()["detail"].startswith(said)
+    assert answer.json()["details"].get("field", "model_id") == said.partition(":")[0]
 
 
 # Bodies
@@ -209,7 +223,7 @@ WIDE = json.dumps({**BODY, **dict.fromkeys(map(str, range(10_000)))}).encode()
         (form(photo=b"x"), 422, "invalid_request"),
         (form({**BODY, "mask": "data:,"}, mask=b"x"), 422, "invalid_request"),
         ({"files": [("image", ("a", b"x")), ("image", ("b", b"x"))]}, 422, "invalid_request"),
-        ({"files": [("image", ("a", b"x"))]}, 400, "malformed_message"),
+        ({"files": [("image", ("a", b"x"))]}, 422, "invalid_request"),
         ({"files": [("image", ("a", b"x"))] * 3}, 400, "malformed_message"),
     ],
 )

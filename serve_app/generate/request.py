@@ -96,7 +96,7 @@ def _model(body: GenerateBody, settings: Settings) -> str:
     if body.model_id is None and names:
         return names[0]
     if body.model_id not in names:
-        what = f"of engine {body.engine} " if body.engine else ""
-        asked = f"model_id: {body.model_id}" if body.model_id else f"engine: {body.engine}"
-        raise UnknownVariant(f"{asked} is not served; the models {what}are {', '.join(names) or 'none'}")
+        of = f" of engine {body.engine}" if body.engine else ""
+        why = f"model_id: {body.model_id} is no model{of}" if body.model_id else f"engine: there is no model{of}"
+        raise UnknownVariant(f"{why}; the models{of} are {', '.join(names) or 'none'}")
     return body.model_id

@@ -56,7 +56,9 @@ async def read_job(request: Request, limits: Limits) -> dict[str, Any]:
         raise wrong(unknown, f"a form has a part job, and files {' and '.join(FILES)}")
     if len(dict(parts)) < len(parts):
         raise wrong("", "a part is there twice")
-    body = _object(dict(parts).get("job", ""))
+    if "job" not in dict(parts):
+        raise wrong("job", "the form lacks this part, which is the JSON")
+    body = _object(dict(parts)["job"])
     if twice := min(body.keys() & files.keys(), default=None):
         raise wrong(twice, "it is in the part job already")
     return body | files

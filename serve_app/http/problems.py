@@ -152,11 +152,17 @@ def json_body(schema: str) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
+#: What pydantic says in words of its own, by its type.
+_SENTENCES = {"extra_forbidden": "there is no such field", "missing": "it is required"}
+
+
 def invalid(e: ValidationError, *, but: str = "") -> RequestValidationError:
     """What is wrong with a body: the first field at fault, by the sender's own name of it, which has no part `but`, and
     never the input."""
     first = e.errors(include_input=False, include_url=False)[0]
-    return wrong(".".join(str(part) for part in first["loc"] if part != but), first["msg"])
+    return wrong(
+        ".".join(str(part) for part in first["loc"] if part != but), _SENTENCES.get(first["type"], first["msg"])
+    )
 
 
 def wrong(field: str, why: str) -> RequestValidationError:
@@ -187,8 +193,10 @@ async def _http_problem(_request: Request, e: HTTPException) -> Response:
 async def _invalid_request(_request: Request, e: RequestValidationError) -> Response:
     # Without the input, which may be a token.
     first = e.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    return problem(422, "invalid_request", f"{field}: {first['msg']}", details={"field": field})
+    # A body's fields by the names that its sender gave them.
+    field = ".".join(map(str, first["loc"])).removeprefix("body.")
+    why = first["msg"].removeprefix("Value error, ")
+    return problem(422, "invalid_request", f"{field}: {why}", details={"field": field})
 
 
 async def _internal_error(_request: Request, _e: Exception) -> Response:
