@@ -59,7 +59,9 @@ class VariantWatch:
         state = await self._state(name, overview)
         if state != self.states[name]:
             extra = {"action": "variant_state", "variant": name, "state": state.state}
-            log.info("Variant %s is %s %s", name, state.state, state.error, extra=extra)
+            log.info(
+                "Variant %s is %s", name, f"{state.state}: {state.error}" if state.error else state.state, extra=extra
+            )
         self.states[name] = state
         self._metrics.put("fluxfill_variant_ready", float(state.can_serve), variant=name)
 

@@ -202,6 +202,8 @@ def test_why_a_job_waits_is_in_its_log_and_no_error() -> None:
     assert log.data.message.endswith("the replica died")
     assert (state.name, state.data.status) == ("state", "queued")
     assert "error" not in {one.name for one in told(job)}
+    *_, lost, _ = told(job_of(2).after(Cause.LEASE_LOST, NOW))
+    assert lost.data.message == "Waits for another attempt: its worker is gone, or lost the job store"
 
 
 async def test_a_deleted_job_ends_its_streams(replicas: list[Replica]) -> None:

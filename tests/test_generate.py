@@ -186,6 +186,7 @@ async def test_a_picture_says_how_to_make_it_again(studio: Studio) -> None:
     assert (text["seed"], text["steps"], text["model"]) == ("3", "2", "sdxl")
     assert json.loads(text["versions"]) == {"painter": "1"}
     assert job.id not in data.decode(errors="ignore")
+    assert "scheduler" not in text
 
 
 @pytest.mark.parametrize(("format", "ending", "kind"), [("jpeg", "jpg", "JPEG"), ("webp", "webp", "WEBP")])

@@ -103,7 +103,8 @@ class Outputs:
                 raise BlobConflict(
                     f"other writers replaced {path} {CONFLICTS} times while it was being stored", path=path
                 )
-        return tuple(written)
+        # The edited photo is stored last, and is the first of the job's pictures.
+        return tuple(reversed(written))
 
     def keep(self, job: Job, inputs: Sequence[str], painting: Painting) -> None:
         """Keep what could not be stored; `inputs` are the versions it was painted from."""

@@ -171,7 +171,8 @@ def _about(job: Job, request: GenerateRequest, made: Images) -> Mapping[str, Any
     asked = _asked(job)
     if not asked.embed_metadata:
         return None
-    said = asked.model_dump(include={"prompt", "negative_prompt", "steps", "guidance_scale", "scheduler"})
+    what = {"prompt", "negative_prompt", "steps", "guidance_scale", "scheduler"}
+    said = asked.model_dump(include=what, exclude_none=True)
     versions = made.where.get("versions", {})
     return {**said, "seed": request.seed, "model": job.variant, "software": "flux-fill-serve", "versions": versions}
 

@@ -12,6 +12,8 @@ from ..parameters import JobType
 #: Types of jobs that may be posted: audits have routes of their own.
 PostedType = Literal["inpaint", "generate"]
 POSTED = get_args(PostedType)
+#: Why a job waits again, where its event has no error.
+_WHY = {Cause.LEASE_LOST: "its worker is gone, or lost the job store"}
 #: By content type.
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 #: Of a field that is left out where it has nothing to say.
@@ -183,7 +185,7 @@ def log_lines(job: Job, event: Event) -> Iterator[LogLine]:
     elif event.error is not None and event.status.is_final:
         yield line("error", f"{event.error.code}: {event.error.message}", "error")
     elif event.cause in (Cause.LEASE_LOST, Cause.RETRIED, Cause.REQUEUED):
-        why = event.error.message if event.error else event.cause
+        why = event.error.message if event.error else _WHY.get(event.cause, event.cause)
         yield line("step.finish", f"Waits for another attempt: {why}", "warning")
     elif event.cause == Cause.SUCCEEDED:
         yield line("step.finish", f"Finished {job.type}")
