@@ -28,6 +28,7 @@ from serve_app.http.app import create_app
 from serve_app.http.auth import Access
 from serve_app.http.service import Readiness, VariantReadiness
 from serve_app.jobs.api import JobApi
+from serve_app.jobs.lease import retry_unavailable
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.jobs.worker import Worker
@@ -184,6 +185,9 @@ class Ingress:
 
     async def _pull(self) -> None:
         await self._broker.listens.wait()
+        if self._settings.messages.is_embedded:
+            # Its server may have started with this process, and holds nothing then.
+            await retry_unavailable(self._notifier.recall)
         await self._source.run(self._worker.work)
 
     def _defaults(self) -> Inference:

@@ -73,7 +73,11 @@ class VariantWatch:
             return await self._asked(name)
         if overview.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return VariantReadiness(state="failed", error=overview.message)
-        return VariantReadiness(state="starting" if replicas - {"STOPPING"} else "scaled_to_zero")
+        if not replicas - {"STOPPING"}:
+            return VariantReadiness(state="scaled_to_zero")
+        # Serve says why a replica waits for long, on what no node has room for; before, that it scales.
+        why = overview.message if "taken more than" in overview.message else ""
+        return VariantReadiness(state="starting", error=why)
 
     async def _asked(self, name: str) -> VariantReadiness:
         if self.states[name].state == "ready":

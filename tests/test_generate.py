@@ -605,3 +605,32 @@ async def test_a_job_that_waits_says_why(studio: Studio) -> None:
     waits = (await studio.job(job)).events[-1]
     assert (waits.status, waits.cause) == (State.QUEUED, Cause.REQUEUED)
     assert waits.error is not None and waits.error.message == "no replica of sdxl started"
+
+
+async def test_a_job_goes_on_when_the_whole_app_starts_again(studio: Studio) -> None:
+    """With its broker, which held its message in memory."""
+    running, queued, reached = await studio.post(count=2), await studio.post(), asyncio.Event()
+
+    async def app_stops(request: GenerateRequest) -> None:
+        if len(studio.painter.requests) == 2:
+            # No write of a process that is gone arrives.
+            studio.jobs.is_down = True
+            reached.set()
+            await asyncio.sleep(60)
+
+    studio.painter.before = app_stops
+    gone = asyncio.create_task(studio.worker.work(studio.topics.sessions[0]))
+    await asyncio.wait_for(reached.wait(), 10)
+    again = studio.beside()
+    await again.notifier.recall()
+    await again.notifier.send_due()
+    await again.notifier.drained()
+    assert [message.attributes["jobId"] for message in again.topics.sessions] == [queued.id]
+    studio.clock.advance(FAST["lease_s"] + 1)
+    await again.notifier.send_due()
+    await again.notifier.drained()
+    assert [message.attributes["jobId"] for message in again.topics.sessions] == [queued.id, running.id]
+    assert (await again.work()).reason == "succeeded"
+    assert len((await again.job(running)).artifacts) == 2 and len(again.painter.requests) == 1
+    gone.cancel()
+    await asyncio.wait({gone})

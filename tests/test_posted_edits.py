@@ -209,6 +209,7 @@ async def test_it_is_painted_as_any_edit_and_deleted_with_its_uploads(rig: Rig) 
     assert await rig.take(rig.topics.sessions[-1]) == Verdict(action="ack", reason="succeeded")
     done = await api(rig).get(job.id, caller)
     assert (done.status, rig.engine.painted) == (State.SUCCEEDED, 1)
+    assert [event.artifact for event in done.events if event.cause is None] == [None, 0, 1]
     for path in done.paths.values():
         await rig.blobs.head(path)
     await api(rig).delete(job.id, caller)

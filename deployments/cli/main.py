@@ -306,15 +306,14 @@ def _summary(settings: Settings) -> None:
 
 @weights_app.command("tiny")
 def weights_tiny(
-    to: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("var/weights/tiny"),
+    to: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("var/weights"),
 ) -> None:
-    """Write the tiny random-weight checkpoints, as the tiny-* variants write them for themselves on first use."""
-    from serve_app.engine.flux import tiny
+    """Write the tiny random-weight checkpoints, as the tiny-* models do for themselves on first use."""
+    from serve_app.engine.weights.fetch import ensure_tiny
 
-    written = tiny.ensure(to)
-    for path in sorted(p for p in to.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", highlight=False)
-    out.print(f"base: {written.base}", highlight=False)
+    for folder in ensure_tiny(to):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", highlight=False)
 
 
 @weights_app.command("pull")

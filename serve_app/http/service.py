@@ -23,7 +23,7 @@ WITHHELD = "shown with an API key"
 
 class VariantReadiness(BaseModel):
     state: VariantState
-    #: The reason if the state is `failed`.
+    #: The reason if the state is `failed`, or if a replica waits for long to start.
     error: str = ""
     #: Of a replica that was asked: `replica`, `node`, `pid`, and `device` once it is loaded.
     where: dict[str, Any] = {}

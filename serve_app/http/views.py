@@ -72,6 +72,8 @@ class JobList(BaseModel):
 
 class ArtifactView(BaseModel):
     id: str
+    #: `image` of a job of pictures; `edited` and `preview` of an edit.
+    role: str
     format: str
     width: int | None
     height: int | None
@@ -134,7 +136,7 @@ def job_view(job: Job, ahead: int | None = None) -> JobView:
         progress=_progress(job),
         parameters={**given, "guidance": guidance, "model_id": job.variant, "seed": job.seed},
         seeds=[job.seed if one.seed is None else one.seed for one in pictures.values()],
-        timings=job.timings.model_dump(exclude_none=True),
+        timings={name: round(value, 4) for name, value in job.timings.model_dump(exclude_none=True).items()},
         queue_position=None if ahead is None else ahead + 1,
         error_code=job.error and job.error.code,
         error_message=job.error and job.error.message,
@@ -156,6 +158,7 @@ def artifact_view(job: Job, position: int, **link: Any) -> ArtifactView:
     artifact = job.artifacts[position]
     return ArtifactView(
         id=f"{job.id}-{position}",
+        role=artifact.role,
         format=_FORMATS.get(artifact.content_type) or artifact.path.rpartition(".")[2],
         width=artifact.width,
         height=artifact.height,

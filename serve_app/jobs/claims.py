@@ -142,8 +142,16 @@ def renew(claim: Claim, *, lease_s: float) -> Change:
 
 
 def finish(claim: Claim, cause: Cause, **changes: Any) -> Change:
-    """End the job by `cause`. Raises StaleClaim where the claim no longer holds."""
-    return _held(claim, lambda job, now: job.after(cause, now, **changes))
+    """End the job by `cause`; its events tell of `artifacts` that were not recorded before, too. Raises StaleClaim
+    where the claim no longer holds."""
+
+    def after(job: Job, now: datetime) -> Job:
+        artifacts: Sequence[Artifact] = changes.get("artifacts", ())
+        for position in range(len(job.artifacts), len(artifacts)):
+            job = job.noted(now, artifact=position)
+        return job.after(cause, now, **changes)
+
+    return _held(claim, after)
 
 
 def retry(claim: Claim, *, error: JobError, backoff_s: float) -> Change:
@@ -220,6 +228,13 @@ def take_notifications(
         return (job.evolve(owed=job.owed | due),) if due else ()
 
     return change
+
+
+def recall(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+    """Have the message of a job that is not over published again, once no live lease holds it: its broker is empty."""
+    if job is None or "dispatch" not in job.owed:
+        return ()
+    return (job.evolve(owed=job.owed | {"dispatch": Due(due_at=max(now, job.lease_until or now))}),)
 
 
 def mark_sent(told: Job, kinds: Collection[Notification]) -> Change:

@@ -16,6 +16,7 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +28,7 @@ from . import claims
 from .kinds import Kind
 from .messages import ASKED_AT
 from .ports import JobStore, Publisher, SessionMirror
-from .record import Job, Notification, receiver_of
+from .record import Job, Notification, State, receiver_of
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ LONGEST_WAIT_S: Mapping[Notification, float] = {
 }
 #: Sent at a time: session documents, completions, webhooks to each receiver, messages.
 AT_ONCE: Mapping[Notification, int] = {"session": 32, "completion": 32, "webhook": 4, "dispatch": 32}
+#: Jobs of a state whose messages are published again when a broker starts: the newest.
+RECALLED = 1000
 #: Between two looks for what is due, in seconds.
 POLL_S = 2.0
 #: Those sent within this are noted by one write; one that takes longer, by its own.
@@ -104,6 +107,13 @@ class Notifier:
         """Publish in the background the message of `job`, which was just posted. Needs a running event loop."""
         if self._in_flight.start(job, "dispatch"):
             self._spawn(self._send(job, ["dispatch"]))
+
+    async def recall(self) -> None:
+        """Have the messages of all jobs that are not over published again. Raises StoreUnavailable."""
+        for status in (State.QUEUED, State.RUNNING):
+            for job in await self._jobs.list(status=status, limit=RECALLED):
+                with suppress(UnknownJob):
+                    await self._jobs.update(job.id, "", claims.recall)
 
     async def run(self) -> None:
         """Send what is due, for ever."""

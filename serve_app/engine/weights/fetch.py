@@ -180,6 +180,11 @@ async def _base(variant: Variant, sources: Sources, patterns: tuple[str, ...]) -
     return await cached(Need(base, revision, patterns), sources)
 
 
+def ensure_tiny(cache: Path) -> Sequence[Path]:
+    """The folders in which the cache has the tiny weights of each family, written there first."""
+    return [tiny.ensure(cache / folder, write).folder for folder, write in _TINIES.values()]
+
+
 async def _tiny(variant: Variant, name: str, sources: Sources) -> Path:
     folder, write = _TINIES[variant.family]
     return (await asyncio.to_thread(tiny.ensure, sources.cache / folder, write)).folder / name.removeprefix(TINY)
