@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -187,7 +188,15 @@ def test_a_job_that_fails_says_why_and_leaves_what_it_made(api: Api, run: Run) -
     assert "wrote j1/0.png" in out
 
 
-def test_an_interrupt_cancels_the_job(api: Api, run: Run) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As a program is that has just started: libraries that other tests load may have changed it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def test_an_interrupt_cancels_the_job(api: Api, run: Run, interruptible: None) -> None:
     api.on_stream = _thread.interrupt_main
     api.streams = [[state(1, "queued")] for _ in range(100)]
     status, _, err = run()
