@@ -126,7 +126,7 @@ class ApiSettings(_Frozen):
     prefix: str = Field("dreamforge/default", pattern=r"\A[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\z")
     #: How long links to pictures are valid where the request does not say.
     link_s: int = Field(3600, ge=300, le=86_400)
-    #: For smoke tests: every picture has 256x256 pixels and takes 10 steps, whatever was asked for.
+    #: For smoke tests: overrides every request with 256x256 pixels and 10 steps.
     smoke: bool = False
     #: Requests of one key within a minute, over all ingress replicas.
     requests_per_minute: int = Field(600, ge=1)

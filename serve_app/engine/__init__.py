@@ -69,7 +69,7 @@ class Generator(AnyEngine, Protocol):
     """Makes pictures from prompts."""
 
     def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
-        """One picture `[height, width, 3]`, the same bytes for the same request whatever was made before.
+        """One picture `[height, width, 3]`. Equal requests give equal bytes, independent of earlier requests.
 
         `on_step` as in Window. Raises as `Engine.paint` does; BlankImage.
         """

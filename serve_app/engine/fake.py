@@ -21,7 +21,7 @@ _MAX_LINE = 500
 
 
 class Fake(Weightless):
-    """A Generator of cards. Each request's has a colour of its own; a small one shows the beginning of the text."""
+    """Draws cards. The colour depends on the request; a small card shows only the beginning of the text."""
 
     versions: Mapping[str, str] = {"pillow": PIL.__version__}
 

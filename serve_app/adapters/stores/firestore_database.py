@@ -110,7 +110,7 @@ class Firestore:
         return await self.run(lambda: _CONTENTION.copy()(work))
 
     def change(self, batch: Any, read: Any, fields: Mapping[str, Any]) -> None:
-        """Have `batch` write `fields` of the document that was read, there or not, if nobody writes to it before."""
+        """Add a write of `fields` to `batch`, on condition that the document is as it was `read`, or still absent."""
         if read.exists:
             unchanged = self.client.write_option(last_update_time=read.update_time)
             batch.update(read.reference, fields, option=unchanged)

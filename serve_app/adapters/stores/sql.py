@@ -139,7 +139,7 @@ def _create(connection: sa.Connection, new: Job, quota: Quota | None, clock: Clo
         unfinished = _count(connection, own, JOBS.c.status.in_(UNFINISHED))
         quota.check(unfinished=unfinished, of_today=_count(connection, own, today))
     job = posted(new, now)
-    # Where somebody stores this id meanwhile, the database refuses it, and the transaction is run again.
+    # If another transaction has stored this id meanwhile, the database refuses it, and this one is run again.
     connection.execute(JOBS.insert().values(id=job.id, **_columns(job)))
     return job, True
 

@@ -102,7 +102,7 @@ class Sdxl(OnDevice):
                 height=request.height,
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance_scale,
-                # Drawn on the CPU, noise is the same whatever the device.
+                # Noise from the CPU is the same for every device.
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 callback_on_step_end=self._step_hook(on_step),
                 output_type="latent",
