@@ -21,9 +21,11 @@ from serve_app.adapters.webhooks import Webhooks
 from serve_app.audit.runs import Audits
 from serve_app.blobs import BlobInfo
 from serve_app.edit.job import Editor
+from serve_app.engine.lora.apart import CheckedApart
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import InvalidLink, SettingsError, Unavailable
 from serve_app.generate.job import Generation
+from serve_app.generate.loras import Loras
 from serve_app.http.app import create_app
 from serve_app.http.auth import Access
 from serve_app.http.service import Readiness, VariantReadiness
@@ -144,7 +146,8 @@ class Ingress:
         self._image_links = ImageLinks(settings)
         for_kinds: dict[str, Any] = {"blobs": self._blobs, "prompts": prompts, "settings": settings}
         editor = Editor(models=painters, defaults=self._defaults, links=self._image_links, **for_kinds)
-        generation = Generation(models=generators, **for_kinds)
+        self.loras = Loras(blobs=self._blobs, checker=CheckedApart(settings), settings=settings.loras)
+        generation = Generation(models=generators, loras=self.loras, **for_kinds)
         self._webhooks = Webhooks(settings.webhooks, self._secrets)
         stored: dict[str, Any] = {"kinds": [editor, generation], "job_store": self._job_store, "settings": settings}
         shared: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Blobs: whole files under paths, with versions."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,16 @@ class BlobInfo:
     #: whenever with other bytes.
     version: str
     content_type: str = "application/octet-stream"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UploadLink:
+    """Where one blob can be written with PUT, once or again, by programs without credentials of the store."""
+
+    #: A secret: never log it.
+    url: str
+    #: The signature holds for requests with just these headers, the exact `Content-Length` among them.
+    headers: Mapping[str, str]
 
 
 #: `if_version` for "whatever is there"; an empty string means "nothing may be there".
@@ -62,3 +72,7 @@ class BlobStore(Protocol):
         It is not looked whether the blob is there. The URL is a secret: never log it.
         Raises ValueError for another `expires_s`; StoreUnavailable where nothing can be signed now.
         """
+
+    async def upload_link(self, path: str, *, size: int, expires_s: int) -> UploadLink:
+        """A signed URL that takes one PUT of exactly `size` bytes to `path`, for `expires_s` seconds; a body of another
+        length is refused by the store. Raises as `link`."""

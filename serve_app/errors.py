@@ -14,6 +14,14 @@
     │   ├── CallbackRefused        a callbackUrl that this app may not call
     │   ├── LinkRefused            a link in a request that this app may not fetch, or that leads to no picture
     │   ├── NotSupported           something that clients of other systems may ask for
+    │   ├── LoraRefused            a file that is no LoRA which this app can use
+    │   │   ├── NotSafetensors     another kind of file, such as a pickle
+    │   │   ├── Truncated          cut short, or longer than its header says
+    │   │   ├── LoraTooLarge       over the limit on bytes or rank
+    │   │   ├── WrongModel         a tensor fits no layer of the model
+    │   │   ├── UnsupportedFormat  LoKr, LoHa, DoRA, biases, norms, or a number type other than f16, bf16 and f32
+    │   │   ├── NotFinite          a number that is infinite or none
+    │   │   └── LoraChanged        the blob is not the one that was registered
     │   ├── KeyReused              an Idempotency-Key, or a job's id, that came with another payload before
     │   └── UnknownVariant         a variant this app does not serve
     ├── PaintError                 painting failed for a reason that may pass: an attempt is used
@@ -49,6 +57,7 @@
     │   ├── UnknownJob             there is no such job
     │   ├── StaleClaim             a write with an old fencing number
     │   └── IllegalTransition      the state machine has no such edge
+    ├── UnknownLora                there is no such LoRA, or not for this caller
     ├── BlobError                  a blob store's error
     │   ├── BlobNotFound
     │   ├── BlobTooLarge
@@ -168,6 +177,45 @@ class LinkRefused(InputError):
 
 class NotSupported(InputError):
     code = "not_supported"
+
+
+class LoraRefused(InputError):
+    code = "lora_refused"
+
+
+class NotSafetensors(LoraRefused):
+    code = "not_safetensors"
+
+
+class Truncated(LoraRefused):
+    code = "truncated"
+
+
+class LoraTooLarge(LoraRefused):
+    code = "too_large"
+    http_status = 413
+
+
+class WrongModel(LoraRefused):
+    code = "wrong_model"
+
+
+class UnsupportedFormat(LoraRefused):
+    code = "unsupported_format"
+
+
+class NotFinite(LoraRefused):
+    code = "not_finite"
+
+
+class LoraChanged(LoraRefused):
+    code = "lora_changed"
+
+
+class UnknownLora(FluxFillError):
+    code = "unknown_lora"
+    http_status = 404
+    disposition = Disposition.DEAD_LETTER
 
 
 class KeyReused(InputError):

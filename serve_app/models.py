@@ -1,7 +1,7 @@
 """Models: the variants that paint, what a model is asked for, and what it gives. Pure data."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -37,6 +37,7 @@ class Generation:
     #: Names of the schedulers that a job may choose.
     schedulers: tuple[str, ...]
     takes_negative_prompt: bool
+    takes_loras: bool = True
 
 
 #: Source of the defaults: most tools call diffusers' StableDiffusionXLPipeline so.
@@ -55,7 +56,7 @@ GENERATIONS: Mapping[Family, Generation] = {
         schedulers=("euler",),
         takes_negative_prompt=False,
     ),
-    "fake": _SDXL,
+    "fake": replace(_SDXL, takes_loras=False),
 }
 
 
@@ -247,6 +248,46 @@ class EditRequest:
     embeddings: bytes | None = None
 
 
+class LoraFacts(_Value):
+    """What a LoRA's file holds, as it was found by looking at all of it."""
+
+    #: Of the models that it fits.
+    family: Family
+    #: Who writes such files: `diffusers`, `kohya`, `ai-toolkit`, `peft`.
+    format: str
+    #: `F16`, `BF16` or `F32`; several are joined by commas.
+    dtype: str
+    #: The largest of its layers'.
+    rank: int
+    #: Layers of the model that it changes, those of text encoders among them.
+    layers: int
+    text_encoder_layers: int = 0
+    #: Whether each layer says its alpha. Those that do not have alpha = rank, or the one that was given.
+    has_alpha: bool
+    #: alpha / rank, the lowest and the highest of its layers': what the change is multiplied by beside the job's scale.
+    alpha_scale: tuple[float, float]
+
+
+class LoraUse(_Value):
+    """A LoRA of a job: what a replica needs to find its file, to know that it is the one that was registered, and to
+    use it."""
+
+    id: str
+    name: str
+    #: Of the blob.
+    path: str
+    sha256: str
+    size_bytes: int
+    #: For layers that say none; None: their rank.
+    alpha: float | None = None
+    #: As the job gives it; the change of a layer is multiplied by it and by its alpha / rank.
+    scale: float = 1.0
+    #: `scale` times alpha / rank, the lowest and the highest of its layers'.
+    effective_scale: tuple[float, float] = (1.0, 1.0)
+    #: Whether it has layers of text encoders that have no effect: FLUX.1's prompts are encoded elsewhere.
+    ignores_text_encoder: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
     """What a replica needs to make one picture from a prompt."""
@@ -266,6 +307,8 @@ class GenerateRequest:
     traceparent: str = ""
     #: As in EditRequest; None for families that encode prompts themselves.
     embeddings: bytes | None = None
+    #: The picture is made with these and no other.
+    loras: Sequence[LoraUse] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

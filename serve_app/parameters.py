@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from .models import LoraUse
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -208,6 +210,7 @@ class GenerateParameters(_Value):
     scheduler: str | None = None
     #: Whether prompt, seed and model are written into each file.
     embed_metadata: bool = True
+    loras: tuple[LoraUse, ...] = ()
 
 
 class EditParameters(_Value):

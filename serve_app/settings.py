@@ -143,6 +143,20 @@ class ApiSettings(_Frozen):
     link_hosts: tuple[str, ...] = ()
 
 
+class LoraSettings(_Frozen):
+    """LoRAs that clients register for generators."""
+
+    #: Bytes of a file. One of rank 128 for all attention and MLP layers of FLUX.1 has 1.05 GB.
+    file_bytes: int = Field(2_000_000_000, ge=1)
+    max_rank: int = Field(256, ge=1)
+    #: LoRAs that one job may use together.
+    per_job: int = Field(4, ge=0, le=16)
+    #: LoRAs that one API key may register.
+    per_key: int = Field(200, ge=1)
+    #: LoRAs that a replica keeps in host memory.
+    cached: int = Field(8, ge=1, le=100)
+
+
 class TextEncoderSettings(Scaling):
     """T5 and CLIP. They run once for each new prompt, so the CPU is the default."""
 
@@ -404,6 +418,7 @@ class Settings(_Frozen):
     variants: dict[VariantName, VariantSettings] = Field(min_length=1)
     #: Models that make pictures from prompts; the first is used where a job names none.
     generators: dict[VariantName, GeneratorSettings] = {}
+    loras: LoraSettings = LoraSettings()
     api: ApiSettings = ApiSettings()
     ingress_replicas: int = Field(1, ge=1, le=100)
     text_encoder: TextEncoderSettings = TextEncoderSettings()
@@ -512,6 +527,11 @@ class Settings(_Frozen):
     def variant(self, name: str) -> Variant:
         """The definition of a served variant or generator. Raises KeyError for one that is not served."""
         return self.served[name].definition or BUILT_IN[name]
+
+    def takes_loras(self, name: str) -> bool:
+        """Whether a served generator makes pictures with LoRAs. Compiled blocks would leave them out."""
+        takes = self.variant(name).generation
+        return takes is not None and takes.takes_loras and not self.served[name].optimizations.compile
 
     def variant_label(self, name: str) -> str:
         """What metrics call a variant: messages may name any, and each name would be a series for ever."""

@@ -8,7 +8,9 @@ from pydantic import SecretStr
 
 from serve_app.audit.runs import Audits
 from serve_app.blobs import BlobInfo
+from serve_app.engine.lora.apart import CheckedApart
 from serve_app.errors import InvalidLink
+from serve_app.generate.loras import Loras
 from serve_app.http.auth import GOOGLE_JWKS_URL, Access
 from serve_app.http.service import Readiness, VariantReadiness, VariantState
 from serve_app.jobs.api import JobApi
@@ -56,6 +58,7 @@ class Process:
         self.jobs = JobApi(
             kinds=rig.kinds, job_store=rig.jobs, blobs=rig.blobs, notifier=rig.notifier, settings=rig.settings
         )
+        self.loras = Loras(blobs=rig.blobs, checker=CheckedApart(rig.settings), settings=rig.settings.loras)
         self.audit_jobs = LocalJobs()
         self.is_stopping = False
         self.audits = Audits(

@@ -26,7 +26,7 @@ from serve_app.errors import (
 from serve_app.http import auth
 from serve_app.http.app import create_app
 from serve_app.http.auth import KEYS_COOLDOWN_S, KEYS_LIFESPAN_S, Access, ApiKeys, PushVerifier, Scope
-from serve_app.jobs.api import Caller
+from serve_app.jobs.kinds import Caller
 from serve_app.settings import ApiSettings, GeneratorSettings, PushSettings, Secrets
 
 from . import jwks_server

@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 
 from serve_app.errors import IllegalTransition, ReplicaLost, UnknownJob
-from serve_app.jobs.api import Caller, JobApi
+from serve_app.jobs.api import JobApi
+from serve_app.jobs.kinds import Caller
 from serve_app.jobs.ports import Delivery
 from serve_app.jobs.record import State
 

@@ -13,7 +13,7 @@ import pytest
 
 from serve_app.errors import FluxFillError
 from serve_app.http.events import START, Feed, Streams, last, parse, stream, told
-from serve_app.jobs.api import Caller
+from serve_app.jobs.kinds import Caller
 from serve_app.jobs.record import MAX_EVENTS, Artifact, Cause, Job, JobError, State
 from serve_app.models import Progress
 from serve_app.parameters import GenerateParameters

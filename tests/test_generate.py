@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
+from serve_app.engine.lora.apart import CheckedApart
 from serve_app.errors import (
     BlankImage,
     FluxFillError,
@@ -29,7 +30,9 @@ from serve_app.errors import (
     VariantNotReady,
 )
 from serve_app.generate.job import Generation
-from serve_app.jobs.api import Caller, JobApi
+from serve_app.generate.loras import Loras
+from serve_app.jobs.api import JobApi
+from serve_app.jobs.kinds import Caller
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Verdict
 from serve_app.jobs.record import MAX_EVENTS, Cause, Job, State
@@ -89,7 +92,10 @@ class Studio:
         self.blobs, self.jobs = BlobOutage(blobs, StoreUnavailable), Outage(jobs, StoreUnavailable)
         self.topics, self.painter, self.metrics = Topics(), painter or Painter(), Counters()
         models = {name: self.painter for name in self.settings.served}
-        self.kind = Generation(blobs=self.blobs, models=models, prompts=Prompts(), settings=self.settings)
+        self.loras = Loras(blobs=self.blobs, checker=CheckedApart(self.settings), settings=self.settings.loras)
+        self.kind = Generation(
+            blobs=self.blobs, models=models, prompts=Prompts(), loras=self.loras, settings=self.settings
+        )
         self.kinds = [self.kind]
         shared: dict[str, Any] = dict(
             kinds=self.kinds,

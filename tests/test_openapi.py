@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 from serve_app.http import openapi
 from serve_app.http.app import create_app
 from serve_app.http.auth import Access
-from serve_app.jobs.api import Caller
+from serve_app.jobs.kinds import Caller
 from serve_app.settings import ApiSettings, Secrets
 
 from .http_service import Process, long

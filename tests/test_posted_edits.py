@@ -33,7 +33,8 @@ from serve_app.errors import (
     Unavailable,
     UnknownVariant,
 )
-from serve_app.jobs.api import Caller, JobApi
+from serve_app.jobs.api import JobApi
+from serve_app.jobs.kinds import Caller
 from serve_app.jobs.ports import Verdict
 from serve_app.jobs.record import Job, State
 from serve_app.parameters import CropStrategy, EditParameters
@@ -62,7 +63,7 @@ def api(rig: Rig) -> JobApi:
 
 
 async def post(rig: Rig, job_id: str = "job-1", **body: Any) -> Job:
-    return await rig.editor.post({"type": "inpaint", **body}, job_id=job_id)
+    return await rig.editor.post({"type": "inpaint", **body}, Caller(), job_id=job_id)
 
 
 async def stored(rig: Rig, job_id: str = "job-1") -> list[bytes]:
@@ -473,7 +474,7 @@ async def test_pictures_by_links_become_a_job(make_links: MakeLinks, server: Rec
     rig = Rig(name=uuid.uuid4().hex)
     rig.editor._sessions._links = make_links(server.authority)
     body = {name: f"http://{server.authority}/{name}" for name in ("image", "mask")}
-    job = await rig.editor.post(json.loads(json.dumps({"type": "inpaint", **body})), job_id="job-1")
+    job = await rig.editor.post(json.loads(json.dumps({"type": "inpaint", **body})), Caller(), job_id="job-1")
     assert job.session_id == "job-1" and await stored(rig) == [PHOTO, MASK]
     with pytest.raises(BlobNotFound):
         await stored(rig, "job-2")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..blobs import BlobInfo, BlobStore
 from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, UnknownVariant, VariantNotReady
-from ..jobs.kinds import Asked, Attempt, Result
+from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, Message, Timings
 from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder
@@ -182,7 +182,7 @@ class Editor:
             message=Message(data=message.model_dump_json(by_alias=True, exclude_none=True), attributes={}),
         )
 
-    async def post(self, body: Mapping[str, Any], *, job_id: str) -> Job:
+    async def post(self, body: Mapping[str, Any], caller: Caller, *, job_id: str) -> Job:
         asked, defaults = InpaintBody.model_validate(body), self._defaults()
         variant = asked.model_id or defaults.variant
         if variant not in self._settings.variants:

@@ -11,12 +11,13 @@ from ..blobs import BlobStore
 from ..edit.job import begun_within, encode_within, seed_of
 from ..edit.outputs import Outputs, Painting
 from ..errors import MalformedMessage, StoreUnavailable
-from ..jobs.kinds import Asked, Attempt, Result
+from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.record import Artifact, Job, Timings
 from ..models import GenerateRequest, ImageModel, Images, Progress, PromptEncoder
 from ..parameters import GenerateParameters, JobType
 from ..settings import Settings
 from . import pictures
+from .loras import Loras
 from .request import GenerateBody, resolved
 
 #: Of an artifact.
@@ -40,10 +41,11 @@ class Generation:
         blobs: BlobStore,
         models: Mapping[str, ImageModel[GenerateRequest]],
         prompts: PromptEncoder,
+        loras: Loras,
         settings: Settings,
     ) -> None:
         """`models` by name."""
-        self._models, self._prompts, self._settings = models, prompts, settings
+        self._models, self._prompts, self._loras, self._settings = models, prompts, loras, settings
         self._outputs = Outputs(blobs, upload_s=settings.work.upload_timeout_s)
 
     def read(self, data: bytes) -> Asked:
@@ -52,9 +54,10 @@ class Generation:
     async def new_job(self, asked: Asked, *, variant: str, idempotency_key: str | None) -> Job:
         raise AssertionError("its messages name stored jobs")
 
-    async def post(self, body: Mapping[str, Any], *, job_id: str) -> Job:
+    async def post(self, body: Mapping[str, Any], caller: Caller, *, job_id: str) -> Job:
         asked = GenerateBody.model_validate(body)
-        model, parameters = resolved(asked, self._settings)
+        loras = [await self._loras.get(one.id, caller) for one in asked.loras]
+        model, parameters = resolved(asked, self._settings, loras)
         seed = seed_of(job_id) if asked.seed is None else asked.seed
         return Job(id=job_id, variant=model, parameters=parameters, seed=seed)
 
@@ -159,6 +162,7 @@ def _request(job: Job, index: int, embeddings: bytes | None) -> GenerateRequest:
         scheduler=asked.scheduler,
         traceparent=job.traceparent,
         embeddings=embeddings,
+        loras=asked.loras,
     )
 
 
@@ -173,6 +177,8 @@ def _about(job: Job, request: GenerateRequest, made: Images) -> Mapping[str, Any
         return None
     what = {"prompt", "negative_prompt", "steps", "guidance_scale", "scheduler"}
     said = asked.model_dump(include=what, exclude_none=True)
+    if asked.loras:
+        said["loras"] = [{"name": one.name, "sha256": one.sha256, "scale": one.scale} for one in asked.loras]
     versions = made.where.get("versions", {})
     return {**said, "seed": request.seed, "model": job.variant, "software": "flux-fill-serve", "versions": versions}
 

@@ -1,15 +1,16 @@
 """What a client asks for, and what becomes of it: every value set, and one that the model can do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from ..errors import InputError, UnknownVariant
+from ..errors import InputError, NotSupported, UnknownVariant, WrongModel
 from ..jobs.kinds import PostedBody
 from ..models import Family, Variant
-from ..parameters import GenerateParameters, Prompt, Seed, Whole
+from ..parameters import ID_PATTERN, GenerateParameters, Prompt, Seed, Whole
 from ..settings import Settings
+from .loras import Lora
 
 #: What another system's clients name a family.
 _ENGINES: Mapping[str, Family] = {"sdxl": "sdxl", "flux-srpo": "flux", "flux": "flux"}
@@ -18,6 +19,14 @@ Side = Annotated[Whole, Field(ge=64, le=2048)]
 
 #: Of `api.smoke`.
 SMOKE_SIDE_PX, SMOKE_STEPS = 256, 10
+
+
+class LoraAsked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    #: Of a registered one.
+    id: Annotated[str, StringConstraints(pattern=ID_PATTERN)]
+    scale: Annotated[float, Field(strict=True, ge=-10, le=10, allow_inf_nan=False)] = 1.0
 
 
 _EXAMPLE: Any = {"type": "generate", "prompt": "an old-growth forest at dawn", "steps": 24, "seed": 7}
@@ -45,18 +54,22 @@ class GenerateBody(PostedBody):
     embed_metadata: bool = True
     #: Has no effect: all models run here.
     provider: Annotated[str, StringConstraints(max_length=64)] | None = None
+    #: The pictures are made with these, all at once. Where no model is named, it is the first one that they fit.
+    loras: Annotated[tuple[LoraAsked, ...], Field(max_length=16)] = ()
     #: Not supported: null, or left out.
     chain: None = None
 
 
-def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParameters]:
-    """The model's name, and the parameters, none of which is left open. `api.smoke` goes before all.
+def resolved(body: GenerateBody, settings: Settings, loras: Sequence[Lora] = ()) -> tuple[str, GenerateParameters]:
+    """The model's name, and the parameters, none of which is left open. `api.smoke` goes before all. `loras` are those
+    that `body` names.
 
-    Raises UnknownVariant; InputError for a value that the model cannot do.
+    Raises UnknownVariant; WrongModel for a LoRA of another model; InputError for a value that the model cannot do.
     """
-    name = _model(body, settings)
+    name = _model(body, settings, loras)
     takes = settings.variant(name).generation
     assert takes is not None, "settings let nothing else be a generator"
+    _check_loras(name, settings, loras)
     given = body.model_dump(include={"width", "height", "steps"}, exclude_none=True)
     if settings.api.smoke:
         given = {"width": SMOKE_SIDE_PX, "height": SMOKE_SIDE_PX, "steps": SMOKE_STEPS}
@@ -69,6 +82,7 @@ def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParam
         format="jpg" if body.format == "jpeg" else body.format,
         scheduler=body.scheduler,
         embed_metadata=body.embed_metadata,
+        loras=tuple(lora.use(asked.scale) for lora, asked in zip(loras, body.loras, strict=True)),
     )
     for side, px in (("width", parameters.width), ("height", parameters.height)):
         if rest := px % takes.multiple_px:
@@ -85,8 +99,24 @@ def resolved(body: GenerateBody, settings: Settings) -> tuple[str, GenerateParam
     return name, parameters
 
 
-def _model(body: GenerateBody, settings: Settings) -> str:
+def _check_loras(name: str, settings: Settings, loras: Sequence[Lora]) -> None:
+    if loras and not settings.takes_loras(name):
+        raise NotSupported(f"loras: {name} takes none", field="loras")
+    if len(loras) > (most := settings.loras.per_job):
+        raise InputError(f"loras: a job uses at most {most} together (loras.per_job)", field="loras")
+    if len({lora.id for lora in loras}) < len(loras):
+        raise InputError("loras: one is given twice", field="loras")
+    family = settings.variant(name).family
+    for number, lora in enumerate(loras):
+        if lora.facts.family != family:
+            what = f"loras.{number}.id: {lora.name} is a LoRA of {lora.facts.family}, and {name} is {family}"
+            raise WrongModel(what, field=f"loras.{number}.id")
+
+
+def _model(body: GenerateBody, settings: Settings, loras: Sequence[Lora]) -> str:
     wanted = _ENGINES[body.engine] if body.engine else None
+    if loras and wanted is None and body.model_id is None:
+        wanted = loras[0].facts.family
 
     def fits(row: Variant) -> bool:
         # A fake stands for every engine.

@@ -21,7 +21,7 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from pydantic import SecretStr
 
 from ..errors import AuthError, Forbidden, RateLimited, SettingsError, Unauthorized, Unavailable
-from ..jobs.api import Caller
+from ..jobs.kinds import Caller
 from ..settings import OPEN_PUSHES, PushSettings, Secrets, Settings
 from ..urls import is_loopback
 

@@ -19,7 +19,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 
 from ..errors import FluxFillError, RateLimited, StoreUnavailable, Unavailable
-from ..jobs.api import Caller
+from ..jobs.kinds import Caller
 from ..jobs.record import Cause, Event, Job, JobError, State
 from ..settings import ApiSettings
 from .views import ArtifactView, JobView, LogLine, ProgressView, artifact_view, job_view, log_lines, progress_view

@@ -34,22 +34,28 @@ JOB_BODY: Mapping[str, Any] = {
 }
 
 
+async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
+    """A small JSON object. Raises as `read_job`."""
+    if _media_type(request) != JSON:
+        raise UnsupportedMediaType(f"a body must be {JSON}")
+    data: bytes = await request.app.state.bodies.read(request, limits.message_bytes)
+    return json_object(data)
+
+
 async def read_job(request: Request, limits: Limits) -> dict[str, Any]:
     """The JSON, and a form's files as bytes beside it.
 
     Raises UnsupportedMediaType; MalformedMessage for what is no such body; RequestValidationError for a form with other
     parts; and what `Bodies.read` raises.
     """
-    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    media_type = _media_type(request)
     if media_type not in (JSON, FORM):
         raise UnsupportedMediaType(f"a body must be {JSON} or {FORM}")
     # In JSON, pictures are data: URIs, in base64.
     max_bytes = len(FILES) * limits.image_bytes * 4 // 3 + limits.message_bytes
     data: bytes = await request.app.state.bodies.read(request, max_bytes)
     if media_type == JSON:
-        if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_MARKS:
-            raise MalformedMessage("the body is no job's: it has too many values")
-        return _object(data)
+        return json_object(data)
     parts = await _parts(request, data, limits.message_bytes)
     files = {name: part for name, part in parts if name in FILES and isinstance(part, bytes)}
     if unknown := next((name for name, _ in parts if name != "job" and name not in files), None):
@@ -58,7 +64,7 @@ async def read_job(request: Request, limits: Limits) -> dict[str, Any]:
         raise wrong("", "a part is there twice")
     if "job" not in dict(parts):
         raise wrong("job", "the form lacks this part, which is the JSON")
-    body = _object(dict(parts)["job"])
+    body = json_object(dict(parts)["job"])
     if twice := min(body.keys() & files.keys(), default=None):
         raise wrong(twice, "it is in the part job already")
     return body | files
@@ -83,7 +89,15 @@ async def _parts(request: Request, data: bytes, max_part_size: int) -> list[tupl
         await form.close()
 
 
-def _object(data: str | bytes) -> dict[str, Any]:
+def _media_type(request: Request) -> str:
+    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def json_object(data: str | bytes) -> dict[str, Any]:
+    """Raises MalformedMessage for what is none, or has more values than any request has."""
+    marks: Any = (",", "[", "{") if isinstance(data, str) else (b",", b"[", b"{")
+    if sum(map(data.count, marks)) > _MAX_MARKS:
+        raise MalformedMessage("the body is no job's: it has too many values")
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):

@@ -10,7 +10,7 @@ from fastapi.sse import EventSourceResponse
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from ..clock import utc_now
-from ..jobs.api import Caller
+from ..jobs.kinds import Caller
 from ..jobs.record import Job, State
 from ..parameters import ID_PATTERN, RUN_ID_PATTERN
 from . import views

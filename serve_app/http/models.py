@@ -1,19 +1,23 @@
-"""HTTP routes of models: which are served, what they take, and whether they can work. One body for several clients."""
+"""HTTP routes of models: those that are served, and the LoRAs that clients register for them. One body for several
+clients."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path
-from pydantic import BaseModel
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Path, Request, Response
+from pydantic import BaseModel, ValidationError
 
+from ..blobs import UploadLink
+from ..generate.loras import Lora, LoraBody
 from ..generate.request import GenerateBody
-from ..models import Family
+from ..jobs.kinds import Caller
+from ..models import Family, LoraFacts
 from ..parameters import VariantName
 from ..settings import Settings
+from .forms import read_json
 from .openapi import portable
-from .problems import problems
+from .problems import invalid, json_body, problems
 from .service import Served, VariantReadiness, caller_with
 
 ModelState = Literal["available", "loading", "loaded", "failed"]
@@ -52,6 +56,35 @@ class ModelView(BaseModel):
     #: The name of a file of the server's own, without its folder.
     local_path: str | None
     files_json: Sequence[str]
+    #: Of a LoRA; null for models that are served.
+    lora: "LoraView | None" = None
+
+
+class LoraView(LoraFacts):
+    """What is known of a LoRA. `alpha_scale` is what its changes are multiplied by beside a job's scale."""
+
+    sha256: str
+    size_bytes: int
+    trigger_word: str
+    #: As it was given.
+    alpha: float | None
+    #: `applied`, `ignored` (FLUX.1's prompts are encoded without LoRAs), or `none`.
+    text_encoder: Literal["applied", "ignored", "none"]
+
+
+class Upload(BaseModel):
+    """Where the file is to be sent: with `method` and just these headers. Ask again when it is there."""
+
+    method: Literal["PUT"] = "PUT"
+    url: str
+    headers: Mapping[str, str]
+
+
+class Registered(BaseModel):
+    """One of the two is null."""
+
+    model: ModelView | None
+    upload: Upload | None
 
 
 class ModelList(BaseModel):
@@ -62,23 +95,53 @@ class ModelList(BaseModel):
     models: Sequence[ModelView]
 
 
-router = APIRouter(prefix="/v1/models", dependencies=[caller_with("read")], responses=problems(401, 403, 429, 503))
+_Id = Annotated[VariantName, Path(alias="id")]
+_Reader = Annotated[Caller, caller_with("read")]
+_Submitter = Annotated[Caller, caller_with("submit")]
+
+router = APIRouter(prefix="/v1/models", responses=problems(401, 403, 429, 503))
 
 
 @router.get("")
-async def list_models(service: Served) -> ModelList:
-    """The models that are served, whether they can work now or not."""
+async def list_models(service: Served, caller: _Reader) -> ModelList:
+    """The models that are served, whether they can work now or not; then the LoRAs, newest first."""
     rows = [_view(name, service.jobs.settings, readiness) for name, readiness in service.models().items()]
+    rows += [lora_view(lora) for lora in await service.loras.list(caller)]
     return ModelList(data=rows, models=rows)
 
 
 @router.get("/{id}", responses=problems(404))
-async def get_model(name: Annotated[VariantName, Path(alias="id")], service: Served) -> ModelView:
-    """A model."""
+async def get_model(name: _Id, service: Served, caller: _Reader) -> ModelView:
+    """A model, or a LoRA."""
     readiness = service.models().get(name)
     if readiness is None:
-        raise HTTPException(404, "no such model is served; see GET /v1/models")
+        return lora_view(await service.loras.get(name, caller))
     return _view(name, service.jobs.settings, readiness)
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={202: {"model": Registered}, **problems(404, 408, 413, 415, 422)},
+    openapi_extra={"requestBody": json_body("LoraBody")},
+)
+async def register_lora(request: Request, response: Response, service: Served, caller: _Submitter) -> Registered:
+    """Register a LoRA. 202 until its file is uploaded: send it to `upload`, and ask again with the same body."""
+    try:
+        body = LoraBody.model_validate(await read_json(request, service.limits))
+    except ValidationError as e:
+        raise invalid(e) from None
+    found = await service.loras.register(body, caller)
+    if isinstance(found, UploadLink):
+        response.status_code = 202
+        return Registered(model=None, upload=Upload(url=found.url, headers=found.headers))
+    return Registered(model=lora_view(found), upload=None)
+
+
+@router.delete("/{id}", status_code=204, responses=problems(404))
+async def delete_lora(lora_id: _Id, service: Served, caller: _Submitter) -> None:
+    """Delete a LoRA, and the file that was uploaded for it. Jobs that use it and have not ended fail."""
+    await service.loras.delete(lora_id, caller)
 
 
 def _view(name: str, settings: Settings, readiness: VariantReadiness) -> ModelView:
@@ -106,6 +169,34 @@ def _view(name: str, settings: Settings, readiness: VariantReadiness) -> ModelVi
         source_uri=f"hf://{row.repo}" if row.repo else None,
         local_path=_shown(row.file) if row.file and not row.repo else None,
         files_json=[_shown(one) for one in (row.file, row.base) if one],
+    )
+
+
+def lora_view(lora: Lora) -> ModelView:
+    facts = lora.facts
+    text_encoder: Any = "ignored" if lora.ignores_text_encoder else "applied" if facts.text_encoder_layers else "none"
+    return ModelView(
+        id=lora.id,
+        created=int(lora.created_at.timestamp()),
+        owned_by=lora.owner or "local",
+        name=lora.name,
+        kind=f"{facts.family}-lora",
+        version=lora.version,
+        installed=True,
+        parameters_schema={},
+        state="available",
+        where={},
+        error="",
+        capabilities={"lora": True},
+        defaults={"scale": 1.0},
+        source_uri=None,
+        local_path=None,
+        files_json=[lora.path],
+        lora=LoraView(
+            **facts.model_dump(),
+            **lora.model_dump(include={"sha256", "size_bytes", "trigger_word", "alpha"}),
+            text_encoder=text_encoder,
+        ),
     )
 
 

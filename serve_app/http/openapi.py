@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..edit.posted import InpaintBody
+from ..generate.loras import LoraBody
 from ..generate.request import GenerateBody
 from ..jobs.messages import PushEnvelope
 from ..jobs.record import Job
@@ -23,7 +24,15 @@ from .problems import CORRELATION_ID, Problem, problem, problems
 from .views import job_view
 
 #: Bodies that routes read themselves, lines and messages of streams, and the error of all.
-_MODELS: Sequence[type[BaseModel]] = (AuditBody, GenerateBody, InpaintBody, PushEnvelope, Problem, *MESSAGES.values())
+_MODELS: Sequence[type[BaseModel]] = (
+    AuditBody,
+    GenerateBody,
+    InpaintBody,
+    LoraBody,
+    PushEnvelope,
+    Problem,
+    *MESSAGES.values(),
+)
 _CORRELATED = {CORRELATION_ID: {"schema": {"type": "string"}, "description": "By which the log names the request."}}
 _PARAMETERS = GenerateParameters(
     prompt="an old-growth forest at dawn", width=1024, height=1024, steps=24, guidance_scale=7

@@ -9,7 +9,9 @@ from pydantic import BaseModel
 
 from ..audit.runs import Audits
 from ..blobs import BlobInfo
-from ..jobs.api import Caller, JobApi
+from ..generate.loras import Loras
+from ..jobs.api import JobApi
+from ..jobs.kinds import Caller
 from ..jobs.ports import Delivery, Verdict
 from ..settings import Limits
 from ..telemetry import Metrics
@@ -69,6 +71,7 @@ class Service(Protocol):
     metrics: Metrics
     audits: Audits
     jobs: JobApi
+    loras: Loras
     #: Whether an ingress replica is stopping, which may be this one: no request may wait any longer.
     is_stopping: bool
 

@@ -8,7 +8,6 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 from ..blobs import BlobStore
@@ -25,24 +24,15 @@ from ..errors import (
 from ..settings import Settings
 from . import claims
 from .cancel import cancel_session
-from .kinds import PostedKind
+from .kinds import Caller, PostedKind
 from .notifications import Notifier
 from .ports import JobQuery, JobStore
 from .record import Artifact, Job, Message
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caller:
-    """Who asks, and which jobs are shown to it."""
-
-    #: Of its API key; empty where the app has no keys.
-    id: str = ""
-    sees_all: bool = True
-    #: Jobs that no key has posted.
-    sees_messages: bool = True
-
-    def sees(self, job: Job) -> bool:
-        return self.sees_all or (job.owner == self.id if job.owner else self.sees_messages)
+#: How long a job goes on that nobody waits for any more. Clients that come again do so within about 10 s.
+ATTEND_S = 20.0
+#: Of a caller's jobs, how many are looked at for one that is asked for again.
+AGAIN_AMONG = 200
 
 
 class JobApi:
@@ -93,7 +83,7 @@ class JobApi:
         # Before what it takes is fetched and stored for it.
         stored = await self._jobs.get(job_id)
         if stored is None:
-            new = await kind.post(body, job_id=job_id)
+            new = await kind.post(body, caller, job_id=job_id)
             about = {"jobType": new.type, "jobId": new.id, "variant": new.variant}
             message = Message(data=json.dumps(about), attributes=about)
             redispatch_s, api = self.settings.work.redispatch_after_s, self.settings.api
@@ -111,6 +101,19 @@ class JobApi:
         if not caller.sees(stored) or stored.request != fingerprint:
             raise KeyReused("a request with another payload came with this key or id before")
         return stored, False
+
+    async def again(self, body: Mapping[str, Any], caller: Caller) -> Job | None:
+        """The newest of the caller's jobs that the same `body` asked for, if it is among its newest ones: for clients
+        that send a request again without saying which. Raises StoreUnavailable."""
+        for job in await self._jobs.list(owner=caller.id, limit=AGAIN_AMONG):
+            if job.owner == caller.id and job.request == _fingerprint(body, job.id):
+                return job
+        return None
+
+    async def attend(self, job: Job) -> None:
+        """Keep the job for `ATTEND_S` seconds more: one that somebody waits for ends when all who wait have left,
+        whichever ingress they asked. Raises StoreUnavailable."""
+        await self._jobs.update(job.id, job.lock_key, claims.attend(ATTEND_S))
 
     async def get(self, job_id: str, caller: Caller) -> Job:
         """Raises UnknownJob, also for a job that the caller does not see; StoreUnavailable."""

@@ -193,6 +193,17 @@ def cancel(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[J
     return (job.after(Cause.CANCELED, now, fence=job.fence + 1, error=error),)
 
 
+def attend(for_s: float) -> Change:
+    """Move the deadline of a job that is not over to `for_s` seconds from now."""
+
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        if job is None or job.status.is_final:
+            return ()
+        return (job.evolve(deadline=now + timedelta(seconds=for_s)),)
+
+    return change
+
+
 def replay(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
     """Have a failed job run again, with all its attempts, when its message comes again. Others stay as they are.
 

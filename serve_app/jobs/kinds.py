@@ -13,6 +13,26 @@ from ..parameters import GuidanceScale, JobType, Steps, VariantName
 from .record import Artifact, Job, Timings
 
 
+class Owned(Protocol):
+    @property
+    def owner(self) -> str:
+        """The id of the API key that posted it; empty where none did."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caller:
+    """Who asks, and which jobs are shown to it."""
+
+    #: Of its API key; empty where the app has no keys.
+    id: str = ""
+    sees_all: bool = True
+    #: Jobs that no key has posted, and blobs of the store by their paths.
+    sees_messages: bool = True
+
+    def sees(self, owned: Owned) -> bool:
+        return self.sees_all or (owned.owner == self.id if owned.owner else self.sees_messages)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
     """A message that was understood."""
@@ -74,7 +94,7 @@ class Kind(Protocol):
 class PostedKind(Kind, Protocol):
     """One whose jobs are asked for over HTTP, too."""
 
-    async def post(self, body: Mapping[str, Any], *, job_id: str) -> Job:
+    async def post(self, body: Mapping[str, Any], caller: Caller, *, job_id: str) -> Job:
         """The record of the job that `body`, a request's, asks for. What the job takes is stored first.
 
         Raises ValidationError and InputError, which name the field at fault; Unavailable.

@@ -53,7 +53,7 @@ class Lease:
         the job with its progress at the start, and then at its own pace."""
         self._job, self._claim = job, claims.claim_of(job)
         self._store, self._show_job, self._work, self._pace = store, show, work, pace or Pace()
-        self._claimed_at = claimed_at
+        self._claimed_at, self._deadline = claimed_at, job.deadline
         self._latest = self._reported = self._mirrored = Progress()
         #: On the monotonic clock, before the store was asked: its lease ends no earlier than `lease_s` after it.
         self._renewed_at = claimed_at
@@ -70,12 +70,10 @@ class Lease:
         self._showing = asyncio.ensure_future(self._show())
         both: set[asyncio.Future[Any]] = {painting, keeping}
         try:
-            await asyncio.wait(both, timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED)
-            if painting.done():
-                return painting.result()
-            if keeping.done():
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not painting.done():
                 keeping.result()
-            raise DeadlineExceeded(f"the deadline {self._job.deadline} passed while the job ran")
+            return painting.result()
         finally:
             try:
                 await _stop(painting)
@@ -96,12 +94,13 @@ class Lease:
             await self._report()
         await retry_unavailable(self._renew, self._work.lease_s)
 
-    def _seconds_left(self) -> float | None:
-        if self._job.deadline is None or self._job.started_at is None:
-            return None
+    def _check_deadline(self) -> None:
+        if self._deadline is None or self._job.started_at is None:
+            return
         # From the claim to the deadline by the store's clock, and since the claim by this host's monotonic one.
-        whole_s = (self._job.deadline - self._job.started_at).total_seconds()
-        return max(0.0, whole_s - (time.monotonic() - self._claimed_at))
+        whole_s = (self._deadline - self._job.started_at).total_seconds()
+        if time.monotonic() - self._claimed_at >= whole_s:
+            raise DeadlineExceeded(f"the deadline {self._deadline} passed while the job ran")
 
     async def _keep(self) -> None:
         assert self._showing is not None
@@ -110,6 +109,7 @@ class Lease:
         tick_s = max(0.05, min(self._work.renew_s, self._pace.cancel_poll_s, self._pace.progress_s))
         while True:
             await asyncio.sleep(tick_s)
+            self._check_deadline()
             try:
                 if renewal.is_due():
                     await self._renew()
@@ -136,7 +136,7 @@ class Lease:
 
     def _check(self, job: Job | None) -> None:
         try:
-            claims.check_held(job, self._claim)
+            self._deadline = claims.check_held(job, self._claim).deadline
         except StaleClaim as e:
             raise _why(e) from e
 

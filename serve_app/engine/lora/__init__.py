@@ -1,0 +1,1 @@
+"""LoRAs: files checked and read, and painted with. `apart` imports no torch."""
