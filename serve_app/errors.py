@@ -57,7 +57,7 @@
     │   ├── UnknownJob             there is no such job
     │   ├── StaleClaim             a write with an old fencing number
     │   └── IllegalTransition      the state machine has no such edge
-    ├── UnknownLora                there is no such LoRA, or not for this caller
+    ├── UnknownModel               there is no such model or LoRA, or not for this caller
     ├── BlobError                  a blob store's error
     │   ├── BlobNotFound
     │   ├── BlobTooLarge
@@ -210,12 +210,6 @@ class NotFinite(LoraRefused):
 
 class LoraChanged(LoraRefused):
     code = "lora_changed"
-
-
-class UnknownLora(FluxFillError):
-    code = "unknown_lora"
-    http_status = 404
-    disposition = Disposition.DEAD_LETTER
 
 
 class KeyReused(InputError):
@@ -385,6 +379,12 @@ class StaleClaim(ClaimError):
 
 class IllegalTransition(ClaimError):
     code = "illegal_transition"
+
+
+class UnknownModel(FluxFillError):
+    code = "unknown_model"
+    http_status = 404
+    disposition = Disposition.DEAD_LETTER
 
 
 class BlobError(FluxFillError):

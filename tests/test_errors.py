@@ -31,7 +31,8 @@ DISPOSITIONS = {
         "MaskMismatch", "MaskUnclear", "CallbackRefused", "UnknownVariant", "MessageRefused", "BlobNotFound",
         "BlobTooLarge", "UnsafePath", "InvalidLink", "AuthError", "Unauthorized", "Forbidden", "AuditError",
         "UnknownAudit", "AuditExists", "AuditRunning", "AuditImpossible", "LinkRefused", "KeyReused", "NotSupported",
-        "BlankImage", "RateLimited", "QuotaExceeded",
+        "BlankImage", "RateLimited", "QuotaExceeded", "LoraRefused", "NotSafetensors", "Truncated", "LoraTooLarge",
+        "WrongModel", "UnsupportedFormat", "NotFinite", "LoraChanged", "UnknownModel",
     ],
     Disposition.RETRY: [
         "FluxFillError", "PaintError", "ReplicaLost", "GpuLost", "InferenceTimeout", "OutOfMemory",

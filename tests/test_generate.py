@@ -26,12 +26,13 @@ from serve_app.errors import (
     ReplicaLost,
     StoreUnavailable,
     UnknownJob,
+    UnknownModel,
     UnknownVariant,
     VariantNotReady,
 )
 from serve_app.generate.job import Generation
 from serve_app.generate.loras import Loras
-from serve_app.jobs.api import JobApi
+from serve_app.jobs.api import ATTEND_S, JobApi
 from serve_app.jobs.kinds import Caller
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Verdict
@@ -393,7 +394,8 @@ async def test_smoke_settings_go_before_what_is_asked() -> None:
         ({"steps": "30"}, ValidationError, "steps"),
         ({"seed": -1}, ValidationError, "seed"),
         ({"format": "gif"}, ValidationError, "format"),
-        ({"loras": []}, ValidationError, "loras"),
+        ({"loras": [{"id": "none"}]}, UnknownModel, "none"),
+        ({"loras": [{"id": "none", "scale": 11.0}]}, ValidationError, "scale"),
         ({"width": 100}, InputError, "96 or 104"),
         ({"model_id": "flux-dev-Q8_0", "height": 72}, InputError, "height: 72 .* 64 or 80"),
         ({"scheduler": "ddpm"}, InputError, "scheduler: sdxl has euler"),
@@ -454,6 +456,26 @@ async def test_an_id_makes_one_job_and_is_nobody_elses(studio: Studio) -> None:
     assert (await studio.api.post(BODY, ann, job_id="mine"))[0].id == job.id == "mine"
     with pytest.raises(KeyReused):
         await studio.api.post(BODY, bob, job_id="mine")
+
+
+async def test_a_request_that_comes_again_without_a_key_finds_its_newest_job(studio: Studio) -> None:
+    ann, bob = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
+    assert await studio.api.again(BODY, ann) is None
+    first, _ = await studio.api.post(BODY, ann)
+    studio.clock.advance(1)
+    second, _ = await studio.api.post(BODY, ann)
+    await studio.api.post(BODY | {"seed": 1}, ann)
+    found = await studio.beside().api.again(dict(reversed(BODY.items())), ann)
+    assert found and found.id == second.id != first.id
+    assert await studio.api.again(BODY, bob) is None and await studio.api.again(BODY, OPEN) is None
+
+
+async def test_a_job_that_all_have_left_expires_and_paints_nothing(studio: Studio) -> None:
+    job, _ = await studio.api.post(BODY, OPEN)
+    await studio.api.attend(job)
+    studio.clock.advance(ATTEND_S + 1)
+    await studio.work()
+    assert (await studio.api.get(job.id, OPEN)).status == State.EXPIRED and not studio.painter.requests
 
 
 async def test_a_request_in_flight_refuses_its_copy_until_it_is_answered(studio: Studio) -> None:

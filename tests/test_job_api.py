@@ -440,7 +440,7 @@ async def test_models_are_one_body_for_several_clients(site: Site) -> None:
     assert sdxl["capabilities"]["multiple_px"] == 8 and "count" in sdxl["parameters_schema"]["properties"]
     assert (sdxl["state"], sdxl["enabled"], sdxl["owned_by"]) == ("loaded", True, "stabilityai")
     assert sdxl["source_uri"].startswith("hf://stabilityai/") and sdxl["local_path"] is None
-    assert refused(await site.http.get("/v1/models/none")) == (404, "not_found")
+    assert refused(await site.http.get("/v1/models/none")) == (404, "unknown_model")
 
 
 @pytest.mark.parametrize(

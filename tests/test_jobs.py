@@ -447,6 +447,19 @@ def test_a_job_past_its_deadline_expires_instead(running: bool) -> None:
     assert one(claim(job, 30)(None, ())).status == State.EXPIRED, "its deadline is over from its very moment on"
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_job_that_is_attended_goes_on_and_expires_when_it_is_left(running: bool) -> None:
+    job = make_job(deadline=at(30))
+    attended = one(dated(claims.attend(30), 20)(claimed(job) if running else job, ()))
+    assert attended.deadline == at(50)
+    assert one(claim(attended, LEASE_S)(attended, ())).status == State.EXPIRED
+
+
+def test_a_job_that_is_over_or_deleted_is_not_attended() -> None:
+    over = one(claims.cancel(make_job(), (), at(1)))
+    assert not dated(claims.attend(30), 2)(over, ()) and not dated(claims.attend(30), 2)(None, ())
+
+
 def test_renewing_extends_the_lease() -> None:
     job = claimed()
     assert one(claims.renew(claim_of(job), lease_s=LEASE_S)(job, (), at(20))).lease_until == at(80)

@@ -238,6 +238,32 @@ async def test_a_deadline_is_counted_from_the_claim_by_the_stores_clock(host: Ho
             await host.keeper(job, asked_at).guard(forever())
 
 
+async def test_a_deadline_that_moves_is_the_newest(host: Host) -> None:
+    job = await host.claim(deadline=host.clock() + timedelta(seconds=30))
+    holding = asyncio.create_task(host.keeper(job).guard(forever()))
+    host.clock.advance(29)
+    await host.jobs.update(job.id, job.lock_key, claims.attend(30))
+    await host.looks("get")
+    host.ahead_s += 31
+    await host.looks("get")
+    assert not holding.done()
+    host.ahead_s += 30
+    with pytest.raises(DeadlineExceeded):
+        async with asyncio.timeout(10):
+            await holding
+
+
+async def test_a_deadline_that_comes_late_ends_the_job(host: Host) -> None:
+    job = await host.claim()
+    holding = asyncio.create_task(host.keeper(job).guard(forever()))
+    await host.jobs.update(job.id, job.lock_key, claims.attend(30))
+    await host.looks("get")
+    host.ahead_s += 31
+    with pytest.raises(DeadlineExceeded):
+        async with asyncio.timeout(10):
+            await holding
+
+
 async def test_a_job_goes_on_until_its_deadline(host: Host) -> None:
     job = await host.claim(deadline=host.clock() + timedelta(seconds=30))
 

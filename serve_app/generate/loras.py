@@ -27,7 +27,7 @@ from ..errors import (
     MissingInput,
     QuotaExceeded,
     Truncated,
-    UnknownLora,
+    UnknownModel,
     UnsafePath,
 )
 from ..jobs.kinds import Caller
@@ -146,10 +146,10 @@ class Loras:
             raise
 
     async def get(self, lora_id: str, caller: Caller) -> Lora:
-        """Raises UnknownLora, also for one that the caller does not see; StoreUnavailable."""
+        """Raises UnknownModel, also for one that the caller does not see; StoreUnavailable."""
         lora = await self._stored(lora_id)
         if lora is None or not caller.sees(lora):
-            raise UnknownLora(f"there is no LoRA {lora_id}")
+            raise UnknownModel(f"there is no model or LoRA {lora_id}")
         return lora
 
     async def list(self, caller: Caller) -> Sequence[Lora]:
