@@ -471,7 +471,7 @@ async def test_a_request_that_comes_again_without_a_key_finds_its_newest_job(stu
 
 
 async def test_a_job_that_all_have_left_expires_and_paints_nothing(studio: Studio) -> None:
-    job, _ = await studio.api.post(BODY, OPEN)
+    job = await studio.post()
     await studio.api.attend(job)
     studio.clock.advance(ATTEND_S + 1)
     await studio.work()
