@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments.cli import generate, main
+from deployments.cli import generate, main, server
 
 Message = tuple[str, str, dict[str, Any]]
 
@@ -106,13 +106,13 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     api = Api()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"api": api}))
-    api.url = f"http://127.0.0.1:{server.server_port}"
+    http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"api": api}))
+    api.url = f"http://127.0.0.1:{http.server_port}"
     monkeypatch.setattr(generate, "RETRY_S", 0.01)
-    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield api
-    server.shutdown()
-    server.server_close()
+    http.shutdown()
+    http.server_close()
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def run(
     api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.chdir(tmp_path)
-    for screen in (generate.out, generate.err):
+    for screen in (generate.out, server.err):
         monkeypatch.setattr(screen, "width", 300)
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -138,13 +138,29 @@ Run = Callable[..., tuple[int, str, str]]
 
 def test_pictures_land_in_a_folder_named_after_the_job(api: Api, run: Run) -> None:
     api.streams = [[state(1, "queued"), state(2, "running"), artifact(3), artifact(4), state(5, "succeeded")]]
-    status, out, _ = run("--count", "2", "--steps", "4", "--guidance", "3.5", "--model", "fake", "--seed", "0")
+    status, out, _ = run(
+        "--count",
+        "2",
+        "--steps",
+        "4",
+        "--guidance",
+        "3.5",
+        "--model",
+        "fake",
+        "--seed",
+        "0",
+        "--lora",
+        "a:0.5",
+        "--lora",
+        "b",
+    )
     assert (status, api.resumed) == (0, [None])
     assert [Path("j1", f"{n}.png").read_text() for n in (0, 1)] == ["picture /0", "picture /1"]
     assert "wrote j1/0.png" in out and "wrote j1/1.png" in out
     ((key, body),) = api.posts
     assert key.startswith('"') and key.endswith('"')
     given = {"prompt": "a fox", "count": 2, "steps": 4, "guidance": 3.5, "model_id": "fake", "seed": 0}
+    given["loras"] = [{"id": "a", "scale": 0.5}, {"id": "b", "scale": 1.0}]
     assert body == {"type": "generate", **given}
     assert "Authorization" not in api.headers[0]
 

@@ -1,4 +1,4 @@
-"""The command line: `fluxfill demo | submit | generate | jobs | deadletters | audit | keys | check | weights`."""
+"""The command line, `fluxfill`: one function or module for each of its commands."""
 
 import asyncio
 import uuid
@@ -24,6 +24,7 @@ from .audits import audit_app
 from .dead_letters import deadletters_app
 from .generate import generate
 from .keys import keys_app
+from .loras import loras_app
 from .screen import Screen
 from .subcommands import goes_to_subcommand
 
@@ -39,6 +40,7 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(weights_app, name="weights")
 app.add_typer(deadletters_app, name="deadletters")
 app.add_typer(keys_app, name="keys")
+app.add_typer(loras_app, name="loras")
 app.add_typer(audit_app, name="audit")
 app.command()(generate)
 
