@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.environment import with_environment
-from serve_app.http.problems import BODIES_AT_ONCE
+from serve_app.http.problems import BODIES_AT_ONCE, UPLOADS_AT_ONCE
 from serve_app.models import Variant
 from serve_app.parameters import AuditRequest
 from serve_app.settings import Inference, Scaling, Settings
@@ -42,7 +42,11 @@ def build(args: Settings) -> serve.Application:
         name="Ingress",
         num_replicas=settings.ingress_replicas,
         # Probes find a place however many pushes, slow bodies and event streams there are.
-        max_ongoing_requests=settings.in_flight() + BODIES_AT_ONCE + settings.api.streams + OTHER_REQUESTS,
+        max_ongoing_requests=settings.in_flight()
+        + BODIES_AT_ONCE
+        + UPLOADS_AT_ONCE
+        + settings.api.streams
+        + OTHER_REQUESTS,
         ray_actor_options={"num_cpus": 0.2},
         # Serve first waits for the pushes it has sent here, and kills what is not stopped by then.
         graceful_shutdown_timeout_s=settings.push.response_timeout_s + settings.work.shutdown_grace_s + STOP_S,

@@ -16,6 +16,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import adapters
+from serve_app.adapters.blobs.links import LocalLinks
 from serve_app.adapters.image_links import ImageLinks
 from serve_app.adapters.webhooks import Webhooks
 from serve_app.audit.runs import Audits
@@ -113,14 +114,14 @@ class Ingress:
         self._inference: Inference | None = None
         self._defaults_error = ""
         self._watch = VariantWatch(models, deployments, self.metrics)
-        self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
+        self.blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._links = adapters.local_links(settings)
         self._job_store = adapters.job_store(settings.jobs)
         # An audit's job keeps no GPU node awake: it runs where ingresses may.
         pool = ray.get_runtime_context().get_node_labels().get(POOL)
         launcher = RayJobs(app=serve.get_replica_context().app_name, pool=pool)
         self.audits = Audits(
-            blobs=self._blobs,
+            blobs=self.blobs,
             job_store=self._job_store,
             launcher=launcher,
             settings=settings,
@@ -142,11 +143,11 @@ class Ingress:
             painters[name] = RemoteModel(name, handles[name], self._watch, "paint")
         for name in settings.generators:
             generators[name] = RemoteModel(name, handles[name], self._watch, "generate")
-        prompts = RemotePrompts(encoders, PromptCache(self._blobs), settings)
+        prompts = RemotePrompts(encoders, PromptCache(self.blobs), settings)
         self._image_links = ImageLinks(settings)
-        for_kinds: dict[str, Any] = {"blobs": self._blobs, "prompts": prompts, "settings": settings}
+        for_kinds: dict[str, Any] = {"blobs": self.blobs, "prompts": prompts, "settings": settings}
         editor = Editor(models=painters, defaults=self._defaults, links=self._image_links, **for_kinds)
-        self.loras = Loras(blobs=self._blobs, checker=CheckedApart(settings), settings=settings.loras)
+        self.loras = Loras(blobs=self.blobs, checker=CheckedApart(settings), settings=settings.loras)
         generation = Generation(models=generators, loras=self.loras, **for_kinds)
         self._webhooks = Webhooks(settings.webhooks, self._secrets)
         stored: dict[str, Any] = {"kinds": [editor, generation], "job_store": self._job_store, "settings": settings}
@@ -159,7 +160,7 @@ class Ingress:
         }
         self._notifier = Notifier(**shared)
         self._worker = Worker(notifier=self._notifier, models={**painters, **generators}, **shared)
-        self.jobs = JobApi(blobs=self._blobs, notifier=self._notifier, **stored)
+        self.jobs = JobApi(blobs=self.blobs, notifier=self._notifier, **stored)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new inference defaults. Jobs that were claimed before keep their values.
@@ -223,10 +224,16 @@ class Ingress:
         return self._watch.is_stopping
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
+        path = self._own_links().path_of(token)
+        return await self.blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
+
+    def upload_of(self, token: str) -> tuple[str, int]:
+        return self._own_links().upload_of(token)
+
+    def _own_links(self) -> LocalLinks:
         if self._links is None:
             raise InvalidLink("this app does not serve its blobs: its links lead to the store")
-        path = self._links.path_of(token)
-        return await self._blobs.get(path, max_bytes=self._settings.limits.stored_bytes)
+        return self._links
 
     # -- for an audit's job, by handle
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from serve_app import adapters
 from serve_app.audit.runs import Audits
 from serve_app.blobs import BlobInfo
 from serve_app.engine.lora.apart import CheckedApart
@@ -54,6 +55,7 @@ class Process:
         self.metrics: Metrics = rig.metrics
         self.access = Access(settings(), Secrets())
         self.limits = rig.settings.limits
+        self.blobs = rig.blobs
         self.worked = 0
         self.jobs = JobApi(
             kinds=rig.kinds, job_store=rig.jobs, blobs=rig.blobs, notifier=rig.notifier, settings=rig.settings
@@ -93,3 +95,8 @@ class Process:
             raise InvalidLink("the link has expired, or is none of ours")
         found: tuple[bytes, BlobInfo] = await self.rig.blobs.get(LINKS[token], max_bytes=10**6)
         return found
+
+    def upload_of(self, token: str) -> tuple[str, int]:
+        links = adapters.local_links(self.rig.settings)
+        assert links is not None
+        return links.upload_of(token)

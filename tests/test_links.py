@@ -15,7 +15,7 @@ import jwt
 import pytest
 
 from serve_app import adapters
-from serve_app.adapters.blobs.links import AUDIENCE, KEY_BYTES, MAX_EXPIRES_S, LocalLinks
+from serve_app.adapters.blobs.links import AUDIENCE, KEY_BYTES, MAX_EXPIRES_S, UPLOADS, LocalLinks
 from serve_app.errors import InvalidLink, StoreUnavailable, UnsafePath
 from serve_app.settings import Settings, VariantSettings
 
@@ -60,6 +60,23 @@ async def test_a_link_names_its_blob_and_nothing_but_a_token_follows(links: Loca
 async def test_a_public_url_may_end_with_a_slash(tmp_path: Path) -> None:
     link = await LocalLinks(f"files:{tmp_path}/blobs", f"{PUBLIC_URL}/").link(PATH, expires_s=60)
     assert link.startswith(f"{PUBLIC_URL}/blobs/ey")
+
+
+async def test_a_link_for_an_upload_names_its_blob_and_its_size(links: LocalLinks) -> None:
+    link = await links.upload_link(PATH, size=77, expires_s=60)
+    assert link.headers == {"Content-Length": "77"}
+    assert links.upload_of(token_of(link.url)) == (PATH, 77)
+    with pytest.raises(ValueError, match="604800"):
+        await links.upload_link(PATH, size=77, expires_s=0)
+    with pytest.raises(UnsafePath):
+        await links.upload_link("../secret", size=77, expires_s=60)
+
+
+async def test_who_may_read_may_not_write_nor_the_other_way_round(links: LocalLinks) -> None:
+    with pytest.raises(InvalidLink, match="something else"):
+        links.path_of(token_of((await links.upload_link(PATH, size=77, expires_s=60)).url))
+    with pytest.raises(InvalidLink, match="something else"):
+        links.upload_of(token_of(await links.link(PATH, expires_s=60)))
 
 
 async def test_what_is_asked_for_is_checked(links: LocalLinks) -> None:
@@ -112,6 +129,8 @@ def test_an_unsigned_or_altered_token_is_refused(folder_links: LocalLinks, key: 
 def test_a_path_is_checked_though_it_is_signed(folder_links: LocalLinks, key: bytes, path: str) -> None:
     with pytest.raises(UnsafePath):
         folder_links.path_of(token(key, sub=path))
+    with pytest.raises(UnsafePath):
+        folder_links.upload_of(token(key, sub=path, aud=UPLOADS, size=1))
 
 
 async def test_stores_share_no_links(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """What a web page of another site may ask of the app on its reader's machine, and bodies that never come whole."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,6 +30,13 @@ async def process() -> Process:
     rig = Rig()
     await rig.put_session()
     return Process(rig)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files are made."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture
@@ -165,6 +174,26 @@ def test_a_link_is_followed_from_any_page(client: TestClient) -> None:
         assert ask(client, "GET", "/blobs/good.token", **headers) == (200, "")
 
 
+async def test_a_file_of_any_type_is_uploaded_but_by_no_page_of_another_site(
+    client: TestClient, process: Process
+) -> None:
+    link = (await process.blobs.upload_link("x/y", size=2, expires_s=60)).url.removeprefix("http://app.example.org")
+    for headers in (
+        {"origin": "https://evil.example"},
+        {"sec-fetch-site": "cross-site"},
+        {"host": "rebind.evil.example"},
+    ):
+        refused = client.put(link, content=b"hi", headers={"content-type": "text/plain", **headers})
+        assert refused.status_code in (403, 421)
+    # What a browser asks before it lets a page of another site send a PUT.
+    asked = {"origin": "https://evil.example", "access-control-request-method": "PUT"}
+    assert "access-control-allow-origin" not in client.options(link, headers=asked).headers
+    assert [blob async for blob in process.blobs.list("x")] == []
+    for given in ({}, {"content-type": "application/octet-stream"}, {"content-type": "text/plain"}):
+        assert client.put(link, content=b"hi", headers=given).status_code == 204
+    assert (await process.blobs.get("x/y", max_bytes=9))[0] == b"hi"
+
+
 # Bodies that never come whole
 
 
@@ -183,9 +212,9 @@ class Slow:
         await self.rest.wait()
         yield b"}"
 
-    async def post(self, path: str) -> httpx.Response:
+    async def post(self, path: str, method: str = "POST") -> httpx.Response:
         headers = {"Content-Type": "application/json"}
-        return await self.client.post(path, content=self._half(), headers=headers)
+        return await self.client.request(method, path, content=self._half(), headers=headers)
 
 
 @pytest.mark.parametrize("path", ["/inpaint", "/audit"])
@@ -211,6 +240,84 @@ async def test_bodies_that_are_slow_leave_places_for_all_else(process: Process) 
     slow.rest.set()
     assert [(await task).status_code for task in held] == [400, 422]
     assert (await slow.post("/inpaint")).status_code == 400
+
+
+async def upload_link(process: Process, size: int) -> str:
+    link = await process.blobs.upload_link("models/m/lora", size=size, expires_s=60)
+    return str(link.url).removeprefix("http://app.example.org")
+
+
+async def uploaded(process: Process) -> list[int]:
+    return [blob.size async for blob in process.blobs.list("models")]
+
+
+@pytest.mark.parametrize("body", [b"", b"shor", b"too long", bytes(1_000_000)])
+@pytest.mark.parametrize("says_its_length", [True, False])
+async def test_an_upload_of_another_length_stores_nothing(
+    process: Process, body: bytes, says_its_length: bool, temporary: Path
+) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), 65_536):
+            yield body[at : at + 65_536]
+
+    client, link = Slow(process, Bodies()).client, await upload_link(process, 5)
+    refused = await client.put(link, content=body if says_its_length else chunks())
+    assert (refused.status_code, refused.json()["code"]) == (400, "malformed_message")
+    assert (await uploaded(process), list(temporary.iterdir())) == ([], [])
+    assert (await client.put(link, content=b"right")).status_code == 204
+    assert (await uploaded(process), list(temporary.iterdir())) == ([5], [])
+
+
+async def test_an_upload_whose_length_is_wrong_is_refused_before_it_is_read(process: Process) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    client, link = Slow(process, Bodies()).client, await upload_link(process, 5)
+    refused = await client.put(link, content=never(), headers={"Content-Length": "6"})
+    assert (refused.status_code, refused.json()["code"]) == (400, "malformed_message")
+
+
+async def test_an_upload_that_stalls_ends_and_one_that_does_not_may_take_longer(
+    process: Process, monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    bodies = Bodies(uploads_at_once=1, timeout_s=0.05)
+    slow, link = Slow(process, bodies), await upload_link(process, 2)
+    for _ in range(2):
+        response = await slow.post(link, "PUT")
+        assert (response.status_code, response.json()["code"]) == (408, "body_timeout"), "its place is free again"
+    assert (await uploaded(process), list(temporary.iterdir())) == ([], [])
+
+    async def trickling() -> AsyncIterator[bytes]:
+        for _ in range(15):
+            yield bytes(50_000)
+            await asyncio.sleep(0.1)
+
+    slow, link = Slow(process, Bodies(timeout_s=1.0)), await upload_link(process, 15 * 50_000)
+    assert (await slow.client.put(link, content=trickling())).status_code == 204, "longer than the time-out"
+    monkeypatch.setattr("serve_app.http.problems.SLOWEST_BYTES_PER_S", 10_000_000)
+    assert (await slow.client.put(link, content=trickling())).status_code == 408
+
+
+async def test_uploads_that_are_slow_leave_places_for_all_else(process: Process) -> None:
+    slow = Slow(process, Bodies(uploads_at_once=2, at_once=1, timeout_s=60))
+    links = [await upload_link(process, 2) for _ in range(3)]
+    held = [asyncio.create_task(slow.post(link, "PUT")) for link in links[:2]]
+    for _ in held:
+        await slow.begun.acquire()
+    response = await slow.post(links[2], "PUT")
+    assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+    assert (await slow.client.post("/inpaint", content=b"{}", headers={"Content-Type": "application/json"})).is_error
+    slow.rest.set()
+    assert [(await task).status_code for task in held] == [204, 204]
+    assert (await slow.post(links[2], "PUT")).status_code == 204
+
+
+async def test_an_upload_ends_when_the_process_stops(process: Process) -> None:
+    process.is_stopping = True
+    response = await Slow(process, Bodies()).client.put(await upload_link(process, 2), content=b"hi")
+    assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+    assert await uploaded(process) == []
 
 
 # What /ready says

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
-from ..blobs import ANY_VERSION, BlobInfo
+from ..blobs import ANY_VERSION, BlobInfo, UploadLink
 from ..clock import Clock, utc_now
 from ..errors import BlobConflict, BlobNotFound, UnknownJob
 from ..jobs.claims import QUOTA_WINDOW, Change, Claim, Quota, posted
@@ -95,6 +95,9 @@ class MemoryBlobStore:
 
     async def link(self, path: str, *, expires_s: int) -> str:
         return await self._links.link(path, expires_s=expires_s)
+
+    async def upload_link(self, path: str, *, size: int, expires_s: int) -> UploadLink:
+        return await self._links.upload_link(path, size=size, expires_s=expires_s)
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
         return await self.put(path, source.read_bytes(), content_type="application/octet-stream")

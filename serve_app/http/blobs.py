@@ -1,10 +1,12 @@
-"""The HTTP route of signed links to blobs that this app serves itself."""
+"""The HTTP routes of signed links to blobs that this app serves itself."""
 
 import re
+import tempfile
 from collections.abc import Mapping
-from typing import Annotated
+from pathlib import Path as FilePath
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from ..audit.record import PAGE
 from .problems import problems
@@ -25,6 +27,9 @@ PAGE_POLICY = (
     "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
 )
 
+_Token = Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]
+_FILE: Any = {"required": True, "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
+
 router = APIRouter()
 
 
@@ -33,7 +38,7 @@ router = APIRouter()
     response_class=Response,
     responses={200: {"description": "The blob.", "content": {"*/*": {}}}, **problems(403, 404, 413, 422, 503)},
 )
-async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")], service: Served) -> Response:
+async def blob(token: _Token, service: Served) -> Response:
     """The blob of one of this app's signed links."""
     data, info = await service.blob(token)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
@@ -41,3 +46,19 @@ async def blob(token: Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")
     if _PAGE_PATH.fullmatch(info.path) and info.content_type.partition(";")[0].strip() == "text/html":
         headers["Content-Security-Policy"] = PAGE_POLICY
     return Response(data, media_type=info.content_type, headers=headers)
+
+
+@router.put(
+    "/blobs/{token}",
+    status_code=204,
+    responses=problems(400, 403, 408, 422, 503),
+    openapi_extra={"requestBody": _FILE},
+)
+async def upload_blob(token: _Token, request: Request, service: Served) -> None:
+    """Store the body as the blob of one of this app's signed links for uploads. It has as many bytes as the link was
+    made for; nothing is stored of any other."""
+    path, size = service.upload_of(token)
+    with tempfile.TemporaryDirectory(prefix="upload-") as folder:
+        file = FilePath(folder) / "body"
+        await request.app.state.bodies.save(request, file, size, is_stopping=lambda: service.is_stopping)
+        await service.blobs.upload(path, file)

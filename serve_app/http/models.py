@@ -122,7 +122,7 @@ async def get_model(name: _Id, service: Served, caller: _Reader) -> ModelView:
 @router.post(
     "",
     status_code=201,
-    responses={202: {"model": Registered}, **problems(404, 408, 413, 415, 422)},
+    responses={202: {"model": Registered}, **problems(400, 404, 408, 413, 415, 422)},
     openapi_extra={"requestBody": json_body("LoraBody")},
 )
 async def register_lora(request: Request, response: Response, service: Served, caller: _Submitter) -> Registered:

@@ -20,6 +20,7 @@ _CHANGES_NOTHING = ("GET", "HEAD", "OPTIONS")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]+)?")
 #: Behind whatever the app is mounted at.
 _JOBS = re.compile(r".*/v1/jobs(/[^/]+)?")
+_UPLOADS = re.compile(r".*/blobs/[^/]+")
 
 
 def check_page(method: str, path: str, headers: Mapping[str, str]) -> None:
@@ -33,6 +34,9 @@ def check_page(method: str, path: str, headers: Mapping[str, str]) -> None:
         raise ForeignOrigin("the request comes from a web page of another site")
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise ForeignOrigin("the request comes from a web page of another site")
+    # A page may PUT nothing to another site without a preflight, either.
+    if method == "PUT" and _UPLOADS.fullmatch(path):
+        return
     allowed = (JSON, FORM) if _JOBS.fullmatch(path) else (JSON,)
     if _has_body(headers) and headers.get("content-type", "").partition(";")[0].strip().lower() not in allowed:
         raise UnsupportedMediaType(f"a body must be {' or '.join(allowed)}")

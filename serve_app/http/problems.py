@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,14 +18,19 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import BodyTimeout, BodyTooLarge, FluxFillError, Unauthorized, Unavailable
+from ..errors import BodyTimeout, BodyTooLarge, FluxFillError, MalformedMessage, Unauthorized, Unavailable
 from ..telemetry import logged_with
 
 #: Places for bodies that are being read, and the size of one: a larger body takes several.
 BODIES_AT_ONCE = 32
 PLACE_BYTES = 14_000_000
+#: Files that are being uploaded: they take room on the disk, and a connection for long.
+UPLOADS_AT_ONCE = 4
+#: Of a file that is being uploaded, on average.
+SLOWEST_BYTES_PER_S = 100_000
 #: Of a field's name that a sender made up, in errors.
 _NAME_CHARS = 100
 
@@ -86,8 +92,11 @@ class Gate:
 class Bodies:
     """Reads bodies, each up to its limit and in time, and so few at once that slow ones do not block other requests."""
 
-    def __init__(self, *, at_once: int = BODIES_AT_ONCE, timeout_s: float = 15.0) -> None:
+    def __init__(
+        self, *, at_once: int = BODIES_AT_ONCE, timeout_s: float = 15.0, uploads_at_once: int = UPLOADS_AT_ONCE
+    ) -> None:
         self._places = self._at_once = at_once
+        self._uploads = uploads_at_once
         self._timeout_s = timeout_s
 
     async def read(self, request: Request, max_bytes: int) -> bytes:
@@ -112,6 +121,42 @@ class Bodies:
             raise BodyTimeout(f"the body was not complete after {self._timeout_s:g} s") from None
         finally:
             self._places += places
+
+    async def save(self, request: Request, to: Path, size: int, *, is_stopping: Callable[[], bool]) -> None:
+        """Writes a body of `size` bytes to a new file.
+
+        Raises MalformedMessage for a body of another length; BodyTimeout for one that stalls, or is slower than
+        SLOWEST_BYTES_PER_S; Unavailable while too many others are being saved, and once `is_stopping`.
+        """
+        if (length := request.headers.get("Content-Length", str(size))) != str(size):
+            raise MalformedMessage(f"the body has {length[:20]} bytes, not the {size} of the link")
+        if not self._uploads:
+            raise Unavailable("too many files are being uploaded; try again", retry_after_s=10)
+        self._uploads -= 1
+        came, began = 0, asyncio.get_running_loop().time()
+        try:
+            with to.open("xb", buffering=0) as file:
+                async with asyncio.timeout(self._timeout_s) as limit:
+                    async for chunk in request.stream():
+                        came += len(chunk)
+                        if came > size:
+                            break
+                        if is_stopping():
+                            raise Unavailable("this process is stopping; try again", retry_after_s=10)
+                        await asyncio.to_thread(file.write, chunk)
+                        slowest_s = self._timeout_s + came / SLOWEST_BYTES_PER_S
+                        now = asyncio.get_running_loop().time()
+                        limit.reschedule(min(now + self._timeout_s, began + slowest_s))
+        except TimeoutError:
+            raise BodyTimeout(f"the body stalled, or was slower than {SLOWEST_BYTES_PER_S} bytes a second") from None
+        except ClientDisconnect:
+            raise MalformedMessage(f"the sender left after {came} of {size} bytes") from None
+        except OSError as e:
+            raise Unavailable(f"the body cannot be kept: {e.strerror or e}") from e
+        finally:
+            self._uploads += 1
+        if came != size:
+            raise MalformedMessage(f"the body has {'more' if came > size else 'fewer'} than {size} bytes")
 
 
 def problem(

@@ -8,7 +8,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel
 
 from ..audit.runs import Audits
-from ..blobs import BlobInfo
+from ..blobs import BlobInfo, BlobStore
 from ..generate.loras import Loras
 from ..jobs.api import JobApi
 from ..jobs.kinds import Caller
@@ -68,6 +68,7 @@ class Service(Protocol):
 
     access: Access
     limits: Limits
+    blobs: BlobStore
     metrics: Metrics
     audits: Audits
     jobs: JobApi
@@ -84,6 +85,9 @@ class Service(Protocol):
 
     async def blob(self, token: str) -> tuple[bytes, BlobInfo]:
         """The blob of a signed link of this app. Raises InvalidLink, BlobNotFound, BlobTooLarge, StoreUnavailable."""
+
+    def upload_of(self, token: str) -> tuple[str, int]:
+        """The path and the size that a signed link of this app is for. Raises InvalidLink, StoreUnavailable."""
 
 
 async def _service(request: Request) -> Service:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from ...blobs import ANY_VERSION, BlobInfo
+from ...blobs import ANY_VERSION, BlobInfo, UploadLink
 from ...edit.containers import content_type
 from ...errors import BlobConflict, BlobNotFound, BlobTooLarge, FluxFillError, StoreDenied, StoreUnavailable, UnsafePath
 from .links import LocalLinks
@@ -79,6 +79,9 @@ class FileBlobStore:
 
     async def link(self, path: str, *, expires_s: int) -> str:
         return await self._links.link(path, expires_s=expires_s)
+
+    async def upload_link(self, path: str, *, size: int, expires_s: int) -> UploadLink:
+        return await self._links.upload_link(path, size=size, expires_s=expires_s)
 
     async def upload(self, path: str, source: Path) -> BlobInfo:
         return await self._run(path, lambda: _upload(path, self._placed(path), source))

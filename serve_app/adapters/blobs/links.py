@@ -1,8 +1,9 @@
-"""Signed links to blobs of this machine, which the app itself serves under `GET /blobs/{token}`.
+"""Signed links to blobs of this machine, which the app itself serves under `GET` and `PUT /blobs/{token}`.
 
-A token is a JWT that names the blob and the second it expires, signed with a key that only the processes sharing the
-store have. `files:FOLDER` keeps its key beside the folder in `FOLDER.link-key`, made by the first process that needs
-it; remove the file and all links are void, at once and for every process. `memory:NAME` keeps it in the process.
+A token is a JWT that names the blob, the second it expires, and whether it reads the blob or writes one of how many
+bytes, signed with a key that only the processes sharing the store have. `files:FOLDER` keeps its key beside the folder
+in `FOLDER.link-key`, made by the first process that needs it; remove the file and all links are void, at once and for
+every process. `memory:NAME` keeps it in the process.
 """
 
 import contextlib
@@ -11,16 +12,18 @@ import secrets
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jwt
 
+from ...blobs import UploadLink
 from ...errors import InvalidLink, StoreUnavailable
 from .paths import check_path
 
 #: Seven days: the most that Google's and Amazon's signatures allow, and so the same for all.
 MAX_EXPIRES_S = 604_800
-#: Keeps tokens of other kinds out, should somebody use the key for them.
-AUDIENCE = "fluxfill-blob"
+#: What a token is for: one that reads does not write, nor the other way round.
+AUDIENCE, UPLOADS = "fluxfill-blob", "fluxfill-upload"
 #: As long as SHA-256's output, as RFC 7518 section 3.2 wants it.
 KEY_BYTES = 32
 _ALGORITHM = "HS256"
@@ -40,29 +43,46 @@ class LocalLinks:
         self._url, self._public_url = url, public_url.rstrip("/")
 
     async def link(self, path: str, *, expires_s: int) -> str:
-        check_expiry(expires_s)
-        claims = {"sub": check_path(path), "exp": int(time.time()) + expires_s, "aud": AUDIENCE}
-        return f"{self._public_url}/blobs/{jwt.encode(claims, self._key, _ALGORITHM)}"
+        return self._signed(expires_s, sub=check_path(path), aud=AUDIENCE)
+
+    async def upload_link(self, path: str, *, size: int, expires_s: int) -> UploadLink:
+        url = self._signed(expires_s, sub=check_path(path), aud=UPLOADS, size=size)
+        return UploadLink(url=url, headers={"Content-Length": str(size)})
 
     def path_of(self, token: str) -> str:
         """The blob a token of ours reads.
 
-        Raises InvalidLink where it has expired or is not ours; StoreUnavailable where the key cannot be read.
+        Raises InvalidLink where it has expired, is not ours or is for an upload; StoreUnavailable where the key cannot
+        be read.
         """
+        return check_path(self._claims(token, AUDIENCE)["sub"])
+
+    def upload_of(self, token: str) -> tuple[str, int]:
+        """The blob a token of ours writes, and its size in bytes. Raises as `path_of`."""
+        claims = self._claims(token, UPLOADS)
+        return check_path(claims["sub"]), claims["size"]
+
+    def _signed(self, expires_s: int, **claims: str | int) -> str:
+        check_expiry(expires_s)
+        token = jwt.encode({**claims, "exp": int(time.time()) + expires_s}, self._key, _ALGORITHM)
+        return f"{self._public_url}/blobs/{token}"
+
+    def _claims(self, token: str, audience: str) -> dict[str, Any]:
         key = self._key
         try:
-            claims = jwt.decode(
+            return jwt.decode(
                 token.encode("ascii"),
                 key,
                 algorithms=[_ALGORITHM],
-                audience=AUDIENCE,
+                audience=audience,
                 options={"require": ["sub", "exp", "aud"]},
             )
         except jwt.ExpiredSignatureError as e:
             raise InvalidLink("the link has expired") from e
+        except jwt.InvalidAudienceError as e:
+            raise InvalidLink("the link is for something else") from e
         except (jwt.InvalidTokenError, UnicodeEncodeError) as e:
             raise InvalidLink("the link was not signed by this app, or was altered") from e
-        return check_path(claims["sub"])
 
     @property
     def _key(self) -> bytes:
