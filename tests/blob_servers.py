@@ -23,9 +23,10 @@ from serve_app.adapters import google
 from .absent import STORAGE, absent
 
 BUCKETS = [
-    # moto checks no signature and no expiry, and has none of S3's own delays and throttling.
+    # moto checks no signature but those of links (s3_server.py), and has none of S3's own delays and throttling.
     pytest.param("s3", marks=pytest.mark.emulator),
-    # fake-gcs-server checks no signature and no expiry, and minds no generation on uploads over 8 MB, which resume.
+    # fake-gcs-server checks no signature and no expiry, minds no generation on uploads over 8 MB, which resume, and
+    # takes a body of another length than its session was begun for.
     pytest.param("firebase", marks=pytest.mark.emulator),
 ]
 

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -99,8 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def verified(link: str) -> dict[str, str]:
-    """The query of a signed link. Raises InvalidSignature unless the private key signed exactly this link.
+def verified(link: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The query of a signed link. Raises InvalidSignature unless the private key signed exactly this request.
 
     Google's description: https://cloud.google.com/storage/docs/authentication/signatures
     """
@@ -108,8 +108,9 @@ def verified(link: str) -> dict[str, str]:
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     signature = bytes.fromhex(query.pop("X-Goog-Signature"))
     canonical_query = "&".join(f"{quote(name, safe='~')}={quote(query[name], safe='~')}" for name in sorted(query))
-    headers = query["X-Goog-SignedHeaders"]
-    request = "\n".join(["GET", parts.path, canonical_query, f"host:{parts.netloc}\n", headers, "UNSIGNED-PAYLOAD"])
+    names, sent = query["X-Goog-SignedHeaders"], {"host": parts.netloc, **(headers or {})}
+    lines = [f"{name}:{sent[name]}" for name in names.split(";")]
+    request = "\n".join([method, parts.path, canonical_query, *lines, "", names, "UNSIGNED-PAYLOAD"])
     scope = query["X-Goog-Credential"].split("/", 1)[1]
     digest = hashlib.sha256(request.encode()).hexdigest()
     signed = "\n".join(["GOOG4-RSA-SHA256", query["X-Goog-Date"], scope, digest])

@@ -1,14 +1,12 @@
 """What holds of the stores beyond this machine: links, outages, and servers that do not keep to what they said."""
 
 import asyncio
-import hmac
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
@@ -70,32 +68,20 @@ async def test_a_link_to_s3_is_presigned_with_its_expiry(monkeypatch: pytest.Mon
     assert query["X-Amz-Credential"].startswith("key/")
 
 
-def signed_for(link: str, secret: str) -> str:
-    """The signature that the link should have, by AWS's Signature Version 4."""
-    parts = urlsplit(link)
-    given = dict(parse_qsl(parts.query))
-    query = urlencode(sorted((k, v) for k, v in given.items() if k != "X-Amz-Signature"), quote_via=quote)
-    asked = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"])
-    scope = given["X-Amz-Credential"].partition("/")[2]
-    named = "\n".join(["AWS4-HMAC-SHA256", given["X-Amz-Date"], scope, sha256(asked.encode()).hexdigest()])
-    key = f"AWS4{secret}".encode()
-    for part in (*scope.split("/"), named):
-        key = hmac.digest(key, part.encode(), "sha256")
-    return key.hex()
-
-
 @pytest.mark.emulator
 async def test_a_link_to_s3_is_for_the_public_endpoint(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto checks no signature."""
     url = bucket_url("s3", s3_port, new_bucket("s3", s3_port), monkeypatch)
     await S3BlobStore(url).put("a/ü b.jpg", b"photo", content_type=JPEG)
     for public_url in ("", f"http://localhost:{s3_port}"):
         store = S3BlobStore(f"{url}&public_endpoint={public_url}" if public_url else url)
         link = await store.link("a/ü b.jpg", expires_s=60)
         assert link.startswith(f"{public_url or f'http://127.0.0.1:{s3_port}'}/b-")
-        assert parse_qs(urlsplit(link).query)["X-Amz-Signature"] == [signed_for(link, "secret")]
+        upload = await store.upload_link("a/new", size=5, expires_s=60)
         async with httpx.AsyncClient() as client:
             assert (await client.get(link)).content == b"photo"
+            assert (await client.get(link.replace("b.jpg", "c.jpg"))).status_code == 403
+            assert (await client.put(upload.url, content=b"photo", headers=upload.headers)).status_code == 200
+            assert (await client.put(upload.url.replace("new", "old"), content=b"photo")).status_code == 403
 
 
 @pytest.mark.emulator
@@ -107,6 +93,57 @@ async def test_only_links_are_for_the_public_endpoint(s3_port: int, monkeypatch:
     assert [blob.path async for blob in store.list("users")] == [PATH]
     assert (await store.link(PATH, expires_s=60)).startswith("https://pictures.example/b-")
     await store.delete(PATH)
+
+
+@pytest.mark.parametrize("token", ["", "session"])
+async def test_an_uploads_length_is_signed_for_s3(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if token:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    url = bucket_url("s3", 1, "photos", monkeypatch).replace("us-east-1", "eu-central-1")
+    made = await S3BlobStore(f"{url}&public_endpoint=https://pictures.example").upload_link(
+        "ä b/c?", size=77, expires_s=60
+    )
+    assert made.headers == {"Content-Length": "77"}
+    link, query = urlsplit(made.url), parse_qs(urlsplit(made.url).query)
+    assert f"{link.scheme}://{link.netloc}{link.path}" == (
+        "https://pictures.example/photos/some/prefix/%C3%A4%20b/c%3F"
+    )
+    assert query["X-Amz-SignedHeaders"] == ["content-length;host"]
+    assert query["X-Amz-Credential"][0].split("/")[0::2] == ["key", "eu-central-1", "aws4_request"]
+    assert query.get("X-Amz-Security-Token", [""]) == [token]
+
+
+async def test_an_instances_role_signs_for_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both object_store and botocore ask the instance, and neither a file of somebody's own."""
+    role = {"Code": "Success", "AccessKeyId": "its-key", "SecretAccessKey": "secret", "Token": "its-token"}
+    role |= {"Type": "AWS-HMAC", "LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2099-01-01T00:00:00Z"}
+
+    async def instance(line: str, writer: asyncio.StreamWriter) -> None:
+        path = line.split()[1]
+        answers = {"/latest/api/token": "t", "/latest/meta-data/iam/security-credentials/": "app"}
+        body = answers.get(path, json.dumps(role)).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+
+    url = bucket_url("s3", 1, "photos", monkeypatch)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    async with answering(instance) as port:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{port}")
+        store = S3BlobStore(url)
+        for link in (await store.link("a", expires_s=60), (await store.upload_link("a", size=1, expires_s=60)).url):
+            query = parse_qs(urlsplit(link).query)
+            assert query["X-Amz-Credential"][0].startswith("its-key/")
+            assert query["X-Amz-Security-Token"] == ["its-token"]
+
+
+async def test_without_credentials_nothing_is_signed_for_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket_url("s3", 1, "photos", monkeypatch)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(StoreUnavailable):
+        await bounded(url).upload_link("a", size=1, expires_s=60)
 
 
 @pytest.mark.parametrize("public_endpoint", ["", "pictures.example", "ftp://pictures.example"])

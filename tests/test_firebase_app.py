@@ -215,6 +215,22 @@ async def test_a_link_is_signed_with_the_key() -> None:
         verified(made.replace("edited", "altered"))
 
 
+@pytest.mark.usefixtures("key")
+async def test_an_uploads_length_is_signed() -> None:
+    store = adapters.blob_store("firebase:photos.firebasestorage.app")
+    link = await store.upload_link(PATH, size=77, expires_s=60)
+    assert link.headers == {"Content-Length": "77", "x-goog-content-length-range": "77,77"}
+    assert verified(link.url, "PUT", link.headers)["X-Goog-SignedHeaders"] == "host;x-goog-content-length-range"
+    for method, length in (("PUT", "77,78"), ("GET", "77,77")):
+        with pytest.raises(InvalidSignature):
+            verified(link.url, method, {"x-goog-content-length-range": length})
+
+
+async def test_a_link_for_an_upload_is_signed_under_workload_identity(workload_identity: Google) -> None:
+    link = await adapters.blob_store("firebase:photos").upload_link(PATH, size=77, expires_s=60)
+    verified(link.url, "PUT", link.headers)
+
+
 async def test_a_link_is_signed_under_workload_identity(workload_identity: Google) -> None:
     query = verified(await link())
     assert query["X-Goog-Credential"].startswith(f"{EMAIL}/"), "the e-mail is 'default' until the first token"

@@ -31,7 +31,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from google.oauth2 import service_account
 from requests.adapters import HTTPAdapter
 
-from ...blobs import ANY_VERSION, BlobInfo
+from ...blobs import ANY_VERSION, BlobInfo, UploadLink
 from ...errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreDenied, StoreUnavailable
 from ..calls import Call, current_call
 from ..google import firebase_app
@@ -109,6 +109,10 @@ class FirebaseBlobStore:
     async def link(self, path: str, *, expires_s: int) -> str:
         check_expiry(expires_s)
         return await self._run(path, lambda bucket: _link(bucket.blob(path), expires_s))
+
+    async def upload_link(self, path: str, *, size: int, expires_s: int) -> UploadLink:
+        check_expiry(expires_s)
+        return await self._run(path, lambda bucket: _upload_link(bucket.blob(path), size, expires_s, self._asking))
 
     async def _run(self, path: str, work: Callable[[Bucket], T]) -> T:
         check_path(path)
@@ -255,6 +259,21 @@ def _link(blob: Blob, expires_s: int) -> str:
         version="v4", method="GET", expiration=timedelta(seconds=expires_s), credentials=signer
     )
     return link
+
+
+def _upload_link(blob: Blob, size: int, expires_s: int, asking: _Options) -> UploadLink:
+    headers, signer = {"Content-Length": str(size)}, _signer()
+    if signer is None:
+        # Emulators sign nothing; a session of an upload that resumes takes one PUT from anyone.
+        session = blob.create_resumable_upload_session(content_type=_BINARY, size=size, **asking)
+        return UploadLink(url=session, headers=headers)
+    # Of a body's bytes, the least and the most: https://docs.cloud.google.com/storage/docs/xml-api/reference-headers
+    signed, expires = {"x-goog-content-length-range": f"{size},{size}"}, timedelta(seconds=expires_s)
+    # Google's client adds to its headers.
+    url = blob.generate_signed_url(
+        version="v4", method="PUT", expiration=expires, headers=dict(signed), credentials=signer
+    )
+    return UploadLink(url=url, headers=headers | signed)
 
 
 def _signer() -> Any:

@@ -1,8 +1,8 @@
 """Blobs in a bucket of Amazon S3, or of a server that speaks its protocol, such as MinIO.
 
 The credentials are the ambient ones that object_store finds: AWS_* variables, a web identity (EKS), a container's or
-an instance's role. Listings carry no content types. A link dies with the credentials that signed it, where those expire
-earlier.
+an instance's role. botocore looks for them in the same places, and signs links for uploads: object_store signs no
+headers. Listings carry no content types. A link dies with the credentials that signed it, where those expire earlier.
 
 A blob's version is its ETag, a hash of the bytes, and the second it was written: the same bytes written twice within a
 second have one version. S3 compares ETags alone, so a write over a version also passes where others have put the very
@@ -17,10 +17,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, urlsplit
 
+import botocore.session
 import obstore
+from botocore.auth import S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import CredentialResolver, create_credential_resolver
+from botocore.exceptions import BotoCoreError, ClientError
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
@@ -30,7 +36,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
-from ...blobs import ANY_VERSION, BlobInfo
+from ...blobs import ANY_VERSION, BlobInfo, UploadLink
 from ...errors import BlobConflict, BlobNotFound, FluxFillError, SettingsError, StoreDenied, StoreUnavailable
 from ..unforeseen import unforeseen
 from .links import check_expiry
@@ -47,6 +53,8 @@ _CHUNK = 256 * 1024
 _PART = 8 * 1024 * 1024
 _PARTS_AT_A_TIME = 4
 _BINARY = "application/octet-stream"
+#: Where object_store looks for credentials, by botocore's names.
+_SOURCES = ("env", "assume-role-with-web-identity", "container-role", "iam-role")
 #: In S3's words, where no blob is missing but the bucket.
 _NO_BUCKET = "NoSuchBucket"
 
@@ -62,6 +70,8 @@ class S3BlobStore:
         self._store, self._signer = _store(url, bounds), _store(url, bounds, is_public=True)
         #: For larger bodies, by how often the silence that is borne is doubled.
         self._patient: dict[int, S3Store] = {}
+        #: botocore's, once they are found.
+        self._credentials: Any = None
 
     async def head(self, path: str) -> BlobInfo:
         check_path(path)
@@ -137,6 +147,29 @@ class S3BlobStore:
         check_expiry(expires_s)
         with _translated(path):
             return await obstore.sign_async(self._signer, "GET", path, timedelta(seconds=expires_s))
+
+    async def upload_link(self, path: str, *, size: int, expires_s: int) -> UploadLink:
+        # It has the blob's address, and the region.
+        link = urlsplit(await self.link(path, expires_s=expires_s))
+        region = dict(parse_qsl(link.query))["X-Amz-Credential"].split("/")[2]
+        headers = {"Content-Length": str(size)}
+        request = AWSRequest("PUT", link._replace(query="").geturl(), headers=headers)
+        with _translated(path):
+            credentials = await asyncio.to_thread(self._frozen_credentials, region)
+            S3SigV4QueryAuth(credentials, "s3", region, expires=expires_s).add_auth(request)
+        return UploadLink(url=request.url, headers=headers)
+
+    def _frozen_credentials(self, region: str) -> Any:
+        if self._credentials is None:
+            session, bounds = botocore.session.get_session(), self._bounds
+            session.set_config_variable("region", region)
+            times = {"connect_timeout": bounds.connect_s, "read_timeout": bounds.silence_s}
+            session.set_default_client_config(Config(**times, retries={"total_max_attempts": 1}))
+            known = create_credential_resolver(session, region_name=region).providers
+            self._credentials = CredentialResolver([one for one in known if one.METHOD in _SOURCES]).load_credentials()
+        if self._credentials is None:
+            raise StoreUnavailable("there are no credentials that sign links")
+        return self._credentials.get_frozen_credentials()
 
     async def _sending(self, path: str, size: int) -> S3Store:
         """The store that gives `size` bytes on the line at a time the time they need.
@@ -234,7 +267,7 @@ def _translated(path: str) -> Iterator[None]:
         raise BlobConflict(f"blob {path} is not at the expected version", path=path) from e
     except (PermissionDeniedError, UnauthenticatedError) as e:
         raise StoreDenied(f"blob {path}: {_sentence(e)}", path=path) from e
-    except BaseError as e:
+    except (BaseError, BotoCoreError, ClientError) as e:
         raise StoreUnavailable(f"blob {path}: {_sentence(e)}", path=path) from e
     except OSError:
         # The disk's, of a download: `whole_file` says which file.
