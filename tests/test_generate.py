@@ -5,6 +5,7 @@ import io
 import json
 import uuid
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ from serve_app.errors import (
 )
 from serve_app.generate.job import Generation
 from serve_app.generate.loras import Loras
-from serve_app.jobs.api import ATTEND_S, JobApi
+from serve_app.jobs import api as jobs_api
+from serve_app.jobs.api import ATTEND_S, LEFT_S, JobApi
 from serve_app.jobs.kinds import Caller
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Verdict
@@ -458,16 +460,81 @@ async def test_an_id_makes_one_job_and_is_nobody_elses(studio: Studio) -> None:
         await studio.api.post(BODY, bob, job_id="mine")
 
 
-async def test_a_request_that_comes_again_without_a_key_finds_its_newest_job(studio: Studio) -> None:
-    ann, bob = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
-    assert await studio.api.again(BODY, ann) is None
-    first, _ = await studio.api.post(BODY, ann)
+ANN, BOB = (Caller(id=name, sees_all=False, sees_messages=False) for name in ("ann", "bob"))
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that comes again looks twice."""
+    monkeypatch.setattr(jobs_api, "AGAIN_WAITS_S", (0, 0))
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_request_that_comes_again_without_a_key_finds_a_job_that_was_left(studio: Studio) -> None:
+    """One for each, whichever process they ask."""
+    assert await studio.api.again(BODY, ANN) is None
+    posted = [(await studio.api.post(BODY, ANN))[0] for _ in range(4)]
+    other, _ = await studio.api.post(BODY | {"seed": 1}, ANN)
+    for job in (*posted[:3], other):
+        await studio.api.attend(job)
+    assert await studio.api.again(BODY, ANN) is None, "all are waited for, or never were"
+    for job in (*posted[:2], other):
+        await studio.api.leave(job, answered=False)
+    assert await studio.api.again(BODY, BOB) is None and await studio.api.again(BODY, OPEN) is None
+    again = dict(reversed(BODY.items()))
+    found = await asyncio.gather(*(one.api.again(again, ANN) for one in (studio, studio.beside(), studio.beside())))
+    assert {job and job.id for job in found} == {posted[0].id, posted[1].id, None}
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_job_is_left_when_its_ingress_is_gone(studio: Studio) -> None:
+    job, _ = await studio.api.post(BODY, ANN)
+    await studio.api.attend(job)
+    studio.clock.advance(ATTEND_S - LEFT_S - 1)
+    assert await studio.api.again(BODY, ANN) is None
     studio.clock.advance(1)
-    second, _ = await studio.api.post(BODY, ann)
-    await studio.api.post(BODY | {"seed": 1}, ann)
-    found = await studio.beside().api.again(dict(reversed(BODY.items())), ann)
-    assert found and found.id == second.id != first.id
-    assert await studio.api.again(BODY, bob) is None and await studio.api.again(BODY, OPEN) is None
+    found = await studio.beside().api.again(BODY, ANN)
+    assert found and found.id == job.id and found.deadline == studio.clock.now + timedelta(seconds=ATTEND_S)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_job_that_is_over_is_found_until_it_was_answered(studio: Studio) -> None:
+    job, _ = await studio.api.post(BODY, ANN)
+    await studio.api.attend(job)
+    await studio.notifier.drained()
+    await studio.work()
+    studio.clock.advance(ATTEND_S)
+    found = await studio.api.again(BODY, ANN)
+    assert found and (found.id, found.status) == (job.id, State.SUCCEEDED)
+    await studio.api.leave(found, answered=True)
+    assert await studio.api.again(BODY, ANN) is None
+    canceled, _ = await studio.api.post(BODY, ANN)
+    await studio.api.attend(canceled)
+    await studio.api.cancel(canceled.id, ANN)
+    studio.clock.advance(ATTEND_S)
+    assert await studio.api.again(BODY, ANN) is None
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_files_are_hashed_once_however_many_jobs_are_compared(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        await studio.api.leave((await studio.api.post(BODY, ANN))[0], answered=False)
+    hashed = []
+    sha256 = jobs_api.hashlib.sha256
+    monkeypatch.setattr(jobs_api.hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
+    assert await studio.api.again({**BODY, "image": bytes(10**6)}, ANN) is None
+    assert hashed.count(10**6) == 1 and len(hashed) > 3
+
+
+async def test_leaving_outlives_a_store_that_is_down_and_a_job_that_is_gone(studio: Studio) -> None:
+    job, _ = await studio.api.post(BODY, ANN)
+    studio.jobs.is_down = True
+    await studio.api.leave(job, answered=False)
+    studio.jobs.is_down = False
+    await studio.jobs.delete(job.id)
+    await studio.api.leave(job, answered=True)
 
 
 async def test_a_job_that_all_have_left_expires_and_paints_nothing(studio: Studio) -> None:

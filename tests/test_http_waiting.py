@@ -12,6 +12,7 @@ from serve_app.http import waiting
 from serve_app.http.app import create_app
 from serve_app.http.events import Streams
 from serve_app.http.waiting import waited
+from serve_app.jobs.api import LEFT_S
 from serve_app.jobs.kinds import Caller
 from serve_app.jobs.record import Job, State
 
@@ -109,6 +110,26 @@ async def test_one_whose_request_is_canceled_has_left(replica: Replica) -> None:
     assert not replica.streams._open.total() and not replica.streams._feeds
 
 
+async def test_a_job_that_was_left_says_so_at_once(replica: Replica) -> None:
+    """So that the client that comes again finds it; also if there was no room to wait for it."""
+    job = await replica.studio.post(ONE)
+    task, gone = replica.wait(job)
+    await settled(lambda: replica.streams._open.total() == 1)
+    gone.set()
+    await task
+    while await _left_s(replica, job) != LEFT_S:
+        await asyncio.sleep(0.01)
+    others = [replica.wait(await replica.studio.post(ONE))[0] for _ in range(2)]
+    await settled(lambda: replica.streams._open.total() == 2)
+    refused = await replica.studio.post(ONE)
+    with pytest.raises(Unavailable):
+        await replica.wait(refused)[0]
+    while await _left_s(replica, refused) != LEFT_S:
+        await asyncio.sleep(0.01)
+    for other in others:
+        other.cancel()
+
+
 async def test_without_attending_the_job_goes_on_after_the_limit(replica: Replica) -> None:
     job = await replica.studio.post(ONE)
     task, _ = replica.wait(job, limit_s=0.05, attends=False)
@@ -157,6 +178,11 @@ async def test_a_deleted_job_and_a_store_that_is_down(replica: Replica) -> None:
     with pytest.raises(UnknownJob) as gone:
         await task
     assert isinstance(gone.value, FluxFillError) and not replica.streams._open.total()
+
+
+async def _left_s(replica: Replica, job: Job) -> float:
+    deadline = await _deadline(replica, job)
+    return 0 if deadline is None else (deadline - replica.studio.clock.now).total_seconds()
 
 
 async def _deadline(replica: Replica, job: Job) -> Any:

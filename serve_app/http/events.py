@@ -137,15 +137,19 @@ class Streams:
         self._feeds: dict[str, Feed] = {}
         self._open: Counter[str] = Counter()
 
-    @asynccontextmanager
-    async def watch(
-        self, job: Job, caller: Caller, api: ApiSettings, look: Callable[[], Awaitable[Job]]
-    ) -> AsyncIterator[Feed]:
-        """`look` gives the job anew. Raises Unavailable, or RateLimited for a client with too many streams."""
+    def check(self, caller: Caller, api: ApiSettings) -> None:
+        """Whether there is room for one more. Raises Unavailable, or RateLimited for a client with too many streams."""
         if self._open.total() >= api.streams:
             raise Unavailable(f"{api.streams} event streams are open here; try again", retry_after_s=RETRY_S)
         if caller.id and self._open[caller.id] >= api.streams_per_key:
             raise RateLimited(f"this key has {api.streams_per_key} event streams already", retry_after_s=RETRY_S)
+
+    @asynccontextmanager
+    async def watch(
+        self, job: Job, caller: Caller, api: ApiSettings, look: Callable[[], Awaitable[Job]]
+    ) -> AsyncIterator[Feed]:
+        """`look` gives the job anew. Raises as `check`."""
+        self.check(caller, api)
         feed = self._feeds.setdefault(job.id, Feed(job))
         feed.readers += 1
         # A client that comes from another replica may have seen more than this one has.

@@ -3,6 +3,7 @@
 A posted job is a row first: its message is published afterwards, and again where that failed (`Notifier`).
 """
 
+import asyncio
 import hashlib
 import json
 import uuid
@@ -13,12 +14,14 @@ from typing import Any, Unpack
 from ..blobs import BlobStore
 from ..errors import (
     BlobNotFound,
+    Busy,
     Forbidden,
     IllegalTransition,
     InputError,
     KeyReused,
     PostInFlight,
     QuotaExceeded,
+    StoreUnavailable,
     UnknownJob,
 )
 from ..settings import Settings
@@ -27,12 +30,16 @@ from .cancel import cancel_session
 from .kinds import Caller, PostedKind
 from .notifications import Notifier
 from .ports import JobQuery, JobStore
-from .record import Artifact, Job, Message
+from .record import Artifact, Job, Message, State
 
-#: How long a job goes on that nobody waits for any more. Clients that come again do so within about 10 s.
-ATTEND_S = 20.0
-#: Of a caller's jobs, how many are looked at for one that is asked for again.
-AGAIN_AMONG = 200
+#: How long a job goes on after it was attended, and after its last client has left. Clients that come again do so
+#: within about 10 s. Between the two, and `waiting.ATTEND_EVERY_S`, there is time for a store that is slow.
+ATTEND_S, LEFT_S = 20.0, 12.0
+#: Of a caller's jobs, how many are looked at for one that is asked for again; and between the looks, in seconds: a job
+#: whose ingress died is known to be left ATTEND_S - LEFT_S after it was attended.
+AGAIN_AMONG, AGAIN_WAITS_S = 200, (0.0, 1.0, 1.0, 2.0, 4.5)
+#: States in which a job is of use to a client that comes again.
+_OF_USE = (State.QUEUED, State.RUNNING, State.SUCCEEDED)
 
 
 class JobApi:
@@ -79,7 +86,7 @@ class JobApi:
             self._in_flight.discard(job_id)
 
     async def _post(self, kind: PostedKind, body: Mapping[str, Any], caller: Caller, job_id: str) -> tuple[Job, bool]:
-        fingerprint = _fingerprint(body, job_id)
+        fingerprint = _fingerprint(_payload(body), job_id)
         # Before what it takes is fetched and stored for it.
         stored = await self._jobs.get(job_id)
         if stored is None:
@@ -103,17 +110,38 @@ class JobApi:
         return stored, False
 
     async def again(self, body: Mapping[str, Any], caller: Caller) -> Job | None:
-        """The newest of the caller's jobs that the same `body` asked for, if it is among its newest ones: for clients
-        that send a request again without saying which. Raises StoreUnavailable."""
-        for job in await self._jobs.list(owner=caller.id, limit=AGAIN_AMONG):
-            if job.owner == caller.id and job.request == _fingerprint(body, job.id):
-                return job
+        """A job of the caller's that the same `body` asked for, and that its clients have left without an answer; it is
+        attended now, for this request alone. None if there is none among the caller's newest ones.
+
+        For clients that send a request again without saying which. Others may have asked for just the same, and wait:
+        their jobs are not given. Raises StoreUnavailable.
+        """
+        payload = _payload(body)
+        for wait_s in AGAIN_WAITS_S:
+            await asyncio.sleep(wait_s)
+            found = [
+                job
+                for job in await self._jobs.list(owner=caller.id, limit=AGAIN_AMONG)
+                if job.owner == caller.id and job.deadline is not None and job.status in _OF_USE
+                if job.request == _fingerprint(payload, job.id)
+            ]
+            for job in found:
+                with suppress(Busy, UnknownJob):
+                    return await self._jobs.update(job.id, job.lock_key, claims.take_over(ATTEND_S, left_s=LEFT_S))
+            if not found:
+                break
         return None
 
     async def attend(self, job: Job) -> None:
         """Keep the job for `ATTEND_S` seconds more: one that somebody waits for ends when all who wait have left,
         whichever ingress they asked. Raises StoreUnavailable."""
         await self._jobs.update(job.id, job.lock_key, claims.attend(ATTEND_S))
+
+    async def leave(self, job: Job, *, answered: bool) -> None:
+        """Attend the job no longer: see `claims.leave`. It would be the same a little later, without this: a store that
+        is down is no error."""
+        with suppress(StoreUnavailable, UnknownJob):
+            await self._jobs.update(job.id, job.lock_key, claims.leave(None if answered else LEFT_S))
 
     async def get(self, job_id: str, caller: Caller) -> Job:
         """Raises UnknownJob, also for a job that the caller does not see; StoreUnavailable."""
@@ -162,20 +190,28 @@ class JobApi:
         """Jobs that wait for the same model and were posted before it. Raises StoreUnavailable."""
         return await self._jobs.ahead(job)
 
+    async def data(self, artifact: Artifact) -> bytes:
+        """Raises BlobNotFound, BlobTooLarge, StoreUnavailable."""
+        data, _ = await self._blobs.get(artifact.path, max_bytes=self.settings.limits.stored_bytes)
+        return data
+
     async def link(self, artifact: Artifact, expires_s: int) -> str:
         """A signed URL. Raises StoreUnavailable."""
         return await self._blobs.link(artifact.path, expires_s=expires_s)
 
 
-def _fingerprint(body: Mapping[str, Any], job_id: str) -> str:
-    """SHA-256 of what is asked for, files included; the order of its fields says nothing. No other job has it: who asks
-    for the same edit twice, asks for two."""
+def _payload(body: Mapping[str, Any]) -> str:
+    """What is asked for, with a hash of each file; the order of its fields says nothing."""
 
     def plain(value: object) -> str:
         return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
     try:
-        text = json.dumps([job_id, body], sort_keys=True, default=plain)
+        return json.dumps(body, sort_keys=True, default=plain)
     except RecursionError:
         raise InputError("the body is nested too deeply") from None
-    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(payload: str, job_id: str) -> str:
+    """No other job has it: who asks for the same edit twice, asks for two."""
+    return hashlib.sha256(f"[{json.dumps(job_id)}, {payload}]".encode()).hexdigest()

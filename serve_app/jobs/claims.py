@@ -204,6 +204,30 @@ def attend(for_s: float) -> Change:
     return change
 
 
+def leave(for_s: float | None) -> Change:
+    """Whoever attended the job does so no longer: without an answer, and it goes on for `for_s` seconds; or with one,
+    None. A job that is over, too."""
+
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        if job is None:
+            return ()
+        return (job.evolve(deadline=None if for_s is None else now + timedelta(seconds=for_s)),)
+
+    return change
+
+
+def take_over(for_s: float, *, left_s: float) -> Change:
+    """Attend a job in place of those who have left, over or not. Raises Busy where it was answered, or where its
+    deadline is more than `left_s` seconds away: another attends it."""
+
+    def change(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+        if job is None or job.deadline is None or job.deadline > now + timedelta(seconds=left_s):
+            raise Busy("the job is answered, or another waits for it")
+        return (job.evolve(deadline=now + timedelta(seconds=for_s)),)
+
+    return change
+
+
 def replay(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
     """Have a failed job run again, with all its attempts, when its message comes again. Others stay as they are.
 
