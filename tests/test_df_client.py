@@ -1,9 +1,7 @@
 """A client of another system's job API (dream-forge), written from its shapes as its users write theirs, on a real
 server: create, poll until succeeded or failed, list artifacts, download, read logs and progress."""
 
-import asyncio
 import json
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,20 +10,15 @@ from io import BytesIO
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
 
-from deployments.own_ray import free_port
-from serve_app import adapters
 from serve_app.engine.fake import Fake
 from serve_app.engine.generating import LocalGenerator
 from serve_app.errors import BlankImage
-from serve_app.http.app import create_app
-from serve_app.http.events import Streams
 from serve_app.models import GenerateRequest, Images, OnProgress, Variant
 from serve_app.settings import VariantSettings
 
-from .http_service import Process
+from .client_server import in_thread
 from .serving import App
 from .test_generate import Studio
 
@@ -46,45 +39,15 @@ class Cards:
         return await self._fake.run(request, on_progress)
 
 
-class Served(Process):
-    """A process that works on what is posted to it, and serves its pictures."""
-
-    async def blob(self, token: str) -> Any:
-        links = adapters.local_links(self.rig.settings)
-        assert links is not None
-        return await self.rig.blobs.get(links.path_of(token), max_bytes=10**7)
-
-    async def work_on(self) -> None:
-        done = 0
-        while True:
-            for message in self.rig.topics.sessions[done:]:
-                done += 1
-                await self.rig.worker.work(message)
-            await asyncio.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
-def in_thread() -> Iterator[str]:
-    url, made = f"http://127.0.0.1:{(port := free_port())}", threading.Event()
-    server: list[uvicorn.Server] = []
-
-    async def serve() -> None:
+def threaded() -> Iterator[str]:
+    def make(url: str) -> Studio:
         studio = Studio(public_url=url)
         studio.painter.run = Cards().run  # type: ignore[method-assign]
-        process = Served(studio)
-        app = create_app(lambda: process, streams=Streams(poll_s=0.02))
-        server.append(uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None)))
-        made.set()
-        working = asyncio.create_task(process.work_on())
-        await server[0].serve()
-        working.cancel()
+        return studio
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    assert made.wait(30)
-    yield url
-    server[0].should_exit = True
-    thread.join(30)
+    with in_thread(make) as (url, _):
+        yield url
 
 
 @pytest.fixture(params=["thread", pytest.param("serve", marks=pytest.mark.serve)])
@@ -92,7 +55,7 @@ def base(request: pytest.FixtureRequest) -> str:
     if request.param == "serve":
         app: App = request.getfixturevalue("app")
         return app.http
-    url: str = request.getfixturevalue("in_thread")
+    url: str = request.getfixturevalue("threaded")
     return url
 
 
@@ -199,8 +162,8 @@ def test_logs_and_progress(client: Client) -> None:
     assert sum(stage["weight"] for stage in progress["stages"]) == 1.0
 
 
-def test_a_job_that_fails(in_thread: str) -> None:
-    client = Client(in_thread)
+def test_a_job_that_fails(threaded: str) -> None:
+    client = Client(threaded)
     client.wait_until_ready()
     job = client.wait(client.create(**{**ASKED, "prompt": "fog"}))
     assert job["status"] == "failed" and (job["error_code"], bool(job["error_message"])) == ("blank_image", True)

@@ -76,17 +76,18 @@ class Studio:
         clock: Clock | None = None,
         stores: tuple[Any, Any] | None = None,
         painter: Any = None,
+        prompts: Any = None,
         **settings: Any,
     ) -> None:
         """Over `stores`, of blobs and of jobs, or else over those of this name in memory, with this clock."""
         self.name, self.clock, self.given = name or uuid.uuid4().hex, clock or Clock(), settings
+        given = {"generators": {"sdxl": {}, "flux-dev-Q8_0": {"max_count": 4}}, **settings}
         self.settings = Settings(
             variants={"telea": {}},
-            generators={"sdxl": {}, "flux-dev-Q8_0": {"max_count": 4}},
             blobs=f"memory:{self.name}",
             jobs=f"memory:{self.name}",
             work={**FAST, "lease_s": 10} if stores else FAST,
-            **settings,
+            **given,
         )
         blobs, jobs = stores or (
             MemoryBlobStore(self.settings.blobs, self.settings.public_url),
@@ -97,7 +98,7 @@ class Studio:
         models = {name: self.painter for name in self.settings.served}
         self.loras = Loras(blobs=self.blobs, checker=CheckedApart(self.settings), settings=self.settings.loras)
         self.kind = Generation(
-            blobs=self.blobs, models=models, prompts=Prompts(), loras=self.loras, settings=self.settings
+            blobs=self.blobs, models=models, prompts=prompts or Prompts(), loras=self.loras, settings=self.settings
         )
         self.kinds = [self.kind]
         shared: dict[str, Any] = dict(

@@ -78,7 +78,7 @@ def test_every_reference_leads_somewhere() -> None:
 def test_bodies_that_routes_read_themselves_are_described() -> None:
     bodies = {(path, method): "requestBody" in SCHEMA["paths"][path][method] for path, method in OPERATIONS}
     takes = {key for key, has_body in bodies.items() if has_body}
-    posts = {(path, "post") for path in ("/v1/jobs", "/v1/models", "/audit", "/inpaint")}
+    posts = {(path, "post") for path in ("/v1/jobs", "/v1/models", "/audit", "/inpaint", "/api/generate/image")}
     assert takes == posts | {("/v1/jobs/{id}", "put"), ("/blobs/{token}", "put")}
     job = SCHEMA["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]
     assert job.keys() == {"application/json", "multipart/form-data"}

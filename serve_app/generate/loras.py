@@ -174,6 +174,10 @@ class Loras:
         if lora.path == f"models/{lora_id}/lora.safetensors":
             await self._blobs.delete(lora.path)
 
+    async def link(self, lora: Lora, expires_s: int) -> str:
+        """A signed URL of its file. Raises StoreUnavailable."""
+        return await self._blobs.link(lora.path, expires_s=expires_s)
+
     async def _register_blob(self, body: LoraBody, path: str, caller: Caller) -> Lora:
         if not caller.sees_messages:
             raise Forbidden("blob: the API key does not have the scope jobs", field="blob")

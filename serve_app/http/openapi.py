@@ -21,6 +21,7 @@ from ..parameters import GenerateParameters
 from .audits import AuditBody
 from .events import MESSAGES
 from .problems import CORRELATION_ID, Problem, problem, problems
+from .studio import StudioBody
 from .views import job_view
 
 #: Bodies that routes read themselves, lines and messages of streams, and the error of all.
@@ -30,6 +31,7 @@ _MODELS: Sequence[type[BaseModel]] = (
     InpaintBody,
     LoraBody,
     PushEnvelope,
+    StudioBody,
     Problem,
     *MESSAGES.values(),
 )
