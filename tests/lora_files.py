@@ -240,7 +240,7 @@ def bad() -> Mapping[str, tuple[bytes, str]]:
         "a huge header length": (struct.pack("<Q", 2**62) + good[8:], "not_safetensors"),
         "a header that is no JSON": (with_header("{nothing", bytes(64)), "not_safetensors"),
         "a header that is a list": (with_header([1, 2]), "not_safetensors"),
-        "no tensors": (with_header({}), "not_safetensors"),
+        "no tensors": (with_header({}), "unsupported_format"),
         "overlapping offsets": (_overlapping(), "not_safetensors"),
         "cut in its data": (good[:-100], "truncated"),
         "cut in its header": (good[:200], "truncated"),

@@ -23,6 +23,7 @@ __all__ = [
     "Pinned",
     "Sources",
     "Weights",
+    "base_here",
     "base_revision",
     "fetch",
     "fetch_text_encoders",
@@ -86,6 +87,17 @@ async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
     """The folder with the text encoders and tokenizers of the variant's base. Raises as `fetch` does."""
     with timed("fetch"):
         return await _base(variant, sources, _TEXT)
+
+
+def base_here(variant: Variant, cache: Path) -> Path | None:
+    """The folder that describes the variant's model, where it needs no repository."""
+    for place in (variant.base or "", variant.file or ""):
+        if place.startswith(TINY):
+            folder, write = _TINIES[variant.family]
+            return tiny.ensure(cache / folder, write).folder / place.removeprefix(TINY)
+        if Path(place).is_dir():
+            return Path(place)
+    return None
 
 
 def base_revision(variant: Variant, sources: Sources) -> str | None:
