@@ -14,7 +14,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from serve_app.adapters.memory import MemoryBlobStore, MemoryJobStore
+from serve_app.edit.job import Editor
 from serve_app.engine.lora.apart import CheckedApart
+from serve_app.engine.painting import LocalModel
 from serve_app.errors import (
     BlankImage,
     FluxFillError,
@@ -41,9 +43,9 @@ from serve_app.jobs.ports import Verdict
 from serve_app.jobs.record import MAX_EVENTS, Cause, Job, State
 from serve_app.jobs.worker import Worker
 from serve_app.models import GenerateRequest, Images, OnProgress, Progress
-from serve_app.settings import Settings
+from serve_app.settings import Inference, Settings
 
-from .rig import FAST, QUICK, BlobOutage, Clock, Counters, Outage, Prompts, Receivers, Topics
+from .rig import FAST, QUICK, BlobOutage, Clock, Counters, Linked, Outage, Prompts, Receivers, Scripted, Topics
 
 OPEN = Caller()
 
@@ -81,9 +83,8 @@ class Studio:
     ) -> None:
         """Over `stores`, of blobs and of jobs, or else over those of this name in memory, with this clock."""
         self.name, self.clock, self.given = name or uuid.uuid4().hex, clock or Clock(), settings
-        given = {"generators": {"sdxl": {}, "flux-dev-Q8_0": {"max_count": 4}}, **settings}
+        given = {"generators": {"sdxl": {}, "flux-dev-Q8_0": {"max_count": 4}}, "variants": {"telea": {}}, **settings}
         self.settings = Settings(
-            variants={"telea": {}},
             blobs=f"memory:{self.name}",
             jobs=f"memory:{self.name}",
             work={**FAST, "lease_s": 10} if stores else FAST,
@@ -95,12 +96,22 @@ class Studio:
         )
         self.blobs, self.jobs = BlobOutage(blobs, StoreUnavailable), Outage(jobs, StoreUnavailable)
         self.topics, self.painter, self.metrics = Topics(), painter or Painter(), Counters()
-        models = {name: self.painter for name in self.settings.served}
+        editors = {name: LocalModel(name, Scripted()) for name in self.settings.variants}
+        models: dict[str, Any] = {name: editors.get(name, self.painter) for name in self.settings.served}
         self.loras = Loras(blobs=self.blobs, checker=CheckedApart(self.settings), settings=self.settings.loras)
         self.kind = Generation(
             blobs=self.blobs, models=models, prompts=prompts or Prompts(), loras=self.loras, settings=self.settings
         )
-        self.kinds = [self.kind]
+        #: Of edits, which all variants make alike.
+        self.editor = Editor(
+            blobs=self.blobs,
+            models=editors,
+            prompts=prompts or Prompts(),
+            settings=self.settings,
+            defaults=lambda: Inference(variant=next(iter(editors)), steps=4),
+            links=Linked(),
+        )
+        self.kinds: list[Any] = [self.kind, self.editor]
         shared: dict[str, Any] = dict(
             kinds=self.kinds,
             job_store=self.jobs,
