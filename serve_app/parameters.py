@@ -1,6 +1,7 @@
 """What a job may ask for: the values and their limits, and the parameters of each type of job."""
 
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 from itertools import product
 from typing import Annotated, Literal
@@ -187,8 +188,10 @@ def is_run_id(text: str) -> bool:
     return True
 
 
-#: Of a picture, beside its content type: the ending of its file's name.
+#: Of a picture: the ending of its file's name.
 Format = Literal["png", "jpg", "webp"]
+
+CONTENT_TYPES: Mapping[Format, str] = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 
 
 class GenerateParameters(_Value):
@@ -222,6 +225,9 @@ class EditParameters(_Value):
     #: Denoising steps.
     steps: int
     crop_strategy: CropStrategy
+    #: Of the edited photo, whatever its file is called. In PNG and WebP, which are lossless here, all that is not
+    #: painted is the photo's, bit by bit. Left out of a record where it says nothing, which older versions can read.
+    format: Annotated[Format, Field(exclude_if=lambda value: value == "jpg")] = "jpg"
 
 
 #: What a job is to do, by its type.

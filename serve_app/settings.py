@@ -282,8 +282,9 @@ class Limits(_Frozen):
 
     @property
     def stored_bytes(self) -> int:
-        """The most bytes that an edited photo can have: at quality 95 it can be larger than its original."""
-        return 8 * self.image_bytes
+        """The most bytes that an edited photo can have: at quality 95 it can be larger than its original, and a
+        lossless one has up to 3 bytes a pixel, and its metadata."""
+        return max(8 * self.image_bytes, 4 * self.image_pixels)
 
 
 #: (width, height) in pixels of the model's input: few, because each size is compiled and warmed up separately. Over 350

@@ -7,12 +7,17 @@ import socket
 import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from serve_app.adapters.image_links import ImageLinks
+from serve_app.edit.masks import Polarity
+from serve_app.edit.paste import grow
 from serve_app.edit.posted import AT_ONCE, InpaintBody
 from serve_app.edit.session import session_path
 from serve_app.errors import (
@@ -134,6 +139,8 @@ async def test_a_value_that_is_wrong_is_refused_by_its_name(rig: Rig, body: dict
         {"image": PHOTO},
         {"mask": MASK},
         {"session": STORED, "image": PHOTO},
+        {"session": STORED, "mask_polarity": "transparent"},
+        {"image": PHOTO, "mask_polarity": "black"},
         {"session": STORED, "image": PHOTO, "mask": MASK},
         {"session": None, "image": None},
     ],
@@ -201,6 +208,90 @@ async def test_pictures_that_come_with_a_body_are_a_session_of_the_job(rig: Rig,
     assert (job.user_id, job.session_id, job.lock_key) == ("api", "job-1", "api/job-1")
     assert await stored(rig) == [PHOTO, MASK]
     assert (await rig.blobs.head(session_path("api", "job-1", "original.jpg"))).content_type == "image/jpeg"
+
+
+def cut_out(mode: str = "RGBA", hole: int = 0) -> bytes:
+    """The photo, with an opacity of `hole` where it is to be painted."""
+    opacity = np.where(line_mask() > 0, hole, 255).astype(np.uint8)
+    image = Image.fromarray(np.dstack([photo(), opacity])).convert(mode)
+    out = BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mask", "polarity"),
+    [
+        (MASK, "white"),
+        (png(255 - line_mask()), "black"),
+        (cut_out(), "transparent"),
+        (cut_out("LA"), "transparent"),
+        (None, "transparent"),
+    ],
+    ids=["white", "black", "transparent", "transparent-grey", "the-photos-own"],
+)
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+async def test_however_a_mask_is_drawn_all_outside_of_it_is_the_photos(
+    rig: Rig, mask: bytes | None, polarity: str, format: str
+) -> None:
+    """Beyond the feather bit by bit, where the format is lossless."""
+    rig.engine.fill = 0
+    body = {"type": "inpaint", "image": cut_out(), "mask_polarity": polarity, "format": format}
+    job, _ = await api(rig).post(body | ({"mask": mask} if mask else {}), Caller())
+    await rig.notifier.drained()
+    assert (await rig.take(rig.topics.sessions[-1])).reason == "succeeded"
+    edited = (await api(rig).get(job.id, Caller())).artifacts[0]
+    assert (edited.role, edited.content_type, edited.width, edited.height) == ("edited", f"image/{format}", 96, 80)
+    pixels = np.asarray(Image.open(BytesIO(await api(rig).data(edited))).convert("RGB"))
+    assert (pixels[line_mask() > 0] < (255 if format == "jpeg" else 1)).all()
+    kept = grow(line_mask(), rig.settings.windows.feather_px) == 0
+    if format == "jpeg":
+        assert np.abs(pixels[kept].astype(int) - photo()[kept]).mean() < 2
+    else:
+        assert (pixels[kept] == photo()[kept]).all()
+
+
+@pytest.mark.parametrize(("sent", "type"), [(PHOTO, "image/png"), (png(photo()), "image/png")])
+async def test_a_mask_that_edits_nothing_gives_the_photo_in_the_format_that_was_asked_for(
+    rig: Rig, sent: bytes, type: str
+) -> None:
+    job, _ = await api(rig).post(
+        {"type": "inpaint", "image": sent, "mask": png(0 * line_mask()), "format": "png"}, Caller()
+    )
+    await rig.notifier.drained()
+    assert (await rig.take(rig.topics.sessions[-1])).reason == "succeeded" and not rig.engine.painted
+    edited = (await api(rig).get(job.id, Caller())).artifacts[0]
+    assert edited.content_type == type
+    shown, of = (np.asarray(Image.open(BytesIO(data))) for data in (await api(rig).data(edited), sent))
+    assert (shown == of).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "polarity", "why"),
+    [
+        (MASK, "transparent", "no wholly transparent pixels"),
+        (cut_out(hole=1), "transparent", "no wholly transparent pixels"),
+        (None, "transparent", "no wholly transparent pixels"),
+        (png(line_mask() | 128), "black", "no pixels darker than 128"),
+        (PHOTO[:500], "white", "damaged"),
+    ],
+)
+async def test_a_mask_that_says_nothing_is_refused_by_name(
+    rig: Rig, mask: bytes | None, polarity: str, why: str
+) -> None:
+    with pytest.raises(FluxFillError, match=why) as refused:
+        await post(rig, image=PHOTO, mask=mask, mask_polarity=polarity)
+    assert refused.value.details["field"] == "mask"
+    with pytest.raises(InvalidImage) as refused:
+        await post(rig, image=PHOTO[:500], mask=MASK)
+    assert refused.value.details["field"] == "image"
+
+
+async def test_a_record_says_the_format_only_where_older_versions_could_not_paint_it(rig: Rig) -> None:
+    for format, says in (("jpg", False), ("jpeg", False), ("png", True)):
+        job = await post(rig, session=STORED, format=format)
+        assert ("format" in job.model_dump_json()) == says
+        assert Job.model_validate_json(job.model_dump_json()) == job
 
 
 async def test_it_is_painted_as_any_edit_and_deleted_with_its_uploads(rig: Rig) -> None:
@@ -308,13 +399,13 @@ async def test_few_bodies_are_held_and_one_at_a_time_is_decoded(rig: Rig, monkey
     sessions = rig.editor._sessions
     check = sessions._check
 
-    def slow(photo: bytes, mask: bytes) -> str:
+    def slow(photo: bytes, mask: bytes, polarity: Polarity) -> tuple[str, bytes]:
         nonlocal running, most
         running += 1
         most = max(most, running)
         assert let_go.wait(30)
         running -= 1
-        return check(photo, mask)
+        return check(photo, mask, polarity)
 
     monkeypatch.setattr(sessions, "_check", slow)
     held = [asyncio.create_task(post(rig, f"job-{n}", image=PHOTO, mask=MASK)) for n in range(AT_ONCE)]

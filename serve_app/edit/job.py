@@ -16,7 +16,7 @@ from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, Message, Timings
 from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder
-from ..parameters import CropStrategy, EditParameters, JobType
+from ..parameters import CONTENT_TYPES, CropStrategy, EditParameters, Format, JobType
 from ..settings import Inference, Settings
 from . import images, masks, paste, windows
 from .images import Photo
@@ -246,8 +246,9 @@ class Editor:
         with self._in_memory(prepared):
             painted = await self._paint(job, prepared, attempt.on_progress, clock)
             with clock.stage("encode_s"):
-                files = await in_pool(self._encode, prepared, painted)
-        return Painting(files=files, seconds=clock.seconds, gpu_ms=painted.gpu_ms if painted else None)
+                files, size = await in_pool(self._encode, prepared, painted, _asked(job).format)
+        gpu_ms = painted.gpu_ms if painted else None
+        return Painting(files=files, seconds=clock.seconds, gpu_ms=gpu_ms, width_height=size)
 
     @contextmanager
     def _in_memory(self, prepared: _Prepared) -> Iterator[None]:
@@ -303,14 +304,19 @@ class Editor:
         clock.seconds["wait_s"] = max(0.0, time.perf_counter() - started - painted.busy_s)
         return painted
 
-    def _encode(self, prepared: _Prepared, painted: Images | None) -> dict[str, tuple[bytes, str]]:
+    def _encode(
+        self, prepared: _Prepared, painted: Images | None, format: Format
+    ) -> tuple[dict[str, tuple[bytes, str]], tuple[int, int]]:
+        """The files, and the photo's size."""
         photo, mask = prepared.decoded or self._decode(prepared.original, prepared.mask)
         if prepared.plan is None or painted is None:
-            preview = images.encode_preview(photo, photo.pixels)
-            return {"preview": (preview, "image/jpeg"), "edited": images.unchanged(photo, prepared.original)}
-        pixels = paste.paste(photo.pixels, painted.images[0], mask, prepared.plan, self._settings.windows.feather_px)
-        edited, preview = images.encode_edited(photo, pixels), images.encode_preview(photo, pixels)
-        return {"preview": (preview, "image/jpeg"), "edited": (edited, "image/jpeg")}
+            pixels, edited = photo.pixels, images.unchanged(photo, prepared.original, format)
+        else:
+            feather_px = self._settings.windows.feather_px
+            pixels = paste.paste(photo.pixels, painted.images[0], mask, prepared.plan, feather_px)
+            edited = images.encode_edited(photo, pixels, format), CONTENT_TYPES[format]
+        preview = images.encode_preview(photo, pixels)
+        return {"preview": (preview, "image/jpeg"), "edited": edited}, photo.size
 
 
 def _asked(job: Job) -> EditParameters:

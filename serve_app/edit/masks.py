@@ -1,16 +1,19 @@
 """Masks: which pixels of a photo are edited."""
 
-from typing import NamedTuple
+import io
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from ..errors import MaskMismatch, MaskUnclear
 from ..models import Pixels
 from ..settings import Limits
 from .pictures import flatten, in_mode, load, turn
 
+#: What a mask's pixels are where the photo is edited.
+Polarity = Literal["white", "black", "transparent"]
 #: A mask's pixel of this value or more is edited.
 THRESHOLD = 128
 #: Values that lossy compression may give to a uniform picture; blue strokes have 29.
@@ -36,7 +39,7 @@ class _Seen(NamedTuple):
     looks_like_photo: bool
 
 
-def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pixels:
+def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int], polarity: Polarity = "white") -> Pixels:
     """The mask in JPEG, PNG, WebP or HEIC bytes, as 0 (kept) and 255 (edited), `[height, width]` of `photo_size`.
 
     Edited is what has a luminance (ITU-R BT.601) of THRESHOLD or more; transparency shows black, and is kept.
@@ -47,8 +50,11 @@ def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pix
     A uniform mask without bright pixels edits nothing. Raises MaskUnclear for a mask that has content but no bright
     pixels, and for a colour photo; in lossy formats, values that differ by `_NOISE` or less are no content. Grey masks
     are never taken for photos. Raises MaskMismatch, and what `pictures.load` raises.
+
+    With polarity `black`, edited is what is darker than THRESHOLD, and transparency shows white; with `transparent`,
+    what has no opacity at all, and a photo may be its own mask. Of these a mask that edits nothing raises MaskUnclear.
     """
-    seen, said = load(data, "mask", limits, _look)
+    seen, said = load(data, "mask", limits, lambda image: _look(image, polarity))
     grey = turn(seen.grey, said.exif.orientation)
     size = grey.shape[1], grey.shape[0]
     _check_shape(size, photo_size)
@@ -56,6 +62,9 @@ def decode_mask(data: bytes, limits: Limits, photo_size: tuple[int, int]) -> Pix
         raise MaskUnclear(f"the mask looks like a photo: it has more colours than a drawn mask; {_REMEDIES}")
     mask = np.asarray(cv2.threshold(grey, THRESHOLD - 1, 255, cv2.THRESH_BINARY)[1], np.uint8)
     if not mask.any():
+        if polarity != "white":
+            lacks = f"pixels darker than {THRESHOLD}" if polarity == "black" else "wholly transparent pixels"
+            raise MaskUnclear(f"the mask has no {lacks}, which would be edited: mask_polarity is {polarity}")
         _check_means_nothing(seen, noise=0 if said.content_type == "image/png" else _NOISE)
     if size != photo_size:
         mask = _scaled(_scaled(mask, photo_size[0], axis=1), photo_size[1], axis=0)
@@ -68,9 +77,25 @@ _REMEDIES = (
 )
 
 
-def _look(image: Image.Image) -> _Seen:
-    flat = flatten(image, "black")
+def encode_mask(mask: Pixels) -> bytes:
+    """A PNG."""
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def _look(image: Image.Image, polarity: Polarity) -> _Seen:
+    if polarity == "transparent":
+        if not image.has_transparency_data:
+            opacity = Image.new("L", image.size, 255)
+        else:
+            opacity = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
+        edited = opacity.point(lambda value: 255 * (value == 0))
+        return _Seen(np.asarray(edited), 0, 255, 0, looks_like_photo=False)
+    flat = flatten(image, "white" if polarity == "black" else "black")
     grey = in_mode(flat.image, "L")
+    if polarity == "black":
+        grey = ImageChops.invert(grey)
     # 16 bits, before they are scaled to 8.
     darkest, brightest, *_ = np.ravel((image if image.mode.startswith("I") else grey).getextrema()).astype(int)
     return _Seen(

@@ -41,6 +41,8 @@ class Painting:
     seconds: Mapping[str, float]
     #: Device milliseconds; None where no GPU painted.
     gpu_ms: float | None
+    #: Pixels of the edited photo; None where its maker knows it otherwise.
+    width_height: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:
@@ -95,6 +97,8 @@ class Outputs:
                 try:
                     info = await self._insist(write, confirm)
                     of = {"path": path, "version": info.version, "content_type": content_type, "size_bytes": len(data)}
+                    if painting.width_height and role == "edited":
+                        of |= dict(zip(("width", "height"), painting.width_height, strict=True))
                     written.append(Artifact(role=role, **of))
                     break
                 except BlobConflict:

@@ -3,17 +3,28 @@
 import asyncio
 import base64
 import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..blobs import BlobStore
-from ..errors import BlobConflict, BlobNotFound, ImageTooLarge, InvalidImage, KeyReused, MissingInput, Unavailable
+from ..errors import (
+    BlobConflict,
+    BlobNotFound,
+    FluxFillError,
+    ImageTooLarge,
+    InvalidImage,
+    KeyReused,
+    MissingInput,
+    Unavailable,
+)
 from ..jobs.kinds import PostedBody
 from ..parameters import CropStrategy, Id, Prompt, Whole
 from ..settings import Limits
 from .images import decode_photo
-from .masks import decode_mask
+from .masks import Polarity, decode_mask, encode_mask
 from .session import INPUTS, session_path
 
 #: Whose sessions those of uploaded pictures are.
@@ -56,16 +67,20 @@ class InpaintBody(PostedBody):
     type: Literal["inpaint"]
     session: SessionName | None = None
     image: Picture | None = None
-    #: White where the photo is to be painted.
+    #: Left out where the photo's own transparency shows what is to be painted.
     mask: Picture | None = None
+    #: What the mask is where the photo is to be painted; `transparent` is wholly so.
+    mask_polarity: Polarity = "white"
     prompt: Prompt | None = None
     #: Left out, or -1: one that the answer tells.
     seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
+    #: In PNG and WebP, which are lossless, all that is not painted is the photo's, bit by bit.
+    format: Literal["png", "jpg", "jpeg", "webp"] = "jpg"
 
     @model_validator(mode="after")
     def _one_source(self) -> "InpaintBody":
-        pictures = (self.image is not None, self.mask is not None)
+        pictures = (self.image is not None, self.mask is not None or self.mask_polarity == "transparent")
         if any(pictures) if self.session else not all(pictures):
             raise ValueError("give either session, or image and mask")
         return self
@@ -73,6 +88,7 @@ class InpaintBody(PostedBody):
     def explicit(self) -> dict[str, Any]:
         """What it gives of an edit's parameters, by their names."""
         given = {"guidance_scale": self.guidance, **self.model_dump(include={"prompt", "steps", "crop_strategy"})}
+        given["format"] = "jpg" if self.format == "jpeg" else self.format
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -111,9 +127,11 @@ class Sessions:
         return SessionName(user_id=API_USER, session_id=job_id)
 
     async def _store(self, body: InpaintBody, job_id: str) -> None:
-        photo, mask = await asyncio.gather(self._bytes("image", body.image), self._bytes("mask", body.mask))
+        photo, mask = await asyncio.gather(
+            self._bytes("image", body.image), self._bytes("mask", body.image if body.mask is None else body.mask)
+        )
         async with self._decoding:
-            content_type = await asyncio.to_thread(self._check, photo, mask)
+            content_type, mask = await asyncio.to_thread(self._check, photo, mask, body.mask_polarity)
         for role, data, of in (("original", photo, content_type), ("mask", mask, "image/png")):
             path = session_path(API_USER, job_id, INPUTS[role])
             try:
@@ -140,8 +158,20 @@ class Sessions:
             pass
         raise InvalidImage(f"{field}: not data:TYPE;base64, and base64")
 
-    def _check(self, photo: bytes, mask: bytes) -> str:
-        """The photo's content type."""
-        decoded = decode_photo(photo, self._limits)
-        decode_mask(mask, self._limits, decoded.size)
-        return decoded.content_type
+    def _check(self, photo: bytes, mask: bytes, polarity: Polarity) -> tuple[str, bytes]:
+        """The photo's content type, and the mask, white where the photo is to be painted."""
+        with _of("image"):
+            decoded = decode_photo(photo, self._limits)
+        with _of("mask"):
+            pixels = decode_mask(mask, self._limits, decoded.size, polarity)
+        return decoded.content_type, mask if polarity == "white" else encode_mask(pixels)
+
+
+@contextmanager
+def _of(field: str) -> Iterator[None]:
+    """Errors name the field at fault."""
+    try:
+        yield
+    except FluxFillError as e:
+        e.details["field"] = field
+        raise

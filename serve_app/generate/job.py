@@ -14,7 +14,7 @@ from ..errors import MalformedMessage, StoreUnavailable
 from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.record import Artifact, Job, Timings
 from ..models import GenerateRequest, ImageModel, Images, Progress, PromptEncoder
-from ..parameters import GenerateParameters, JobType
+from ..parameters import CONTENT_TYPES, GenerateParameters, JobType
 from ..settings import Settings
 from . import pictures
 from .loras import Loras
@@ -122,7 +122,7 @@ class Generation:
             "wait_s": max(0.0, ended - started - made.busy_s),
             "encode_s": time.perf_counter() - ended,
         }
-        file = (data, pictures.CONTENT_TYPES[asked.format])
+        file = (data, CONTENT_TYPES[asked.format])
         return Painting(files={ROLE: file}, seconds=seconds, gpu_ms=made.gpu_ms)
 
     async def _store(

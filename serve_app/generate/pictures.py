@@ -11,8 +11,6 @@ from PIL.PngImagePlugin import PngInfo
 from ..models import Pixels
 from ..parameters import Format
 
-CONTENT_TYPES: Mapping[Format, str] = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
-
 _QUALITY = 95
 #: EXIF 2.32's ImageDescription.
 _DESCRIPTION = 0x010E
