@@ -267,6 +267,7 @@ class Ingress:
             task.cancel()
         self._worker.close()
         await self.audits.close()
+        await self.loras.close()
         await self._notifier.close(grace_s=TELL_GRACE_S)
         await self._webhooks.close()
         await self._image_links.close()

@@ -1,32 +1,35 @@
 """LoRAs that clients register: checked by what their files hold, and kept as records in the blob store.
 
-A record is at `loras/{owner}/{rest}.json`, where the id is `{owner}{rest}` and the owner a hash; an uploaded file at
-`models/{id}/lora.safetensors`. A registration that is asked for again gives the same LoRA, so a client asks, uploads,
+A record is at `loras/{owner}/{rest}.json`, where the id is `{owner}{rest}` and the owner a hash; a file that was
+uploaded for it lies beside it. A registration that is asked for again gives the same LoRA, so a client asks, uploads,
 and asks again.
 """
 
 import asyncio
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ..blobs import BlobInfo, BlobStore, UploadLink
 from ..clock import utc_now
 from ..errors import (
-    BlobConflict,
     BlobNotFound,
+    BlobTooLarge,
     Forbidden,
     LoraChanged,
     LoraRefused,
     LoraTooLarge,
     MissingInput,
+    NotSupported,
     QuotaExceeded,
     Truncated,
+    Unavailable,
     UnknownModel,
     UnsafePath,
 )
@@ -35,11 +38,16 @@ from ..models import LoraFacts, LoraUse
 from ..parameters import Whole
 from ..settings import LoraSettings
 
+log = logging.getLogger(__name__)
+
 #: How long an upload may begin after it was asked for, in seconds.
 UPLOAD_S = 3600
 #: Records of one owner that are read at a time.
 _AT_ONCE = 8
+#: Files that wait to be looked at, or are.
+_CHECKS = 8
 _OWNER, _REST = 8, 24
+_RECORD, _FILE = ".json", ".safetensors"
 _RECORD_BYTES = 100_000
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
@@ -86,6 +94,8 @@ class Lora(BaseModel):
     trigger_word: str
     #: Of the blob.
     path: str
+    #: The blob's when it was looked at.
+    blob_version: str
     sha256: Sha256
     size_bytes: int
     alpha: float | None
@@ -107,9 +117,12 @@ class Lora(BaseModel):
 
 
 class LoraChecker(Protocol):
+    @property
+    def takes_loras(self) -> bool:
+        """Whether a model that is served here does."""
+
     async def check(self, file: Path, *, alpha: float | None) -> LoraFacts:
-        """Look at the whole file. Raises LoraRefused, by its kind; NotSupported where no model takes LoRAs here;
-        Unavailable."""
+        """Look at the whole file. Raises LoraRefused, by its kind; Unavailable."""
 
 
 class Loras:
@@ -117,33 +130,39 @@ class Loras:
         self._blobs, self._checker, self.settings = blobs, checker, settings
         #: A file takes room on this machine while it is looked at.
         self._checking = asyncio.Lock()
+        #: By the LoRA's id. Each goes on to its end when its client leaves, who finds it done when it asks again.
+        self._checks: dict[str, asyncio.Task[Lora]] = {}
 
     async def register(self, body: LoraBody, caller: Caller) -> Lora | UploadLink:
         """The LoRA; or where its file is to be uploaded, after which it is asked for again.
 
         A file that is refused is deleted, unless it is a blob that the body names. Raises LoraRefused, by its kind;
-        Forbidden for a blob, MissingInput where it is not there; QuotaExceeded; NotSupported; StoreUnavailable.
+        Forbidden for a blob, MissingInput where it is not there; QuotaExceeded; NotSupported where no model takes
+        LoRAs; Unavailable.
         """
+        if not self._checker.takes_loras:
+            raise NotSupported("no model that is served here takes LoRAs")
         if (body.size_bytes or 0) > self.settings.file_bytes:
-            raise LoraTooLarge(f"size_bytes: more than {self.settings.file_bytes} (loras.file_bytes)")
-        if body.blob is not None:
-            return await self._register_blob(body, body.blob, caller)
-        lora_id = _id(body, str(body.sha256), caller)
-        path = f"models/{lora_id}/lora.safetensors"
-        if (stored := await self._stored(lora_id)) is not None:
+            raise self._too_large("size_bytes", int(body.size_bytes or 0))
+        if body.blob is not None and not caller.sees_messages:
+            raise Forbidden("blob: the API key does not have the scope jobs", field="blob")
+        lora_id = _id(body, caller)
+        info = await self._blob(body, body.blob or _file(lora_id))
+        stored = await self._stored(lora_id)
+        if info is None or body.size_bytes not in (None, info.size):
+            if stored is None:
+                await self._check_quota(caller, lora_id)
+            return await self._blobs.upload_link(_file(lora_id), size=int(body.size_bytes or 0), expires_s=UPLOAD_S)
+        if stored is not None and stored.blob_version == info.version:
             return stored
-        try:
-            info = await self._blobs.head(path)
-        except BlobNotFound:
-            info = None
-        await self._check_quota(caller)
-        if info is None or info.size != body.size_bytes:
-            return await self._blobs.upload_link(path, size=int(body.size_bytes or 0), expires_s=UPLOAD_S)
-        try:
-            return await self._checked(body, info, caller)
-        except LoraRefused:
-            await self._blobs.delete(path)
-            raise
+        if info.size > self.settings.file_bytes:
+            raise self._too_large("blob", info.size)
+        if lora_id not in self._checks:
+            if len(self._checks) >= _CHECKS:
+                raise Unavailable("too many files are being looked at; try again", retry_after_s=30)
+            self._checks[lora_id] = asyncio.create_task(self._check(lora_id, body, info.path, caller))
+            self._checks[lora_id].add_done_callback(lambda task: self._checked(lora_id, task))
+        return await asyncio.shield(self._checks[lora_id])
 
     async def get(self, lora_id: str, caller: Caller) -> Lora:
         """Raises UnknownModel, also for one that the caller does not see; StoreUnavailable."""
@@ -157,7 +176,8 @@ class Loras:
         folders = ["loras"] if caller.sees_all else [f"loras/{_hashed(caller.id)[:_OWNER]}"]
         if caller.sees_messages and not caller.sees_all:
             folders.append(f"loras/{_hashed('')[:_OWNER]}")
-        paths = [info.path for folder in folders for info in [one async for one in self._blobs.list(folder)]]
+        infos = [info for folder in folders for info in [one async for one in self._blobs.list(folder)]]
+        paths = [info.path for info in infos if info.path.endswith(_RECORD)]
         places = asyncio.Semaphore(_AT_ONCE)
 
         async def read(path: str) -> Lora | None:
@@ -170,57 +190,86 @@ class Loras:
     async def delete(self, lora_id: str, caller: Caller) -> None:
         """With the file that was uploaded for it. Jobs that name it and have not ended fail. Raises as `get`."""
         lora = await self.get(lora_id, caller)
-        await self._blobs.delete(_record(lora_id))
-        if lora.path == f"models/{lora_id}/lora.safetensors":
+        # While there is a record, it can be deleted again.
+        if lora.path == _file(lora_id):
             await self._blobs.delete(lora.path)
+        await self._blobs.delete(_record(lora_id))
 
     async def link(self, lora: Lora, expires_s: int) -> str:
         """A signed URL of its file. Raises StoreUnavailable."""
         return await self._blobs.link(lora.path, expires_s=expires_s)
 
-    async def _register_blob(self, body: LoraBody, path: str, caller: Caller) -> Lora:
-        if not caller.sees_messages:
-            raise Forbidden("blob: the API key does not have the scope jobs", field="blob")
-        await self._check_quota(caller)
+    async def close(self) -> None:
+        """Files that are being looked at are looked at when their clients ask again."""
+        checks = list(self._checks.values())
+        for task in checks:
+            task.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
+
+    async def _blob(self, body: LoraBody, path: str) -> BlobInfo | None:
+        """None for a file that was not uploaded yet."""
         try:
             info = await self._blobs.head(path)
         except (BlobNotFound, UnsafePath) as e:
+            if body.blob is None:
+                return None
             raise MissingInput(f"blob: {e.message}", field="blob") from e
-        if body.size_bytes not in (None, info.size):
+        if body.blob is not None and body.size_bytes not in (None, info.size):
             raise LoraChanged(f"size_bytes: the blob has {info.size}", field="size_bytes")
-        return await self._checked(body, info, caller)
+        return info
 
-    async def _checked(self, body: LoraBody, info: BlobInfo, caller: Caller) -> Lora:
-        if info.size > self.settings.file_bytes:
-            raise LoraTooLarge(f"the file has {info.size} bytes, of {self.settings.file_bytes} (loras.file_bytes)")
+    async def _check(self, lora_id: str, body: LoraBody, path: str, caller: Caller) -> Lora:
         async with self._checking:
-            with tempfile.TemporaryDirectory(prefix="lora-") as folder:
-                file = Path(folder) / "lora.safetensors"
-                await self._blobs.download(info.path, file)
-                sha256 = await asyncio.to_thread(verified_sha256, file, body.sha256, info.size)
-                facts = await self._checker.check(file, alpha=body.alpha)
-        lora = Lora(
-            **body.model_dump(include={"name", "version", "trigger_word", "alpha"}),
-            id=_id(body, sha256, caller),
-            owner=caller.id,
-            path=info.path,
-            sha256=sha256,
-            size_bytes=info.size,
-            facts=facts,
-            created_at=utc_now(),
-        )
-        data, record = lora.model_dump_json().encode(), _record(lora.id)
-        try:
-            await self._blobs.put(record, data, content_type="application/json", if_version="")
-        except BlobConflict:
-            return await self._read(record) or lora
-        return lora
+            # Of many that are asked for at once, each was within it.
+            await self._check_quota(caller, lora_id)
+            try:
+                with tempfile.TemporaryDirectory(prefix="lora-") as folder:
+                    file = Path(folder) / "lora.safetensors"
+                    info = await self._blobs.download(path, file)
+                    sha256 = await asyncio.to_thread(verified_sha256, file, body.sha256, info.size)
+                    facts = await self._checker.check(file, alpha=body.alpha)
+            except LoraRefused:
+                if path == _file(lora_id):
+                    await self._blobs.delete(path)
+                raise
+            lora = Lora(
+                **body.model_dump(include={"name", "version", "trigger_word", "alpha"}),
+                id=lora_id,
+                owner=caller.id,
+                path=path,
+                blob_version=info.version,
+                sha256=sha256,
+                size_bytes=info.size,
+                facts=facts,
+                created_at=utc_now(),
+            )
+            await self._blobs.put(_record(lora_id), lora.model_dump_json().encode(), content_type="application/json")
+            return lora
 
-    async def _check_quota(self, caller: Caller) -> None:
-        if caller.id:
-            folder = f"loras/{_hashed(caller.id)[:_OWNER]}"
-            if len([one async for one in self._blobs.list(folder)]) >= self.settings.per_key:
-                raise QuotaExceeded(f"this key has {self.settings.per_key} LoRAs, as many as it may: delete some")
+    def _checked(self, lora_id: str, task: "asyncio.Task[Lora]") -> None:
+        del self._checks[lora_id]
+        # Of a client that has left, nobody reads it.
+        if not task.cancelled():
+            task.exception()
+
+    async def _check_quota(self, caller: Caller, lora_id: str) -> None:
+        """Whether one more is within it. Files that were uploaded and never registered make room where they are too
+        many."""
+        if not caller.id:
+            return
+        others = [one.path async for one in self._blobs.list(f"loras/{lora_id[:_OWNER]}")]
+        others = [path for path in others if path not in (_record(lora_id), _file(lora_id))]
+        records = {path for path in others if path.endswith(_RECORD)}
+        if len(records) >= self.settings.per_key:
+            raise QuotaExceeded(f"this key has {self.settings.per_key} LoRAs, as many as it may: delete some")
+        left = [path for path in others if path not in records and path.removesuffix(_FILE) + _RECORD not in records]
+        if len(records) + len(left) >= self.settings.per_key:
+            for path in left:
+                await self._blobs.delete(path)
+
+    def _too_large(self, field: str, size: int) -> LoraTooLarge:
+        most = self.settings.file_bytes
+        return LoraTooLarge(f"{field}: a file of {size} bytes, of {most} at most (loras.file_bytes)", field=field)
 
     async def _stored(self, lora_id: str) -> Lora | None:
         return await self._read(_record(lora_id)) if len(lora_id) == _OWNER + _REST else None
@@ -228,9 +277,13 @@ class Loras:
     async def _read(self, path: str) -> Lora | None:
         try:
             data, _ = await self._blobs.get(path, max_bytes=_RECORD_BYTES)
+            return Lora.model_validate_json(data)
         except (BlobNotFound, UnsafePath):
             return None
-        return Lora.model_validate_json(data)
+        except (ValidationError, BlobTooLarge) as e:
+            # Registered again, it is written anew.
+            log.error("The record %s cannot be read: %s", path, type(e).__name__, extra={"action": "damaged_record"})
+            return None
 
 
 def verified_sha256(file: Path, expected: str | None, size_bytes: int) -> str:
@@ -244,14 +297,18 @@ def verified_sha256(file: Path, expected: str | None, size_bytes: int) -> str:
     return sha256
 
 
-def _id(body: LoraBody, sha256: str, caller: Caller) -> str:
+def _id(body: LoraBody, caller: Caller) -> str:
     """The same for the same request."""
-    what = [sha256, body.blob, body.name, body.version, body.trigger_word, body.alpha]
+    what = [caller.id, body.sha256, body.size_bytes, body.blob, body.name, body.version, body.trigger_word, body.alpha]
     return _hashed(caller.id)[:_OWNER] + _hashed(json.dumps(what))[:_REST]
 
 
 def _record(lora_id: str) -> str:
-    return f"loras/{lora_id[:_OWNER]}/{lora_id[_OWNER:]}.json"
+    return f"loras/{lora_id[:_OWNER]}/{lora_id[_OWNER:]}{_RECORD}"
+
+
+def _file(lora_id: str) -> str:
+    return f"loras/{lora_id[:_OWNER]}/{lora_id[_OWNER:]}{_FILE}"
 
 
 def _hashed(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ... import errors
-from ...errors import LoraRefused, NotSupported, Unavailable
+from ...errors import LoraRefused, Unavailable
 from ...models import LoraFacts
 from ...settings import Settings
 
@@ -27,9 +27,11 @@ class CheckedApart:
             "cache": str(settings.weights.cache),
         }
 
+    @property
+    def takes_loras(self) -> bool:
+        return bool(self._asked["models"])
+
     async def check(self, file: Path, *, alpha: float | None) -> LoraFacts:
-        if not self._asked["models"]:
-            raise NotSupported("no model that is served here takes LoRAs")
         asked = json.dumps({**self._asked, "file": str(file), "alpha": alpha})
         process = await asyncio.create_subprocess_exec(
             sys.executable,
