@@ -16,6 +16,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_rand
 
 from serve_app import adapters
 
+from . import lora_files
 from .rig import jpeg, line_mask, photo, png
 from .serving import App
 
@@ -31,7 +32,7 @@ def test_the_commands_of_the_api_document_run(app: App, tmp_path: Path) -> None:
     script = "".join(blocks).replace("http://127.0.0.1:8000", app.http)
     (tmp_path / "photo.jpg").write_bytes(jpeg(photo()))
     (tmp_path / "mask.png").write_bytes(png(line_mask()))
-    lora_files.write(tmp_path / "lora.safetensors")
+    (tmp_path / "lora.safetensors").write_bytes(lora_files.file(lora_files.layers("sdxl"), "kohya"))
     run = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
