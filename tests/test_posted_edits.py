@@ -338,6 +338,7 @@ BAD: list[tuple[str, dict[str, Any], type[FluxFillError]]] = [
     ("a photo for a mask", {"mask": PHOTO}, MaskUnclear),
     ("not base64", {"image": "data:image/png;base64,%%%"}, InvalidImage),
     ("base64 of URLs", {"image": "data:image/png;base64,__-_"}, InvalidImage),
+    ("not ASCII", {"image": "data:image/png;base64,\x80"}, InvalidImage),
     ("percent-encoded", {"image": "data:image/png,abc"}, InvalidImage),
     ("nothing in it", {"image": "data:"}, InvalidImage),
     ("bytes over the limit", {"image": PHOTO + bytes(30_000)}, ImageTooLarge),

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Protocol
@@ -154,7 +153,8 @@ class Sessions:
         try:
             if head.lower().endswith(";base64"):
                 return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-        except binascii.Error:
+        except ValueError:
+            # For what is not ASCII, and its binascii.Error.
             pass
         raise InvalidImage(f"{field}: not data:TYPE;base64, and base64")
 
