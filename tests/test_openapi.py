@@ -79,6 +79,8 @@ def test_bodies_that_routes_read_themselves_are_described() -> None:
     bodies = {(path, method): "requestBody" in SCHEMA["paths"][path][method] for path, method in OPERATIONS}
     takes = {key for key, has_body in bodies.items() if has_body}
     posts = {(path, "post") for path in ("/v1/jobs", "/v1/models", "/audit", "/inpaint", "/api/generate/image")}
+    of_clients = ("models/{owner}/{name}/predictions", "predictions", "files")
+    posts |= {("/v1/flux-pro-1.0-fill", "post"), *((f"/replicate/v1/{path}", "post") for path in of_clients)}
     assert takes == posts | {("/v1/jobs/{id}", "put"), ("/blobs/{token}", "put")}
     job = SCHEMA["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]
     assert job.keys() == {"application/json", "multipart/form-data"}

@@ -190,8 +190,8 @@ class ApiKeys:
         return bool(self._keys)
 
     def client(self, authorization: str | None, api_key: str | None) -> tuple[str, frozenset[str]]:
-        """Id and scopes of the key in `Authorization: Bearer KEY` or `X-API-Key: KEY`, whose values are given; the
-        second one counts if both are.
+        """Id and scopes of the key in `Authorization: Bearer KEY`, or in `X-API-Key: KEY` or `X-Key: KEY`, whose values
+        are given; the second one counts if both are.
 
         Raises Unauthorized without a known key; Forbidden if there are no keys at all.
         """

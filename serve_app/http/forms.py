@@ -24,6 +24,11 @@ _FILE = {"type": "string", "format": "binary"}
 _JOB = {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("GenerateBody", "InpaintBody")]}
 _PARTS = {"job": _JOB, **dict.fromkeys(FILES, _FILE)}
 _FORM = {"type": "object", "required": ["job"], "properties": _PARTS, "additionalProperties": False}
+#: For the description of routes that read one file.
+FILE_BODY: Mapping[str, Any] = {
+    "required": True,
+    "content": {FORM: {"schema": {"type": "object", "required": ["content"], "properties": {"content": _FILE}}}},
+}
 #: For the description of routes that read one.
 JOB_BODY: Mapping[str, Any] = {
     "required": True,
@@ -68,6 +73,17 @@ async def read_job(request: Request, limits: Limits) -> dict[str, Any]:
     if twice := min(body.keys() & files.keys(), default=None):
         raise wrong(twice, "it is in the part job already")
     return body | files
+
+
+async def read_file(request: Request, name: str, limits: Limits) -> bytes:
+    """The file that is a form's part `name`. Raises as `read_job`."""
+    if _media_type(request) != FORM:
+        raise UnsupportedMediaType(f"a body must be {FORM}")
+    data: bytes = await request.app.state.bodies.read(request, limits.image_bytes + limits.message_bytes)
+    file = dict(await _parts(request, data, limits.message_bytes)).get(name)
+    if not isinstance(file, bytes):
+        raise wrong(name, "the form lacks this part, which is the file")
+    return file
 
 
 async def _parts(request: Request, data: bytes, max_part_size: int) -> list[tuple[str, str | bytes]]:

@@ -1,7 +1,7 @@
 """HTTP routes of jobs. They know no store."""
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -48,16 +48,18 @@ _Since = Annotated[
     Query(description="Only what happened since then: ISO 8601, or seconds of Unix."),
     AfterValidator(lambda at: at.replace(tzinfo=at.tzinfo or UTC) if at else None),
 ]
-_Id = Annotated[str, Path(alias="id", pattern=ID_PATTERN)]
-_Reader = Annotated[Caller, caller_with("read")]
-_Submitter = Annotated[Caller, caller_with("submit")]
+JobId = Annotated[str, Path(alias="id", pattern=ID_PATTERN)]
+Cursor = Annotated[str | None, Query(pattern=_CURSOR)]
+Reader = Annotated[Caller, caller_with("read")]
+Submitter = Annotated[Caller, caller_with("submit")]
 
 
-async def _shown(job_id: _Id, caller: _Reader, service: Served) -> Job:
+async def _shown(job_id: JobId, caller: Reader, service: Served) -> Job:
     return await service.jobs.get(job_id, caller)
 
 
-_Shown = Annotated[Job, Depends(_shown)]
+#: The job that a path names. Raises UnknownJob.
+Shown = Annotated[Job, Depends(_shown)]
 
 router = APIRouter(prefix="/v1/jobs", responses=problems(401, 403, 422, 429, 503))
 _POSTING: dict[str, Any] = {
@@ -69,7 +71,7 @@ _POSTING: dict[str, Any] = {
 
 @router.post("", **_POSTING)
 async def post_job(
-    request: Request, response: Response, service: Served, caller: _Submitter, key: _Key = None
+    request: Request, response: Response, service: Served, caller: Submitter, key: _Key = None
 ) -> views.PostedJob:
     """Ask for a job. With an Idempotency-Key, a request that is sent again is answered with the same job."""
     return await _posted(request, response, service, caller, idempotency_key=key)
@@ -81,7 +83,7 @@ async def put_job(
     request: Request,
     response: Response,
     service: Served,
-    caller: _Submitter,
+    caller: Submitter,
 ) -> views.PostedJob:
     """Ask for a job under an id of one's own. Sent again, it is answered with the same job."""
     return await _posted(request, response, service, caller, job_id=job_id)
@@ -102,19 +104,25 @@ async def _posted(
 @router.get("")
 async def list_jobs(
     service: Served,
-    caller: _Reader,
+    caller: Reader,
     job_type: Annotated[views.PostedType | None, Query(alias="type")] = None,
     status: State | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
-    cursor: Annotated[str | None, Query(pattern=_CURSOR)] = None,
+    cursor: Cursor = None,
 ) -> views.JobList:
     """Jobs, newest first."""
+    found, following = await page(service, caller, cursor, limit, type=job_type, status=status)
+    return views.JobList(jobs=[views.job_view(job) for job in found], next_cursor=following)
+
+
+async def page(
+    service: Service, caller: Caller, cursor: str | None, limit: int, **query: Any
+) -> tuple[Sequence[Job], str | None]:
+    """Posted jobs behind `cursor`, newest first, and the next page's cursor."""
     before = _place(cursor) if cursor else None
-    found = await service.jobs.list(caller, type=job_type, status=status, before=before, limit=limit + 1)
+    found = await service.jobs.list(caller, before=before, limit=limit + 1, **query)
     following = _cursor(found[limit - 1]) if len(found) > limit else None
-    return views.JobList(
-        jobs=[views.job_view(job) for job in found[:limit] if job.type in views.POSTED], next_cursor=following
-    )
+    return [job for job in found[:limit] if job.type in views.POSTED], following
 
 
 def _cursor(job: Job) -> str:
@@ -128,32 +136,32 @@ def _place(cursor: str) -> tuple[datetime, str]:
 
 
 @router.get("/{id}", responses=problems(404))
-async def get_job(job: _Shown, service: Served) -> views.JobView:
+async def get_job(job: Shown, service: Served) -> views.JobView:
     """A job."""
     return views.job_view(job, await service.jobs.ahead(job) if job.status == State.QUEUED else None)
 
 
 @router.delete("/{id}", status_code=204, responses=problems(404, 409))
-async def delete_job(job_id: _Id, service: Served, caller: _Submitter) -> None:
+async def delete_job(job_id: JobId, service: Served, caller: Submitter) -> None:
     """Delete a job and what it made. 409 if it has not ended."""
     await service.jobs.delete(job_id, caller)
 
 
 @router.post("/{id}/cancel", responses=problems(404, 409))
-async def cancel_job(job_id: _Id, service: Served, caller: _Submitter) -> views.JobView:
+async def cancel_job(job_id: JobId, service: Served, caller: Submitter) -> views.JobView:
     """Cancel a job: a waiting one never starts, a running one stops within a step. 409 if it has ended."""
     return views.job_view(await service.jobs.cancel(job_id, caller))
 
 
 @router.get("/{id}/progress", responses=problems(404))
-async def get_progress(job: _Shown) -> views.ProgressView:
+async def get_progress(job: Shown) -> views.ProgressView:
     """How far a job is, and each of its pictures."""
     return views.progress_view(job)
 
 
 @router.get("/{id}/artifacts", responses=problems(404))
 async def list_artifacts(
-    job: _Shown,
+    job: Shown,
     service: Served,
     expires_s: Annotated[int | None, Query(description="Of the links, in seconds; 300 to 86400.")] = None,
 ) -> views.ArtifactList:
@@ -177,7 +185,7 @@ _LINES = {"application/x-ndjson": {"schema": {"$ref": "#/components/schemas/LogL
     responses={200: {"description": "One JSON object a line.", "content": _LINES}, **problems(404)},
 )
 async def get_logs(
-    job: _Shown, tail: Annotated[int, Query(ge=1, le=MAX_TAIL)] = TAIL, since_ts: _Since = None
+    job: Shown, tail: Annotated[int, Query(ge=1, le=MAX_TAIL)] = TAIL, since_ts: _Since = None
 ) -> Response:
     """The newest lines of a job's log, oldest first."""
     events = [event for event in job.events if not since_ts or event.at >= since_ts]
@@ -188,8 +196,8 @@ async def get_logs(
 
 async def _watched(
     request: Request,
-    job: _Shown,
-    caller: _Reader,
+    job: Shown,
+    caller: Reader,
     service: Served,
     header: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
     query: Annotated[str | None, Query(alias="last_event_id")] = None,

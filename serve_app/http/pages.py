@@ -18,8 +18,8 @@ from .forms import FORM, JSON
 _CHANGES_NOTHING = ("GET", "HEAD", "OPTIONS")
 #: A name or an address, and its port.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]+)?")
-#: Behind whatever the app is mounted at.
-_JOBS = re.compile(r".*/v1/jobs(/[^/]+)?")
+#: Routes that take forms, behind whatever the app is mounted at.
+_FORMS = re.compile(r".*/v1/(jobs(/[^/]+)?|files)")
 _UPLOADS = re.compile(r".*/blobs/[^/]+")
 
 
@@ -37,7 +37,7 @@ def check_page(method: str, path: str, headers: Mapping[str, str]) -> None:
     # A page may PUT nothing to another site without a preflight, either.
     if method == "PUT" and _UPLOADS.fullmatch(path):
         return
-    allowed = (JSON, FORM) if _JOBS.fullmatch(path) else (JSON,)
+    allowed = (JSON, FORM) if _FORMS.fullmatch(path) else (JSON,)
     if _has_body(headers) and headers.get("content-type", "").partition(";")[0].strip().lower() not in allowed:
         raise UnsupportedMediaType(f"a body must be {' or '.join(allowed)}")
 

@@ -105,10 +105,11 @@ _KEY = Depends(APIKeyHeader(name="X-API-Key", auto_error=False, scheme_name="key
 
 async def _credentials(request: Request, _: Any = _BEARER, __: Any = _KEY) -> tuple[str | None, str | None]:
     # As they were sent: the schemes, which are there for the description, drop malformed ones.
-    return request.headers.get("Authorization"), request.headers.get("X-API-Key")
+    headers = request.headers
+    return headers.get("Authorization"), headers.get("X-API-Key", headers.get("X-Key"))
 
 
-#: A parameter of a route: the values of `Authorization` and `X-API-Key`.
+#: A parameter of a route: the values of `Authorization`, and of `X-API-Key` or `X-Key`, as some clients call it.
 Credentials = Annotated[tuple[str | None, str | None], Depends(_credentials)]
 
 
