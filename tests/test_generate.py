@@ -325,6 +325,23 @@ async def test_a_canceled_job_stops_within_a_step_and_keeps_what_it_has(studio: 
         await studio.api.cancel(job.id, OPEN)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_picture_that_is_stored_while_its_job_is_deleted_is_deleted_too(studio: Studio, when: str) -> None:
+    job = await studio.post(count=2)
+
+    async def delete() -> None:
+        await studio.api.cancel(job.id, OPEN)
+        await studio.api.delete(job.id, OPEN)
+
+    async def at_the_second(request: GenerateRequest) -> None:
+        if len(studio.painter.requests) == 2:
+            getattr(studio.blobs, when)["put"] = delete
+
+    studio.painter.before = at_the_second
+    await studio.work()
+    assert await studio.jobs.get(job.id) is None and await studio.paths() == []
+
+
 async def test_a_job_canceled_while_it_waits_never_starts(studio: Studio) -> None:
     job = await studio.post()
     await studio.api.cancel(job.id, OPEN)
@@ -620,16 +637,18 @@ async def test_a_job_is_deleted_with_its_pictures_once_it_is_over(studio: Studio
         await studio.api.delete(job.id, OPEN)
 
 
-async def test_a_picture_that_a_canceled_job_did_not_record_is_deleted_with_it(studio: Studio) -> None:
+async def test_a_picture_that_a_killed_worker_did_not_record_is_deleted_with_its_job(studio: Studio) -> None:
     job = await studio.post(count=2)
 
-    async def is_canceled() -> None:
-        await studio.beside().api.cancel(job.id, OPEN)
+    async def is_killed() -> None:
+        raise asyncio.CancelledError
 
     # Whose own write comes first.
     await studio.kind._outputs.check_writable()
-    studio.blobs.after["put"] = is_canceled
-    assert (await studio.work()).reason == "canceled"
+    studio.blobs.after["put"] = is_killed
+    with pytest.raises(asyncio.CancelledError):
+        await studio.work()
+    await studio.api.cancel(job.id, OPEN)
     assert len(await studio.paths()) == 1 and (await studio.job(job)).artifacts == ()
     await studio.api.delete(job.id, OPEN)
     assert await studio.paths() == []

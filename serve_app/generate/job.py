@@ -10,9 +10,9 @@ from typing import Any
 from ..blobs import BlobStore
 from ..edit.job import begun_within, encode_within, seed_of
 from ..edit.outputs import Outputs, Painting
-from ..errors import MalformedMessage, StoreUnavailable
+from ..errors import MalformedMessage, StaleClaim, StoreUnavailable
 from ..jobs.kinds import Asked, Attempt, Caller, Result
-from ..jobs.record import Artifact, Job, Timings
+from ..jobs.record import Artifact, Job, State, Timings
 from ..models import GenerateRequest, ImageModel, Images, Progress, PromptEncoder
 from ..parameters import CONTENT_TYPES, GenerateParameters, JobType
 from ..settings import Settings
@@ -45,7 +45,7 @@ class Generation:
         settings: Settings,
     ) -> None:
         """`models` by name."""
-        self._models, self._prompts, self._loras, self._settings = models, prompts, loras, settings
+        self._blobs, self._models, self._prompts, self._loras, self._settings = blobs, models, prompts, loras, settings
         self._outputs = Outputs(blobs, upload_s=settings.work.upload_timeout_s)
 
     def read(self, data: bytes) -> Asked:
@@ -137,7 +137,13 @@ class Generation:
             raise
         size = {"width": request.width, "height": request.height}
         artifact = written.model_copy(update={"index": index, "seed": request.seed, **size})
-        await attempt.record(artifact)
+        try:
+            await attempt.record(artifact)
+        except StaleClaim as e:
+            if e.details["status"] in (None, State.CANCELED):
+                # Perhaps it was deleted, with its pictures, before this one was there.
+                await self._blobs.delete(path)
+            raise
         seconds["upload_s"] += time.perf_counter() - started
         return artifact
 
