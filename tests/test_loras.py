@@ -10,11 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.errors import NotFinite
+from serve_app.engine.lora.apart import CheckedApart
+from serve_app.errors import NotFinite, Unavailable
 from serve_app.generate import loras as module
 from serve_app.generate.loras import Loras
 from serve_app.http.app import create_app
 from serve_app.models import LoraFacts
+from serve_app.settings import Settings
 
 from .backends import until
 from .http_service import Process
@@ -459,3 +461,61 @@ async def test_a_job_is_made_by_a_model_that_its_loras_fit(registry: Registry) -
         assert refusal(await registry.ask("POST", "/v1/jobs", json=body)) == (422, "wrong_model")
     twice = await registry.ask("POST", "/v1/jobs", json=job({"id": sdxl["id"]}, {"id": sdxl["id"]}))
     assert refusal(twice) == (422, "invalid_input")
+
+
+# Real files, looked at in a process of their own
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> CheckedApart:
+    """For the tiny models."""
+    generators = {"tiny-sdxl": {}, "tiny-flux-dev": {}}
+    weights = {"cache": tmp_path_factory.mktemp("weights")}
+    return CheckedApart(Settings(variants={"telea": {}}, generators=generators, weights=weights))
+
+
+@pytest.fixture
+def real(apart: CheckedApart) -> Registry:
+    registry = Registry()
+    registry.loras._checker = apart
+    return registry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "writer", "text_encoder"), [("sdxl", "kohya", "applied"), ("flux", "ai-toolkit", "ignored")]
+)
+async def test_a_real_file_is_registered(real: Registry, family: Any, writer: Any, text_encoder: str) -> None:
+    from . import lora_files
+
+    file = lora_files.file(lora_files.layers(family, text_encoders=True), writer, alpha=2.0)
+    model = await real.registered(file)
+    lora = model["lora"]
+    assert (model["kind"], lora["format"], lora["rank"], lora["dtype"]) == (f"{family}-lora", writer, 4, "F16")
+    assert (lora["has_alpha"], lora["alpha_scale"], lora["text_encoder"]) == (True, [0.5, 0.5], text_encoder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["a pickle", "cut in its data", "another model's", "LoKr", "a number that is none"])
+async def test_a_real_file_that_is_none_is_refused_with_its_own_error(real: Registry, what: str) -> None:
+    from . import lora_files
+
+    data, code = lora_files.bad()[what]
+    await real.upload(about(data), data)
+    assert refusal(await real.post(about(data))) == (422, code)
+    assert await real.paths() == []
+
+
+@pytest.mark.slow
+async def test_who_looks_at_a_file_has_none_of_the_apps_keys(
+    apart: CheckedApart, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    # It says how many of its variables hold a secret.
+    python.write_text("#!/bin/sh\ncat > /dev/null\nenv | grep -c s3cret >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    for name in ("API_KEYS", "AWS_SECRET_ACCESS_KEY", "WEBHOOK_SECRET", "HF_TOKEN"):
+        monkeypatch.setenv(name, "s3cret")
+    with pytest.raises(Unavailable, match="could not be looked at: 0"):
+        await apart.check(tmp_path / "file", alpha=None)

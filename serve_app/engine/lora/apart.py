@@ -3,6 +3,7 @@ process that reads it ends with that process."""
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,8 @@ from ...settings import Settings
 
 #: Of a file of 2 GB, most goes by in reading it; seconds.
 TIMEOUT_S = 120.0
+#: What of the environment that process gets: no key of the app's.
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS")
 
 
 class CheckedApart:
@@ -40,6 +43,7 @@ class CheckedApart:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )
         try:
             async with asyncio.timeout(TIMEOUT_S):

@@ -44,7 +44,8 @@ def main() -> None:
         answer = {"refused": {"code": e.code, "message": e.message}}
     else:
         answer = {"facts": facts.model_dump(mode="json")}
-    json.dump(answer, out)
+    # At its end Python flushes what `sys.stdout` is by then.
+    print(json.dumps(answer), file=out, flush=True)
 
 
 if __name__ == "__main__":
