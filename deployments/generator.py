@@ -1,21 +1,54 @@
 """A replica of a generator, which makes pictures from prompts."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
-from serve_app import engine
+from ray import serve
+
+from serve_app import adapters, engine
 from serve_app.engine.generating import generating
-from serve_app.models import GenerateRequest, Images, Progress
+from serve_app.engine.lora import host
+from serve_app.models import GenerateRequest, Images, LoraUse, Progress
+from serve_app.settings import Settings
+from serve_app.telemetry import Metrics
 
 from .replica import Replica
 
+if TYPE_CHECKING:
+    from serve_app.engine.lora.adapter import Adapter
+
+#: What is loaded for a key, which is all that Serve tells a loader.
+_USE: ContextVar[LoraUse] = ContextVar("lora")
+
 
 class Generator(Replica[engine.Generator]):
-    """Answers `generate` with progress and then the picture."""
+    """Answers `generate` with progress and then the picture. Keeps LoRAs in host memory, and tells Serve which, so that
+    jobs that use them come here. Serve forgets the least recently used; paintings hold their own."""
+
+    def __init__(self, name: str, settings: Settings, metrics: Metrics | None = None) -> None:
+        super().__init__(name, settings, metrics)
+        blobs = adapters.blob_store(settings.blobs, settings.public_url)
+
+        async def load(_key: str) -> "Adapter":
+            return await host.fetched(_USE.get(), blobs=blobs, engine=self._loading.value, settings=settings.loras)
+
+        self._adapters = serve.multiplexed(max_num_models_per_replica=settings.loras.cached)(load)
+
+    async def _adapter(self, use: LoraUse) -> "Adapter":
+        async def load() -> "Adapter":
+            _USE.set(use)
+            adapter: Adapter = await self._adapters(use.key)
+            return adapter
+
+        # Of a load that is canceled Serve would tell for ever that it goes on here.
+        return await asyncio.shield(load())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Progress | Images, None]:
-        """As `Inpainter.paint`."""
-        events = generating(self._loading.value, request, self._slot, self._out_of_memory)
+        """As `Inpainter.paint`. Also raises what `host.fetched` raises."""
+        events = generating(self._loading.value, request, self._slot, self._out_of_memory, adapter_of=self._adapter)
         async with aclosing(self._streamed(request, events)) as told:
             async for event in told:
                 yield event

@@ -36,7 +36,7 @@ class RemoteModel(Generic[R]):
 
     def __init__(self, name: str, handle: DeploymentHandle, watch: VariantWatch, method: str = "paint") -> None:
         self._name, self._watch = name, watch
-        # Made once: each options() call would make a router of its own.
+        # The first options() of a handle makes its router, which those that are made from this one share.
         self._run = handle.options(stream=True, method_name=method)
 
     @property
@@ -45,7 +45,7 @@ class RemoteModel(Generic[R]):
 
     async def run(self, request: R, on_progress: OnProgress) -> Images:
         try:
-            return await _last(self._run.remote(request), self._name, Images, on_progress)
+            return await _last(_routed(self._run, request).remote(request), self._name, Images, on_progress)
         except (VariantLoadFailed, VariantNotReady, GpuLost):
             self._watch.doubt(self._name)
             raise
@@ -90,6 +90,14 @@ class RemotePrompts:
             return embeddings
 
         return await self._cache.get_or_encode(row, base_revision(row, self._sources), prompt, ask)
+
+
+def _routed(handle: DeploymentHandle, request: EditRequest | GenerateRequest) -> DeploymentHandle:
+    """To a replica that has the largest LoRA of the request, if one is free."""
+    if isinstance(request, EditRequest) or not request.loras:
+        return handle
+    largest = max(request.loras, key=lambda use: use.size_bytes)
+    return handle.options(multiplexed_model_id=largest.key)
 
 
 async def _last(stream: DeploymentResponseGenerator, variant: str, kind: type[T], on_progress: OnProgress) -> T:

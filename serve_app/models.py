@@ -287,6 +287,11 @@ class LoraUse(_Value):
     #: Whether it has layers of text encoders that have no effect: FLUX.1's prompts are encoded elsewhere.
     ignores_text_encoder: bool = False
 
+    @property
+    def key(self) -> str:
+        """The same for uses whose adapters are equal."""
+        return self.sha256 if self.alpha is None else f"{self.sha256}-{self.alpha!r}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:

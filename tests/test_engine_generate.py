@@ -42,7 +42,7 @@ class Recorder(Fake):
     def free_memory(self) -> None:
         self.times_freed += 1
 
-    def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
+    def generate(self, request: GenerateRequest, on_step: Callable[[int], None], adapters: Any = ()) -> Pixels:
         self.begun += 1
         self._on_begin()
         return super().generate(request, on_step)

@@ -13,7 +13,7 @@ from serve_app.settings import Settings
 
 from .rig import Counters
 
-FAKE = Settings(variants={"telea": {}}, generators={"fake": {}})
+FAKE = Settings(variants={"telea": {}}, generators={"fake": {}}, blobs="memory:")
 
 
 def request(seed: int = 7) -> GenerateRequest:
@@ -60,7 +60,7 @@ async def test_it_streams_progress_and_then_the_picture() -> None:
 
 async def test_a_model_that_did_not_load_says_why() -> None:
     nowhere = {"definition": {"family": "sdxl", "file": "nowhere.safetensors", "base": "nowhere"}}
-    replica = Replica(Settings(variants={"telea": {}}, generators={"own": nowhere}))
+    replica = Replica(Settings(variants={"telea": {}}, generators={"own": nowhere}, blobs="memory:"))
     assert (await replica.status()).error
     with pytest.raises(VariantLoadFailed, match=r"^variant own did not load"):
         await replica.events(request())

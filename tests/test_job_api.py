@@ -12,9 +12,13 @@ import pytest
 
 from serve_app.http.app import create_app
 from serve_app.http.problems import Bodies
+from serve_app.http.views import log_lines
+from serve_app.jobs.record import Cause, Event, State
+from serve_app.models import LoraUse
+from serve_app.parameters import GenerateParameters
 from serve_app.telemetry import JsonFormatter
 
-from .backends import make_audit
+from .backends import at, make_audit, make_job
 from .http_service import Process
 from .rig import jpeg, line_mask, photo, png
 from .test_generate import Studio
@@ -368,6 +372,21 @@ async def test_a_log_is_told_of_events(site: Site) -> None:
     for wrong in ({"tail": 0}, {"tail": 2001}, {"since_ts": "never"}):
         answer = await site.http.get(f"/v1/jobs/{job['id']}/logs", params=wrong)
         assert refused(answer) == (422, "invalid_request")
+
+
+def test_a_log_names_the_loras_and_what_of_them_has_no_effect() -> None:
+    cat, snow = (
+        LoraUse(id=name, name=name, path=name, sha256=name, size_bytes=1, scale=scale, ignores_text_encoder=ignored)
+        for name, scale, ignored in (("my cat", 0.8, True), ("snow", -1.0, False))
+    )
+    parameters = GenerateParameters(
+        prompt="a cat", guidance_scale=3.5, steps=2, width=64, height=64, format="png", loras=(cat, snow)
+    )
+    claimed = Event(number=1, at=at(0), status=State.RUNNING, cause=Cause.CLAIMED)
+    said = [line.message for line in log_lines(make_job(variant="flux", parameters=parameters), claimed)]
+    assert said[-1] == (
+        "Works with flux and the LoRA my cat at 0.8 (its text encoder layers have no effect) and the LoRA snow at -1"
+    )
 
 
 # Canceling and deleting

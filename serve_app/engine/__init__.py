@@ -5,9 +5,13 @@ Importing this package, `canvas`, `families`, `prompts` or `weights` imports no 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..models import GenerateRequest, Pixels
+
+if TYPE_CHECKING:
+    from .lora.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +72,18 @@ class Engine(AnyEngine, Protocol):
 class Generator(AnyEngine, Protocol):
     """Makes pictures from prompts."""
 
-    def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
+    def generate(
+        self, request: GenerateRequest, on_step: Callable[[int], None], adapters: "Sequence[Adapter]" = ()
+    ) -> Pixels:
         """One picture `[height, width, 3]`. Equal requests give equal bytes, independent of earlier requests.
 
-        `on_step` as in Window. Raises as `Engine.paint` does; BlankImage.
+        `adapters` are those of `request.loras`, in their order. `on_step` as in Window. Raises as `Engine.paint` does;
+        BlankImage; WrongModel for an adapter of another model.
+        """
+
+    def adapter(self, file: Path, *, alpha: float | None, max_rank: int) -> "Adapter":
+        """A LoRA's file, read and checked against the loaded model, which may paint meanwhile. `alpha` is for layers
+        that say none.
+
+        Raises LoraRefused, by its kind; NotSupported where the model takes none.
         """

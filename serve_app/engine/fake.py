@@ -1,18 +1,23 @@
 """A card in place of a picture, with what was asked for written on it: for tests, and for clients being developed."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, takewhile
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import NotSupported
 from ..models import GenerateRequest, Pixels, Variant
 from ..settings import VariantSettings
 from .weightless import Weightless
 from .weights.fetch import Weights
+
+if TYPE_CHECKING:
+    from .lora.adapter import Adapter
 
 _INK = (20, 20, 20)
 _MARGIN = 0.04
@@ -27,7 +32,12 @@ class Fake(Weightless):
 
     def __init__(self, _variant: Variant, _weights: Weights | None, _served: VariantSettings) -> None: ...
 
-    def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
+    def adapter(self, file: Path, *, alpha: float | None, max_rank: int) -> "Adapter":
+        raise NotSupported("cards are drawn without LoRAs")
+
+    def generate(
+        self, request: GenerateRequest, on_step: Callable[[int], None], adapters: "Sequence[Adapter]" = ()
+    ) -> Pixels:
         for step in range(1, request.steps + 1):
             on_step(step)
         text = _text(request)

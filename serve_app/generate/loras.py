@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from ..blobs import BlobInfo, BlobStore, UploadLink
 from ..clock import utc_now
+from ..engine.lora.host import verified_sha256
 from ..errors import (
     BlobNotFound,
     BlobTooLarge,
@@ -28,7 +29,6 @@ from ..errors import (
     MissingInput,
     NotSupported,
     QuotaExceeded,
-    Truncated,
     Unavailable,
     UnknownModel,
     UnsafePath,
@@ -284,17 +284,6 @@ class Loras:
             # Registered again, it is written anew.
             log.error("The record %s cannot be read: %s", path, type(e).__name__, extra={"action": "damaged_record"})
             return None
-
-
-def verified_sha256(file: Path, expected: str | None, size_bytes: int) -> str:
-    """The file's SHA-256. Raises Truncated, or LoraChanged, where the file is not the expected one."""
-    if (size := file.stat().st_size) < size_bytes:
-        raise Truncated(f"the file has {size} bytes, of {size_bytes}")
-    with file.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    if expected not in (None, sha256):
-        raise LoraChanged(f"the file's SHA-256 is {sha256}, not {expected}", sha256=sha256)
-    return sha256
 
 
 def _id(body: LoraBody, caller: Caller) -> str:

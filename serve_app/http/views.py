@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field
 
 from ..jobs.record import Artifact, Cause, Event, Job, State
+from ..models import LoraUse
 from ..parameters import JobType
 
 #: Types of jobs that may be posted: audits have routes of their own.
@@ -184,7 +185,7 @@ def log_lines(job: Job, event: Event) -> Iterator[LogLine]:
             yield line("artifact.written", f"Stored {one.s3_key}", item_index=one.item_index)
     elif event.cause == Cause.CLAIMED:
         yield line("step.start", f"Began {job.type}")
-        yield line("model.selected", f"Works with {job.variant}")
+        yield line("model.selected", " and ".join([f"Works with {job.variant}", *map(_used, _loras(job))]))
     elif event.error is not None and event.status.is_final:
         yield line("error", f"{event.error.code}: {event.error.message}", "error")
     elif event.cause in (Cause.LEASE_LOST, Cause.RETRIED, Cause.REQUEUED):
@@ -194,6 +195,15 @@ def log_lines(job: Job, event: Event) -> Iterator[LogLine]:
         yield line("step.finish", f"Finished {job.type}")
     if event.status.is_final:
         yield line("job.finish", f"The job ended: {event.status}", step_id=None)
+
+
+def _loras(job: Job) -> Sequence[LoraUse]:
+    return getattr(job.parameters, "loras", ())
+
+
+def _used(lora: LoraUse) -> str:
+    ignored = " (its text encoder layers have no effect)" if lora.ignores_text_encoder else ""
+    return f"the LoRA {lora.name} at {lora.scale:g}{ignored}"
 
 
 def _count(job: Job) -> int:

@@ -1,18 +1,23 @@
 """FLUX.1 on a device: its pipeline loaded and made ready, and run. What goes in, its subclasses know."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ...errors import PaintError, VariantLoadFailed
-from ...models import GenerateRequest, Variant
+from ...models import GenerateRequest, LoraUse, Variant
 from ...settings import VariantSettings
 from .. import Window
 from ..cold_start import timed
 from ..device import BUILDING, Device, OnDevice
+from ..lora import hooks
+from ..lora.adapter import Adapter
+from ..lora.architecture import sizes_of
+from ..lora.read import Sizes
 from ..weights.fetch import Weights
 from . import compiled, pipeline, step_cache
 from .modulation import Conditions, Modulation
@@ -55,6 +60,8 @@ class Flux(OnDevice):
         self._tokens, self._repack = variant.max_prompt_tokens, variant.repack
         self._pipeline: Any = None
         self._modulation: Modulation | None = None
+        #: By the names that LoRAs have for its layers.
+        self._sizes: Sizes = {}
 
     def load(self) -> None:
         """Also raises CorruptWeights where the files are not those of this model."""
@@ -62,6 +69,7 @@ class Flux(OnDevice):
         self._device.ms = 0.0
         with BUILDING, self._device.translated():
             self._pipeline = pipeline.build(self._weights, self._device, self.kind)
+            self._sizes = sizes_of({"transformer": self._pipeline.transformer})
             if self._adaln_once:
                 with timed("adaln"):
                     self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)
@@ -94,6 +102,7 @@ class Flux(OnDevice):
         prompt: Prompt,
         on_step: Callable[[int], None],
         inputs: Callable[[torch.Generator], Mapping[str, Any]] = lambda _: {},
+        loras: Sequence[tuple[LoraUse, Adapter]] = (),
     ) -> Any:
         """float32 `[height, width, 3]`, 0 to 1. `inputs` gives what else the pipeline takes."""
         if self._pipeline is None:
@@ -102,10 +111,12 @@ class Flux(OnDevice):
         # Drawn on the CPU, noise is the same whatever the device.
         generator = torch.Generator("cpu").manual_seed(asked.seed)
         one_run = step_cache.one_run(self._pipeline.transformer)
-        with self._device.translated(), self._device.timed(), torch.inference_mode(), one_run:
+        with_loras = hooks.applied(self._layer, loras, self._device)
+        with self._device.translated(), self._device.timed(), torch.inference_mode(), one_run, with_loras:
             if self._modulation is not None:
                 timesteps = pipeline.timesteps(self._pipeline, width, height, asked.steps)
-                self._modulation.begin(Conditions(timesteps, scale, prompt["pooled_prompt_embeds"]))
+                pooled, changed = prompt["pooled_prompt_embeds"], self._modulation.changed_by(loras)
+                self._modulation.begin(Conditions(timesteps, scale, pooled, changed))
             (image,) = self._pipeline(
                 height=height,
                 width=width,
@@ -118,6 +129,11 @@ class Flux(OnDevice):
                 **inputs(generator),
             ).images
         return image
+
+    def _layer(self, name: str) -> nn.Module:
+        if self._modulation is not None and name in self._modulation.layers:
+            return self._modulation.layers[name]
+        return hooks.layer_of(self._pipeline, name)
 
     def prompt(self, embeddings: bytes | None) -> Prompt:
         if embeddings is None:

@@ -8,7 +8,7 @@ at FLUX.1's width. 28 steps take 59 MB in bfloat16, which stay in host memory, t
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ...models import LoraUse
+from ..lora.adapter import Adapter
 
 _NORMS = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
 #: Of rows kept in host memory: 34 runs of 28 steps. Each area of a window has a schedule of its own; there are nine.
@@ -38,17 +41,21 @@ class _Row(nn.Module):
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
+class _Linear(nn.Module):
     """What a norm's linear computed with, in host memory."""
 
-    weight: Tensor
-    bias: Tensor
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
 
     def rows(self, inputs: Sequence[Tensor], device: torch.device) -> Tensor:
         """`[len(inputs), n]` in host memory, computed on `device` from inputs `[1, d]`."""
         weight, bias = self.weight.to(device), self.bias.to(device)
-        return torch.cat([functional.linear(row, weight, bias) for row in inputs]).cpu()
+        # By calls of the module: a LoRA's hook sees each row.
+        return torch.cat([self(row, weight, bias) for row in inputs]).cpu()
+
+    def forward(self, row: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(row, weight, bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +67,13 @@ class Conditions:
     guidance_scale: float
     #: The pooled prompt, `[1, d]`.
     pooled: Tensor
+    #: Key and scale of each LoRA that has layers among `Modulation.layers`, in their order.
+    loras: tuple[object, ...] = ()
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple(self.timesteps.tolist()), self.guidance_scale, self.pooled.float().cpu().numpy().tobytes()
+        pooled = self.pooled.float().cpu().numpy().tobytes()
+        return tuple(self.timesteps.tolist()), self.guidance_scale, pooled, self.loras
 
 
 class Modulation(nn.Module):
@@ -78,11 +88,16 @@ class Modulation(nn.Module):
         self._dtype = dtype
         self._rows: list[_Row] = []
         self._linears: list[_Linear] = []
-        for norm in [module for module in transformer.modules() if isinstance(module, _NORMS)]:
+        embed = "transformer.time_text_embed"
+        layers: dict[str, nn.Module] = {f"{embed}.{name}": part for name, part in self._embed.named_modules()}
+        for name, norm in [(name, part) for name, part in transformer.named_modules() if isinstance(part, _NORMS)]:
             self._linears.append(_to_host(norm.linear, dtype))
+            layers[f"transformer.{name}.linear"] = self._linears[-1]
             norm.linear = _Row()
             self._rows.append(norm.linear)
         transformer.time_text_embed = self
+        #: What computes the rows, by the names that LoRAs have for it.
+        self.layers: Mapping[str, nn.Module] = layers
         #: Least recently used first.
         self._kept: OrderedDict[tuple[object, ...], _Table] = OrderedDict()
         self._run: _Table = ()
@@ -92,6 +107,12 @@ class Modulation(nn.Module):
     def host_bytes(self) -> int:
         """Of the weights that left the device."""
         return sum(linear.weight.nbytes + linear.bias.nbytes for linear in self._linears)
+
+    def changed_by(self, loras: Sequence[tuple[LoraUse, Adapter]]) -> tuple[object, ...]:
+        """Of a run with these: `Conditions.loras`."""
+        return tuple(
+            (use.key, use.scale) for use, adapter in loras if not self.layers.keys().isdisjoint(adapter.layers)
+        )
 
     def begin(self, run: Conditions) -> None:
         """The next run is under these conditions."""

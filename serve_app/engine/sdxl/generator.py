@@ -1,6 +1,8 @@
 """Stable Diffusion XL as a Generator: holds the pipeline on a device and runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ from ...models import GenerateRequest, Pixels, Variant
 from ...settings import VariantSettings
 from ..cold_start import timed
 from ..device import BUILDING, Device, OnDevice
+from ..lora import hooks
+from ..lora.adapter import Adapter
+from ..lora.architecture import components, sizes_of
+from ..lora.read import Sizes, read
 from ..rounding import rounded
 from ..weights.fetch import Weights
 from . import checkpoint
@@ -52,6 +58,8 @@ class Sdxl(OnDevice):
         self._pipeline: Any = None
         #: The model's own, which no picture is made with: its config alone is read.
         self._scheduler: Any = None
+        #: By the names that LoRAs have for its layers.
+        self._sizes: Sizes = {}
 
     def load(self) -> None:
         """Also raises CorruptWeights where the file or folder holds something else than SDXL's base model."""
@@ -64,6 +72,7 @@ class Sdxl(OnDevice):
         with BUILDING, self._device.translated():
             self._pipeline = _build(self._weights, self._device)
             self._scheduler = self._pipeline.scheduler
+            self._sizes = sizes_of({name: getattr(self._pipeline, name) for name in components("sdxl")})
             self._device.free_memory()
 
     def warm_up(self, buckets: Sequence[tuple[int, int]]) -> None:
@@ -72,28 +81,37 @@ class Sdxl(OnDevice):
             nothing = GenerateRequest(
                 job_id="", prompt="", width=width, height=height, steps=1, guidance_scale=2.0, seed=0
             )
-            self._decoded(nothing, lambda step: None)
+            self._decoded(nothing, lambda step: None, ())
         self._device.ms = 0.0
 
-    def generate(self, request: GenerateRequest, on_step: Callable[[int], None]) -> Pixels:
+    def adapter(self, file: Path, *, alpha: float | None, max_rank: int) -> Adapter:
+        return read(file, "sdxl", self._sizes, alpha=alpha, max_rank=max_rank)
+
+    def generate(
+        self, request: GenerateRequest, on_step: Callable[[int], None], adapters: Sequence[Adapter] = ()
+    ) -> Pixels:
         """Also raises InputError for sides that are no multiples of 8, and for an unknown scheduler."""
         if request.height % _MULTIPLE_PX or request.width % _MULTIPLE_PX:
             size = f"{request.width}x{request.height}"
             raise InputError(f"a picture of {size} px: both must be multiples of {_MULTIPLE_PX}")
-        return rounded(self._decoded(request, on_step).permute(1, 2, 0).numpy())
+        return rounded(self._decoded(request, on_step, adapters).permute(1, 2, 0).numpy())
 
     def close(self) -> None:
         self._pipeline = self._scheduler = None
         self.free_memory()
 
-    def _decoded(self, request: GenerateRequest, on_step: Callable[[int], None]) -> torch.Tensor:
+    def _decoded(
+        self, request: GenerateRequest, on_step: Callable[[int], None], adapters: Sequence[Adapter]
+    ) -> torch.Tensor:
         """float32 `[3, height, width]` in host memory; 0 is black and 1 is white."""
         if self._pipeline is None:
             raise PaintError("the engine is not loaded")
         # New for each picture: a scheduler keeps state between steps, and the last picture's may be another.
         self._pipeline.scheduler = self._scheduler_of(request.scheduler)
-        vae = self._pipeline.vae
-        with self._device.translated(), self._device.timed(), torch.inference_mode():
+        vae, loras = self._pipeline.vae, list(zip(request.loras, adapters, strict=True))
+        # Also the text encoders': a prompt's embeddings depend on the LoRAs, and are computed for each picture.
+        with_loras = hooks.applied(partial(hooks.layer_of, self._pipeline), loras, self._device)
+        with self._device.translated(), self._device.timed(), torch.inference_mode(), with_loras:
             latents = self._pipeline(
                 request.prompt,
                 # Without one, the model's config says what takes its place.
