@@ -43,8 +43,8 @@ _OTHERS = {
     "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
     "lora_mid": "a Tucker decomposition", ".bias": "a bias", ".diff": "a difference of weights", "norm": "a norm",
 }  # fmt: skip
-#: Endings in diffusers' metadata, where their value is neither false nor empty.
-_UNSUPPORTED = (".use_dora", ".lora_bias", ".modules_to_save")
+#: Names of PEFT's configuration, where their value is neither false nor empty.
+_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "alpha_pattern")
 
 
 @dataclass(slots=True)
@@ -59,6 +59,7 @@ class Pair:
     alpha: float | None = None
     #: Of down and up.
     shapes: tuple[list[int], ...] = ()
+    dtypes: set[str] = field(default_factory=set)
 
     @property
     def rank(self) -> int:
@@ -87,7 +88,7 @@ def opened(path: Path) -> Iterator[Any]:
     except SafetensorError as e:
         if "not fully covered" in str(e):
             raise Truncated(f"the file was cut short, or is longer than its header says: it has {size} bytes") from None
-        raise NotSafetensors(f"the file is not valid safetensors: {str(e)[:200]}") from None
+        raise NotSafetensors(f"the file is not valid safetensors: {shown(str(e))}") from None
     with file:
         yield file
 
@@ -100,13 +101,15 @@ def pairs_of(file: Any, max_rank: int) -> list[Pair]:
     alphas: dict[str, str] = {}
     for key in keys:
         ending, end = next((found for found in _ENDS if key.endswith(found[1])), (None, _ALPHA))
-        _check_key(key, end, file.get_slice(key).get_dtype())
+        dtype = file.get_slice(key).get_dtype()
+        _check_key(key, end, dtype)
         stem = key.removesuffix(end)
         if ending is None:
             alphas[stem] = key
             continue
         pair = pairs.setdefault(stem, Pair(stem, ending))
         pair.keys.append(key)
+        pair.dtypes.add(dtype)
         if pair.ending != ending:
             raise UnsupportedFormat(f"{shown(key)}: {shown(pair.keys[0])} is for the same layer")
     for stem, key in alphas.items():
@@ -146,11 +149,9 @@ def _measure(file: Any, pair: Pair, max_rank: int) -> None:
         raise LoraTooLarge(f"{key}: its rank is {pair.rank}, more than {max_rank}")
 
 
-def adapter_metadata(file: Any) -> Mapping[str, Any]:
-    """What diffusers and SimpleTuner write of PEFT's configuration, each name with its component's before it.
-
-    Raises UnsupportedFormat.
-    """
+def metadata_of(file: Any) -> Mapping[str, Any]:
+    """What diffusers and SimpleTuner write of PEFT's configuration: names with their component's before them, without
+    where one was saved alone. Raises UnsupportedFormat."""
     try:
         said = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
     except (ValueError, RecursionError):
@@ -158,10 +159,8 @@ def adapter_metadata(file: Any) -> Mapping[str, Any]:
     if not isinstance(said, dict):
         raise UnsupportedFormat("lora_adapter_metadata: not an object")
     for key, value in said.items():
-        if value and key.endswith(_UNSUPPORTED):
+        if value and key.rpartition(".")[2] in _UNSUPPORTED:
             raise UnsupportedFormat(f"lora_adapter_metadata: {shown(key)} is not supported")
-        if key.endswith(".alpha_pattern") and not isinstance(value, dict | None):
-            raise UnsupportedFormat(f"lora_adapter_metadata: {shown(key)} is not an object")
     return said
 
 
@@ -178,4 +177,4 @@ def valid_alpha(key: str, value: Any) -> float:
 
 def shown(key: str) -> str:
     """For people, whatever characters it has."""
-    return ascii(key[:120])[1:-1]
+    return ascii(key[:200])[1:-1]

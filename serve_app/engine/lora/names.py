@@ -53,7 +53,7 @@ def converted(
             # This converter wants one.
             state[f"{stem}.alpha"] = down.new_tensor(len(down))
         state = FluxLoraLoaderMixin.lora_state_dict(state)
-        # diffusers leaves this out of some, and then those layers.
+        # diffusers leaves this out of some, and then those layers; so does a component that was saved alone.
         state = {f"transformer.{key.removeprefix('transformer.')}": tensor for key, tensor in state.items()}
     else:
         unet = SimpleNamespace(layers_per_block=layers_per_block)
@@ -85,6 +85,9 @@ def _sdxl(stem: str, ending: tuple[str, str]) -> tuple[str, tuple[str, str]]:
         stem = f"unet.{stem.removeprefix('base_model.model.')}"
     elif stem.startswith("diffusion_model."):
         stem = f"lora_unet_{stem.removeprefix('diffusion_model.').replace('.', '_')}"
+    elif not stem.startswith(("unet.", *_TEXT, "lora_")):
+        # Of a component that was saved alone.
+        stem = f"unet.{stem}"
     if stem.startswith("lora_"):
         return stem, KOHYA
     return stem, OLD if ending == OLD else PEFT

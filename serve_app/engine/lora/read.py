@@ -13,7 +13,7 @@ from ...errors import NotFinite, UnsupportedFormat, WrongModel
 from ...models import Family, LoraFacts
 from . import names
 from .adapter import Adapter, Layer
-from .contents import Pair, adapter_metadata, opened, pairs_of, shown, valid_alpha
+from .contents import Pair, metadata_of, opened, pairs_of, shown, valid_alpha
 
 #: Of a layer's weight: `[out, in]`, of a convolution `[out, in, height, width]`. By its name, component first.
 Sizes = Mapping[str, tuple[int, ...]]
@@ -39,7 +39,7 @@ def look(file: Path, family: Family, sizes: Sizes, *, alpha: float | None, max_r
 class _Reader:
     def __init__(self, file: Any, family: Family, sizes: Sizes, alpha: float | None, max_rank: int) -> None:
         self._file, self._family, self._sizes, self._alpha = file, family, sizes, alpha
-        self._pairs, self._said = pairs_of(file, max_rank), adapter_metadata(file)
+        self._pairs, self._said = pairs_of(file, max_rank), metadata_of(file)
         self._layers_per_block = sum(bool(_FIRST_BLOCK.fullmatch(name)) for name in sizes)
         #: Elements of a tensor. Some writers have four layers as one.
         self._most = 4 * max_rank * max(max(out, math.prod(rest)) for out, *rest in sizes.values())
@@ -56,9 +56,12 @@ class _Reader:
             for name, tensors in self._fitted(pair, down, up).items():
                 if name in scales:
                     raise UnsupportedFormat(f"{shown(pair.keys[0])}: another key is for the same layer, {name}")
-                said = self._alpha_of(pair, name)
+                component = name.partition(".")[0]
+                said = self._alpha_of(pair, component)
                 has_alpha = has_alpha and said is not None
-                scales[name] = self._scale(name, said, pair.rank)
+                alpha = self._alpha if said is None else said
+                divisor = math.sqrt(pair.rank) if self._of(component, "use_rslora") else pair.rank
+                scales[name] = 1.0 if alpha is None else alpha / divisor
                 if keep:
                     layers[name] = Layer(*tensors, scales[name])
         if not scales:
@@ -66,9 +69,7 @@ class _Reader:
         facts = LoraFacts(
             family=self._family,
             format=self._format(),
-            dtype=", ".join(
-                sorted({self._file.get_slice(key).get_dtype() for pair in self._pairs for key in pair.keys})
-            ),
+            dtype=", ".join(sorted(set().union(*(pair.dtypes for pair in self._pairs)))),
             rank=max(pair.rank for pair in self._pairs),
             layers=len(scales) + ignored,
             text_encoder_layers=sum(name.startswith("text_encoder") for name in scales) + ignored,
@@ -79,9 +80,7 @@ class _Reader:
 
     def _tensors(self, pair: Pair) -> Sequence[Tensor]:
         if pair.elements > self._most:
-            raise WrongModel(
-                f"{shown(pair.keys[0])}: {_sizes(*pair.shapes)} are more than any layer of the model takes"
-            )
+            raise WrongModel(f"{shown(pair.keys[0])}: {_sizes(*pair.shapes)} fit no layer of the model")
         tensors = [self._file.get_tensor(pair.stem + end) for end in pair.ending]
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise NotFinite(f"{shown(pair.keys[0])}: it or its other half holds a number that is infinite or none")
@@ -106,27 +105,19 @@ class _Reader:
             if (list(first.shape), list(second.shape)) != wanted:
                 if name == "transformer.x_embedder" and first.shape[1] > rest[0]:
                     raise UnsupportedFormat(f"{key}: it takes more channels than the model, as a control LoRA does")
-                raise WrongModel(
-                    f"{key}: {_sizes(first.shape, second.shape)} do not fit {name}, {_sizes(*wanted)} would"
-                )
+                found_sizes = _sizes(first.shape, second.shape)
+                raise WrongModel(f"{key}: {found_sizes} do not fit {name}, {_sizes(*wanted)} would")
             fitted[name] = own[id(first)], own[id(second)]
         return fitted
 
-    def _alpha_of(self, pair: Pair, name: str) -> float | None:
+    def _alpha_of(self, pair: Pair, component: str) -> float | None:
         """As the file says it."""
-        if pair.alpha is not None:
-            return pair.alpha
-        component, *parts = name.split(".")
-        patterns = self._said.get(f"{component}.alpha_pattern") or {}
-        of_layer = (patterns.get(".".join(parts[start:])) for start in range(len(parts)))
-        said = next((alpha for alpha in of_layer if alpha is not None), self._said.get(f"{component}.lora_alpha"))
-        return None if said is None else valid_alpha(f"{component}.lora_alpha", said)
+        said = self._of(component, "lora_alpha") if pair.alpha is None else pair.alpha
+        return None if said is None else valid_alpha("lora_adapter_metadata: lora_alpha", said)
 
-    def _scale(self, name: str, said: float | None, rank: int) -> float:
-        alpha = self._alpha if said is None else said
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self._said.get(f"{name.partition('.')[0]}.use_rslora") else rank)
+    def _of(self, component: str, name: str) -> Any:
+        """By the metadata."""
+        return self._said.get(f"{component}.{name}", self._said.get(name))
 
     def _format(self) -> str:
         if "ai-toolkit" in (self._file.metadata() or {}).get("software", ""):

@@ -91,13 +91,10 @@ async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
 
 def base_here(variant: Variant, cache: Path) -> Path | None:
     """The folder that describes the variant's model, where it needs no repository."""
-    for place in (variant.base or "", variant.file or ""):
-        if place.startswith(TINY):
-            folder, write = _TINIES[variant.family]
-            return tiny.ensure(cache / folder, write).folder / place.removeprefix(TINY)
-        if Path(place).is_dir():
-            return Path(place)
-    return None
+    base = variant.base or ""
+    if base.startswith(TINY):
+        return _written(variant, base, cache)
+    return next((Path(place) for place in (base, variant.file) if place and Path(place).is_dir()), None)
 
 
 def base_revision(variant: Variant, sources: Sources) -> str | None:
@@ -198,8 +195,12 @@ def ensure_tiny(cache: Path) -> Sequence[Path]:
 
 
 async def _tiny(variant: Variant, name: str, sources: Sources) -> Path:
+    return await asyncio.to_thread(_written, variant, name, sources.cache)
+
+
+def _written(variant: Variant, name: str, cache: Path) -> Path:
     folder, write = _TINIES[variant.family]
-    return (await asyncio.to_thread(tiny.ensure, sources.cache / folder, write)).folder / name.removeprefix(TINY)
+    return tiny.ensure(cache / folder, write).folder / name.removeprefix(TINY)
 
 
 def _needs(variants: Iterable[Variant], locked: lock.Lock) -> Sequence[Need]:
