@@ -114,6 +114,17 @@ def test_run_gives_links_to_the_pictures(client: replicate.Client) -> None:
     assert picture(alone).tobytes() == picture(links[2]).tobytes()
 
 
+def test_a_program_that_makes_no_client_is_told_by_its_environment(
+    server: tuple[str, Studio], model: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPLICATE_BASE_URL", f"{server[0]}/replicate")
+    monkeypatch.setenv("REPLICATE_API_TOKEN", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client = replicate.Client()
+    assert len(client.run("anyone/sdxl", input=SMALL)) == 1
+    client._client.close()
+
+
 async def test_async_run(client: replicate.Client) -> None:
     (link,) = await client.async_run("anyone/sdxl", input=SMALL)
     await client._async_client.aclose()
@@ -141,7 +152,7 @@ def test_an_unchanged_program_of_flux_dev(client: replicate.Client, server: tupl
     assert picture(link).size == (672, 384)
     assert (asked(server).guidance_scale, asked(server).steps) == (3, 2)
     (prediction,) = [one for one in client.predictions.list() if one.version == "flux-dev-Q8_0"]
-    assert prediction.model == "flux-fill-serve/flux-dev-Q8_0" and prediction.output == [link]
+    assert prediction.model == "flux-fill-serve/flux-dev-Q8_0" and len(prediction.output) == 1
     assert prediction.input and prediction.input.items() >= {"num_outputs": 1, "width": 672, "guidance": 3}.items()
 
 

@@ -93,7 +93,7 @@ async def fill(request: Request, service: Served, caller: Annotated[Caller, call
 async def get_result(
     task: Annotated[str, Query(alias="id")], service: Served, caller: Annotated[Caller, caller_with("read")]
 ) -> TaskStatus:
-    """How far a task is, and its picture."""
+    """The state of a task, and its picture once it is ready."""
     try:
         job = await service.jobs.get(task, caller)
     except UnknownJob:

@@ -26,10 +26,10 @@ from .problems import invalid, problems
 from .service import Served, Service
 from .waiting import waited
 
-#: Whose all models are, where clients may name any other owner; and how many predictions are listed at a time.
+#: The owner of all models here, for which clients may give any other name; and the predictions of a page.
 OWNER, PAGE = "flux-fill-serve", 100
 
-#: What does the same here: models there by name, and versions of SDXL.
+#: The family that stands in for a model of Replicate's, by its name, or for a version of SDXL, by its id.
 _ELSEWHERE: Mapping[str, str] = {
     "flux-dev": "flux", "flux-dev-lora": "flux", "flux-fill-dev": "flux-fill", "flux-fill-pro": "flux-fill",
     "sdxl": "sdxl", "39ed52f2a78e934b3ba6e2a89f5b1c712de7dfea535525255b1aa35c5565e08b": "sdxl",
@@ -37,13 +37,13 @@ _ELSEWHERE: Mapping[str, str] = {
 }  # fmt: skip
 _SCHEDULERS = {"DDIM": "ddim", "K_EULER": "euler", "K_EULER_ANCESTRAL": "euler_a"}
 _SCHEDULERS |= {"DPMSolverMultistep": "dpmpp_2m", "KarrasDPM": "dpmpp_2m_karras"}
-#: By aspect ratio, width and height of FLUX.1's pictures there, in pixels.
+#: Width and height of FLUX.1's pictures at Replicate, in pixels, by aspect ratio.
 _SIDES: Mapping[str, tuple[int, int]] = {
     "1:1": (1024, 1024), "16:9": (1344, 768), "21:9": (1536, 640), "3:2": (1216, 832), "4:3": (1152, 896),
     "5:4": (1088, 896), "9:16": (768, 1344), "9:21": (640, 1536), "2:3": (832, 1216), "3:4": (896, 1152),
     "4:5": (896, 1088),
 }  # fmt: skip
-#: Inputs without effect here: hints, and what only means something beside an input that is refused.
+#: Inputs that have no effect here: hints, and those that modify another one, which is refused.
 _HINTS = {"go_fast", "disable_safety_checker", "output_quality", "apply_watermark"}
 _HINTS |= {"high_noise_frac", "prompt_strength"}
 _THEIRS = {"steps": "num_inference_steps", "count": "num_outputs", "format": "output_format"}
@@ -142,12 +142,12 @@ async def _posted(request: Request, service: Service, caller: Caller, prefer: st
     except ValidationError as e:
         raise invalid(e) from None
     if wait := re.search(r"\bwait(?:=([0-9]{1,4}))?", prefer):
-        # The Python client hangs up half a second after the time.
+        # The Python client gives up half a second after the time that it asks for.
         limit_s = min(60, int(wait[1] or 60)) - 0.5 - (time.monotonic() - began)
         # Where too many wait, or this replica stops, the job goes on all the same.
         with suppress(RateLimited, Unavailable):
             job = await waited(request, job, caller, limit_s=limit_s)
-    # Clients take any other status in this answer for the end.
+    # Clients take any other status in this answer as final.
     return await _prediction(job, service) | ({} if job.status.is_final else {"status": "starting"})
 
 
@@ -189,7 +189,7 @@ async def get_version(owner: str, name: str, version: str, service: Served, _: R
 
 @router.post("/files", **_POSTING, openapi_extra={"requestBody": FILE_BODY})
 async def send_file(request: Request, service: Served, _: Submitter) -> dict[str, Any]:
-    """A file for an input, in the part `content` of a form. Nothing is stored: its URL is a `data:` URI of it."""
+    """A file for an input, in the part `content` of a form. Nothing is stored: the URL is a `data:` URI of the file."""
     data, kind = await read_file(request, "content", service.limits), "application/octet-stream"
     digest, url = hashlib.sha256(data).hexdigest(), f"data:{kind};base64,{base64.b64encode(data).decode()}"
     of = {"id": digest[:32], "name": "file", "content_type": kind, "size": len(data), "created_at": datetime.now(UTC)}
@@ -197,7 +197,7 @@ async def send_file(request: Request, service: Served, _: Submitter) -> dict[str
 
 
 def _served(name: str, service: Service) -> str:
-    """The name here of a model, or of a version. Raises UnknownModel."""
+    """The served model that the name of a model or the id of a version stands for. Raises UnknownModel."""
     settings, family = service.jobs.settings, _ELSEWHERE.get(name)
     if name in settings.served:
         return name
@@ -241,7 +241,7 @@ async def _prediction(job: Job, service: Service) -> dict[str, Any]:
 
 
 def _logs(job: Job) -> str:
-    """Once it has begun, with a last line as tqdm writes it, by which clients know its progress."""
+    """Once the job has started, the last line is as tqdm writes it: clients read the progress from it."""
     lines = [line.message for event in job.events for line in views.log_lines(job, event)]
     if job.started_at:
         done, steps = views.progress_view(job).progress, job.progress.steps or 100
