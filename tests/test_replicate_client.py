@@ -27,6 +27,7 @@ from serve_app.models import GenerateRequest, LoraFacts
 
 from .client_server import in_thread
 from .rig import jpeg, line_mask, photo, png
+from .serving import App
 from .test_generate import Studio
 
 KEY, OTHER, READER = "the-clients-own-key", "another-ones-key", "a-readers-key"
@@ -194,6 +195,17 @@ def test_a_lora_by_its_id_and_scale(client: replicate.Client, server: tuple[str,
     with pytest.raises(ReplicateError) as refused:
         client.run("black-forest-labs/flux-dev-lora", input={**SMALL, "hf_lora": "none-such"})
     assert refused.value.status == 404
+
+
+@pytest.mark.serve
+def test_on_the_real_app(app: App) -> None:
+    client = replicate.Client(api_token="any", base_url=f"{app.http}/replicate", trust_env=False)
+    links = client.run("anyone/fake", input={**SMALL, "num_outputs": 2})
+    assert [picture(link).size for link in links] == [(64, 64)] * 2
+    prediction = client.predictions.create("fake", SMALL)
+    prediction.wait()
+    assert prediction.status == "succeeded" and prediction.progress and prediction.progress.percentage == 1
+    client._client.close()
 
 
 # Predictions
