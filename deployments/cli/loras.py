@@ -10,7 +10,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from .screen import Screen
-from .server import HERE, Key, Server, Url, fail, failures_told
+from .server import HERE, Key, Server, Url, err, fail, failures_told
 
 loras_app = typer.Typer(no_args_is_help=True, help="LoRAs of a running app, for `fluxfill generate --lora`.")
 out = Screen()
@@ -27,12 +27,13 @@ def add(
     url: Url = HERE,
     key: Key = None,
 ) -> None:
-    """Upload a LoRA and register it. Prints its id. Again with the same file and options: the same id."""
+    """Upload a LoRA and register it. Prints its id, and what was found to stderr. Again with the same file and
+    options: the same id."""
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     about = {"sha256": sha256, "size_bytes": file.stat().st_size, "trigger_word": trigger_word, "alpha": alpha}
     body, server = {"name": name or file.stem, **about}, Server(url, key)
-    with failures_told(url), Progress(console=out) as bar:
+    with failures_told(url), Progress(console=err) as bar:
         server.check_answers()
         answer = server.ask("POST", "/v1/models", json=body).json()
         if upload := answer["upload"]:
@@ -47,7 +48,7 @@ def add(
     scale = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     encoder = "; its text encoder layers have no effect" if lora["text_encoder"] == "ignored" else ""
     of = f"{model['kind']} ({lora['format']})"
-    out.print(f"{of}, rank {lora['rank']}, alpha / rank {scale}{encoder}", highlight=False)
+    err.print(f"{of}, rank {lora['rank']}, alpha / rank {scale}{encoder}", highlight=False)
 
 
 def _read(file: Path, bar: Progress, task: TaskID) -> Iterator[bytes]:

@@ -115,8 +115,6 @@ def _check_loras(name: str, settings: Settings, loras: Sequence[Lora]) -> None:
 
 def _model(body: GenerateBody, settings: Settings, loras: Sequence[Lora]) -> str:
     wanted = _ENGINES[body.engine] if body.engine else None
-    if loras and wanted is None and body.model_id is None:
-        wanted = loras[0].facts.family
 
     def fits(row: Variant) -> bool:
         # A fake stands for every engine.
@@ -124,7 +122,9 @@ def _model(body: GenerateBody, settings: Settings, loras: Sequence[Lora]) -> str
 
     names = [name for name in settings.generators if fits(settings.variant(name))]
     if body.model_id is None and names:
-        return names[0]
+        # What none of them does is refused by name.
+        families = {lora.facts.family for lora in loras}
+        return next((name for name in names if {settings.variant(name).family} == families), names[0])
     if body.model_id not in names:
         of = f" of engine {body.engine}" if body.engine else ""
         why = f"model_id: {body.model_id} is no model{of}" if body.model_id else f"engine: there is no model{of}"
