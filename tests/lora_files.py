@@ -274,6 +274,13 @@ def bad() -> Mapping[str, tuple[bytes, str]]:
         "float8": (_with(pair(torch.float8_e4m3fn)), "unsupported_format"),
         "up without down": (_with({a: None}), "unsupported_format"),
         "down without up": (_with({b: None}), "unsupported_format"),
+        "a layer of no rank": (_with(pair(rank=0)), "unsupported_format"),
+        "vectors": (
+            _with({a: torch.ones(4, dtype=_H), b: torch.ones(4, dtype=_H)}),
+            "unsupported_format",
+        ),
+        "a matrix and a convolution": (_with({b: torch.ones(16, 4, 1, 1, dtype=_H)}), "unsupported_format"),
+        "a long name": (_with({"x" * 300 + ".lora_A.weight": torch.ones(4, 16, dtype=_H)}), "unsupported_format"),
         "an alpha alone": (_with({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "kohya"), "unsupported_format"),
         "alpha 0": (alpha(torch.tensor(0.0)), "unsupported_format"),
         "a negative alpha": (alpha(torch.tensor(-4.0)), "unsupported_format"),

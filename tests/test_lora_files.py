@@ -26,7 +26,15 @@ from serve_app.engine.lora.check import check
 from serve_app.engine.lora.contents import KOHYA, OLD, PEFT
 from serve_app.engine.lora.read import Sizes, look, read
 from serve_app.engine.weights.fetch import base_here
-from serve_app.errors import LoraRefused, LoraTooLarge, NotFinite, NotSafetensors, UnsupportedFormat, WrongModel
+from serve_app.errors import (
+    LoraRefused,
+    LoraTooLarge,
+    NotFinite,
+    NotSafetensors,
+    Truncated,
+    UnsupportedFormat,
+    WrongModel,
+)
 from serve_app.models import BUILT_IN, Variant
 from serve_app.settings import Settings
 
@@ -182,6 +190,13 @@ def test_an_adapter_keeps_its_numbers_when_the_file_is_gone(sizes: dict[Family, 
     file.write_bytes(bytes(file.stat().st_size))
     assert torch.equal(adapter.layers["unet.conv_in"].down, given["unet.conv_in.lora_A.weight"])
     assert adapter.host_bytes == sum(tensor.nbytes for tensor in given.values())
+
+
+def test_a_file_says_that_ai_toolkit_wrote_it(sizes: dict[Family, Sizes], file: Path) -> None:
+    """Whose files for FLUX.1 have diffusers' names."""
+    said = {"software": json.dumps({"name": "ai-toolkit", "version": "0.5.1"})}
+    facts = _read(_pair("transformer.proj_out", 256, 64), "flux", sizes["flux"], file, **said).facts
+    assert facts.format == "ai-toolkit"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -387,6 +402,15 @@ def test_a_bad_file_is_refused_by_what_is_wrong_with_it(name: str, models: list[
     with pytest.raises(LoraRefused) as refused:
         check(file, models, alpha=None, max_rank=256, cache=file.parent)
     assert refused.value.code == code
+
+
+def test_a_file_is_cut_short_wherever_it_was_cut(sizes: dict[Family, Sizes], file: Path) -> None:
+    content = lora_files.file(lora_files.layers("sdxl"), "kohya")
+    head = 8 + int.from_bytes(content[:8], "little")
+    for kept in (9, 100, head - 9, head - 1, head, head + 1, len(content) - 1):
+        file.write_bytes(content[:kept])
+        with pytest.raises(Truncated):
+            look(file, "sdxl", sizes["sdxl"], alpha=None, max_rank=256)
 
 
 def test_a_refusal_names_the_key_and_each_model(models: list[Variant], file: Path) -> None:
