@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 from serve_app.engine.lora.apart import CheckedApart
+from serve_app.engine.lora.host import fetched
 from serve_app.errors import NotFinite, Unavailable
 from serve_app.generate import loras as module
 from serve_app.generate.loras import Loras
 from serve_app.http.app import create_app
-from serve_app.models import LoraFacts
+from serve_app.models import GenerateRequest, LoraFacts
 from serve_app.settings import Settings
 
 from .backends import until
@@ -461,6 +462,40 @@ async def test_a_job_is_made_by_a_model_that_its_loras_fit(registry: Registry) -
         assert refusal(await registry.ask("POST", "/v1/jobs", json=body)) == (422, "wrong_model")
     twice = await registry.ask("POST", "/v1/jobs", json=job({"id": sdxl["id"]}, {"id": sdxl["id"]}))
     assert refusal(twice) == (422, "invalid_input")
+
+
+@pytest.mark.parametrize(
+    ("code", "swapped"), [("unknown_model", None), ("lora_changed", FILE[::-1]), ("lora_changed", b"x")]
+)
+async def test_a_job_whose_lora_is_not_the_registered_one_any_more_fails(
+    registry: Registry, code: str, swapped: bytes | None
+) -> None:
+    studio = registry.studio
+
+    async def load(request: GenerateRequest) -> None:
+        for use in request.loras:
+            await fetched(use, blobs=studio.blobs, engine=AnyAdapter(), settings=studio.settings.loras)
+
+    studio.painter.before = load
+    good, bad = await registry.registered(name="good"), await registry.registered(name="bad")
+    jobs = {}
+    for lora in (bad, good):
+        answer = await registry.ask("POST", "/v1/jobs", json=job({"id": lora["id"]}))
+        jobs[lora["name"]] = answer.json()["job"]["id"]
+    await studio.notifier.drained()
+    if swapped is None:
+        assert (await registry.ask("DELETE", f"/v1/models/{bad['id']}")).status_code == 204
+    else:
+        await studio.blobs.put(bad["files_json"][0], swapped, content_type="")
+    for message in studio.topics.sessions:
+        await studio.worker.work(message)
+    views = {name: (await registry.ask("GET", f"/v1/jobs/{job_id}")).json() for name, job_id in jobs.items()}
+    assert (views["bad"]["status"], views["bad"]["error_code"]) == ("failed", code)
+    assert views["good"]["status"] == "succeeded"
+
+
+class AnyAdapter:
+    def adapter(self, file: Path, **_: Any) -> None: ...
 
 
 # Real files, looked at in a process of their own
