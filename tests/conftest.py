@@ -23,7 +23,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["tests.backends", "tests.blob_servers", "tests.job_servers", "tests.engine_fixtures", "tests.browser"]
-pytest_plugins += ["tests.serving", "tests.file_times"]
+pytest_plugins += ["tests.serving", "tests.file_times", "tests.tiny_studio"]
 
 
 # First: xdist reads the groups in a hook of the same name.

@@ -26,6 +26,7 @@ SLOW = {
     "tests/test_message_sources.py": "a broker's real leases and delays",
     "tests/test_engine_exact.py": "the real pipeline at each packing and number type",
     "tests/test_benchmark_engine.py": "the benchmark's comparisons, painted for real",
+    "tests/test_lora_stores.py": "an interpreter that loads torch for each LoRA that is looked at, over four servers",
 }
 
 TIMES = pytest.StashKey[Counter[str]]()

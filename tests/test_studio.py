@@ -23,12 +23,13 @@ from serve_app.models import GENERATIONS, GenerateRequest
 from serve_app.parameters import CropStrategy, EditParameters
 
 from .client_server import in_thread
+from .job_servers import Opened
 from .rig import Clock, wait_for
 from .test_generate import Studio
 from .test_job_api import Site
 
 KEY, OTHER, READER = "the-studios-own-key", "another-ones-key", "a-readers-key"
-KEYS = f"{KEY}:submit+read,{OTHER}:submit+read,{READER}:read"
+KEYS = f"{KEY}:jobs,{OTHER}:submit+read,{READER}:read"
 
 ASKED = {"prompt": "photo of TOK person in a field", "num_inference_steps": 10, "width": 512, "height": 512}
 
@@ -103,13 +104,16 @@ def wait(url: str, job_id: str) -> Any:
     return answer.json()
 
 
-def made(url: str, **asked: Any) -> list[bytes]:
-    """The pictures' files."""
-    job = wait(url, create(url, **asked))
+def pixels(job: Any) -> list[bytes]:
+    """Of a job's pictures: their files also say what they were made with."""
     assert job["status"] == "completed", job
     answers = [requests.get(link) for link in job["output_paths"]]
     assert [answer.status_code for answer in answers] == [200] * len(answers)
-    return [answer.content for answer in answers]
+    return [Image.open(io.BytesIO(answer.content)).tobytes() for answer in answers]
+
+
+def made(url: str, **asked: Any) -> list[bytes]:
+    return pixels(wait(url, create(url, **asked)))
 
 
 # From the request to the pictures
@@ -364,17 +368,21 @@ def test_not_here_a_deleted_job_goes_on_and_its_pictures_stay(server: Server) ->
     assert asyncio.run(server.studio.paths()) == []
 
 
-async def test_not_here_jobs_stay_processing_because_their_parameters_are_not_saved(tmp_path: Path) -> None:
+async def test_not_here_jobs_stay_processing_because_their_parameters_are_not_saved(
+    tmp_path: Path, opened: Opened
+) -> None:
     """There, a completed job's paths were set in a JSON column that no write followed."""
-    store = f"sqlite:{tmp_path / 'jobs.db'}"
-    first = Studio(stores=(adapters.blob_store(f"files:{tmp_path / 'blobs'}", ""), adapters.job_store(store)))
-    site = Site(first)
-    async with site.http:
-        posted = (await site.http.post("/api/generate/image", json={**ASKED, "num_images": 2})).json()
-        await first.notifier.drained()
-        assert (await first.work()).reason == "succeeded"
-    # Another process, which finds what is stored and no more.
-    other = Site(Studio(stores=(adapters.blob_store(f"files:{tmp_path / 'blobs'}", ""), adapters.job_store(store))))
+
+    def site() -> Site:
+        """As another process, which finds what is stored and no more."""
+        jobs = opened(adapters.job_store(f"sqlite:{tmp_path / 'jobs.db'}"))
+        return Site(Studio(stores=(adapters.blob_store(f"files:{tmp_path / 'blobs'}", ""), jobs)))
+
+    first, other = site(), site()
+    async with first.http:
+        posted = (await first.http.post("/api/generate/image", json={**ASKED, "num_images": 2})).json()
+        await first.studio.notifier.drained()
+        assert (await first.studio.work()).reason == "succeeded"
     async with other.http:
         job = await other.get(f"/api/generate/{posted['job_id']}")
     assert job["status"] == "completed" and job["completed_at"]
