@@ -531,7 +531,8 @@ async def test_a_real_file_is_registered(real: Registry, family: Any, writer: An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["a pickle", "cut in its data", "another model's", "LoKr", "a number that is none"])
+# The others are in test_lora_files.py: each process takes seconds to begin.
+@pytest.mark.parametrize("what", ["a pickle", "another model's", "a number that is none"])
 async def test_a_real_file_that_is_none_is_refused_with_its_own_error(real: Registry, what: str) -> None:
     from . import lora_files
 
