@@ -280,7 +280,10 @@ def bad() -> Mapping[str, tuple[bytes, str]]:
             "unsupported_format",
         ),
         "a matrix and a convolution": (_with({b: torch.ones(16, 4, 1, 1, dtype=_H)}), "unsupported_format"),
-        "a long name": (_with({"x" * 300 + ".lora_A.weight": torch.ones(4, 16, dtype=_H)}), "unsupported_format"),
+        "a long name": (
+            _with({"x" * 300 + name.removeprefix(_Q): tensor for name, tensor in pair().items()}),
+            "unsupported_format",
+        ),
         "an alpha alone": (_with({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "kohya"), "unsupported_format"),
         "alpha 0": (alpha(torch.tensor(0.0)), "unsupported_format"),
         "a negative alpha": (alpha(torch.tensor(-4.0)), "unsupported_format"),
