@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -18,8 +18,9 @@ from PIL import Image
 
 from serve_app import adapters
 from serve_app.errors import BlankImage
+from serve_app.generate.loras import Lora
 from serve_app.jobs.record import Job
-from serve_app.models import GENERATIONS, GenerateRequest
+from serve_app.models import GENERATIONS, GenerateRequest, LoraFacts
 from serve_app.parameters import CropStrategy, EditParameters
 
 from .client_server import in_thread
@@ -221,6 +222,28 @@ async def test_without_flux_the_first_generator_makes_them() -> None:
         422,
         "num_images: sdxl makes at most 2 pictures in a job",
     )
+
+
+async def test_a_lora_goes_to_the_first_generator_of_its_family_that_takes_loras() -> None:
+    compiled = {"optimizations": {"compile": True}}
+    facts = LoraFacts(
+        family="flux", format="diffusers", dtype="F16", rank=4, layers=1, has_alpha=False, alpha_scale=(1, 1)
+    )
+    lora = Lora(
+        id="e3b0c442" + 24 * "0", owner="", name="TOK", version="1", trigger_word="TOK", path="x", blob_version="1",
+        sha256=64 * "0", size_bytes=1, alpha=None, facts=facts, created_at=datetime.now(UTC),
+    )  # fmt: skip
+    answers = []
+    for more in ({"flux-dev-Q8_0": {}}, {}):
+        site = Site(Studio(generators={"sdxl": {}, "flux-dev-Q4_0": compiled, **more}))
+        record = lora.model_dump_json().encode()
+        await site.studio.blobs.put(f"loras/e3b0c442/{24 * '0'}.json", record, content_type="application/json")
+        async with site.http:
+            answers.append(await site.http.post("/api/generate/image", json={**ASKED, "model_id": lora.id}))
+            variants = [job.variant for job in await site.studio.jobs.list()]
+            assert variants == list(more)
+    assert [answer.status_code for answer in answers] == [201, 422]
+    assert answers[1].json()["detail"] == "model_id: there is no generator here that takes LoRAs of flux"
 
 
 async def test_without_a_generator_there_are_none() -> None:
