@@ -154,7 +154,7 @@ class LoraSettings(_Frozen):
     #: LoRAs that one API key may register.
     per_key: int = Field(200, ge=1)
     #: LoRAs that a replica keeps in host memory.
-    cached: int = Field(8, ge=1, le=100)
+    cached: int = Field(4, ge=1, le=100)
 
 
 class TextEncoderSettings(Scaling):
