@@ -253,7 +253,7 @@ class LoraFacts(_Value):
 
     #: Of the models that it fits.
     family: Family
-    #: Who writes such files: `diffusers`, `kohya`, `ai-toolkit`, `peft`, `xlabs`.
+    #: Who writes such files: `diffusers`, `kohya`, `ai-toolkit`, `peft`, `xlabs`, `lycoris`.
     format: str
     #: `F16`, `BF16` or `F32`; several are joined by commas.
     dtype: str

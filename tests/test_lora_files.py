@@ -119,7 +119,7 @@ def test_a_file_of_xlabs_is_read(sizes: dict[Family, Sizes], file: Path) -> None
     assert (adapter.facts.format, adapter.facts.layers) == ("xlabs", 4)
 
 
-def test_kohyas_file_with_diffusers_names_is_read(sizes: dict[Family, Sizes], file: Path) -> None:
+def test_onetrainers_file_is_read(sizes: dict[Family, Sizes], file: Path) -> None:
     name = "lora_transformer_transformer_blocks_1_attn_to_out_0"
     given = _pair(name, 256, 256, ending=KOHYA) | {f"{name}.alpha": torch.tensor(8.0)}
     layer = _read(given, "flux", sizes["flux"], file).layers["transformer.transformer_blocks.1.attn.to_out.0"]
@@ -294,6 +294,21 @@ def test_kohyas_file_of_all_blocks_fits_sdxl(file: Path) -> None:
     named["lora_te2_text_projection"] = 1280, 1280
     sizes = described("sdxl", None)
     assert _of_rank_1(named, "sdxl", sizes, file) == set(sizes)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [("flux", "lora_transformer_"), ("flux", "lora_unet_"), ("flux", "lycoris_"), ("sdxl", "lora_unet_")],
+)
+def test_a_file_with_the_pipelines_names_joined_fits(family: Family, prefix: str, file: Path) -> None:
+    """OneTrainer's for one, which by default trains all layers."""
+    sizes = described(family, None)
+    wanted = {name: shape for name, shape in sizes.items() if not name.startswith("text_encoder")}
+    shapes = {
+        prefix + name.partition(".")[2].replace(".", "_"): (wide, out, *kernel)
+        for name, (out, wide, *kernel) in wanted.items()
+    }
+    assert _of_rank_1(shapes, family, sizes, file) == set(wanted)
 
 
 def _resnet(name: str, wide: int, out: int) -> dict[str, tuple[int, ...]]:

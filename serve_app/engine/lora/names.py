@@ -1,10 +1,12 @@
-"""From the names that programs give a LoRA's layers to those of the pipeline, by diffusers' own converters.
+"""From the names that programs give a LoRA's layers to those of the pipeline, by diffusers' own converters, but where
+they are the pipeline's with `_` for `.`.
 
 One layer's pair is converted at a time: so a refusal can name its key, and no converter sees an alpha, which diffusers
 multiplies into FLUX.1's tensors, in a loop that does not end where it is negative.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
@@ -24,9 +26,12 @@ _TEXT = ("lora_te", "text_encoder")
 _ORIGINAL = (
     "double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer",
 )  # fmt: skip
+#: Before names of the pipeline with `_` for `.`, as OneTrainer, LyCORIS and some files of kohya's have them. diffusers
+#: knows of OneTrainer's only those of attention.
+_JOINED = re.compile(r"(?:lora_transformer|lora_unet|lycoris)_(.+)")
 #: What a stem begins with, and who writes so; diffusers' scripts and SimpleTuner where nothing fits.
 _WRITERS = {"lora_": "kohya", "diffusion_model.": "ai-toolkit", "base_model.model.": "peft", "double_": "xlabs"}
-_WRITERS |= {"single_": "xlabs"}
+_WRITERS |= {"single_": "xlabs", "lycoris_": "lycoris"}
 
 
 def is_of_text_encoder(stem: str) -> bool:
@@ -37,21 +42,25 @@ def writer(stem: str) -> str:
     return next((name for prefix, name in _WRITERS.items() if stem.startswith(prefix)), "diffusers")
 
 
+def joined(layers: Iterable[str]) -> Mapping[str, str]:
+    """Layers of the pipeline by their names with `_` for `.`, without their component's; none of text encoders."""
+    return {name.partition(".")[2].replace(".", "_"): name for name in layers if not is_of_text_encoder(name)}
+
+
 def converted(
-    family: Family, pair: Pair, down: Tensor, up: Tensor, *, layers_per_block: int
+    family: Family, pair: Pair, down: Tensor, up: Tensor, *, joined: Mapping[str, str], layers_per_block: int
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
     """The pairs that this one stands for, by the names of the pipeline's layers. It is several where the writer has q,
     k and v as one. `layers_per_block` is of SDXL's UNet.
 
     Raises whatever diffusers' converters raise for names that they do not know, and ValueError.
     """
+    if (match := _JOINED.fullmatch(pair.stem)) and match[1] in joined:
+        return {joined[match[1]]: (down, up)}
     spell = _flux if family == "flux" else _sdxl
     stem, ending = spell(pair.stem, pair.ending)
     state = {stem + ending[0]: down, stem + ending[1]: up}
     if family == "flux":
-        if stem.startswith("lora_transformer_"):
-            # This converter wants one.
-            state[f"{stem}.alpha"] = down.new_tensor(len(down))
         state = FluxLoraLoaderMixin.lora_state_dict(state)
         # diffusers leaves this out of some, and then those layers; so does a component that was saved alone.
         state = {f"transformer.{key.removeprefix('transformer.')}": tensor for key, tensor in state.items()}

@@ -40,6 +40,7 @@ class _Reader:
     def __init__(self, file: Any, family: Family, sizes: Sizes, alpha: float | None, max_rank: int) -> None:
         self._file, self._family, self._sizes, self._alpha = file, family, sizes, alpha
         self._pairs, self._said = pairs_of(file, max_rank), metadata_of(file)
+        self._joined = names.joined(sizes)
         self._layers_per_block = sum(bool(_FIRST_BLOCK.fullmatch(name)) for name in sizes)
         #: Elements of a tensor. Some writers have four layers as one.
         self._most = 4 * max_rank * max(max(out, math.prod(rest)) for out, *rest in sizes.values())
@@ -90,7 +91,9 @@ class _Reader:
         """By layer of the model, in memory of their own."""
         key = shown(pair.keys[0])
         try:
-            found = names.converted(self._family, pair, down, up, layers_per_block=self._layers_per_block)
+            found = names.converted(
+                self._family, pair, down, up, joined=self._joined, layers_per_block=self._layers_per_block
+            )
         except Exception as e:  # whatever diffusers makes of a name that it does not know
             raise WrongModel(f"{key}: the model has no layer of this name, or not of this size") from e
         fitted = {}
