@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray import serve
@@ -87,7 +88,8 @@ class Replica(Generic[E]):
         self._loading: Loading[E] = Loading(
             f"variant {name}", lambda: open_engine(name, settings), lambda engine: engine.close(), self._metrics
         )
-        self._slot = Slot()
+        self._cost = partial(settings.cost, name)
+        self._slot = Slot(self._painted)
 
     async def _streamed(
         self, request: EditRequest | GenerateRequest, events: AsyncGenerator[T, None]
@@ -113,6 +115,11 @@ class Replica(Generic[E]):
         if self._counts_steps:
             times = len(made.windows) if isinstance(request, EditRequest) else 1
             self._metrics.observe("fluxfill_steps_per_second", request.steps * times / made.busy_s, variant=self._name)
+
+    def _painted(self, seconds: float) -> None:
+        self._metrics.add("fluxfill_gpu_seconds_total", seconds, variant=self._name)
+        if (cost := self._cost(seconds)) is not None:
+            self._metrics.add("fluxfill_cost_total", cost, variant=self._name)
 
     def _out_of_memory(self) -> None:
         self._metrics.add("fluxfill_out_of_memory_total", variant=self._name)

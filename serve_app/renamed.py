@@ -8,6 +8,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 #: New names by old ones; `*` is any variant's name.
 RENAMED: Mapping[str, str] = {
+    "audit.price_per_hour": "price_per_hour",
     "audit.settle_s": "audit.replica_wait_s",
     "audit.several": "audit.allow_concurrent",
     "push.answer_s": "push.response_timeout_s",

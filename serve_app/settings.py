@@ -107,6 +107,8 @@ class VariantSettings(Scaling):
     """One served variant: its scaling, and its definition unless it is built in."""
 
     definition: Variant | None = None
+    #: Price of one of its replicas' machines, in the currency of `Settings.price_per_hour`. None: that price.
+    price_per_hour: float | None = Field(None, ge=0)
     #: Threads of a CPU engine. Ray sets OMP_NUM_THREADS=1, which is too few.
     threads: int = Field(2, ge=1, le=256)
     optimizations: Optimizations = Optimizations()
@@ -371,8 +373,6 @@ class AuditSettings(_Frozen):
     matrix: Matrix = Matrix()
     budget: QualityBudget = QualityBudget()
     link_hours: float = Field(72.0, gt=0, le=MAX_LINK_HOURS)
-    #: Price of one replica's machine, in any one currency. None: the report gives no costs.
-    price_per_hour: float | None = Field(None, ge=0)
     #: GPUs that the cluster can have. None: those it has when an audit starts; a cluster that adds nodes can have more.
     gpus: int | None = Field(None, ge=0)
     #: How long an audit waits for replicas before it gives a variant up: for the last variant's to stop, and
@@ -407,6 +407,8 @@ class Settings(_Frozen):
 
     #: Machines that the app may run on.
     nodes: int = Field(1, ge=1)
+    #: Price of one replica's machine, in any one currency. None: costs are not recorded.
+    price_per_hour: float | None = Field(None, ge=0)
     #: Blob store URL; see `serve_app.adapters`.
     blobs: str = "files:var/blobs"
     #: Job store URL.
@@ -528,6 +530,16 @@ class Settings(_Frozen):
     def variant(self, name: str) -> Variant:
         """The definition of a served variant or generator. Raises KeyError for one that is not served."""
         return self.served[name].definition or BUILT_IN[name]
+
+    def price(self, name: str) -> float | None:
+        """Of an hour on a replica of a served variant or generator. None: it has no price."""
+        own = self.served[name].price_per_hour
+        return self.price_per_hour if own is None else own
+
+    def cost(self, name: str, engine_s: float) -> float | None:
+        """Of so many seconds on a replica of a served variant or generator. None: it has no price."""
+        price = self.price(name)
+        return None if price is None else price * engine_s / 3600
 
     def takes_loras(self, name: str) -> bool:
         """Whether a served generator makes pictures with LoRAs. Compiled blocks would leave them out."""

@@ -104,6 +104,8 @@ METRICS: Mapping[str, Metric] = {
     "fluxfill_steps_per_second": Metric(
         "histogram", "denoising steps per second", ("variant",), (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
     ),
+    "fluxfill_gpu_seconds_total": Metric("counter", "seconds that engines painted for jobs", ("variant",)),
+    "fluxfill_cost_total": Metric("counter", "cost of those seconds, at the configured price", ("variant",)),
     "fluxfill_out_of_memory_total": Metric("counter", "paintings that ran out of memory", ("variant",)),
     "fluxfill_gpu_lost_total": Metric("counter", "GPUs that failed for good", ("variant",)),
 }

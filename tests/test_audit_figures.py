@@ -39,7 +39,7 @@ def result(
     price: float | None = None,
     optimizations: Any = None,
 ) -> CellResult:
-    settings = Settings(variants={variant: {"optimizations": optimizations or {}}}, audit={"price_per_hour": 0.5})
+    settings = Settings(variants={variant: {"optimizations": optimizations or {}}}, price_per_hour=0.5)
     request = AuditRequest(user_id="u", session_id="s", matrix=Matrix(variants=(variant,)), price_per_hour=price)
     cell: Cell = request.matrix.cells()[0]
     canvas = np.zeros((1024, 1024, 3), np.uint8)

@@ -29,6 +29,7 @@ from serve_app.audit.report import chart
 from serve_app.audit.report.columns import columns
 from serve_app.audit.report.pictures import SIDE_PX, Frame, shown_box, tinted
 from serve_app.audit.report.publish import _TEMPLATES, publish
+from serve_app.audit.report.results import replicas
 from serve_app.errors import StaleClaim, StoreUnavailable
 from serve_app.models import Box
 from serve_app.parameters import AuditRequest, Matrix
@@ -239,6 +240,32 @@ async def test_the_report_says_what_compiling_and_memory_came_to() -> None:
         assert [cell.strip() for cell in readings[2]] == ["Q4_0", "0.43", "0.41", "38.4"]
         (peaks,) = [table for table in tables if any("Peak allocated" in cell for cell in table[0])]
         assert [cell.strip() for cell in peaks[3]] == ["Q8_0", "16.35", "17.35"]
+
+
+@pytest.mark.slow
+async def test_the_report_says_which_share_of_their_time_replicas_idled() -> None:
+    over = {"finished_at": audited.NOW + timedelta(seconds=400)}
+    results, run = [result.model_copy(update=over) for result in with_a_failure()], audited.audit()
+    report = await audited.published(run, results)
+    content = json.loads(await report.read(run, "results.json"))["replicas"]
+    assert [(one["variant"], one["cells"], one["held_s"]) for one in content] == [
+        ("Q4_0", 5, 400),
+        ("Q5_K_S", 4, 400),
+        ("Q8_0", 5, 400),
+    ]
+    for one in content:
+        painted_s = sum(trial.wall_s for r in results if r.cell.variant == one["variant"] for trial in r.trials)
+        assert one["painted_s"] == pytest.approx(painted_s)
+        assert one["idle_share"] == pytest.approx(1 - painted_s / 400)
+    for name in ("REPORT.md", "report.html"):
+        tables = (rendered if name == "REPORT.md" else Tables)(await report.read(run, name)).tables
+        (table,) = [table for table in tables if "Cells" in table[0]]
+        assert [row[-1].strip() for row in table[1:]] == [f"{100 * one['idle_share']:.0f}" for one in content]
+
+
+def test_a_replica_of_which_no_time_is_known_has_no_idle_share() -> None:
+    (one,) = replicas(audited.results()[:1])
+    assert one["held_s"] == 0 and one["idle_share"] is None
 
 
 @pytest.mark.slow

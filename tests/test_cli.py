@@ -440,7 +440,7 @@ def jobs(tmp_path: Path) -> Path:
     put(config, make_job("edit-failed", session_id="f", created_at=at(2), status=State.FAILED, error=error))
     timings = Timings(engine_s=1.25)
     artifacts = {"edited": "users/u/sessions/d/edited.jpg", "preview": "users/u/sessions/d/preview.jpg"}
-    done = make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings)
+    done = make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings, cost=0.0125)
     written = [Artifact(role=role, path=path, version=write_blob(config, path)) for role, path in artifacts.items()]
     put(config, done.evolve(artifacts=tuple(written)))
     return config
@@ -498,7 +498,7 @@ def test_a_posted_job_fits_a_narrow_terminal(
 def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
     done = fluxfill("jobs", "show", "edit-done", "-c", jobs)
     assert done.status == 0
-    for told in ("succeeded", "u/d", "28", "engine_s", "1.250"):
+    for told in ("succeeded", "u/d", "28", "engine_s", "1.250", "0.012500"):
         assert told in done.out
     assert "mask_mismatch: the mask is too wide" in fluxfill("jobs", "show", "edit-failed", "-c", jobs).out
 

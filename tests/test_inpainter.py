@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -109,6 +110,23 @@ async def test_two_jobs_are_painted_one_after_the_other() -> None:
     assert all(isinstance(events[-1], Images) for events in both)
     usage = replica._slot.usage.as_dict()
     assert usage["jobs"] == 2 and 0.1 <= usage["busy_s"] <= usage["wall_s"]
+
+
+@pytest.mark.parametrize("price", [None, 7200.0])
+async def test_seconds_at_the_engine_are_counted_and_paid_for_whatever_they_came_to(price: float | None) -> None:
+    priced = settings().model_copy(update={"price_per_hour": price})
+    replica = Replica(priced)
+    await replica.events(request())
+    painted_s = replica.counters.total("fluxfill_gpu_seconds_total", "v")
+    assert painted_s == pytest.approx(replica._slot.usage.as_dict()["busy_s"]) and painted_s >= 0.05
+    failing = Replica(priced, Scripted(lambda: time.sleep(0.02) or fail_with(PaintError("no"))()))
+    with pytest.raises(PaintError):
+        await failing.events(request())
+    assert failing.counters.total("fluxfill_gpu_seconds_total", "v") >= 0.02
+    for one in (replica, failing):
+        spent = one.counters.values.get(("fluxfill_cost_total", "v"))
+        seconds = one.counters.total("fluxfill_gpu_seconds_total", "v")
+        assert spent == (None if price is None else [pytest.approx(2 * seconds)])
 
 
 async def test_a_variant_that_did_not_load_says_why() -> None:
@@ -378,4 +396,4 @@ async def test_steps_per_second_count_what_was_painted() -> None:
 async def test_what_has_no_gpu_and_no_steps_leaves_no_figures_of_them() -> None:
     replica = Replica(settings(family="telea"))
     await replica.events(request())
-    assert {name for name, *_ in replica.counters.values} == {"fluxfill_load_seconds"}
+    assert {name for name, *_ in replica.counters.values} == {"fluxfill_load_seconds", "fluxfill_gpu_seconds_total"}

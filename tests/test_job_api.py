@@ -98,6 +98,20 @@ async def test_a_job_that_is_done_says_what_it_made(site: Site) -> None:
     assert len({row["id"] for row in rows}) == 3
 
 
+@pytest.mark.parametrize(("own", "cost"), [(None, 1.0), (4800.0, 2.0), (0.0, 0.0)])
+async def test_a_job_says_what_it_cost_once_it_has_succeeded(own: float | None, cost: float) -> None:
+    site = Site(Studio(price_per_hour=2400.0, generators={"sdxl": {"price_per_hour": own}}))
+    async with site.http:
+        assert (await site.post())["cost"] is None
+        job = await site.done(count=3)
+    assert job["timings"]["engine_s"] == 1.5 and job["cost"] == pytest.approx(cost)
+
+
+async def test_without_a_price_a_job_has_no_cost(site: Site) -> None:
+    job = await site.done()
+    assert job["status"] == "succeeded" and job["cost"] is None
+
+
 async def test_the_queue_is_counted(site: Site) -> None:
     site.studio.clock.advance(1)
     first = await site.post()

@@ -81,6 +81,7 @@ async def test_what_was_stored_is_there(store: JobStore) -> None:
         artifacts=(Artifact(role="edited", path="users/ü"),),
         error=record.JobError(code="x", message="y"),
         timings=record.Timings(gpu_ms=0.1),
+        cost=0.1,
     )
     assert await store.get(job.id) is None
     assert await store.update(job.id, KEY, put(job)) == job

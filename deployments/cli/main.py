@@ -177,6 +177,7 @@ def _show(job: Job) -> None:
         "progress": f"{job.progress.step}/{job.progress.steps} steps" if job.progress.steps else None,
         **({"error": f"{job.error.code}: {job.error.message}"} if job.error else {}),
         **timings,
+        "cost": None if job.cost is None else f"{job.cost:.6f}",
         **{_label(artifact): artifact.path for artifact in job.artifacts},
         "created": job.created_at.isoformat(" ", "seconds"),
         "finished": job.finished_at and job.finished_at.isoformat(" ", "seconds"),

@@ -37,7 +37,7 @@ def succeeded(
     variant = settings.variant(cell.variant)
     warm = measured.trials[1:] or measured.trials
     wall_s = median(trial.wall_s for trial in warm)
-    price = settings.audit.price_per_hour if request.price_per_hour is None else request.price_per_hour
+    price = settings.price(cell.variant) if request.price_per_hour is None else request.price_per_hour
     skips = settings.variants[cell.variant].optimizations.step_cache is not None
     return CellResult(
         name=name,

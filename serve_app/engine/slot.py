@@ -6,7 +6,7 @@ A painting is a job's, or an audit cell's, which goes behind those of all jobs.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
@@ -17,8 +17,10 @@ from ..models import Progress
 class Usage:
     """How busy an engine has been since its first painting began. For any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_painted: Callable[[float], None] | None = None) -> None:
+        """`on_painted` is called after each painting, in its thread, with the seconds that it took."""
         self._jobs, self._busy_s = 0, 0.0
+        self._on_painted = on_painted
         self._first_start: float | None = None
         self._last_end = 0.0
 
@@ -36,6 +38,8 @@ class Usage:
             self._last_end = time.monotonic()
             self._busy_s += self._last_end - began
             self._jobs += done
+            if self._on_painted:
+                self._on_painted(self._last_end - began)
 
     def as_dict(self) -> dict[str, float]:
         """`jobs` painted; `busy_s`, spent on them; `wall_s`, from the first's beginning to the last end."""
@@ -130,7 +134,8 @@ class Slot:
     """One painting at a time, because a pipeline keeps state between steps. Audit cells acquire it behind all jobs, one
     cell after the other, and each for one painting at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_painted: Callable[[float], None] | None = None) -> None:
+        """`on_painted`: as in Usage."""
         self._lock = PriorityLock()
         self._audit_turn = asyncio.Lock()
         self._occupancy: Occupancy | None = None
@@ -142,7 +147,7 @@ class Slot:
         self.jobs_begun = 0
         #: Its own: asyncio's threads may all be taken.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="painting")
-        self.usage = Usage()
+        self.usage = Usage(on_painted)
 
     @property
     def taken_since(self) -> float | None:

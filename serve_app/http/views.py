@@ -53,6 +53,9 @@ class JobView(BaseModel):
     seeds: Sequence[int]
     #: Seconds by stage, once the job is over.
     timings: Mapping[str, float]
+    #: Of the engine seconds in `timings`, in the currency of the configured price; null where there is none, and for a
+    #: job that has not succeeded.
+    cost: float | None
     #: 1 for the job that its model takes next; null in lists, and for a job that does not wait.
     queue_position: int | None
     #: Attempts used, the running one included.
@@ -129,7 +132,7 @@ def job_view(job: Job, ahead: int | None = None) -> JobView:
     moments = (job.events[-1].at if job.events else None, job.finished_at, job.started_at, job.created_at)
     pictures = _pictures(job)
     return JobView(
-        **job.model_dump(include={"id", "status", "created_at", "started_at", "finished_at", "attempt"}),
+        **job.model_dump(include={"id", "status", "created_at", "started_at", "finished_at", "attempt", "cost"}),
         type=job.type,
         updated_at=max(moment for moment in moments if moment),
         steps=[Stage(name=job.type, status=job.status)],

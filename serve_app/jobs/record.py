@@ -229,6 +229,9 @@ class Job(_Value):
     progress: Progress = Progress()
     error: JobError | None = None
     timings: Timings = Timings()
+    #: Of the engine seconds in `timings`, at the price set when the job succeeded, in that price's currency. None for
+    #: a job that has not succeeded, and where no price was set.
+    cost: float | None = None
     artifacts: tuple[Artifact, ...] = ()
     #: The newest, oldest first.
     events: tuple[Event, ...] = ()

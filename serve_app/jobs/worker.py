@@ -248,7 +248,8 @@ class Worker:
                 change = claims.finish(claims.claim_of(job), Cause.CANCELED, error=error)
                 return await self._conclude(await self._update(job, change), delivery)
             result = await self._attempt(job, delivery, claimed_at)
-            done = {"artifacts": result.artifacts, "timings": result.timings}
+            cost = self._settings.cost(job.variant, result.timings.engine_s or 0.0)
+            done = {"artifacts": result.artifacts, "timings": result.timings, "cost": cost}
             change = claims.finish(claims.claim_of(job), Cause.SUCCEEDED, **done)
             return await self._conclude(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):

@@ -23,7 +23,7 @@ from ..record import PAGE, REPORT, RESULTS, TABLE, Audit, AuditStatus, CellResul
 from . import chart
 from .columns import NONE, axes, columns, gigabytes
 from .pictures import Pictures, show_all
-from .results import as_csv, as_json, document, joined
+from .results import as_csv, as_json, document, joined, replicas
 from .sheets import is_recommended, several, shared, sheets
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def _said(
         "scatter": chart.scatter(request, results, chosen, choice.pareto if choice else ()),
         "pictures": pictures,
         "peaks": _peaks(audit, results),
+        "replicas": replicas(results),
         "versions": joined([joined(r.versions for r in results), joined(r.revisions for r in results)]),
         "signed": signed,
         "files": {name: signed[f"{folder(audit.id)}/{name}"] for name in _CONTENT_TYPES},
@@ -151,6 +152,10 @@ def _figure(value: float | None, decimals: int = 2) -> str:
     return NONE if value is None else f"{value:.{decimals}f}"
 
 
+def _percent(share: float | None) -> str:
+    return _figure(share if share is None else 100 * share, 0)
+
+
 def _duration(audit: Audit) -> str:
     if audit.started_at is None or audit.finished_at is None:
         return NONE
@@ -178,4 +183,4 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {"text": _as_text, "moment": _moment, "figure": _figure, "duration": _duration, "plain": plain}
-_TEMPLATES.filters["gigabytes"] = gigabytes
+_TEMPLATES.filters |= {"gigabytes": gigabytes, "percent": _percent}

@@ -28,9 +28,35 @@ def document(audit: Audit, results: Sequence[CellResult], signed: Mapping[str, s
         "versions": joined(result.versions for result in results),
         "revisions": joined(result.revisions for result in results),
         "memory": record["memory"],
+        "replicas": replicas(results),
         "cells": [_cell(result, signed) for result in results],
         "compile": {verdict["variant"]: verdict for verdict in record["compile"]},
         "recommended": record["recommended"],
+    }
+
+
+def replicas(results: Sequence[CellResult]) -> list[dict[str, Any]]:
+    """By replica: seconds from its first cell's beginning to its last one's end (`held_s`), those in which it painted
+    cells, and the share of the others (`idle_share`), in which it waited for cells or painted for jobs."""
+    painted: dict[str, list[CellResult]] = {}
+    for result in results:
+        if result.replica and result.started_at and result.finished_at:
+            painted.setdefault(result.replica, []).append(result)
+    return [_replica(name, own) for name, own in painted.items()]
+
+
+def _replica(name: str, own: Sequence[CellResult]) -> dict[str, Any]:
+    began = min(result.started_at for result in own if result.started_at)
+    held_s = (max(result.finished_at for result in own if result.finished_at) - began).total_seconds()
+    painted_s = sum(trial.wall_s for result in own for trial in result.trials)
+    return {
+        "variant": own[0].cell.variant,
+        "replica": name,
+        "cells": len(own),
+        "painted_s": painted_s,
+        "held_s": held_s,
+        # A cell's beginning is known by its first progress, a little later.
+        "idle_share": max(0.0, 1 - painted_s / held_s) if held_s > 0 else None,
     }
 
 
