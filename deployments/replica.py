@@ -20,7 +20,7 @@ from serve_app.engine.weights import fetch
 from serve_app.errors import FluxFillError, GpuLost
 from serve_app.models import EditRequest, GenerateRequest, Images
 from serve_app.settings import Settings
-from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_id
+from serve_app.telemetry import Metrics, configure_logging, logged_with, trace_ids
 
 from .loading import Loading, sources
 from .metrics import RayMetrics
@@ -105,7 +105,7 @@ class Replica(Generic[E]):
             # A second job, which waited for the first one to end, meets the same GPU.
             if self._loading.lose(e):
                 self._metrics.add("fluxfill_gpu_lost_total", variant=self._name)
-                with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
+                with logged_with(job_id=request.job_id, **trace_ids(request.traceparent)):
                     log.error("The GPU of %s failed for good: %s", self._name, e, extra={"action": "gpu_lost"})
             raise
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,17 +30,30 @@ def logged_with(**fields: Any) -> Iterator[None]:
         _CONTEXT.reset(token)
 
 
-def trace_id(traceparent: str) -> str:
-    """The trace id in a W3C `traceparent`; empty where there is none."""
-    return traceparent.split("-")[1] if traceparent else ""
+def trace_ids(traceparent: str) -> Mapping[str, str]:
+    """The fields `trace_id` and `span_id` of a W3C `traceparent`; none where it is empty."""
+    if not traceparent:
+        return {}
+    _, trace_id, span_id, _ = traceparent.split("-")
+    return {"trace_id": trace_id, "span_id": span_id}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, the context, then the fields of `extra`."""
+    """One JSON object per line: time, level, logger, message, the context, then the fields of `extra`.
+
+    `time`, `severity`, `message` and the fields with Google's name are those that Cloud Logging reads:
+    https://cloud.google.com/logging/docs/structured-logging#structured_logging_special_fields
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        project = os.environ.get("GOOGLE_CLOUD_PROJECT")
+        self._traces = f"projects/{project}/traces/" if project else ""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "severity": record.levelname,
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -47,6 +61,9 @@ class JsonFormatter(logging.Formatter):
         }
         # Ray puts fields of its own on every record, under private names.
         line |= {k: v for k, v in vars(record).items() if k not in _PLAIN and not k.startswith("_")}
+        if trace_id := line.get("trace_id"):
+            line["logging.googleapis.com/trace"] = f"{self._traces}{trace_id}"
+            line["logging.googleapis.com/spanId"] = line["span_id"]
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -181,7 +182,7 @@ class Receivers:
 
     def check(self, url: str) -> None:
         if not url.startswith("https://example.org/"):
-            raise CallbackRefused(f"{url} may not be called")
+            raise CallbackRefused(f"{urlsplit(url).netloc} may not be called")
 
     async def call(self, job: Job, _event: str, _document: Mapping[str, Any]) -> None:
         self.check(job.callback_url)

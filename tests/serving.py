@@ -169,6 +169,13 @@ class App:
         for pid in self.pids(deployment):
             os.kill(pid, signal.SIGKILL)
 
+    @property
+    def logs(self) -> Path:
+        """Of every process of this Ray; this process must be connected."""
+        import ray
+
+        return Path(ray._private.worker._global_node.get_logs_dir_path())
+
     def photo_files(self) -> tuple[Path, Path]:
         original, mask = self.folder / "photo.jpg", self.folder / "mask.png"
         original.write_bytes(jpeg(photo()))

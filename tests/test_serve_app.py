@@ -124,6 +124,35 @@ async def test_a_picture_is_seen_by_a_signed_link(app: App) -> None:
     assert (altered.status_code, altered.json()["code"]) == (403, "invalid_link")
 
 
+async def test_no_process_logs_a_secret_or_a_signed_link(app: App) -> None:
+    async with webhook_receiver.serve(webhook_receiver.status(500), port=app.receiver_port) as receiver:
+        job_id = await app.submit(prompt="a neighbour", callbackUrl=f"http://{receiver.authority}/hook?token=sesame")
+        job = await app.finished(job_id)
+
+        async def called() -> Any:
+            return receiver.requests
+
+        await until(called)
+    links = [*await app.client.links(job, expires_s=60), f"{app.http}/blobs/sesame", f"{app.http}/nowhere?token=sesame"]
+    async with httpx.AsyncClient() as http:
+        for link in links:
+            await http.get(link)
+            await http.get(link[:-4] + "AAAA")
+
+    def logged() -> str:
+        return "".join(file.read_text(errors="replace") for file in app.logs.rglob("*") if file.is_file())
+
+    async def all_answered() -> str:
+        said = logged()
+        return said if job_id in said and said.count("GET /blobs/{token} 403") >= 4 else ""
+
+    said = await until(all_answered)
+    tokens = [link.rpartition("/")[2] for link in links[:2]]
+    for secret in (WEBHOOK_SECRET, WEBHOOK_SECRET.removeprefix("whsec_"), "sesame", "a neighbour", *tokens):
+        found = [line[:300] for line in said.splitlines() if secret in line]
+        assert not found, found
+
+
 async def test_a_session_is_canceled_over_http_and_its_waiting_message_never_starts(app: App) -> None:
     running_job = await app.submit("unwanted", variant="slow", steps=30)
     await state_of(app, running_job, State.RUNNING)

@@ -1,17 +1,21 @@
 """Log lines: JSON, with the ids that tie them together, and none of what must not be in a log."""
 
+import base64
 import json
 import logging
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from serve_app.errors import OutOfMemory
+from serve_app.http.app import create_app
 from serve_app.jobs.ports import Delivery
-from serve_app.telemetry import METRICS, JsonFormatter, logged_with, trace_id
+from serve_app.telemetry import METRICS, JsonFormatter, logged_with, trace_ids
 
+from .http_service import LINKS, Process, long
 from .rig import SESSION, USER, Rig, delivery
 
 TRACE = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
@@ -26,12 +30,17 @@ def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
         def emit(self, record: logging.LogRecord) -> None:
             written.append(self.format(record))
 
+    def one(line: str) -> dict[str, Any]:
+        assert "\n" not in line
+        fields: dict[str, Any] = json.loads(line)
+        return fields
+
     handler, top = Writer(), logging.getLogger("serve_app")
     handler.setFormatter(JsonFormatter())
     top.addHandler(handler)
     before = top.level
     top.setLevel(logging.DEBUG)
-    yield lambda: [json.loads(line) for line in written]
+    yield lambda: [one(line) for line in written]
     top.removeHandler(handler)
     top.setLevel(before)
 
@@ -43,7 +52,7 @@ async def test_every_line_of_an_edit_carries_its_ids(lines: Callable[[], list[di
     made = delivery("m7", attributes={"traceparent": TRACE}, callbackUrl="https://example.org/hook")
     await rig.take(Delivery(data=made.data, attributes=made.attributes, message_id="m7", publish_time=rig.clock()))
     job = await rig.job()
-    ids = {"job_id": job.id, "lock_key": f"{USER}/{SESSION}", "trace_id": "ab" * 16}
+    ids = {"job_id": job.id, "lock_key": f"{USER}/{SESSION}", "trace_id": "ab" * 16, "span_id": "cd" * 8}
     written = lines()
     assert {"claimed", "attempt_failed", "dead_lettered", "ended"} <= {line["action"] for line in written}
     for line in written:
@@ -88,9 +97,55 @@ def test_context_ends_with_its_block_and_empty_fields_are_left_out(
     assert "job_id" not in outside
 
 
-def test_the_trace_id_of_a_traceparent() -> None:
-    assert trace_id(TRACE) == "ab" * 16
-    assert trace_id("") == ""
+@pytest.mark.parametrize(("project", "trace"), [(None, "ab" * 16), ("shop", f"projects/shop/traces/{'ab' * 16}")])
+def test_cloud_logging_finds_severity_time_and_trace(
+    monkeypatch: pytest.MonkeyPatch, project: str | None, trace: str
+) -> None:
+    monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
+    if project:
+        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", project)
+    record = logging.LogRecord("serve_app.test", logging.WARNING, __file__, 1, "two\nlines of %s", ("it",), None)
+    with logged_with(**trace_ids(TRACE)):
+        text = JsonFormatter().format(record)
+    line = json.loads(text)
+    assert "\n" not in text
+    assert datetime.fromisoformat(line["time"]).utcoffset() == timedelta(0)
+    google = {"logging.googleapis.com/trace": trace, "logging.googleapis.com/spanId": "cd" * 8}
+    assert line.items() >= {"severity": "WARNING", "message": "two\nlines of it", **google}.items()
+
+
+def test_a_line_outside_a_trace_names_none() -> None:
+    record = logging.LogRecord("serve_app.test", logging.INFO, __file__, 1, "said", None, None)
+    with logged_with(**trace_ids("")):
+        line = json.loads(JsonFormatter().format(record))
+    assert not any("trace" in name or "span" in name.lower() for name in line)
+
+
+async def test_no_key_and_no_signed_link_of_a_request_is_logged(lines: Callable[[], list[dict[str, Any]]]) -> None:
+    rig = Rig(work_settings={"max_attempts": 1})
+    await rig.put_session()
+    process = Process(rig)
+    key, wrong, signed = long("right"), long("wrong"), "X-Goog-Signature=5ec2e7"
+    process.guard(api_keys=f"{key}:admin")
+    transport = httpx.ASGITransport(create_app(lambda: process), raise_app_exceptions=False)
+    edit = {"userId": USER, "sessionId": SESSION, "callbackUrl": f"https://example.net/hook?{signed}"}
+    push = {"message": {"data": base64.b64encode(json.dumps(edit).encode()).decode(), "messageId": "7"}}
+    by_link = {
+        "type": "inpaint",
+        "image": f"https://example.org/photo?{signed}",
+        "mask": f"https://example.org/m?{signed}",
+    }
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as http:
+        for sent in (key, wrong):
+            headers = {"X-API-Key": sent}
+            for path in (*(f"/blobs/{token}" for token in LINKS), "/blobs/broken.token", "/v1/jobs", "/ready"):
+                await http.get(path, headers=headers)
+            await http.post("/v1/jobs", json=by_link, headers=headers)
+            await http.post("/inpaint", json=push, headers={"Authorization": f"Bearer {sent}"})
+    said = json.dumps(lines())
+    assert "attempt_failed" in said
+    for secret in (key, wrong, signed, "broken.token", *LINKS):
+        assert secret not in said
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from ..edit.paste import paste_window, share_out
 from ..errors import FluxFillError, OutOfMemory, VariantLoadFailed
 from ..models import EditRequest, GenerateRequest, Images, OnProgress, Pixels, Progress
-from ..telemetry import logged_with, trace_id
+from ..telemetry import logged_with, trace_ids
 from . import AnyEngine, Engine, Window
 from .slot import Occupancy, Slot
 from .stages import STAGES, split
@@ -160,7 +160,7 @@ async def in_slot(
     `work` do.
     """
     occupancy = await take()
-    with logged_with(job_id=request.job_id, trace_id=trace_id(request.traceparent)):
+    with logged_with(job_id=request.job_id, **trace_ids(request.traceparent)):
         thread = partial(copy_context().run, work, occupancy)
     future = asyncio.get_running_loop().run_in_executor(slot.thread, thread)
     future.add_done_callback(lambda _: slot.release())

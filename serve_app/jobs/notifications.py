@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import FluxFillError, InputError, MessageRefused, Unavailable, UnknownJob, WebhookFailed
 from ..parameters import JobType
 from ..settings import Settings
-from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
+from ..telemetry import Metrics, NoMetrics, logged_with, trace_ids
 from . import claims
 from .kinds import Kind
 from .messages import ASKED_AT
@@ -180,7 +180,7 @@ class Notifier:
         task.add_done_callback(self._tasks.discard)
 
     async def _send(self, job: Job, kinds: list[Notification]) -> None:
-        with logged_with(job_id=job.id, lock_key=job.lock_key, trace_id=trace_id(job.traceparent)):
+        with logged_with(job_id=job.id, lock_key=job.lock_key, **trace_ids(job.traceparent)):
             sending = {asyncio.create_task(self._is_sent(job, kind)): kind for kind in kinds}
         try:
             await asyncio.wait(sending, timeout=BATCH_WINDOW_S)

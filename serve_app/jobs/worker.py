@@ -38,7 +38,7 @@ from ..errors import (
 from ..models import Model
 from ..parameters import JobType
 from ..settings import Settings
-from ..telemetry import Metrics, NoMetrics, logged_with, trace_id
+from ..telemetry import Metrics, NoMetrics, logged_with, trace_ids
 from . import claims
 from .admission import Admission, Deferrals
 from .claims import Change
@@ -134,7 +134,7 @@ class Worker:
             attributes = parse_attributes(delivery.attributes)
             kind = self._kind(attributes.job_type)
             asked = _posted(attributes) or kind.read(delivery.data)
-            with logged_with(trace_id=trace_id(attributes.traceparent)):
+            with logged_with(**trace_ids(attributes.traceparent)):
                 if asked.unknown_fields:
                     names = ", ".join(asked.unknown_fields)
                     log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
