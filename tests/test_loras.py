@@ -270,6 +270,24 @@ async def test_files_that_were_never_registered_make_room() -> None:
     assert model["id"] in await registry.listed()
 
 
+async def test_a_file_that_is_being_looked_at_makes_no_room() -> None:
+    registry = Registry(per_key=2)
+    go = asyncio.Event()
+
+    async def wait() -> None:
+        await go.wait()
+
+    registry.checker.before = wait
+    for number in range(2):
+        await registry.upload(about(name=f"cat {number}"), FILE)
+    looked_at = asyncio.create_task(registry.post(about(name="cat 0")))
+    await until(lambda: len(registry.checker.looked_at) == 1)
+    assert (await registry.post(about(name="cat 2"))).status_code == 202
+    go.set()
+    model = (await looked_at).json()["model"]
+    assert model["files_json"][0] in await registry.paths()
+
+
 # Blobs of the store
 
 

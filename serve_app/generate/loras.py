@@ -254,7 +254,7 @@ class Loras:
 
     async def _check_quota(self, caller: Caller, lora_id: str) -> None:
         """Whether one more is within it. Files that were uploaded and never registered make room where they are too
-        many."""
+        many, but for those that are being looked at."""
         if not caller.id:
             return
         others = [one.path async for one in self._blobs.list(f"loras/{lora_id[:_OWNER]}")]
@@ -262,7 +262,8 @@ class Loras:
         records = {path for path in others if path.endswith(_RECORD)}
         if len(records) >= self.settings.per_key:
             raise QuotaExceeded(f"this key has {self.settings.per_key} LoRAs, as many as it may: delete some")
-        left = [path for path in others if path not in records and path.removesuffix(_FILE) + _RECORD not in records]
+        kept = {*map(_file, self._checks), *(path.removesuffix(_RECORD) + _FILE for path in records)}
+        left = [path for path in others if path not in records | kept]
         if len(records) + len(left) >= self.settings.per_key:
             for path in left:
                 await self._blobs.delete(path)
