@@ -141,6 +141,8 @@ class ApiSettings(_Frozen):
     streams_per_key: int = Field(20, ge=1, le=1000)
     #: How long an event stream lasts before its client connects again.
     stream_s: float = Field(60.0, gt=0, le=600)
+    #: How long a request waits for its job, where its client waits for the pictures: OpenAI's waits for 600 s.
+    wait_s: float = Field(590.0, gt=0, le=3600)
     #: Hosts that images may be fetched from: names, or `host:port` for a port other than the scheme's default.
     link_hosts: tuple[str, ...] = ()
 

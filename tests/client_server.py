@@ -52,6 +52,7 @@ def in_thread(make: Callable[[str], Studio], *, api_keys: str | None = None) -> 
 
     async def serve() -> None:
         process = Served(studio := make(url))
+        studio.served = process
         process.guard(api_keys=api_keys)
         app = create_app(lambda: process, streams=Streams(poll_s=0.02))
         server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))

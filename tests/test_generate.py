@@ -28,6 +28,7 @@ from serve_app.errors import (
     QuotaExceeded,
     ReplicaLost,
     StoreUnavailable,
+    Unavailable,
     UnknownJob,
     UnknownModel,
     UnknownVariant,
@@ -71,6 +72,9 @@ class Painter:
 
 class Studio:
     """One process: its API, its worker and its notifier; `beside()` is another over the same stores."""
+
+    #: The service of the routes, where a server is in front.
+    served: Any = None
 
     def __init__(
         self,
@@ -555,6 +559,27 @@ async def test_files_are_hashed_once_however_many_jobs_are_compared(
     monkeypatch.setattr(jobs_api.hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
     assert await studio.api.again({**BODY, "image": bytes(10**6)}, ANN) is None
     assert hashed.count(10**6) == 1 and len(hashed) > 3
+
+
+async def test_few_requests_that_come_again_wait_for_jobs_to_be_left(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_api, "AGAIN_WAITS_S", (0, 60))
+    job, _ = await studio.api.post(BODY, ANN)
+    await studio.api.attend(job)
+    waiting = [asyncio.create_task(studio.api.again(BODY, ANN)) for _ in range(jobs_api.AGAIN_AT_ONCE)]
+    async with asyncio.timeout(10):
+        while studio.jobs.calls["list"] < jobs_api.AGAIN_AT_ONCE:
+            await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as refused:
+            await studio.api.again(BODY, ANN)
+    assert refused.value.details["retry_after_s"] == 2
+    assert await studio.api.again(BODY, BOB) is None, "what has nothing to wait for, waits for nothing"
+    for one in waiting:
+        one.cancel()
+    await asyncio.wait(waiting)
+    monkeypatch.setattr(jobs_api, "AGAIN_WAITS_S", (0, 0.01))
+    assert await studio.api.again(BODY, ANN) is None
 
 
 async def test_leaving_outlives_a_store_that_is_down_and_a_job_that_is_gone(studio: Studio) -> None:

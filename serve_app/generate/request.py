@@ -128,5 +128,6 @@ def _model(body: GenerateBody, settings: Settings, loras: Sequence[Lora]) -> str
     if body.model_id not in names:
         of = f" of engine {body.engine}" if body.engine else ""
         why = f"model_id: {body.model_id} is no model{of}" if body.model_id else f"engine: there is no model{of}"
-        raise UnknownVariant(f"{why}; the models{of} are {', '.join(names) or 'none'}")
+        field = "model_id" if body.model_id else "engine"
+        raise UnknownVariant(f"{why}; the models{of} are {', '.join(names) or 'none'}", field=field)
     return body.model_id

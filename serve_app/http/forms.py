@@ -86,13 +86,29 @@ async def read_file(request: Request, name: str, limits: Limits) -> bytes:
     return file
 
 
-async def _parts(request: Request, data: bytes, max_part_size: int) -> list[tuple[str, str | bytes]]:
+async def read_form(request: Request, limits: Limits, *, max_fields: int) -> list[tuple[str, str | bytes]]:
+    """Name and content of each part, which is bytes for a file: a photo, a mask, and one more, to be refused by name.
+
+    Raises as `read_job`.
+    """
+    if _media_type(request) != FORM:
+        raise UnsupportedMediaType(f"a body must be {FORM}")
+    max_bytes = len(FILES) * limits.image_bytes + limits.message_bytes
+    data: bytes = await request.app.state.bodies.read(request, max_bytes)
+    return await _parts(request, data, limits.message_bytes, max_files=len(FILES) + 1, max_fields=max_fields)
+
+
+async def _parts(
+    request: Request, data: bytes, max_part_size: int, *, max_files: int = len(FILES), max_fields: int = 1
+) -> list[tuple[str, str | bytes]]:
     """Name and content, which is bytes for a file."""
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield data
 
-    parser = MultiPartParser(request.headers, whole(), max_files=len(FILES), max_fields=1, max_part_size=max_part_size)
+    parser = MultiPartParser(
+        request.headers, whole(), max_files=max_files, max_fields=max_fields, max_part_size=max_part_size
+    )
     # Never in a file of the server's.
     parser.spool_max_size = len(data) + 1
     try:

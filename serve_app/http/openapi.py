@@ -20,6 +20,7 @@ from ..jobs.record import Job
 from ..parameters import GenerateParameters
 from .audits import AuditBody
 from .events import MESSAGES
+from .openai_images import ImagesBody, ImagesEdit
 from .problems import CORRELATION_ID, Problem, problem, problems
 from .studio import StudioBody
 from .views import job_view
@@ -28,6 +29,8 @@ from .views import job_view
 _MODELS: Sequence[type[BaseModel]] = (
     AuditBody,
     GenerateBody,
+    ImagesBody,
+    ImagesEdit,
     InpaintBody,
     LoraBody,
     PushEnvelope,

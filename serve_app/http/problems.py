@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -34,10 +34,30 @@ SLOWEST_BYTES_PER_S = 100_000
 #: Of a field's name that a sender made up, in errors.
 _NAME_CHARS = 100
 
-#: By which a client and the log name a request: the client's own, or one that is made up.
-CORRELATION_ID = "X-Correlation-ID"
+#: By which a client and the log name a request: the client's own, or one that is made up. OpenAI's clients read the
+#: second.
+CORRELATION_ID, REQUEST_ID = "X-Correlation-ID", "X-Request-ID"
+#: OpenAI's clients send a request again after many an error, unless it says this.
+NO_RETRY: Mapping[str, str] = {"X-Should-Retry": "false"}
 _GIVEN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _CORRELATION_ID: ContextVar[str] = ContextVar("correlation_id", default="")
+
+
+class ErrorObject(BaseModel):
+    """The same error, as clients of OpenAI's read it."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    #: The field at fault.
+    param: str | None
+    code: str
+
+
+#: Codes of theirs that programs look for.
+_THEIR_CODES: Mapping[str, str] = {
+    **dict.fromkeys(("invalid_image", "image_too_large", "mask_mismatch", "mask_unclear"), "invalid_image_file"),
+    "unauthorized": "invalid_api_key",
+}
 
 
 class Problem(BaseModel):
@@ -53,8 +73,9 @@ class Problem(BaseModel):
     #: The same as `detail`.
     message: str
     details: dict[str, Any]
-    #: Also in the answer's header `X-Correlation-ID`, and in the log.
+    #: Also in the answer's headers `X-Correlation-ID` and `X-Request-ID`, and in the log.
     correlation_id: str
+    error: ErrorObject
 
 
 class Gate:
@@ -69,7 +90,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get(CORRELATION_ID) or headers.get("X-Request-ID") or ""
+        given = headers.get(CORRELATION_ID) or headers.get(REQUEST_ID) or ""
         # What cannot stand in a log is no id.
         correlation_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         # Not reset: what answers a fault that nobody expected stands outside of this.
@@ -77,7 +98,7 @@ class Gate:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[CORRELATION_ID] = correlation_id
+                MutableHeaders(scope=message).update(dict.fromkeys((CORRELATION_ID, REQUEST_ID), correlation_id))
             await send(message)
 
         with logged_with(correlation_id=correlation_id):
@@ -169,6 +190,7 @@ def problem(
     **more: Any,
 ) -> JSONResponse:
     """An `application/problem+json` answer (RFC 9457) with a stable `code`."""
+    known: dict[str, Any] = json.loads(json.dumps(dict(details or {}), default=str))
     body = Problem(
         type="about:blank",
         title=code.replace("_", " "),
@@ -176,10 +198,16 @@ def problem(
         code=code,
         detail=detail,
         message=detail,
-        details=json.loads(json.dumps(dict(details or {}), default=str)),
+        details=known,
         correlation_id=_CORRELATION_ID.get(),
+        error=ErrorObject(
+            message=detail,
+            type="invalid_request_error" if status < 500 else "server_error",
+            param=known.get("field"),
+            code=_THEIR_CODES.get(code, code),
+        ),
     )
-    given = {**(headers or {}), CORRELATION_ID: body.correlation_id}
+    given = {**(headers or {}), **dict.fromkeys((CORRELATION_ID, REQUEST_ID), body.correlation_id)}
     return JSONResponse(
         {**body.model_dump(), **more}, status_code=status, headers=given, media_type="application/problem+json"
     )
@@ -191,9 +219,9 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"description": http.HTTPStatus(code).phrase, "content": content} for code in sorted(codes)}
 
 
-def json_body(schema: str) -> dict[str, Any]:
+def json_body(schema: str, media_type: str = "application/json") -> dict[str, Any]:
     """For the description of a route that reads its body itself: the name of its schema."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    content = {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     return {"required": True, "content": content}
 
 
@@ -201,13 +229,12 @@ def json_body(schema: str) -> dict[str, Any]:
 _SENTENCES = {"extra_forbidden": "there is no such field", "missing": "it is required"}
 
 
-def invalid(e: ValidationError, *, but: str = "") -> RequestValidationError:
+def invalid(e: ValidationError, *, but: str = "", names: Mapping[str, str] | None = None) -> RequestValidationError:
     """What is wrong with a body: the first field at fault, by the sender's own name of it, which has no part `but`, and
-    never the input."""
+    never the input. `names` has the sender's own where they differ."""
     first = e.errors(include_input=False, include_url=False)[0]
-    return wrong(
-        ".".join(str(part) for part in first["loc"] if part != but), _SENTENCES.get(first["type"], first["msg"])
-    )
+    field = ".".join(str(part) for part in first["loc"] if part != but)
+    return wrong((names or {}).get(field, field), _SENTENCES.get(first["type"], first["msg"]))
 
 
 def wrong(field: str, why: str) -> RequestValidationError:
@@ -221,11 +248,18 @@ _HEADERS: Mapping[type[FluxFillError], Mapping[str, str]] = {
 }
 
 
-async def _problem(_request: Request, e: FluxFillError) -> Response:
+def status_at(request: Request, status: int) -> int:
+    """OpenAI's clients know no 422: what is wrong with a request is 400."""
+    return 400 if status == 422 and "/v1/images/" in request.url.path else status
+
+
+async def _problem(request: Request, e: FluxFillError) -> Response:
     headers = dict(_HEADERS.get(type(e), {}))
     if (wait_s := e.details.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
-    return problem(e.http_status, e.code, e.message, headers=headers, details=e.details)
+    elif e.http_status == 409:
+        headers |= NO_RETRY
+    return problem(status_at(request, e.http_status), e.code, e.message, headers=headers, details=e.details)
 
 
 async def _http_problem(_request: Request, e: HTTPException) -> Response:
@@ -235,13 +269,13 @@ async def _http_problem(_request: Request, e: HTTPException) -> Response:
     return problem(e.status_code, code, str(e.detail), headers=e.headers)
 
 
-async def _invalid_request(_request: Request, e: RequestValidationError) -> Response:
+async def _invalid_request(request: Request, e: RequestValidationError) -> Response:
     # Without the input, which may be a token.
     first = e.errors()[0]
     # A body's fields by the names that its sender gave them.
     field = ".".join(map(str, first["loc"])).removeprefix("body.")
     why = first["msg"].removeprefix("Value error, ")
-    return problem(422, "invalid_request", f"{field}: {why}", details={"field": field})
+    return problem(status_at(request, 422), "invalid_request", f"{field}: {why}", details={"field": field})
 
 
 async def _internal_error(_request: Request, _e: Exception) -> Response:

@@ -22,6 +22,7 @@ from ..errors import (
     PostInFlight,
     QuotaExceeded,
     StoreUnavailable,
+    Unavailable,
     UnknownJob,
 )
 from ..settings import Settings
@@ -38,6 +39,8 @@ ATTEND_S, LEFT_S = 20.0, 12.0
 #: Of a caller's jobs, how many are looked at for one that is asked for again; and between the looks, in seconds: a job
 #: whose ingress died is known to be left ATTEND_S - LEFT_S after it was attended.
 AGAIN_AMONG, AGAIN_WAITS_S = 200, (0.0, 1.0, 1.0, 2.0, 4.5)
+#: Requests that wait between those looks: each holds its body, which may have two pictures.
+AGAIN_AT_ONCE = 16
 #: States in which a job is of use to a client that comes again.
 _OF_USE = (State.QUEUED, State.RUNNING, State.SUCCEEDED)
 
@@ -56,6 +59,8 @@ class JobApi:
         self._jobs, self._blobs, self._notifier, self.settings = job_store, blobs, notifier, settings
         #: Ids of jobs that are being posted in this process.
         self._in_flight: set[str] = set()
+        #: Requests in `again`.
+        self._look_again = 0
 
     async def post(
         self, body: Mapping[str, Any], caller: Caller, *, job_id: str | None = None, idempotency_key: str | None = None
@@ -114,14 +119,21 @@ class JobApi:
         attended now, for this request alone. None if there is none among the caller's newest ones.
 
         For clients that send a request again without saying which. Others may have asked for just the same, and wait:
-        their jobs are not given. Raises StoreUnavailable.
+        their jobs are not given. Raises StoreUnavailable; Unavailable where too many requests do so.
         """
         payload = _payload(body)
         for wait_s in AGAIN_WAITS_S:
-            await asyncio.sleep(wait_s)
+            if wait_s and self._look_again >= AGAIN_AT_ONCE:
+                raise Unavailable("too many requests are being sent again; try again", retry_after_s=2)
+            self._look_again += 1
+            try:
+                await asyncio.sleep(wait_s)
+                listed = await self._jobs.list(owner=caller.id, limit=AGAIN_AMONG)
+            finally:
+                self._look_again -= 1
             found = [
                 job
-                for job in await self._jobs.list(owner=caller.id, limit=AGAIN_AMONG)
+                for job in listed
                 if job.owner == caller.id and job.deadline is not None and job.status in _OF_USE
                 if job.request == _fingerprint(payload, job.id)
             ]
