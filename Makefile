@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo audit run test test-fast check fix lock image-test bench bench-gpu chaos mutants clean
+.PHONY: install demo audit run test test-fast check fix lock licences sbom advisories image-test bench bench-gpu chaos mutants clean
 .PHONY: up down logs status inspect-env gpu-cdi-generate gpu-test
 
 install: $(INSTALLED)
@@ -65,6 +65,22 @@ lock: install  ## the image's requirements, in constraints.txt's versions; UV_FI
 	UV_FIND_LINKS= $(LOCK) $(IMAGE_EXTRAS) -c requirements/cuda.constraints pyproject.toml -o requirements/cuda.txt
 	UV_FIND_LINKS= $(LOCK) -c requirements/cuda.constraints --group image -o requirements/build.txt
 	rm requirements/cuda.constraints
+
+# Of the image; the packages of both builds.
+PACKAGES := sed -n 's/^\([a-z0-9-]*\)==.*/\1/p' requirements/cpu.txt
+
+licences: install  ## the licences of the packages that the image brings, as Markdown; CUDA's own wheels aside
+	@$(BIN)/pip-licenses --order=license --format=markdown --packages $$($(PACKAGES))
+
+sbom: install  ## a bill of materials of what requirements/ locks: CycloneDX, in out/sbom; the image has one of its own
+	mkdir -p out/sbom
+	for torch in cpu cuda; do PYTHONWARNINGS=ignore $(BIN)/uv run --quiet --isolated --no-project --python $(BIN)/python \
+	  --with-requirements requirements/build.txt cyclonedx-py requirements --output-reproducible --pyproject pyproject.toml \
+	  -o out/sbom/$$torch.cdx.json requirements/$$torch.txt || exit 1; done
+
+# PyPI's torch, of which there are advisories; the CPU build has no package beside cuda.txt's.
+advisories: install  ## known vulnerabilities of the image's packages, by pip-audit; wants a network, and says where there is none
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/advisories.sh requirements/cuda.txt
 
 image-test:  ## build the image and try it, as root on Debian 12; logs and the bill of materials in out/image
 	scripts/image_test.sh

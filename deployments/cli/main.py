@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Coroutine, Mapping
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -51,6 +52,20 @@ T = TypeVar("T")
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The Serve config file of the app.")]
 CONFIG = Path("serve_config.yaml")
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        out.print(f"flux-fill-serve {version('flux-fill-serve')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    is_asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:
