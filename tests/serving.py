@@ -75,7 +75,11 @@ def args(folder: Path, port: int, http: int, receiver: int) -> dict[str, Any]:
         "webhooks": {"hosts": [f"127.0.0.1:{receiver}"], "allow_http": True},
         "public_url": f"http://127.0.0.1:{http}",
         "variants": dict(VARIANTS),
-        "generators": {"fake": {"max_replicas": 2, **QUICK}, "tiny-sdxl": {**QUICK}, "tiny-flux-dev": {**QUICK}},
+        "generators": {
+            "fake": {"max_replicas": 2, **QUICK},
+            "tiny-sdxl": {"max_replicas": 2, **QUICK},
+            "tiny-flux-dev": {**QUICK},
+        },
         # What tests paint is small.
         "windows": {"buckets": [(128, 128), *BUCKETS]},
         "text_encoder": {**QUICK},
