@@ -27,6 +27,7 @@ from serve_app.models import BUILT_IN, Pixels, Repacking
 from serve_app.settings import FirstBlockCache, Optimizations, StepCache, TaylorSeerCache, VariantSettings
 
 from .engine_fixtures import flux_fill, request, window
+from .test_lora_pictures import Painter, dev_of, full, sdxl_of
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
@@ -319,3 +320,24 @@ print(compiled.graphs(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
 def test_the_next_replica_takes_what_was_compiled(tiny: TinyWeights, tmp_path: Path) -> None:
     assert in_a_process(REPLICA, tiny.folder, tmp_path)[-1] == "6 0 6"
     assert in_a_process(REPLICA, tiny.folder, tmp_path)[-1] == "6 6 0"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_loras_leave_nothing_on_the_gpu(
+    family: str, tiny_sdxl: TinyWeights, tiny_dev: TinyWeights, prompt: bytes, tmp_path: Path
+) -> None:
+    gpu = {"num_gpus": 1}
+    engine: Any = sdxl_of(tiny_sdxl, **gpu) if family == "sdxl" else dev_of(tiny_dev, **gpu)
+    painter = Painter(family, engine, tmp_path, None if family == "sdxl" else prompt)
+    loras = [painter.lora(seed) for seed in (1, 2)]
+    pictures = [painter.paint(), painter.paint(loras[0])]
+    assert not np.array_equal(*pictures)
+    used_bytes = torch.cuda.memory_allocated()
+    for _ in range(5):
+        for lora in loras:
+            painter.paint(lora)
+        with pytest.raises(OutOfMemory):
+            painter.paint(full(loras[0]))
+    assert torch.cuda.memory_allocated() == used_bytes
+    assert [painter.paint().tobytes(), painter.paint(loras[0]).tobytes()] == [one.tobytes() for one in pictures]
+    engine.close()

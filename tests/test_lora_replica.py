@@ -217,8 +217,9 @@ async def test_a_slow_download_keeps_no_gpu_and_ends_if_its_job_is_canceled(kept
     a, b = [await put(studio.blobs, lora_file(seed)) for seed in (1, 2)]
     studio.is_open.clear()
     waiting = asyncio.create_task(studio.paint(a))
-    while not studio.downloads:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while not studio.downloads:
+            await asyncio.sleep(0.01)
     await studio.paint()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -3,6 +3,7 @@ Imports no torch."""
 
 import asyncio
 import hashlib
+import logging
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from .. import Generator
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+
+log = logging.getLogger(__name__)
 
 #: As `fetched`, of the generator that is to paint with it.
 AdapterOf = Callable[[LoraUse], Awaitable["Adapter"]]
@@ -45,7 +48,10 @@ async def fetched(use: LoraUse, *, blobs: BlobStore, engine: Generator, settings
         except BlobNotFound as e:
             raise UnknownModel(f"the file of the LoRA {use.name} is gone") from e
         await asyncio.to_thread(verified_sha256, file, use.sha256, use.size_bytes)
-        return await asyncio.to_thread(engine.adapter, file, alpha=use.alpha, max_rank=settings.max_rank)
+        adapter = await asyncio.to_thread(engine.adapter, file, alpha=use.alpha, max_rank=settings.max_rank)
+    extra = {"action": "lora_read", "sha256": use.sha256, "host_bytes": adapter.host_bytes}
+    log.info("Read the LoRA %s", use.name, extra=extra)
+    return adapter
 
 
 def verified_sha256(file: Path, expected: str | None, size_bytes: int) -> str:
