@@ -19,6 +19,7 @@ SLOW = {
     "tests/test_rolling_upgrade.py": "a cluster of its own, each of whose nodes drains for real",
     "tests/test_serve_app.py": "the whole app, killed in its middle; 400 edits",
     "tests/test_launcher.py": "real jobs of Ray, and the app deployed again",
+    "tests/test_lora_serve.py": "200 jobs on the whole app, and two replicas that load torch",
     "tests/test_engine_compiled.py": "torch.compile",
     "tests/test_audit_compiling.py": "torch.compile",
     "tests/test_engine_cuda.py": "torch.compile, on a GPU",
