@@ -25,7 +25,6 @@ SETTINGS = Settings(
     audit={
         "matrix": {"variants": ("telea", "sleeper"), "guidance_scales": (3,)},
         "link_hours": 5,
-        "price_per_hour": 2,
         "gpus": 4,
         "budget": {"min_ssim": 0.5},
     },
@@ -46,7 +45,6 @@ def test_what_is_not_said_is_as_the_settings_say() -> None:
         session_id="s",
         matrix=audit.matrix,
         link_hours=5,
-        price_per_hour=2,
         gpus=4,
         budget=audit.budget,
     )
