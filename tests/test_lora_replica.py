@@ -229,6 +229,25 @@ async def test_a_slow_download_keeps_no_gpu_and_ends_if_its_job_is_canceled(kept
     assert studio.downloads == [a.path, b.path] and studio.told == {a.key, b.key}
 
 
+async def test_what_jobs_that_were_canceled_waited_for_is_not_loaded(kept: Callable[[int], Kept]) -> None:
+    """Loads wait for one another: those that nobody wants would hold up the others."""
+    studio = kept(4)
+    a, b, c = [await put(studio.blobs, lora_file(seed)) for seed in (1, 2, 3)]
+    studio.is_open.clear()
+    first = asyncio.create_task(studio.paint(a))
+    while not studio.downloads:
+        await asyncio.sleep(0.01)
+    left = [asyncio.create_task(studio.paint(lora)) for lora in (b, b, c)]
+    await asyncio.sleep(0.01)
+    for waiting in left[1:]:
+        waiting.cancel()
+    await asyncio.gather(*left[1:], return_exceptions=True)
+    studio.is_open.set()
+    await asyncio.gather(first, left[0])
+    await studio.paint(a)
+    assert studio.downloads == [a.path, b.path] and studio.told == {a.key, b.key}
+
+
 async def test_a_failed_load_leaves_nothing(kept: Callable[[int], Kept]) -> None:
     studio = kept(2)
     a = await put(studio.blobs, lora_file(1))
