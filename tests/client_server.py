@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from ray.serve._private.http_util import RequestIdMiddleware
 
 from deployments.own_ray import free_port
 from serve_app import adapters
@@ -54,8 +55,9 @@ def in_thread(make: Callable[[str], Studio], *, api_keys: str | None = None) -> 
         process = Served(studio := make(url))
         studio.served = process
         process.guard(api_keys=api_keys)
+        # Serve adds it before each app.
         app = create_app(lambda: process, streams=Streams(poll_s=0.02))
-        server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(RequestIdMiddleware(app), port=port, lifespan="off", log_config=None))
         working, serving = asyncio.create_task(process.work_on()), asyncio.create_task(server.serve())
         while not (server.started or serving.done()):
             await asyncio.sleep(0.01)

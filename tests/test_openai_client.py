@@ -686,6 +686,8 @@ def test_on_serve(app: App) -> None:
     with client_of(app.http) as client:
         streamed = client.images.generate(prompt="a cat", model="fake", n=2, stream=True, size="64x64")
         assert [pixels(event.b64_json).shape for event in streamed] == [(64, 64, 3)] * 2
+        listed = client.models.with_raw_response.list()
+        assert listed.request_id == listed.headers["x-correlation-id"], "said once"
         assert (edited(client, image=PHOTO, mask=MASK)[KEPT] == photo()[KEPT]).all()
         slow: dict[str, Any] = {"prompt": "a cat", "model": "tiny-flux-dev", "n": 10, "extra_body": {"steps": 100}}
         with pytest.raises(openai.APITimeoutError):

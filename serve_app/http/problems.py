@@ -34,9 +34,9 @@ SLOWEST_BYTES_PER_S = 100_000
 #: Of a field's name that a sender made up, in errors.
 _NAME_CHARS = 100
 
-#: By which a client and the log name a request: the client's own, or one that is made up. OpenAI's clients read the
-#: second.
-CORRELATION_ID, REQUEST_ID = "X-Correlation-ID", "X-Request-ID"
+#: By which a client and the log name a request: the client's own, or one that is made up. Serve answers with the header
+#: `X-Request-ID`, which OpenAI's clients read, and passes its value in here.
+CORRELATION_ID = "X-Correlation-ID"
 #: OpenAI's clients send a request again after many an error, unless it says this.
 NO_RETRY: Mapping[str, str] = {"X-Should-Retry": "false"}
 _GIVEN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -73,7 +73,7 @@ class Problem(BaseModel):
     #: The same as `detail`.
     message: str
     details: dict[str, Any]
-    #: Also in the answer's headers `X-Correlation-ID` and `X-Request-ID`, and in the log.
+    #: Also in the answer's header `X-Correlation-ID`, and in the log.
     correlation_id: str
     error: ErrorObject
 
@@ -90,7 +90,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get(CORRELATION_ID) or headers.get(REQUEST_ID) or ""
+        given = headers.get(CORRELATION_ID) or headers.get("X-Request-ID") or ""
         # What cannot stand in a log is no id.
         correlation_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         # Not reset: what answers a fault that nobody expected stands outside of this.
@@ -98,7 +98,7 @@ class Gate:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(dict.fromkeys((CORRELATION_ID, REQUEST_ID), correlation_id))
+                MutableHeaders(scope=message)[CORRELATION_ID] = correlation_id
             await send(message)
 
         with logged_with(correlation_id=correlation_id):
@@ -207,7 +207,7 @@ def problem(
             code=_THEIR_CODES.get(code, code),
         ),
     )
-    given = {**(headers or {}), **dict.fromkeys((CORRELATION_ID, REQUEST_ID), body.correlation_id)}
+    given = {**(headers or {}), CORRELATION_ID: body.correlation_id}
     return JSONResponse(
         {**body.model_dump(), **more}, status_code=status, headers=given, media_type="application/problem+json"
     )
