@@ -1,21 +1,26 @@
 """LoRAs that clients register, over HTTP: uploaded or blobs of the store, listed, deleted, refused."""
 
 import asyncio
+import io
 import json
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from serve_app.engine.lora.apart import CheckedApart
 from serve_app.engine.lora.host import fetched
-from serve_app.errors import NotFinite, Unavailable
+from serve_app.errors import NotFinite, NotSupported, Unavailable
 from serve_app.generate import loras as module
 from serve_app.generate.loras import Loras
+from serve_app.generate.request import GenerateBody, resolved
 from serve_app.http.app import create_app
+from serve_app.jobs.kinds import Caller
 from serve_app.models import GenerateRequest, LoraFacts
 from serve_app.settings import Settings
 
@@ -482,6 +487,28 @@ async def test_a_job_is_made_by_a_model_that_its_loras_fit(registry: Registry) -
     assert refusal(twice) == (422, "invalid_input")
 
 
+async def test_a_picture_says_which_loras_it_was_made_with(registry: Registry) -> None:
+    lora = await registry.registered(alpha=8.0)
+    await registry.ask("POST", "/v1/jobs", json=job({"id": lora["id"], "scale": 0.5}))
+    await registry.studio.notifier.drained()
+    await registry.studio.work()
+    (made,) = await registry.studio.jobs.list()
+    data, _ = await registry.studio.blobs.get(made.artifacts[0].path, max_bytes=10**6)
+    said = json.loads(Image.open(io.BytesIO(data)).text["loras"])
+    assert said == [{"name": "cat", "sha256": sha256(FILE).hexdigest(), "alpha": 8.0, "scale": 0.5}]
+
+
+async def test_a_job_is_made_by_the_first_model_that_takes_its_loras(registry: Registry) -> None:
+    model = await registry.registered(b"flux weights")
+    lora = await registry.loras.get(model["id"], Caller())
+    compiled = {"optimizations": {"compile": True}}
+    settings = Settings(variants={"telea": {}}, generators={"flux-dev-Q4_0": compiled, "flux-dev-Q8_0": {}})
+    body = GenerateBody.model_validate(job({"id": lora.id}))
+    assert resolved(body, settings, [lora])[0] == "flux-dev-Q8_0"
+    with pytest.raises(NotSupported, match="flux-dev-Q4_0 takes none"):
+        resolved(body.model_copy(update={"model_id": "flux-dev-Q4_0"}), settings, [lora])
+
+
 @pytest.mark.parametrize(
     ("code", "swapped"), [("unknown_model", None), ("lora_changed", FILE[::-1]), ("lora_changed", b"x")]
 )
@@ -513,7 +540,8 @@ async def test_a_job_whose_lora_is_not_the_registered_one_any_more_fails(
 
 
 class AnyAdapter:
-    def adapter(self, file: Path, **_: Any) -> None: ...
+    def adapter(self, file: Path, **_: Any) -> Any:
+        return SimpleNamespace(host_bytes=0)
 
 
 # Real files, looked at in a process of their own

@@ -184,7 +184,8 @@ def _about(job: Job, request: GenerateRequest, made: Images) -> Mapping[str, Any
     what = {"prompt", "negative_prompt", "steps", "guidance_scale", "scheduler"}
     said = asked.model_dump(include=what, exclude_none=True)
     if asked.loras:
-        said["loras"] = [{"name": one.name, "sha256": one.sha256, "scale": one.scale} for one in asked.loras]
+        which = {"name", "sha256", "alpha", "scale"}
+        said["loras"] = [one.model_dump(include=which, exclude_none=True) for one in asked.loras]
     versions = made.where.get("versions", {})
     return {**said, "seed": request.seed, "model": job.variant, "software": "flux-fill-serve", "versions": versions}
 

@@ -188,7 +188,8 @@ class Loras:
         return sorted(found, key=lambda lora: (lora.created_at, lora.id), reverse=True)
 
     async def delete(self, lora_id: str, caller: Caller) -> None:
-        """With the file that was uploaded for it. Jobs that name it and have not ended fail. Raises as `get`."""
+        """With the file that was uploaded for it. Jobs that name it fail, but where it is loaded
+        already. Raises as `get`."""
         lora = await self.get(lora_id, caller)
         # While there is a record, it can be deleted again.
         if lora.path == _file(lora_id):

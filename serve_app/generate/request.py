@@ -124,7 +124,8 @@ def _model(body: GenerateBody, settings: Settings, loras: Sequence[Lora]) -> str
     if body.model_id is None and names:
         # What none of them does is refused by name.
         families = {lora.facts.family for lora in loras}
-        return next((name for name in names if {settings.variant(name).family} == families), names[0])
+        fitting = (name for name in names if {settings.variant(name).family} == families and settings.takes_loras(name))
+        return next(fitting, names[0])
     if body.model_id not in names:
         of = f" of engine {body.engine}" if body.engine else ""
         why = f"model_id: {body.model_id} is no model{of}" if body.model_id else f"engine: there is no model{of}"

@@ -140,7 +140,7 @@ async def register_lora(request: Request, response: Response, service: Served, c
 
 @router.delete("/{id}", status_code=204, responses=problems(404))
 async def delete_lora(lora_id: _Id, service: Served, caller: _Submitter) -> None:
-    """Delete a LoRA, and the file that was uploaded for it. Jobs that use it and have not ended fail."""
+    """Delete a LoRA, and the file that was uploaded for it. Jobs that use it fail, but where it is loaded already."""
     await service.loras.delete(lora_id, caller)
 
 

@@ -173,7 +173,7 @@ async def get_studio_model(model_id: _Id, service: Served, caller: _Reader) -> S
 
 @router.delete("/models/{model_id}", status_code=204, responses=problems(404))
 async def delete_studio_model(model_id: _Id, service: Served, caller: _Submitter) -> None:
-    """Delete a LoRA, and the file that was uploaded for it. Jobs that use it and have not ended fail."""
+    """Delete a LoRA, and the file that was uploaded for it. Jobs that use it fail, but where it is loaded already."""
     await service.loras.delete(model_id, caller)
 
 
