@@ -1,9 +1,12 @@
 """Requests that wait until a job is over."""
 
 import asyncio
+import json
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import Request
 
@@ -17,6 +20,8 @@ from serve_app.jobs.kinds import Caller
 from serve_app.jobs.record import Job, State
 
 from .http_service import Process
+from .rig import wait_for
+from .serving import App
 from .test_events import settled
 from .test_generate import Studio
 
@@ -189,3 +194,26 @@ async def _deadline(replica: Replica, job: Job) -> Any:
     found = await replica.studio.jobs.get(job.id)
     assert found is not None
     return found.deadline
+
+
+@pytest.mark.serve
+def test_on_serve_a_job_is_left_by_the_client_that_hangs_up(app: App) -> None:
+    """Serve cancels its request. One that comes again takes the job over; it ends when that one has left, too."""
+    slow = {"prompt": "a slow cat", "model": "tiny-flux-dev", "n": 10, "steps": 100}
+
+    def newest() -> Any:
+        (job,) = httpx.get(f"{app.http}/v1/jobs?limit=1").json()["jobs"]
+        return job
+
+    with socket.create_connection(("127.0.0.1", int(app.http.rpartition(":")[2]))) as first:
+        body = json.dumps(slow).encode()
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        first.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: newest()["parameters"]["prompt"] == slow["prompt"])
+    job = newest()
+    url = f"{app.http}/v1/images/generations"
+    again = {"json": slow | {"stream": True}, "headers": {"X-Stainless-Retry-Count": "1"}, "timeout": 60}
+    with httpx.stream("POST", url, **again) as answer:
+        next(line for line in answer.iter_lines() if line.startswith(":"))
+    assert newest()["id"] == job["id"]
+    wait_for(lambda: newest()["status"] == "expired", 40)
