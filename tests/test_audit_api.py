@@ -147,9 +147,7 @@ async def test_an_audit_is_answered_when_it_is_over(site: Site, caplog: pytest.L
 
 
 async def test_what_is_not_asked_for_is_as_the_settings_say(site: Site) -> None:
-    site.set(
-        matrix=Matrix(variants=("telea",), guidance_scales=(7.0,), steps=(3,)), link_hours=5.0, price_per_hour=1.25
-    )
+    site.set(matrix=Matrix(variants=("telea",), guidance_scales=(7.0,), steps=(3,)), link_hours=5.0)
     body = {"user_id": USER, "session_id": SESSION, "run_id": "plain"}
     assert (await site.client.post("/audit", json=body, headers=ASYNC)).status_code == 202
     request = (await site.store.get("plain")).request
@@ -158,7 +156,6 @@ async def test_what_is_not_asked_for_is_as_the_settings_say(site: Site) -> None:
         session_id=SESSION,
         matrix=Matrix(variants=("telea",), guidance_scales=(7.0,), steps=(3,)),
         link_hours=5.0,
-        price_per_hour=1.25,
     )
 
 
