@@ -12,10 +12,10 @@ trap 'stops=1; [ -z "$app" ] || kill -INT "$app"' TERM INT
 env --default-signal=INT serve run "$@" &
 app=$!
 [ -z "$stops" ] || kill -INT "$app"
-status=0
-# A signal ends `wait`, not the app.
-while kill -0 "$app" 2>/dev/null; do
+# A signal ends `wait`, not the app; and an app that is gone by now has its status still.
+while :; do
   wait "$app"
   status=$?
+  kill -0 "$app" 2>/dev/null || break
 done
 exit "$status"
