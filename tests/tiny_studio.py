@@ -11,8 +11,9 @@ import pytest
 from serve_app.engine import families
 from serve_app.engine.generating import LocalGenerator
 from serve_app.engine.lora import host
+from serve_app.engine.lora.apart import CheckedApart
 from serve_app.engine.weights import fetch
-from serve_app.models import BUILT_IN
+from serve_app.models import BUILT_IN, LoraFacts, Variant
 from serve_app.settings import GeneratorSettings, LoraSettings, Secrets, WeightsSettings
 
 from .test_generate import Studio
@@ -30,12 +31,25 @@ class TinyStudios:
         """With the tiny model of this name alone, unless others are given as `generators`."""
         engine = families.create(model, BUILT_IN[model], self.weights[model], GeneratorSettings())
         adapter_of = partial(host.fetched, blobs=stores[0], engine=engine, settings=LoraSettings())
-        return Studio(
+        studio = Studio(
             stores=stores,
             painter=LocalGenerator(model, engine, adapter_of),
             prompts=Encoded(self.text_encoders),
             **{"generators": {model: {}}, "weights": {"cache": self.cache}, **given},
         )
+        studio.loras._checker = CheckedHere(studio.settings)
+        return studio
+
+
+class CheckedHere(CheckedApart):
+    """The same check in this process, which has imported torch already."""
+
+    async def check(self, file: Path, *, alpha: float | None) -> LoraFacts:
+        from serve_app.engine.lora import check
+
+        cache, models = Path(self._asked["cache"]), [Variant.model_validate(model) for model in self._asked["models"]]
+        looked = partial(check.check, file, models, alpha=alpha, max_rank=self._asked["max_rank"], cache=cache)
+        return await asyncio.to_thread(looked)
 
 
 class Encoded:
