@@ -28,6 +28,9 @@ SLOW = {
     "tests/test_engine_exact.py": "the real pipeline at each packing and number type",
     "tests/test_benchmark_engine.py": "the benchmark's comparisons, painted for real",
     "tests/test_lora_stores.py": "an interpreter that loads torch for each LoRA that is looked at, over four servers",
+    "tests/test_openai_client.py": "the package's own retries and time limits, also on Serve",
+    "tests/test_generate_serve.py": "the whole app; each command of a document is a process",
+    "tests/test_studio_loras.py": "real pipelines, with tiny weights",
 }
 
 TIMES = pytest.StashKey[Counter[str]]()
