@@ -113,6 +113,9 @@ METRICS: Mapping[str, Metric] = {
     "fluxfill_notifications_total": Metric(
         "counter", "notifications of finished jobs, and messages published again", ("kind", "outcome")
     ),
+    "fluxfill_notifications_overdue_seconds": Metric(
+        "gauge", "time since the first job ended whose session document or completion message is due"
+    ),
     "fluxfill_pushes_refused_total": Metric("counter", "pushes refused, by error code", ("code",)),
     "fluxfill_variant_ready": Metric("gauge", "1 while a variant can serve", ("variant",)),
     "fluxfill_load_failures_total": Metric("counter", "failures to load a model", ("component", "code")),

@@ -7,6 +7,7 @@ import pytest
 
 CHROMIUM = "Chromium drives the report's pages: apt-get install chromium"
 POSTGRESQL = "PostgreSQL keeps jobs in tests: apt-get install postgresql"
+PROMETHEUS = "Prometheus and promtool try the alerts: apt-get install prometheus"
 _GOOGLE = "of the Google Cloud CLI, and java: gcloud components install"
 PUBSUB = f"the Pub/Sub emulator {_GOOGLE} pubsub-emulator"
 FIRESTORE = f"the Firestore emulator {_GOOGLE} cloud-firestore-emulator"

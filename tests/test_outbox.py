@@ -124,6 +124,18 @@ async def test_a_receiver_that_never_answers_is_given_up(rig: Rig) -> None:
     assert rig.metrics.total("fluxfill_notifications_total", "webhook", "given_up") == 1
 
 
+@pytest.mark.parametrize(("dead", "is_ours"), [("mirror", True), ("broker", True), ("receivers", False)])
+async def test_how_long_an_end_is_untold_is_measured_but_for_receivers(rig: Rig, dead: str, is_ours: bool) -> None:
+    getattr(rig, dead).is_down = True
+    await rig.work(callbackUrl=URL)
+    await told_later(rig, 1000)
+    getattr(rig, dead).is_down = False
+    for _ in range(2):
+        await told_later(rig, 1000)
+    overdue_s = rig.metrics.values[("fluxfill_notifications_overdue_seconds",)]
+    assert overdue_s == ([1000, 2000, 0] if is_ours else [0, 0, 0])
+
+
 async def test_the_session_is_never_given_up(rig: Rig) -> None:
     rig.mirror.is_down = True
     await rig.work()

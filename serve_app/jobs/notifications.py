@@ -130,15 +130,22 @@ class Notifier:
     async def send_due(self) -> None:
         """Take what is due now, as far as there are slots, and begin to send it. Raises StoreUnavailable."""
         now = await self._jobs.now()
+        overdue_s = [0.0]
         # Each lane's own, and no more than it has slots for: what is owed to a dead receiver may be any number.
         for lane in self._lanes:
             if free := self._in_flight.free(lane):
-                await self._look(now, free, notification=lane.kind, receiver=lane.receiver)
-        await self._look(now, BATCH)
+                overdue_s.append(await self._look(now, free, notification=lane.kind, receiver=lane.receiver))
+        overdue_s.append(await self._look(now, BATCH))
+        self._metrics.put("fluxfill_notifications_overdue_seconds", max(overdue_s))
 
-    async def _look(self, now: datetime, limit: int, **whose: Any) -> None:
+    async def _look(self, now: datetime, limit: int, **whose: Any) -> float:
+        """Seconds since the first of these jobs ended whose end is due to be told; webhooks, which depend on strangers'
+        receivers, are not counted."""
+        overdue_s = 0.0
         for job in await self._jobs.list(owes_by=now, limit=limit, **whose):
             due = [kind for kind, owed in job.owed.items() if owed.due_at <= now]
+            if job.finished_at and not {"session", "completion"}.isdisjoint(due):
+                overdue_s = max(overdue_s, (now - job.finished_at).total_seconds())
             reserved = [kind for kind in due if self._in_flight.start(job, kind)]
             if not reserved:
                 continue
@@ -152,6 +159,7 @@ class Notifier:
                     self._in_flight.end(job, kind)
             if mine:
                 self._spawn(self._send(taken, mine))
+        return overdue_s
 
     async def _take_on(self, job: Job, kinds: list[Notification]) -> tuple[Job, list[Notification]]:
         """The present record, and those of `kinds` that are ours to send."""
