@@ -30,7 +30,7 @@ class Host:
     """A host's monotonic clock, and its keeper of a claim that a test may ruin."""
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clock, self.ahead_s = Clock(), 0.0
+        self.name, self.clock, self.ahead_s = name, Clock(), 0.0
         monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=self.monotonic))
         self.jobs = Outage(MemoryJobStore(f"memory:{name}", self.clock), StoreUnavailable)
         self.mirror = Outage(MemoryJobStore(f"memory:{name}"), StoreUnavailable)
@@ -248,6 +248,25 @@ async def test_a_deadline_that_moves_is_the_newest(host: Host) -> None:
     await host.looks("get")
     assert not holding.done()
     host.ahead_s += 30
+    with pytest.raises(DeadlineExceeded):
+        async with asyncio.timeout(10):
+            await holding
+
+
+async def test_a_deadline_may_have_moved_while_the_store_was_down(host: Host) -> None:
+    """Another process, which it answers, attends the job meanwhile."""
+    job = await host.claim(deadline=host.clock() + timedelta(seconds=30))
+    holding = asyncio.create_task(host.keeper(job).guard(forever()))
+    await host.looks("get")
+    host.jobs.is_down = True
+    host.pass_s(29)
+    await MemoryJobStore(f"memory:{host.name}").update(job.id, job.lock_key, claims.attend(30))
+    host.pass_s(2)
+    await host.looks("get")
+    host.jobs.is_down = False
+    await host.looks("get")
+    assert not holding.done()
+    host.pass_s(30)
     with pytest.raises(DeadlineExceeded):
         async with asyncio.timeout(10):
             await holding

@@ -53,7 +53,7 @@ class Lease:
         the job with its progress at the start, and then at its own pace."""
         self._job, self._claim = job, claims.claim_of(job)
         self._store, self._show_job, self._work, self._pace = store, show, work, pace or Pace()
-        self._claimed_at, self._deadline = claimed_at, job.deadline
+        self._claimed_at = claimed_at
         self._latest = self._reported = self._mirrored = Progress()
         #: On the monotonic clock, before the store was asked: its lease ends no earlier than `lease_s` after it.
         self._renewed_at = claimed_at
@@ -94,14 +94,6 @@ class Lease:
             await self._report()
         await retry_unavailable(self._renew, self._work.lease_s)
 
-    def _check_deadline(self) -> None:
-        if self._deadline is None or self._job.started_at is None:
-            return
-        # From the claim to the deadline by the store's clock, and since the claim by this host's monotonic one.
-        whole_s = (self._deadline - self._job.started_at).total_seconds()
-        if time.monotonic() - self._claimed_at >= whole_s:
-            raise DeadlineExceeded(f"the deadline {self._deadline} passed while the job ran")
-
     async def _keep(self) -> None:
         assert self._showing is not None
         renewal, look = _Every(self._work.renew_s), _Every(self._pace.cancel_poll_s)
@@ -109,7 +101,6 @@ class Lease:
         tick_s = max(0.05, min(self._work.renew_s, self._pace.cancel_poll_s, self._pace.progress_s))
         while True:
             await asyncio.sleep(tick_s)
-            self._check_deadline()
             try:
                 if renewal.is_due():
                     await self._renew()
@@ -136,9 +127,15 @@ class Lease:
 
     def _check(self, job: Job | None) -> None:
         try:
-            self._deadline = claims.check_held(job, self._claim).deadline
+            deadline = claims.check_held(job, self._claim).deadline
         except StaleClaim as e:
             raise _why(e) from e
+        if deadline is None or self._job.started_at is None:
+            return
+        # From the claim to the deadline by the store's clock, and since the claim by this host's monotonic one.
+        whole_s = (deadline - self._job.started_at).total_seconds()
+        if time.monotonic() - self._claimed_at >= whole_s:
+            raise DeadlineExceeded(f"the deadline {deadline} passed while the job ran")
 
     async def _report(self) -> None:
         if self._latest != self._reported:
