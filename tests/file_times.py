@@ -27,6 +27,7 @@ SLOW = {
     "tests/test_message_sources.py": "a broker's real leases and delays",
     "tests/test_engine_exact.py": "the real pipeline at each packing and number type",
     "tests/test_benchmark_engine.py": "the benchmark's comparisons, painted for real",
+    "tests/test_loras.py": "a LoRA is looked at in a process of its own, which loads torch",
     "tests/test_lora_stores.py": "real pipelines with tiny weights, over four servers",
     "tests/test_openai_client.py": "the package's own retries and time limits, also on Serve",
     "tests/test_generate_serve.py": "the whole app; each command of a document is a process",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from serve_app.engine.lora.apart import CheckedApart
 from serve_app.engine.lora.host import fetched
-from serve_app.errors import NotFinite, NotSupported, Unavailable
+from serve_app.errors import LoraTooLarge, NotFinite, NotSupported, Unavailable
 from serve_app.generate import loras as module
 from serve_app.generate.loras import Loras
 from serve_app.generate.request import GenerateBody, resolved
@@ -383,7 +383,7 @@ async def test_a_client_that_leaves_finds_it_registered(registry: Registry) -> N
 async def test_so_many_files_are_looked_at_and_no_more_wait(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHECKS", 2)
+    monkeypatch.setattr(module, "_CHECKS", 4)
     go = asyncio.Event()
 
     async def wait() -> None:
@@ -507,6 +507,21 @@ async def test_a_job_is_made_by_the_first_model_that_takes_its_loras(registry: R
     assert resolved(body, settings, [lora])[0] == "flux-dev-Q8_0"
     with pytest.raises(NotSupported, match="flux-dev-Q4_0 takes none"):
         resolved(body.model_copy(update={"model_id": "flux-dev-Q4_0"}), settings, [lora])
+
+
+async def test_the_loras_of_a_job_fit_into_the_memory_of_one(registry: Registry) -> None:
+    model = await registry.registered(b"flux weights")
+    lora = await registry.loras.get(model["id"], Caller())
+    both = [lora, lora.model_copy(update={"id": "another"})]
+    body = GenerateBody.model_validate(job(*({"id": one.id} for one in both)))
+
+    def settings(file_bytes: int) -> Settings:
+        loras = {"file_bytes": file_bytes}
+        return Settings(variants={"telea": {}}, generators={"flux-dev-Q8_0": {}}, loras=loras)
+
+    assert len(resolved(body, settings(2 * lora.size_bytes), both)[1].loras) == 2
+    with pytest.raises(LoraTooLarge, match="together"):
+        resolved(body, settings(2 * lora.size_bytes - 1), both)
 
 
 @pytest.mark.parametrize(

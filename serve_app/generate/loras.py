@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 UPLOAD_S = 3600
 #: Records of one owner that are read at a time.
 _AT_ONCE = 8
-#: Files that wait to be looked at, or are.
+#: Files that wait to be looked at, or are; half of them may be of one key.
 _CHECKS = 8
 _OWNER, _REST = 8, 24
 _RECORD, _FILE = ".json", ".safetensors"
@@ -158,7 +158,8 @@ class Loras:
         if info.size > self.settings.file_bytes:
             raise self._too_large("blob", info.size)
         if lora_id not in self._checks:
-            if len(self._checks) >= _CHECKS:
+            own = sum(one.startswith(lora_id[:_OWNER]) for one in self._checks)
+            if len(self._checks) >= _CHECKS or own >= _CHECKS / 2:
                 raise Unavailable("too many files are being looked at; try again", retry_after_s=30)
             self._checks[lora_id] = asyncio.create_task(self._check(lora_id, body, info.path, caller))
             self._checks[lora_id].add_done_callback(lambda task: self._checked(lora_id, task))

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from ..errors import InputError, NotSupported, UnknownVariant, WrongModel
+from ..errors import InputError, LoraTooLarge, NotSupported, UnknownVariant, WrongModel
 from ..jobs.kinds import PostedBody
 from ..models import Family, Variant
 from ..parameters import ID_PATTERN, GenerateParameters, Prompt, Seed, Whole
@@ -104,6 +104,8 @@ def _check_loras(name: str, settings: Settings, loras: Sequence[Lora]) -> None:
         raise NotSupported(f"loras: {name} takes none", field="loras")
     if len(loras) > (most := settings.loras.per_job):
         raise InputError(f"loras: a job uses at most {most} together (loras.per_job)", field="loras")
+    if sum(lora.size_bytes for lora in loras) > (most := settings.loras.file_bytes):
+        raise LoraTooLarge(f"loras: together they have more than {most} bytes (loras.file_bytes)", field="loras")
     if len({lora.id for lora in loras}) < len(loras):
         raise InputError("loras: one is given twice", field="loras")
     family = settings.variant(name).family
