@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serve_app import adapters
+from serve_app import adapters, tracing
 from serve_app.adapters.pubsub.client import address_of, check_speaks
 from serve_app.blobs import BlobInfo
 from serve_app.edit.containers import content_type
@@ -16,7 +16,7 @@ from serve_app.edit.session import INPUTS, session_document, session_path
 from serve_app.errors import BlobNotFound, BlobTooLarge, BrokerUnavailable, ResultReplaced, StoreUnavailable, UnknownJob
 from serve_app.jobs import claims, record
 from serve_app.jobs.cancel import cancel_session
-from serve_app.jobs.messages import EditMessage
+from serve_app.jobs.messages import EditMessage, traceparent_of
 from serve_app.jobs.record import Artifact, Cause, Job
 from serve_app.settings import MessagesSettings, Settings
 
@@ -37,6 +37,7 @@ class Client:
     """Talks to the stores and the broker that the settings name; needs no HTTP and no Ray."""
 
     def __init__(self, settings: Settings) -> None:
+        tracing.configure_tracing("fluxfill-client")
         self._settings = settings
         self._blobs = adapters.blob_store(settings.blobs, settings.public_url)
         self._jobs = adapters.job_store(settings.jobs)
@@ -62,11 +63,16 @@ class Client:
             path = session_path(message.user_id, message.session_id, INPUTS[role])
             data = source.read_bytes()
             versions.append(await self._put(path, data, content_type(data) or "application/octet-stream"))
-        key = (attributes or {}).get("idempotencyKey")
-        job_id = edit_job_id(message, versions=versions, idempotency_key=key)
+        given = dict(attributes or {})
+        job_id = edit_job_id(message, versions=versions, idempotency_key=given.get("idempotencyKey"))
         ended_before = await self._last_end(job_id)
         published = message.model_dump_json(by_alias=True, exclude_none=True).encode()
-        await self._publisher.publish("sessions", published, attributes or {})
+        parent = traceparent_of(given)
+        with tracing.span("publish", parent, kind="PRODUCER"):
+            tracing.attribute("fluxfill.job_id", job_id)
+            if traced := tracing.traceparent(parent):
+                given["traceparent"] = traced
+            await self._publisher.publish("sessions", published, given)
         return Submitted(job_id, ended_before)
 
     async def _last_end(self, job_id: str) -> datetime | None:

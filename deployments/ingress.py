@@ -15,7 +15,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from serve_app import adapters
+from serve_app import adapters, tracing
 from serve_app.adapters.blobs.links import LocalLinks
 from serve_app.adapters.image_links import ImageLinks
 from serve_app.adapters.webhooks import Webhooks
@@ -104,6 +104,7 @@ class Ingress:
     ) -> None:
         """`models` and the names of their `deployments` by variant and generator, `encoders` by base model."""
         configure_logging()
+        tracing.configure_tracing("fluxfill-ingress")
         self._secrets = Secrets.from_environment()
         self.metrics: Metrics = RayMetrics()
         self.access = Access(settings, self._secrets, host=_http_host())
@@ -271,6 +272,7 @@ class Ingress:
         await self._notifier.close(grace_s=TELL_GRACE_S)
         await self._webhooks.close()
         await self._image_links.close()
+        await asyncio.to_thread(tracing.flush)
 
 
 def _http_host() -> str:

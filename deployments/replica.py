@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray import serve
 
+from serve_app import tracing
 from serve_app.engine import AnyEngine, families
 from serve_app.engine.cold_start import timed
 from serve_app.engine.slot import Slot
@@ -82,6 +83,7 @@ class Replica(Generic[E]):
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics | None = None) -> None:
         configure_logging()
+        tracing.configure_tracing("fluxfill-replica")
         self._name, self._work = name, settings.work
         self._counts_steps = settings.variant(name).counts_steps
         self._metrics = metrics or RayMetrics()
@@ -157,3 +159,4 @@ class Replica(Generic[E]):
 
     async def __del__(self) -> None:
         await self._loading.close()
+        await asyncio.to_thread(tracing.flush)

@@ -11,7 +11,7 @@ for name in ("HF_TOKEN", "FIREBASE_CREDENTIALS", "API_KEYS", "WEBHOOK_SECRET", "
     os.environ.pop(name, None)
 for name in ("PUBSUB_EMULATOR_HOST", "FIRESTORE_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"):
     os.environ.pop(name, None)
-for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLOUD_", "PG", "FLUXFILL_"))]:
+for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLOUD_", "PG", "FLUXFILL_", "OTEL_"))]:
     del os.environ[name]
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]

@@ -12,13 +12,17 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 import yaml
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from deployments.app import inpainter_name
@@ -215,14 +219,59 @@ class TestRay:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.port})
 
 
+class Collector(ThreadingHTTPServer):
+    """Takes spans as an OpenTelemetry collector does, by OTLP over HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Collected)
+        #: The service and the spans of each of its messages.
+        self.received: list[tuple[str, Span]] = []
+
+    def of_trace(self, trace_id: str) -> list[tuple[str, Span]]:
+        return [(service, span) for service, span in self.received if span.trace_id.hex() == trace_id]
+
+    def environment(self, sampler: str) -> dict[str, str]:
+        """Of a process whose spans come here, soon."""
+        endpoint = f"http://127.0.0.1:{self.server_port}"
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+            "OTEL_TRACES_SAMPLER": sampler,
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        }
+
+
+class _Collected(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+        for of_service in sent.resource_spans:
+            [name] = (item.value.string_value for item in of_service.resource.attributes if item.key == "service.name")
+            self.server.received += [(name, span) for scope in of_service.scope_spans for span in scope.spans]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
 @pytest.fixture(scope="session")
-def test_ray(tmp_path_factory: pytest.TempPathFactory, firebase_number: int) -> Iterator[TestRay]:
+def collector() -> Iterator[Collector]:
+    with Collector() as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def test_ray(tmp_path_factory: pytest.TempPathFactory, firebase_number: int, collector: Collector) -> Iterator[TestRay]:
     environment = {
         **os.environ,
         "WEBHOOK_SECRET": WEBHOOK_SECRET,
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
         # For an app whose blobs are Firebase's, and its jobs.
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{firebase_number}",
+        # Of messages whose publisher traces them, and of no others.
+        **collector.environment("parentbased_always_off"),
     }
     log = tmp_path_factory.mktemp("ray") / "ray.log"
     with own_ray(log, environment, "--num-cpus=8", "--num-gpus=1", f"--labels={POOL}=tests") as ray:

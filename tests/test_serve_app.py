@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from serve_app.models import Pixels
 
 from . import webhook_receiver
 from .rig import jpeg, line_mask, photo, png
-from .serving import DEFAULTS, WEBHOOK_SECRET, App
+from .serving import DEFAULTS, WEBHOOK_SECRET, App, Collector
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 
@@ -151,6 +152,39 @@ async def test_no_process_logs_a_secret_or_a_signed_link(app: App) -> None:
     for secret in (WEBHOOK_SECRET, WEBHOOK_SECRET.removeprefix("whsec_"), "sesame", "a neighbour", *tokens):
         found = [line[:300] for line in said.splitlines() if secret in line]
         assert not found, found
+
+
+async def test_one_trace_leads_from_the_command_line_to_the_acknowledgment(
+    app: App, collector: Collector, tmp_path: Path
+) -> None:
+    original, mask = app.photo_files()
+    program = str(Path(sys.executable).with_name("fluxfill"))
+    files = ["--original", str(original), "--mask", str(mask), "--out", str(tmp_path), "--steps", "5"]
+    command = [program, "submit", *files, "--config", str(app.folder / "config.yaml")]
+    environment = {**os.environ, **collector.environment("always_on")}
+    ran = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    def published() -> str:
+        return next(span.trace_id.hex() for service, span in collector.received if service == "fluxfill-client")
+
+    async def all_told() -> list[tuple[str, str]] | None:
+        found = sorted((service, span.name) for service, span in collector.of_trace(published()))
+        return (
+            found if ("fluxfill-ingress", "acknowledge") in found and ("fluxfill-replica", "paint") in found else None
+        )
+
+    found = await until(all_told)
+    of_ingress = ["acknowledge", "decode", "encode", "fetch", "process", "prompt", "queue", "upload", "wait"]
+    assert found == [
+        ("fluxfill-client", "publish"),
+        *(("fluxfill-ingress", name) for name in of_ingress),
+        ("fluxfill-replica", "paint"),
+    ]
+    spans = {span.name: span for _, span in collector.of_trace(published())}
+    assert spans["process"].parent_span_id == spans["publish"].span_id
+    assert spans["paint"].parent_span_id == spans["process"].span_id
+    assert [event.name for event in spans["paint"].events]
 
 
 async def test_a_session_is_canceled_over_http_and_its_waiting_message_never_starts(app: App) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from .. import tracing
 from ..blobs import BlobInfo, BlobStore
 from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, UnknownVariant, VariantNotReady
 from ..jobs.kinds import Asked, Attempt, Caller, Result
@@ -31,8 +32,9 @@ async def encode_within(prompts: PromptEncoder, variant: str, prompt: str, wait_
     """The prompt's embeddings. Raises VariantNotReady after `wait_s` seconds, which go by in the text encoder's queue
     (it limits its own work), and what the encoder raises."""
     try:
-        async with asyncio.timeout(wait_s):
-            return await prompts.encode(variant, prompt)
+        with tracing.span("prompt"):
+            async with asyncio.timeout(wait_s):
+                return await prompts.encode(variant, prompt)
     except TimeoutError as e:
         raise VariantNotReady(f"the text encoder did not start on this prompt within {wait_s:g} s") from e
 
@@ -50,7 +52,7 @@ async def begun_within(
     Raises InferenceTimeout `limit_s` seconds after the first report; VariantNotReady after `wait_s` seconds without
     one (None: waits for ever).
     """
-    began = False
+    began, asked_at = False, time.time()
     try:
         async with asyncio.timeout(wait_s) as timeout:
 
@@ -58,6 +60,7 @@ async def begun_within(
                 nonlocal began
                 if not began:
                     began = True
+                    tracing.ended("wait", asked_at)
                     timeout.reschedule(asyncio.get_running_loop().time() + limit_s)
                 await on_progress(progress)
 
@@ -220,7 +223,7 @@ class Editor:
         clock, paths = _Clock(), _paths(job)
         await self._outputs.check_writable()
         versions = await self._outputs.versions(paths)
-        with clock.stage("download_s"):
+        with clock.stage("download_s"), tracing.span("fetch"):
             (original, of), (mask, of_mask) = await asyncio.gather(self._read(job, "original"), self._read(job, "mask"))
         inputs = (of.version, of_mask.version)
         painting = self._outputs.kept(job, inputs) or await self._painting(job, original, mask, attempt, clock)
@@ -241,11 +244,11 @@ class Editor:
 
     async def _painting(self, job: Job, original: bytes, mask: bytes, attempt: Attempt, clock: _Clock) -> Painting:
         in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
-        with clock.stage("prepare_s"):
+        with clock.stage("prepare_s"), tracing.span("decode"):
             prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy)
         with self._in_memory(prepared):
             painted = await self._paint(job, prepared, attempt.on_progress, clock)
-            with clock.stage("encode_s"):
+            with clock.stage("encode_s"), tracing.span("encode"):
                 files, size = await in_pool(self._encode, prepared, painted, _asked(job).format)
         gpu_ms = painted.gpu_ms if painted else None
         return Painting(files=files, seconds=clock.seconds, gpu_ms=gpu_ms, width_height=size)
@@ -292,7 +295,7 @@ class Editor:
             steps=_asked(job).steps,
             guidance_scale=_asked(job).guidance_scale,
             seed=job.seed,
-            traceparent=job.traceparent,
+            traceparent=tracing.traceparent(job.traceparent),
             embeddings=embeddings,
         )
         started = time.perf_counter()

@@ -17,6 +17,7 @@ from functools import partial
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from .. import tracing
 from ..blobs import ANY_VERSION, BlobInfo, BlobStore
 from ..errors import BlobConflict, BlobNotFound, FluxFillError, StoreDenied, StoreUnavailable
 from ..jobs.record import Artifact, Job
@@ -90,23 +91,29 @@ class Outputs:
         what `confirm` raises.
         """
         written: list[Artifact] = []
-        for role, (data, content_type) in painting.files.items():
-            path, version = paths[role], versions[role]
-            for _ in range(CONFLICTS):
-                write = partial(self._write, path, data, content_type=content_type, if_version=version)
-                try:
-                    info = await self._insist(write, confirm)
-                    of = {"path": path, "version": info.version, "content_type": content_type, "size_bytes": len(data)}
-                    if painting.width_height and role == "edited":
-                        of |= dict(zip(("width", "height"), painting.width_height, strict=True))
-                    written.append(Artifact(role=role, **of))
-                    break
-                except BlobConflict:
-                    version = await self._version(path)
-            else:
-                raise BlobConflict(
-                    f"other writers replaced {path} {CONFLICTS} times while it was being stored", path=path
-                )
+        with tracing.span("upload"):
+            for role, (data, content_type) in painting.files.items():
+                path, version = paths[role], versions[role]
+                for _ in range(CONFLICTS):
+                    write = partial(self._write, path, data, content_type=content_type, if_version=version)
+                    try:
+                        info = await self._insist(write, confirm)
+                        of = {
+                            "path": path,
+                            "version": info.version,
+                            "content_type": content_type,
+                            "size_bytes": len(data),
+                        }
+                        if painting.width_height and role == "edited":
+                            of |= dict(zip(("width", "height"), painting.width_height, strict=True))
+                        written.append(Artifact(role=role, **of))
+                        break
+                    except BlobConflict:
+                        version = await self._version(path)
+                else:
+                    raise BlobConflict(
+                        f"other writers replaced {path} {CONFLICTS} times while it was being stored", path=path
+                    )
         # The edited photo is stored last, and is the first of the job's pictures.
         return tuple(reversed(written))
 

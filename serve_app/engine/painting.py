@@ -14,6 +14,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Generic, TypeVar
 
+from .. import tracing
 from ..edit.paste import paste_window, share_out
 from ..errors import FluxFillError, OutOfMemory, VariantLoadFailed
 from ..models import EditRequest, GenerateRequest, Images, OnProgress, Pixels, Progress
@@ -160,8 +161,14 @@ async def in_slot(
     `work` do.
     """
     occupancy = await take()
-    with logged_with(job_id=request.job_id, **trace_ids(request.traceparent)):
-        thread = partial(copy_context().run, work, occupancy)
+
+    def traced() -> T:
+        with tracing.span("paint", request.traceparent):
+            ids = trace_ids(tracing.traceparent(request.traceparent))
+            with logged_with(job_id=request.job_id, **ids):
+                return work(occupancy)
+
+    thread = partial(copy_context().run, traced)
     future = asyncio.get_running_loop().run_in_executor(slot.thread, thread)
     future.add_done_callback(lambda _: slot.release())
     future.add_done_callback(lambda _: occupancy.end())

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
+from .. import tracing
 from ..errors import Canceled, ReplicaTaken
 from ..models import Progress
 
@@ -64,6 +65,7 @@ class Occupancy:
         """For the thread. Raises Canceled once the painting is to stop."""
         if self.stopping_since is not None:
             raise Canceled("the painting was stopped")
+        tracing.step(progress.step, progress.steps)
         self._progress = progress
         self._loop.call_soon_threadsafe(self.wake)
 

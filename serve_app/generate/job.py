@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from .. import tracing
 from ..blobs import BlobStore
 from ..edit.job import begun_within, encode_within, seed_of
 from ..edit.outputs import Outputs, Painting
@@ -116,7 +117,8 @@ class Generation:
         made = await begun_within(work.inference_timeout_s, job.variant, run, all_in_all, wait_s=wait_s)
         ended = time.perf_counter()
         encoded = partial(pictures.encode, made.images[0], asked.format, _about(job, request, made))
-        data = await asyncio.get_running_loop().run_in_executor(attempt.pool, encoded)
+        with tracing.span("encode"):
+            data = await asyncio.get_running_loop().run_in_executor(attempt.pool, encoded)
         seconds = {
             "engine_s": made.busy_s,
             "wait_s": max(0.0, ended - started - made.busy_s),
@@ -166,7 +168,7 @@ def _request(job: Job, index: int, embeddings: bytes | None) -> GenerateRequest:
         guidance_scale=asked.guidance_scale,
         seed=_seed(job, index),
         scheduler=asked.scheduler,
-        traceparent=job.traceparent,
+        traceparent=tracing.traceparent(job.traceparent),
         embeddings=embeddings,
         loras=asked.loras,
     )

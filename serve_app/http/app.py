@@ -72,6 +72,8 @@ def create_app(service: Callable[[], Service], bodies: Bodies | None = None, str
         generate_unique_id_function=lambda route: route.name,
         responses=problems(421, 500),
         exception_handlers=dict(HANDLERS),
+        # Its spans would hold the paths of signed links, and its logs what exceptions say.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service, app.state.bodies, app.state.streams = service, bodies or Bodies(), streams or Streams()
     app.add_middleware(Gate, check=check)

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .. import tracing
 from ..errors import BodyTimeout, BodyTooLarge, FluxFillError, MalformedMessage, Unauthorized, Unavailable
 from ..telemetry import logged_with
 
@@ -101,7 +102,7 @@ class Gate:
                 MutableHeaders(scope=message)[CORRELATION_ID] = correlation_id
             await send(message)
 
-        with logged_with(correlation_id=correlation_id):
+        with logged_with(correlation_id=correlation_id), tracing.within(headers.get("traceparent", "")):
             app, request = self._app, Request(scope)
             try:
                 self._check(request)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Unpack
 
+from .. import tracing
 from ..blobs import BlobStore
 from ..errors import (
     BlobNotFound,
@@ -97,9 +98,12 @@ class JobApi:
         if stored is None:
             new = await kind.post(body, caller, job_id=job_id)
             about = {"jobType": new.type, "jobId": new.id, "variant": new.variant}
-            message = Message(data=json.dumps(about), attributes=about)
+            with tracing.span("publish", kind="PRODUCER"):
+                tracing.attribute("fluxfill.job_id", job_id)
+                traced = {"traceparent": parent} if (parent := tracing.traceparent("")) else {}
+            message = Message(data=json.dumps(about), attributes={**about, **traced})
             redispatch_s, api = self.settings.work.redispatch_after_s, self.settings.api
-            new = new.evolve(owner=caller.id, request=fingerprint, message=message, redispatch_s=redispatch_s)
+            new = new.evolve(owner=caller.id, request=fingerprint, message=message, redispatch_s=redispatch_s, **traced)
             quota = claims.Quota(unfinished=api.unfinished_jobs, per_day=api.jobs_per_day) if caller.id else None
             try:
                 stored, is_new = await self._jobs.create(new, quota)

@@ -17,7 +17,6 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
-    field_validator,
 )
 from pydantic.alias_generators import to_camel
 
@@ -106,7 +105,7 @@ class Attributes(BaseModel):
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     #: For Pub/Sub's filters, which sort messages into subscriptions by it; nothing here reads it.
     priority: Annotated[str, StringConstraints(max_length=64)] | None = None
-    #: W3C trace context. What is none is ignored, as the standard has it.
+    #: See `traceparent_of`.
     traceparent: str = ""
     #: See ASKED_AT.
     asked_at: Moment | None = None
@@ -115,11 +114,6 @@ class Attributes(BaseModel):
     #: A job that was posted, and its variant: the message says no more.
     job_id: Id | None = None
     variant: VariantName | None = None
-
-    @field_validator("traceparent")
-    @classmethod
-    def _known_form(cls, value: str) -> str:
-        return value if TRACEPARENT.fullmatch(value) else ""
 
 
 class _PushMessage(BaseModel):
@@ -173,9 +167,16 @@ def parse_edit(data: bytes, *, max_bytes: int) -> tuple[EditMessage, list[str]]:
 def parse_attributes(attributes: Mapping[str, str]) -> Attributes:
     """Raises MalformedMessage, which names the attribute at fault."""
     try:
-        return Attributes.model_validate(dict(attributes))
+        return Attributes.model_validate({**attributes, "traceparent": traceparent_of(attributes)})
     except ValidationError as e:
         raise _malformed(e, "attributes.") from e
+
+
+def traceparent_of(attributes: Mapping[str, str]) -> str:
+    """A message's W3C trace context: the publisher's own, or that of Google's client libraries. What is none is
+    ignored, as the standard has it."""
+    found = (attributes.get(name, "") for name in ("traceparent", "googclient_traceparent"))
+    return next((value for value in found if TRACEPARENT.fullmatch(value)), "")
 
 
 def parse_envelope(body: bytes) -> PushEnvelope:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
+from .. import tracing
 from ..errors import (
     Busy,
     Canceled,
@@ -44,7 +45,7 @@ from .admission import Admission, Deferrals
 from .claims import Change
 from .kinds import Asked, Attempt, Kind, Result
 from .lease import Lease, Pace, UnconfirmedClaims, retry_unavailable
-from .messages import Attributes, parse_attributes, without_reasons
+from .messages import Attributes, parse_attributes, traceparent_of, without_reasons
 from .notifications import Notifier, Webhooks
 from .ports import Delivery, JobStore, Publisher, SessionMirror, Verdict
 from .record import Artifact, Cause, Job, JobError, State, Timings
@@ -107,8 +108,14 @@ class Worker:
 
         Raises nothing but CancelledError, and that after the job has been put back.
         """
-        with logged_with(message_id=delivery.message_id):
-            return await self._decided(delivery)
+        parent = traceparent_of(delivery.attributes)
+        with (
+            tracing.delivery(delivery.message_id, parent),
+            logged_with(message_id=delivery.message_id, **trace_ids(tracing.traceparent(parent))),
+        ):
+            verdict = await self._decided(delivery)
+            tracing.attribute("fluxfill.verdict", f"{verdict.action}: {verdict.reason}")
+            return verdict
 
     async def _decided(self, delivery: Delivery) -> Verdict:
         try:
@@ -134,11 +141,10 @@ class Worker:
             attributes = parse_attributes(delivery.attributes)
             kind = self._kind(attributes.job_type)
             asked = _posted(attributes) or kind.read(delivery.data)
-            with logged_with(**trace_ids(attributes.traceparent)):
-                if asked.unknown_fields:
-                    names = ", ".join(asked.unknown_fields)
-                    log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
-                return await self._shared(kind, asked, attributes, delivery)
+            if asked.unknown_fields:
+                names = ", ".join(asked.unknown_fields)
+                log.warning("Ignored unknown fields: %s", names, extra={"action": "unknown_fields"})
+            return await self._shared(kind, asked, attributes, delivery)
         except MalformedMessage as e:
             await self._dead_letter(delivery, e.code, e.message)
             return Verdict(action="ack", reason=e.code)
@@ -187,6 +193,9 @@ class Worker:
                     self._metrics.add("fluxfill_duplicate_messages_total")
                 return await self._conclude(job, delivery)
             log.info("Claimed a job", extra={"action": "claimed", **job.log_context()})
+            tracing.attribute("fluxfill.job_id", job.id)
+            tracing.attribute("fluxfill.variant", self._label(job))
+            tracing.ended("queue", delivery.publish_time.timestamp() if delivery.publish_time else None)
             self._metrics.observe(
                 "fluxfill_queue_wait_seconds", self._queued_s(job, delivery), variant=self._label(job)
             )

@@ -18,7 +18,9 @@ from functools import partial
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from ... import tracing
 from ...errors import BrokerUnavailable
+from ...jobs.messages import traceparent_of
 from ...jobs.ports import Handler, SourceStatus, Verdict
 from ...settings import MessagesSettings
 from .client import GrpcSubscriber, Received, Subscriber
@@ -230,7 +232,8 @@ class PubSubSource:
         held.is_settling, held.is_done = True, verdict.action == "ack"
         try:
             if held.is_done:
-                await self._subscriber.acknowledge(held.subscription, [held.received.ack_id])
+                with tracing.span("acknowledge", traceparent_of(held.received.delivery.attributes)):
+                    await self._subscriber.acknowledge(held.subscription, [held.received.ack_id])
                 return
             async with self._extending[held.subscription]:
                 pass
