@@ -57,7 +57,7 @@ fix: install  ## format and mend what can be mended by machine
 # One Python, one kind of machine: the image's.
 LOCK := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
   --annotation-style line --custom-compile-command 'make lock'
-IMAGE_EXTRAS := $(addprefix --extra ,diffusion google s3 postgresql heif audit)
+IMAGE_EXTRAS := $(addprefix --extra ,diffusion google s3 postgresql heif traces audit)
 
 lock: install  ## the image's requirements, in constraints.txt's versions; UV_FIND_LINKS: a folder that has torch's CPU wheel
 	sed 's/+cpu$$//' constraints.txt > requirements/cuda.constraints

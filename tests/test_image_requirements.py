@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())
 #: Of the project, as in the Makefile's `lock`.
-EXTRAS = ("diffusion", "google", "s3", "postgresql", "heif", "audit")
+EXTRAS = ("diffusion", "google", "s3", "postgresql", "heif", "traces", "audit")
 #: What PyPI's torch needs beyond its CPU build.
 CUDA = re.compile(r"(nvidia|cuda)-[a-z0-9-]+|triton")
 HASH = f"\\\n    --hash=sha256:{'0' * 64}\n"
