@@ -37,7 +37,8 @@ def _of_replicas(metric: str) -> str:
 
 
 TOTAL = 'V, stage="total"'
-EDITS = 'sum by (variant) (rate(ray_fluxfill_jobs_total{V, outcome="succeeded"}[1h]))'
+COST = "sum by (variant) (sum_over_time(namespace_variant:fluxfill_cost:new1m{V}[1h]))"
+DONE = 'sum by (variant) (sum_over_time(namespace_variant_outcome:fluxfill_jobs:new1m{V, outcome="succeeded"}[1h]))'
 HEAD = '{N, IsHeadNode="true"}'
 # fmt: off
 ROWS: dict[str, list[Panel]] = {
@@ -45,7 +46,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Jobs that fail by the service's fault (1 % is allowed)", "FluxFillErrorsFast", "percentunit", {
             f"in {window}": f"namespace:fluxfill_failures:ratio{window}{{N}}" for window in ("1h", "1d", "3d")}),
         Panel("Jobs that ended, a minute", "FluxFillNoProgress", "short", {
-            "{{outcome}}": "sum by (outcome) (namespace_outcome:fluxfill_jobs:new1m{N})"}),
+            "{{outcome}}": "sum by (outcome) (namespace_variant_outcome:fluxfill_jobs:new1m{V})"}),
         Panel("Dead letters, a minute", "FluxFillDeadLetters", "short", {
             "{{code}}": "sum by (code) (namespace_code:fluxfill_dead_letters:new1m{N}) > 0"}),
         Panel("Failed attempts, a second", "FluxFillErrorsSlow", "short", {
@@ -96,9 +97,9 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Cost": [
         Panel("Cost of an edit over an hour", "FluxFillIdleGpus", "short", {
-            "{{variant}}": f"sum by (variant) (rate(ray_fluxfill_cost_total{{V}}[1h])) / {EDITS}"}),
-        Panel("GPUs that paint", "FluxFillIdleGpus", "short", {
-            "{{variant}}": "sum by (variant) (rate(ray_fluxfill_gpu_seconds_total{V}[10m]))"}),
+            "{{variant}}": f"{COST} / {DONE}"}),
+        Panel("Engines that paint", "FluxFillIdleGpus", "short", {
+            "{{variant}}": "sum by (variant) (namespace_variant:fluxfill_gpu_seconds:new1m{V}) / 60"}),
     ],
     "Cold starts": [
         Panel("Parts of a load, mean", "FluxFillLoadFailure", "s", {

@@ -30,8 +30,6 @@ SERIES = {name for query in QUERIES for name in re.findall(r"\b(?:ray_|autoscale
 #: Series of parts that are still to come.
 PENDING = {f"ray_fluxfill_backlog_{what}" for what in ("messages", "oldest_age_seconds", "trusted")} | {
     "ray_fluxfill_backlog_reading_age_seconds",
-    "ray_fluxfill_cost_total",
-    "ray_fluxfill_gpu_seconds_total",
 }
 
 

@@ -21,13 +21,15 @@ from .test_monitoring import PENDING, RECORDED, SERIES
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(180)]
 
-#: Of faults that a demo run does not have, with their labels: recorded beside it, as a replica or an ingress does.
-FAULTS = {
+#: Of faults and prices that a demo run does not have, with their labels: recorded beside it, as a replica or an ingress
+#: does.
+COUNTERS = {
     "fluxfill_gpu_lost_total": {"variant": "v"},
     "fluxfill_out_of_memory_total": {"variant": "v"},
     "fluxfill_leases_lost_total": {},
     "fluxfill_load_failures_total": {"component": "variant v", "code": "gated_repo"},
     "fluxfill_messages_deferred_total": {"code": "variant_failed"},
+    "fluxfill_cost_total": {"variant": "v"},
 }
 #: Of a GPU, too.
 GAUGES = {"fluxfill_gpu_memory_bytes": {"variant": "v"}}
@@ -88,7 +90,7 @@ async def test_every_series_of_the_rules_and_the_dashboard_is_scraped(app: App, 
 
         from deployments.metrics import RayMetrics
 
-        for name, labels in FAULTS.items():
+        for name, labels in COUNTERS.items():
             RayMetrics().add(name, **labels)
         for name, labels in GAUGES.items():
             RayMetrics().put(name, 1, **labels)
