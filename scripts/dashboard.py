@@ -69,6 +69,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel("The backlog's reading", "FluxFillBacklogUntrusted", "s", {
             "age": "min by (namespace) (ray_fluxfill_backlog_reading_age_seconds{N})",
             "trusted (1)": "max by (namespace) (ray_fluxfill_backlog_trusted{N})"}),
+        Panel("Errors of the autoscaling policy, a minute", "FluxFillPolicyErrors", "short", {
+            "errors": "sum(namespace:fluxfill_policy_errors:new1m{N})"}),
         Panel("Ingresses connected", "FluxFillSubscriptionDisconnected", "short", {
             "{{subscription}}": "sum by (subscription) (ray_fluxfill_subscription_connected{N})"}),
         Panel("Ingresses that report", "FluxFillAbsent", "short", {

@@ -30,6 +30,7 @@ SERIES = {name for query in QUERIES for name in re.findall(r"\b(?:ray_|autoscale
 #: Series of parts that are still to come.
 PENDING = {f"ray_fluxfill_backlog_{what}" for what in ("messages", "oldest_age_seconds", "trusted")} | {
     "ray_fluxfill_backlog_reading_age_seconds",
+    "ray_fluxfill_policy_errors_total",
 }
 
 
@@ -124,6 +125,7 @@ CASES: dict[str, Case] = {
     "FluxFillBacklogUntrusted": Case(
         20, both("ray_fluxfill_backlog_trusted", "0x30"), both("ray_fluxfill_backlog_trusted", "0x30", "1x30")
     ),
+    "FluxFillPolicyErrors": counted("policy_errors_total", 20),
     "FluxFillPendingGpuPods": Case(
         20,
         both(PENDING_NODES, "2x30", NodeType="l4-spot"),
