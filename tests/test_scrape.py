@@ -29,6 +29,7 @@ COUNTERS = {
     "fluxfill_leases_lost_total": {},
     "fluxfill_load_failures_total": {"component": "variant v", "code": "gated_repo"},
     "fluxfill_messages_deferred_total": {"code": "variant_failed"},
+    "fluxfill_gpu_seconds_total": {"variant": "v"},
     "fluxfill_cost_total": {"variant": "v"},
 }
 #: Of a GPU, too.
