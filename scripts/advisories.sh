@@ -5,6 +5,7 @@
 #
 # Ends with 0 where none is known, 1 where some are, 2 where not all packages could be asked about.
 set -euo pipefail
+command -v pip-audit >/dev/null || { echo "pip-audit is not on the PATH, so this says nothing" >&2; exit 2; }
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 # --strict: a package that the index does not know would be left out, and count as sound.

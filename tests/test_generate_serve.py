@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +35,14 @@ def test_the_commands_of_the_api_document_run(app: App, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(jpeg(photo()))
     (tmp_path / "mask.png").write_bytes(png(line_mask()))
     (tmp_path / "lora.safetensors").write_bytes(lora_files.file(lora_files.layers("sdxl"), "kohya"))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     with Image.open(tmp_path / "picture.png") as picture:

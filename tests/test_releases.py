@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def test_every_image_is_of_this_version_and_the_upgrade_notes_know_it() -> None:
 
 def advisories(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "locked.txt").write_text(LOCKED)
-    given = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {**os.environ, "PATH": tools, "XDG_CACHE_HOME": str(tmp_path), **environment}
     command = ["scripts/advisories.sh", str(tmp_path / "locked.txt")]
     return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=120)
 
