@@ -29,7 +29,7 @@ def check(file: Path, models: Sequence[Variant], *, alpha: float | None, max_ran
 
 
 def main() -> None:
-    # Whatever libraries print goes elsewhere.
+    # Libraries print, too: stdout holds the answer alone.
     out, sys.stdout = sys.stdout, sys.stderr
     asked = json.load(sys.stdin)
     try:
