@@ -18,6 +18,7 @@ from .broker import PubSub
 from .generator import Generator
 from .ingress import Ingress, http
 from .inpainter import Inpainter
+from .scaling import INGRESS, REPORT_S
 from .text_encoder import TextEncoder
 
 #: Beside those that are painted, one request waits in the replica, so that the GPU never waits for a photo.
@@ -39,8 +40,9 @@ def build(args: Settings) -> serve.Application:
     models = {name: _model(name, settings) for name in settings.served}
     encoders = {base: _text_encoder(base, variant, settings) for base, variant in _bases(settings).items()}
     ingress = serve.deployment(serve.ingress(http)(Ingress)).options(
-        name="Ingress",
-        num_replicas=settings.ingress_replicas,
+        name=INGRESS,
+        # Serve carries an ingress's reports to the autoscaling policy only where it scales the ingress.
+        autoscaling_config=_reporting(settings.ingress_replicas),
         # Probes find a place however many pushes, slow bodies and event streams there are.
         max_ongoing_requests=settings.in_flight()
         + BODIES_AT_ONCE
@@ -56,6 +58,16 @@ def build(args: Settings) -> serve.Application:
     return ingress.bind(
         settings, models, encoders, model_names(settings), broker if settings.messages.is_embedded else None
     )
+
+
+def _reporting(replicas: int) -> dict[str, Any]:
+    """Autoscaling that never scales."""
+    return {
+        "min_replicas": replicas,
+        "max_replicas": replicas,
+        "metrics_interval_s": REPORT_S,
+        "look_back_period_s": 5 * REPORT_S,
+    }
 
 
 def inpainter_name(variant: str) -> str:

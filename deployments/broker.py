@@ -7,10 +7,14 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.adapters.pubsub.client import subscription_path
 from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
-from serve_app.errors import BrokerUnavailable
+from serve_app.errors import BrokerUnavailable, ReplicaLost
+from serve_app.jobs.backlog import Reading
 from serve_app.settings import MessagesSettings
 from serve_app.telemetry import configure_logging
+
+from .remote import typed_errors
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,7 @@ class PubSub:
     def __init__(self, settings: MessagesSettings) -> None:
         configure_logging()
         self._server = EmbeddedPubSub.of(settings)
+        self._names = [subscription_path(settings, name) for name in settings.subscriptions]
         self._error = "it has not started yet"
         self.status()
 
@@ -42,8 +47,27 @@ class PubSub:
                 self._error = e.message
         return self._error
 
+    def backlog(self) -> Reading:
+        """Raises BrokerUnavailable."""
+        return self._server.backlog(self._names)
+
     def __del__(self) -> None:
         self._server.__exit__(None, None, None)
+
+
+class BrokerBacklog:
+    """The embedded server's exact backlog."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._ask = handle.options(method_name="backlog")
+
+    async def read(self) -> Reading:
+        try:
+            with typed_errors("the embedded Pub/Sub server"):
+                reading: Reading = await self._ask.remote()
+        except ReplicaLost as e:
+            raise BrokerUnavailable(e.message) from e
+        return reading
 
 
 class BrokerWatch:

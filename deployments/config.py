@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import (
     DeploymentSchema,
     HTTPOptionsSchema,
@@ -27,6 +27,8 @@ from serve_app.urls import is_loopback
 from .app import deployment_names
 
 BUILDER = "deployments.app:build"
+#: Another's may stop the scaling of every app, should it fail.
+POLICY = "deployments.scaling:Policy"
 
 #: Keys and list positions from the top of the file.
 Keys = tuple[str | int, ...]
@@ -135,6 +137,9 @@ def _problems(raw: dict[str, Any]) -> Found:
     for i, app in ours:
         at: Keys = ("applications", i)
         yield from _app_problems(at, app)
+        policy = app.get("autoscaling_policy")
+        if isinstance(policy, dict) and (name := policy.get("policy_function")) != POLICY:
+            yield (*at, "autoscaling_policy", "policy_function"), f"{name!r} is not {POLICY}"
         yield from _port_problems((*at, "args", "messages", "url"), app, raw.get("http_options"))
         yield from _host_problems(app, raw.get("http_options"))
 
@@ -149,6 +154,7 @@ def _serve_problems(raw: dict[str, Any]) -> Found:
     for i, app in enumerate(_dicts(raw.get("applications"))):
         at: Keys = ("applications", i)
         yield from _unknown(ServeApplicationSchema, app, at)
+        yield from _unknown(AutoscalingPolicy, app.get("autoscaling_policy"), (*at, "autoscaling_policy"))
         for j, deployment in enumerate(_dicts(app.get("deployments"))):
             yield from _deployment_problems((*at, "deployments", j), deployment)
     yield from _invalid(ServeDeploySchema, raw, ())

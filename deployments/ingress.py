@@ -31,6 +31,7 @@ from serve_app.http.app import create_app
 from serve_app.http.auth import Access
 from serve_app.http.service import Readiness, VariantReadiness
 from serve_app.jobs.api import JobApi
+from serve_app.jobs.backlog import BacklogWatch, Report
 from serve_app.jobs.lease import retry_unavailable
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.ports import Delivery, Verdict
@@ -40,10 +41,11 @@ from serve_app.settings import Inference, Secrets, Settings
 from serve_app.telemetry import Metrics, configure_logging
 
 from .audit_job import POOL, RayJobs
-from .broker import BrokerWatch
+from .broker import BrokerBacklog, BrokerWatch
 from .metrics import RayMetrics
 from .readiness import VariantWatch
 from .remote import RemoteModel, RemotePrompts
+from .scaling import stats
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +130,15 @@ class Ingress:
             settings=settings,
             is_stopping=lambda: self.is_stopping,
         )
+        self._deployments = deployments
         self._broker = BrokerWatch(broker)
+        counted = adapters.backlog(settings.messages) if broker is None else BrokerBacklog(broker)
+        self._backlog = BacklogWatch(counted, settings.backlog, self.metrics)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
         self._take_up_work(models, encoders)
         self._pulling: asyncio.Task[None] | None = None
-        background = (self._watch.run(), self._broker.run(), self._notifier.run(), self._show_subscriptions())
+        watches = (self._watch.run(), self._broker.run(), self._backlog.run())
+        background = (*watches, self._notifier.run(), self._show_subscriptions())
         self._tasks = [asyncio.create_task(work) for work in background]
         self._pushes = Pushes(settings.in_flight(), response_timeout_s=settings.push.response_timeout_s)
 
@@ -241,6 +247,26 @@ class Ingress:
     async def settings(self) -> Settings:
         """The settings that the app runs with, even if its config file has changed since."""
         return self._settings
+
+    # -- for the autoscaling policy
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What this ingress knows of the messages that wait, for `scaling.Policy`; Serve calls it."""
+        recent, backlog = self._worker.recent, self._settings.backlog
+        # Before the first message, the default's may be expected.
+        mix = recent.mix or ({self._inference.variant: 1.0} if self._inference else {})
+        names = self._deployments.items()
+        report = Report(
+            reading=self._backlog.reading,
+            empty_s=min(status.empty_s for status in self._source.status().values()),
+            held={deployment: self._worker.in_flight.get(name, 0) for name, deployment in names},
+            mix={deployment: mix.get(name, 0.0) for name, deployment in names},
+            job_s={deployment: recent.job_s.get(name, backlog.job_s) for name, deployment in names},
+            target_drain_s=backlog.target_drain_s,
+            trust_s=backlog.trust_s,
+            quiet_s=backlog.quiet_s,
+        )
+        return stats(report)
 
     # -- health and shutdown
 

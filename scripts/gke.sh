@@ -63,7 +63,7 @@ ROLES=(
   "flux-fill-config resourcemanager.projectIamAdmin"
   "flux-fill-config storage.admin"
 )
-GRANTABLE="'roles/datastore.user', 'roles/logging.logWriter', 'roles/ondemandscanning.admin'"
+GRANTABLE="'roles/datastore.user', 'roles/logging.logWriter', 'roles/monitoring.viewer', 'roles/ondemandscanning.admin'"
 
 email() { echo "$1@$PROJECT.iam.gserviceaccount.com"; }
 

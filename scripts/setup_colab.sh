@@ -88,6 +88,7 @@ applications:
   - name: fluxfill
     route_prefix: /
     import_path: deployments.app:build
+    autoscaling_policy: {policy_function: deployments.scaling:Policy}
     args:
       blobs: files:$folder/blobs
       jobs: sqlite:$folder/jobs.db

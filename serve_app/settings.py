@@ -362,6 +362,21 @@ class Work(_Frozen):
         return self
 
 
+class BacklogSettings(_Frozen):
+    """How the number of replicas follows the messages that wait; see docs/operations.md."""
+
+    #: Between two readings of the backlog.
+    read_every_s: float = Field(5.0, gt=0, le=300)
+    #: How soon after its publication the oldest message should be done.
+    target_drain_s: float = Field(300.0, gt=0)
+    #: An older reading does not count. Cloud Monitoring's are one to four minutes old.
+    trust_s: float = Field(300.0, gt=0)
+    #: How long pulls that have room must have brought nothing to prove that no message waits.
+    quiet_s: float = Field(10.0, gt=0)
+    #: How long a replica works on a job, until one has been measured.
+    job_s: float = Field(30.0, gt=0)
+
+
 class AuditSettings(_Frozen):
     """Defaults of an audit's request, and limits of an audit."""
 
@@ -432,6 +447,7 @@ class Settings(_Frozen):
     limits: Limits = Limits()
     windows: WindowSettings = WindowSettings()
     work: Work = Work()
+    backlog: BacklogSettings = BacklogSettings()
     weights: WeightsSettings = WeightsSettings()
     audit: AuditSettings = AuditSettings()
 

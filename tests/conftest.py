@@ -9,7 +9,13 @@ from deployments.own_ray import ray_environment
 
 for name in ("HF_TOKEN", "FIREBASE_CREDENTIALS", "API_KEYS", "WEBHOOK_SECRET", "GOOGLE_APPLICATION_CREDENTIALS"):
     os.environ.pop(name, None)
-for name in ("PUBSUB_EMULATOR_HOST", "FIRESTORE_EMULATOR_HOST", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"):
+for name in (
+    "PUBSUB_EMULATOR_HOST",
+    "MONITORING_EMULATOR_HOST",
+    "FIRESTORE_EMULATOR_HOST",
+    "STORAGE_EMULATOR_HOST",
+    "RAY_ADDRESS",
+):
     os.environ.pop(name, None)
 for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_CLOUD_", "PG", "FLUXFILL_", "OTEL_"))]:
     del os.environ[name]

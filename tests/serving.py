@@ -311,6 +311,7 @@ def deployable_app(test_ray: TestRay, tmp_path_factory: pytest.TempPathFactory) 
         "name": APP,
         "route_prefix": "/",
         "import_path": "deployments.app:build",
+        "autoscaling_policy": {"policy_function": "deployments.scaling:Policy"},
         "args": args(folder, free_port(), test_ray.port, receiver),
     }
     raw = {

@@ -362,7 +362,8 @@ def test_what_needs_no_gpu_takes_none_and_sleeps_by_default() -> None:
 def test_the_ingress_does_not_autoscale_and_has_time_to_give_its_work_back() -> None:
     parts = built(Settings(variants={"telea": {"max_replicas": 80}}, ingress_replicas=1, work={"shutdown_grace_s": 30}))
     config = parts["Ingress"]._deployment_config
-    assert (config.num_replicas, config.autoscaling_config) == (1, None)
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 1)
     assert config.graceful_shutdown_timeout_s > 30
     # Pushes, bodies that are slow to come, and event streams together leave places for probes.
     assert config.max_ongoing_requests >= 162 + BODIES_AT_ONCE + 100 + 100

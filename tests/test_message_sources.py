@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -59,6 +60,20 @@ def once(first: Verdict) -> Callable[[Delivery], Awaitable[Verdict]]:
         return first if is_first else ACK
 
     return decide
+
+
+async def test_pulls_that_bring_nothing_prove_an_empty_queue_until_one_brings_a_message(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pubsub, "PULL_S", 0.2)
+    handle = Recorder()
+    async with broker.source(handle) as source:
+        await until(lambda: status_of(source).empty_s > 0.5)
+        published_at = time.monotonic()
+        await publish(broker, b"1")
+        await until(lambda: handle.deliveries)
+        assert status_of(source).empty_s < time.monotonic() - published_at
+        await until(lambda: status_of(source).empty_s > 0)
 
 
 async def test_a_message_arrives_as_it_was_published(broker: Broker) -> None:

@@ -59,6 +59,7 @@ def _serve_config(config: Settings, port: int) -> dict[str, Any]:
         "name": NAME,
         "route_prefix": "/",
         "import_path": "deployments.app:build",
+        "autoscaling_policy": {"policy_function": "deployments.scaling:Policy"},
         "args": config.model_dump(mode="json"),
     }
     return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..blobs import BlobStore
 from ..errors import SettingsError
+from ..jobs.backlog import Backlog
 from ..jobs.ports import DeadLetters, JobStore, MessageSource, Publisher, SessionMirror
 from ..settings import MessagesSettings, Settings
 from .blobs.links import LocalLinks
@@ -49,6 +50,10 @@ PUBLISHERS = {
     "embedded": Row(".pubsub.client:PubSubPublisher"),
     "pubsub": Row(".pubsub.client:PubSubPublisher"),
     "memory": Row(".pubsub.memory:MemoryPublisher"),
+}
+BACKLOGS = {
+    "pubsub": Row(".pubsub.monitoring:MonitoredBacklog"),
+    "memory": Row(".pubsub.memory:MemoryBacklog"),
 }
 DEAD_LETTERS = {
     "embedded": Row(".pubsub.client:PubSubDeadLetters"),
@@ -94,6 +99,14 @@ def message_source(settings: MessagesSettings, in_flight: int) -> MessageSource:
 
 def publisher(settings: MessagesSettings) -> Publisher:
     made: Publisher = _adapter(PUBLISHERS, settings.url, "publisher")(settings)
+    return made
+
+
+def backlog(settings: MessagesSettings) -> Backlog | None:
+    """None where the broker has no count: a server at an address. The embedded one is asked by its deployment."""
+    if settings.url.startswith("embedded:") or (settings.url.startswith("pubsub:") and not settings.is_google):
+        return None
+    made: Backlog = _adapter(BACKLOGS, settings.url, "backlog")(settings)
     return made
 
 

@@ -19,7 +19,8 @@ class Admission:
 
     def __init__(self, models: Mapping[str, Model], settings: Settings) -> None:
         self._models, self._settings = models, settings
-        self._in_flight: Counter[str] = Counter()
+        #: Messages, by variant.
+        self.in_flight: Counter[str] = Counter()
 
     @contextmanager
     def admitted(self, variant: str) -> Iterator[None]:
@@ -29,15 +30,15 @@ class Admission:
             yield
             return
         share = self._share(variant)
-        if share is not None and self._in_flight[variant] >= share:
+        if share is not None and self.in_flight[variant] >= share:
             # One that paints has room again soon, and must not wait for a message then.
             soon = {"retry_after_s": RETRY_S} if self._models[variant].is_ready else {}
             raise VariantNotReady(f"variant {variant} has its share of messages in flight", **soon)
-        self._in_flight[variant] += 1
+        self.in_flight[variant] += 1
         try:
             yield
         finally:
-            self._in_flight[variant] -= 1
+            self.in_flight[variant] -= 1
 
     def _share(self, variant: str) -> int | None:
         variants, slots = self._settings.served, self._settings.in_flight()

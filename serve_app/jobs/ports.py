@@ -123,6 +123,8 @@ class SourceStatus:
     error: str = ""
     #: Messages in flight.
     held: int = 0
+    #: How long pulls that had room have brought nothing, in seconds; 0 while they bring messages, or fail.
+    empty_s: float = 0.0
 
 
 class MessageSource(Protocol):

@@ -42,6 +42,7 @@ from ..settings import Settings
 from ..telemetry import Metrics, NoMetrics, logged_with, trace_ids
 from . import claims
 from .admission import Admission, Deferrals
+from .backlog import Recent
 from .claims import Change
 from .kinds import Asked, Attempt, Kind, Result
 from .lease import Lease, Pace, UnconfirmedClaims, retry_unavailable
@@ -98,6 +99,12 @@ class Worker:
         self._unconfirmed = UnconfirmedClaims(job_store)
         self._deferrals = Deferrals()
         self._admission = Admission(models, settings)
+        self.recent = Recent()
+
+    @property
+    def in_flight(self) -> Mapping[str, int]:
+        """Messages, by variant."""
+        return self._admission.in_flight
 
     def close(self) -> None:
         self._unconfirmed.close()
@@ -164,6 +171,7 @@ class Worker:
         """Work on it within the share of its job's variant, which need not be the one it names today."""
         variant = asked.variant
         new_job = partial(self._new_job, kind, asked, attributes, delivery)
+        self.recent.message(self._settings.variant_label(variant))
         while True:
             try:
                 # Before the stores are asked anything: what is over its share comes again.
@@ -314,6 +322,8 @@ class Worker:
 
     def _measure(self, job: Job, timings: Timings) -> None:
         variant = self._label(job)
+        if timings.engine_s is not None:
+            self.recent.job(variant, timings.engine_s)
         for stage, seconds in timings.model_dump(exclude={"gpu_ms"}, exclude_none=True).items():
             self._metrics.observe("fluxfill_stage_seconds", seconds, stage=stage.removesuffix("_s"), variant=variant)
 

@@ -26,7 +26,7 @@ ROLES = {
         "iam.serviceAccountOpenIdTokenCreator",
         "iam.serviceAccountUser",
     },
-    "Project": {"datastore.user", "logging.logWriter", "ondemandscanning.admin"},
+    "Project": {"datastore.user", "logging.logWriter", "monitoring.viewer", "ondemandscanning.admin"},
 }
 #: The longest backoff that Pub/Sub may add to the app's own, in seconds.
 MOST_BACKOFF_S = 10

@@ -10,11 +10,13 @@ outlives its stream.
 
 import heapq
 import itertools
+import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...jobs.backlog import Reading
 from . import filters
 
 #: The shortest ack deadline that Pub/Sub gives a subscription, and its default; seconds.
@@ -138,6 +140,12 @@ class Subscription:
             self._bytes += message.size
             self._ready.append(Queued(message))
 
+    def backlog(self) -> tuple[int, float]:
+        """Messages that are not acknowledged, and when the oldest was published, in seconds since 1970."""
+        delayed, leased = [queued for _, _, queued in self._delayed], [one.queued for one in self._leases.values()]
+        published = [queued.message.published_at for queued in (*self._ready, *delayed, *leased)]
+        return len(published), min(published, default=math.inf)
+
     def take(self, most: int, stream: Stream | None) -> list[Lease]:
         """Up to `most` due messages, leased to `stream` as far as it has room, or to no stream."""
         self._promote()
@@ -233,6 +241,14 @@ class Broker:
             self._fan_out(config.dead_letter_topic, [Message(data=queued.message.data, attributes=attributes)])
 
         self.subscriptions[config.name] = Subscription(config, self._clock, dead_letter)
+
+    def backlog(self, names: Iterable[str]) -> Reading:
+        """Of these subscriptions together."""
+        now = self._wall_clock()
+        counts = [self.subscriptions[name].backlog() for name in names]
+        oldest = min(published_at for _, published_at in counts)
+        messages = sum(count for count, _ in counts)
+        return Reading(messages=messages, oldest_age_s=max(0.0, now - oldest), taken_at=now)
 
     def publish(self, topic: str, contents: Sequence[tuple[bytes, Mapping[str, str]]]) -> list[str]:
         """The message ids. Raises KeyError where there is no such topic; BrokerFull, and then stores none."""

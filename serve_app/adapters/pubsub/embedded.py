@@ -11,17 +11,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
 from ...errors import BrokerUnavailable, SettingsError
+from ...jobs.backlog import Reading
 from ...settings import MessagesSettings
 from .broker import Bounds, Broker, SubscriptionConfig
 from .calls import Calls
 from .client import address_of, subscription_path, topic_path
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _OPTIONS = (
     # Otherwise two servers may share a port, each with half of the messages.
@@ -105,6 +108,17 @@ class EmbeddedPubSub:
         if self._server is not None:
             await self._server.stop(grace=None)
 
+    def backlog(self, names: Sequence[str]) -> Reading:
+        """Of the subscriptions of these full names together, exact. Raises BrokerUnavailable while it is not running in
+        a thread."""
+        if self._thread is None:
+            raise BrokerUnavailable("the embedded Pub/Sub server does not run")
+
+        async def count() -> Reading:
+            return self._broker.backlog(names)
+
+        return self._thread.call(count())
+
     def __enter__(self) -> "EmbeddedPubSub":
         thread = _LoopThread()
         try:
@@ -147,8 +161,8 @@ class _LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name="embedded-pubsub", daemon=True)
         self._thread.start()
 
-    def call(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

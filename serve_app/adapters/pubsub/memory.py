@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, TypeVar
 
+from ...jobs.backlog import Reading
 from ...jobs.ports import Delivery, Topic
 from ...settings import MessagesSettings
 from .broker import MIN_ACK_DEADLINE_S, Bounds, Broker, Lease, Subscription
@@ -100,6 +101,15 @@ def _delivery(lease: Lease) -> Delivery:
 class MemorySource(PubSubSource):
     def __init__(self, settings: MessagesSettings, in_flight: int) -> None:
         super().__init__(settings, in_flight, subscriber=QueueSubscriber(settings))
+
+
+class MemoryBacklog:
+    def __init__(self, settings: MessagesSettings) -> None:
+        self._queues = Queues.of(settings)
+        self._names = [subscription_path(settings, name) for name in settings.subscriptions]
+
+    async def read(self) -> Reading:
+        return self._queues.do(lambda broker: broker.backlog(self._names))
 
 
 class MemoryDeadLetters(PubSubDeadLetters):

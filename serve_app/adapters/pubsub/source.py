@@ -90,6 +90,8 @@ class PubSubSource:
         #: Of the last pull, and of the last extension of leases; empty where it went well.
         self._errors = dict.fromkeys(self._ranks, "not connected yet")
         self._lease_errors = dict.fromkeys(self._ranks, "")
+        #: When the first began of the latest pulls, none of which brought a message; on the monotonic clock.
+        self._empty_since: dict[str, float | None] = dict.fromkeys(self._ranks)
         #: Set, and replaced, when there may be room for more messages.
         self._room_changed = asyncio.Event()
         #: Held while a subscription's leases are extended: what is decided meanwhile is told after it.
@@ -127,8 +129,10 @@ class PubSubSource:
     def status(self) -> Mapping[str, SourceStatus]:
         held = [held.subscription for held in self._in_flight.values()]
         errors = {name: self._errors[name] or self._lease_errors[name] for name in self._ranks}
+        now = time.monotonic()
+        empty_s = {name: 0.0 if since is None else now - since for name, since in self._empty_since.items()}
         return {
-            name: SourceStatus(connected=not error, error=error, held=held.count(name))
+            name: SourceStatus(connected=not error, error=error, held=held.count(name), empty_s=empty_s[name])
             for name, error in errors.items()
         }
 
@@ -151,13 +155,14 @@ class PubSubSource:
         if self._closing.is_set():
             return
         # The first answer, at once, says whether the subscription can be pulled from.
-        wait_s = 0.0 if self._errors[name] else PULL_S
+        wait_s, began_at = 0.0 if self._errors[name] else PULL_S, time.monotonic()
         pulled = await self._unless_closing(name, room, wait_s)
         for received in pulled:
             self._take(name, received, handle)
         if self._closing.is_set():
             return
         self._errors[name] = ""
+        self._empty_since[name] = None if pulled else self._empty_since[name] or began_at
         if not pulled:
             await self._sleep(EMPTY_S)
         # Those that find a place have it after this; of the others, which other pulls were quicker than, few may wait.
@@ -190,7 +195,7 @@ class PubSubSource:
 
     def _note(self, name: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self._errors[name] = str(error)
+        self._errors[name], self._empty_since[name] = str(error), None
         extra = {"action": "pull_failed", "subscription": name}
         log.warning("Could not pull, trying again: %s", error, extra=extra)
 
