@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
@@ -79,7 +79,6 @@ class Site:
     folder: Path
     answers: Answers = "exact"
     sent: int = 0
-    samples: list[Sample] = field(default_factory=list)
 
     @property
     def waiting(self) -> int:
@@ -105,8 +104,8 @@ class Site:
             for name in self.settings.messages.subscriptions
         ]
 
-    async def publish(self, count: int) -> None:
-        """Upload so many sessions, then publish their messages in one call."""
+    async def upload(self, count: int) -> list[bytes]:
+        """So many sessions; their messages."""
         store = adapters.blob_store(self.settings.blobs)
         original, mask = session_files(self.folder, Scenario("", PAUSE_S, 512, 512, ""))
         names = [f"s{self.sent + i}" for i in range(count)]
@@ -114,14 +113,15 @@ class Site:
         for name in names:
             for role, file, kind in (("original.jpg", original, "jpeg"), ("mask_auto.png", mask, "png")):
                 await store.put(session_path(USER, name, role), file.read_bytes(), content_type=f"image/{kind}")
-        sent = [
-            EditMessage(userId=USER, sessionId=name).model_dump_json(by_alias=True, exclude_none=True) for name in names
-        ]
-        client = PublisherAsyncClient(
-            transport=Connection(self.settings.messages).transport(PublisherGrpcAsyncIOTransport)
-        )
-        messages = [types.PubsubMessage(data=data.encode()) for data in sent]
-        await client.publish(topic=topic_path(self.settings.messages, self.settings.messages.topic), messages=messages)
+        messages = (EditMessage(userId=USER, sessionId=name) for name in names)
+        return [one.model_dump_json(by_alias=True, exclude_none=True).encode() for one in messages]
+
+    async def publish(self, messages: Sequence[bytes]) -> None:
+        """In one call."""
+        transport = Connection(self.settings.messages).transport(PublisherGrpcAsyncIOTransport)
+        sent = [types.PubsubMessage(data=data) for data in messages]
+        topic = topic_path(self.settings.messages, self.settings.messages.topic)
+        await PublisherAsyncClient(transport=transport).publish(topic=topic, messages=sent)
 
     async def done(self) -> int:
         store = adapters.job_store(self.settings.jobs)
@@ -129,22 +129,23 @@ class Site:
 
     async def burst(self, messages: int, answers: Answers) -> list[Sample]:
         """From no replica, over all jobs done, back to none. Raises TimeoutError."""
-        self.answers, self.samples = answers, []
-        await self.publish(1)
+        self.answers, samples = answers, list[Sample]()
+        first, *others = await self.upload(messages)
+        await self.publish([first])
         async with asyncio.timeout(LIMIT_S):
             while not self._look(0.0).wanted:
                 await asyncio.sleep(SAMPLE_S)
-            await self.publish(messages - 1)
-            self.samples, started = [], time.monotonic()
+            await self.publish(others)
+            started = time.monotonic()
             while True:
                 now = self._look(time.monotonic() - started)
-                self.samples.append(now)
+                samples.append(now)
                 if not now.wanted and not now.running and not now.messages:
                     break
                 await asyncio.sleep(SAMPLE_S)
         if (done := await self.done()) != self.sent:
             raise RuntimeError(f"{done} of {self.sent} jobs are done")
-        return self.samples
+        return samples
 
     def _look(self, at_s: float) -> Sample:
         from ray.serve.context import _get_global_client
@@ -227,9 +228,11 @@ def connected(own: OwnRay) -> Iterator[None]:
     from ray import serve
 
     ray.init(address=own.address, log_to_driver=False)
-    yield
-    serve.shutdown()
-    ray.shutdown()
+    try:
+        yield
+        serve.shutdown()
+    finally:
+        ray.shutdown()
 
 
 def figures(samples: Sequence[Sample], replicas: int) -> dict[str, Any]:

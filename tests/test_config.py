@@ -34,6 +34,8 @@ def test_the_config_in_the_repository_is_sound() -> None:
         ("max_replicas: 2", "max_replicas: 0", "applications.0.args.variants.telea.max_replicas", "greater than"),
         ("tiny-Q8_0:", "huge-Q8_0:", "applications.0.args", "huge-Q8_0: not built in"),
         ("route_prefix: /", "route_prefx: /", "applications.0.route_prefx", "unknown key"),
+        ("{policy_function:", "{policy:", "applications.0.autoscaling_policy.policy", "unknown key"),
+        ("scaling:Policy", "scaling:Polic", "applications.0.autoscaling_policy.policy_function", "is not deploy"),
         ("port: 8000", "prot: 8000", "http_options.prot", "unknown key"),
         ("http_options:", "grpc_options: {grpc_servicer_functions: [a.b]}\nhttp_options:", "grpc_options", "open to"),
         ("steps: 28", "steps: 0", "applications.0.deployments.0.user_config.steps", "greater than"),
