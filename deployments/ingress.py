@@ -133,7 +133,7 @@ class Ingress:
         self._deployments = deployments
         self._broker = BrokerWatch(broker)
         counted = adapters.backlog(settings.messages) if broker is None else BrokerBacklog(broker)
-        self._backlog = BacklogWatch(counted, settings.backlog, self.metrics)
+        self._backlog = BacklogWatch(counted, settings.backlog, self.metrics, empty_s=self._empty_s)
         self._source = adapters.message_source(settings.messages, settings.in_flight())
         self._take_up_work(models, encoders)
         self._pulling: asyncio.Task[None] | None = None
@@ -258,7 +258,7 @@ class Ingress:
         names = self._deployments.items()
         report = Report(
             reading=self._backlog.reading,
-            empty_s=min(status.empty_s for status in self._source.status().values()),
+            empty_s=self._empty_s(),
             held={deployment: self._worker.in_flight.get(name, 0) for name, deployment in names},
             mix={deployment: mix.get(name, 0.0) for name, deployment in names},
             job_s={deployment: recent.job_s.get(name, backlog.job_s) for name, deployment in names},
@@ -267,6 +267,9 @@ class Ingress:
             quiet_s=backlog.quiet_s,
         )
         return stats(report)
+
+    def _empty_s(self) -> float:
+        return min(status.empty_s for status in self._source.status().values())
 
     # -- health and shutdown
 

@@ -111,7 +111,9 @@ METRICS: Mapping[str, Metric] = {
     "fluxfill_subscription_connected": Metric("gauge", "1 while a subscription delivers", ("subscription",)),
     "fluxfill_backlog_messages": Metric("gauge", "messages in the subscriptions, by the latest reading"),
     "fluxfill_backlog_reading_age_seconds": Metric("gauge", "age of the latest reading of the backlog"),
-    "fluxfill_backlog_trusted": Metric("gauge", "1 while a reading of the backlog is recent enough to scale by"),
+    "fluxfill_backlog_trusted": Metric(
+        "gauge", "1 while a recent reading, or pulls that bring nothing, say how many messages wait"
+    ),
     "fluxfill_policy_errors_total": Metric("counter", "failures of the autoscaling policy; Serve's own then decides"),
     "fluxfill_leases_lost_total": Metric("counter", "leases that a worker lost while its job ran"),
     "fluxfill_notifications_total": Metric(

@@ -216,9 +216,9 @@ class Script:
         return answer
 
 
-async def watched(*answers: Reading | Exception) -> tuple[BacklogWatch, Gauges]:
+async def watched(*answers: Reading | Exception, empty_s: float = 0.0) -> tuple[BacklogWatch, Gauges]:
     gauges, script = Gauges(), Script(*answers)
-    watch = BacklogWatch(script, BacklogSettings(read_every_s=0.001), gauges)
+    watch = BacklogWatch(script, BacklogSettings(read_every_s=0.001), gauges, empty_s=lambda: empty_s)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         task = group.create_task(watch.run())
         await script.is_over.wait()
@@ -236,10 +236,15 @@ async def test_a_reading_that_fails_leaves_the_last_one_which_grows_old() -> Non
 
 
 async def test_without_any_reading_none_is_trusted(caplog: pytest.LogCaptureFixture) -> None:
-    watch, gauges = await watched(BrokerUnavailable("no role"))
+    watch, gauges = await watched(*[BrokerUnavailable("no role")] * 3)
     assert watch.reading is None
     assert gauges.values == {"fluxfill_backlog_trusted": 0.0}
-    assert "no role" in caplog.text
+    assert caplog.text.count("no role") == 1
+
+
+async def test_pulls_that_bring_nothing_are_trusted_without_a_reading() -> None:
+    _, gauges = await watched(BrokerUnavailable("no points"), empty_s=10.0)
+    assert gauges.values == {"fluxfill_backlog_trusted": 1.0}
 
 
 @pytest.mark.parametrize("url", ["embedded://127.0.0.1:8085", "pubsub://127.0.0.1:8085"])

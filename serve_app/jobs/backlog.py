@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,9 +50,17 @@ class Backlog(Protocol):
 class BacklogWatch:
     """An ingress's latest reading. A failed attempt leaves it as it is, so that it grows old."""
 
-    def __init__(self, backlog: Backlog | None, settings: BacklogSettings, metrics: Metrics) -> None:
-        """Without a `backlog` there are no readings."""
-        self._backlog, self._settings, self._metrics = backlog, settings, metrics
+    def __init__(
+        self,
+        backlog: Backlog | None,
+        settings: BacklogSettings,
+        metrics: Metrics,
+        *,
+        empty_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Without a `backlog` there are no readings. `empty_s` is what a `Report` has of that name."""
+        self._backlog, self._settings, self._metrics, self._empty_s = backlog, settings, metrics, empty_s
+        self._error = ""
         self.reading: Reading | None = None
 
     async def run(self) -> None:
@@ -65,13 +73,17 @@ class BacklogWatch:
 
     async def _read(self, backlog: Backlog) -> None:
         try:
-            self.reading = await asyncio.wait_for(backlog.read(), READ_S)
+            self.reading, self._error = await asyncio.wait_for(backlog.read(), READ_S), ""
         except (Unavailable, TimeoutError) as e:
-            log.warning("Could not read the backlog: %s", e or "no answer", extra={"action": "backlog_unknown"})
+            if self._error != (error := str(e) or "no answer"):
+                log.warning("Could not read the backlog: %s", error, extra={"action": "backlog_unknown"})
+            self._error = error
 
     def _show(self) -> None:
         now, reading = time.time(), self.reading
-        self._metrics.put("fluxfill_backlog_trusted", float(is_trusted(reading, now, self._settings.trust_s)))
+        # Cloud Monitoring may have no points of a subscription that has been empty for long.
+        is_known = self._empty_s() >= self._settings.quiet_s or is_trusted(reading, now, self._settings.trust_s)
+        self._metrics.put("fluxfill_backlog_trusted", float(is_known))
         if reading is not None:
             self._metrics.put("fluxfill_backlog_reading_age_seconds", max(0.0, now - reading.taken_at))
             self._metrics.put("fluxfill_backlog_messages", reading.messages)

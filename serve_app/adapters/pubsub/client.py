@@ -116,7 +116,7 @@ class Connection:
         elif emulator := os.environ.get("PUBSUB_EMULATOR_HOST"):
             self._address = emulator
         else:
-            self._credentials = _credentials(settings)
+            self._credentials = credentials(settings, _SCOPES)
 
     def channel(self) -> grpc.aio.Channel:
         """Without credentials: nothing is looked up, nothing is sent. Only where there is an address."""
@@ -129,10 +129,10 @@ class Connection:
         return kind(credentials=self._credentials)
 
 
-def _credentials(settings: MessagesSettings) -> Any:
-    """Ambient credentials first; where there are none, those of FIREBASE_CREDENTIALS."""
+def credentials(settings: MessagesSettings, scopes: Sequence[str]) -> Any:
+    """Ambient credentials first; where there are none, those of FIREBASE_CREDENTIALS. Raises SettingsError."""
     try:
-        return google.auth.default(scopes=_SCOPES)[0]
+        return google.auth.default(scopes=scopes)[0]
     except Exception as e:
         # Google documents one error; a file that cannot be read, or is of another form, has others.
         if Secrets.from_environment().firebase_credentials is None:

@@ -9,19 +9,21 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
-import google.auth
 from google.auth.exceptions import GoogleAuthError
 from google.auth.transport.requests import AuthorizedSession
 from requests import RequestException, Session
 
-from ...errors import BrokerUnavailable
+from ...errors import BrokerUnavailable, SettingsError
 from ...jobs.backlog import READ_S, Reading
 from ...settings import MessagesSettings
+from .client import credentials
 
 API = "https://monitoring.googleapis.com/v3"
 #: Points are looked for in so much time before now.
 WINDOW = timedelta(minutes=10)
 _SCOPES = ("https://www.googleapis.com/auth/monitoring.read",)
+#: Of the call, and of reading an answer that has another form.
+_FAILURES = (SettingsError, GoogleAuthError, RequestException, ValueError, LookupError, TypeError, AttributeError)
 _METRICS = "pubsub.googleapis.com/subscription"
 
 
@@ -29,7 +31,7 @@ class MonitoredBacklog:
     """Needs the role Monitoring Viewer. MONITORING_EMULATOR_HOST names a stand-in, which needs no credentials."""
 
     def __init__(self, settings: MessagesSettings) -> None:
-        self._project, self._names = settings.project, tuple(settings.subscriptions)
+        self._settings, self._names = settings, tuple(settings.subscriptions)
         emulator = os.environ.get("MONITORING_EMULATOR_HOST")
         self._url = f"http://{emulator}/v3" if emulator else API
         self._session = Session() if emulator else None
@@ -40,7 +42,7 @@ class MonitoredBacklog:
     def _read(self) -> Reading:
         try:
             counts, ages = self._newest("num_undelivered_messages"), self._newest("oldest_unacked_message_age")
-        except (GoogleAuthError, RequestException, ValueError, LookupError, TypeError, AttributeError) as e:
+        except _FAILURES as e:
             raise BrokerUnavailable(f"Cloud Monitoring: {type(e).__name__}: {e}") from e
         missing = [name for name in self._names if name not in counts or name not in ages]
         if missing:
@@ -54,7 +56,7 @@ class MonitoredBacklog:
     def _newest(self, metric: str) -> Mapping[str, tuple[float, float]]:
         """The newest value of each subscription, and when it was taken."""
         if self._session is None:
-            self._session = AuthorizedSession(google.auth.default(scopes=_SCOPES)[0])
+            self._session = AuthorizedSession(credentials(self._settings, _SCOPES))
         now = datetime.now(UTC)
         ids = ", ".join(f'"{name}"' for name in self._names)
         query = {
@@ -62,7 +64,9 @@ class MonitoredBacklog:
             "interval.startTime": (now - WINDOW).isoformat(),
             "interval.endTime": now.isoformat(),
         }
-        answer = self._session.get(f"{self._url}/projects/{self._project}/timeSeries", params=query, timeout=READ_S / 2)
+        answer = self._session.get(
+            f"{self._url}/projects/{self._settings.project}/timeSeries", params=query, timeout=READ_S / 2
+        )
         answer.raise_for_status()
         found = {}
         for series in answer.json().get("timeSeries", ()):
