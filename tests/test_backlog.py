@@ -135,6 +135,12 @@ def test_held_jobs_are_enough_to_wake_all_replicas_where_the_reading_is_late_abs
         assert wanted(asleep, report(of, held={NAME: 18.0}), NOW) == 8
 
 
+def test_one_replica_that_runs_already_does_not_hold_up_the_others() -> None:
+    assert wanted(replicas(running=1), report(None, held={NAME: 18.0}, job_s={NAME: 1.0}), NOW) == 8
+    # One is painted, and two are on their way.
+    assert wanted(replicas(running=1), report(None, held={NAME: 3.0}, job_s={NAME: 1.0}), NOW) == 1
+
+
 def test_pulls_that_bring_nothing_overrule_a_reading() -> None:
     late = reading(1000, taken_s_ago=100)
     assert wanted(replicas(), report(late), NOW) == 8

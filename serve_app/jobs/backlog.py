@@ -26,6 +26,8 @@ MIX_WEIGHT = 0.05
 JOB_WEIGHT = 0.2
 #: A model with a smaller share in the mix has no messages that anyone has seen lately.
 TRACE = 0.01
+#: Messages of a model in flight that may be neither at a replica nor waiting for one; see `Settings.share`.
+ON_THEIR_WAY = 2
 #: Beyond any number of jobs or replicas; keeps infinity out of the arithmetic.
 _MANY = 1e9
 
@@ -188,9 +190,9 @@ def _for_jobs(replicas: Replicas, report: Report, now: float) -> int:
     age_s = _number(report.reading.oldest_age_s) if report.reading is not None and hidden else 0.0
     left_s = max(_number(report.target_drain_s) - age_s, job_s, 1.0)
     for_all = _ceil((max(_number(replicas.requests), held) + hidden) * job_s / left_s)
-    # Where none runs, Serve's own policy wants one whatever there is to do, until that one runs.
-    at_once = 0 if replicas.running else _ceil(held / (_number(replicas.target_ongoing) or 1.0))
-    return max(for_all, at_once)
+    # Serve's own policy wants one where none runs, whatever there is to do, and then learns slowly that there is more.
+    at_replicas = held - ON_THEIR_WAY if replicas.running else held
+    return max(for_all, _ceil(at_replicas / (_number(replicas.target_ongoing) or 1.0)))
 
 
 def _hidden(name: str, report: Report, now: float) -> float:
