@@ -110,6 +110,7 @@ METRICS: Mapping[str, Metric] = {
     "fluxfill_messages_in_flight": Metric("gauge", "messages in flight in an ingress replica", ("subscription",)),
     "fluxfill_subscription_connected": Metric("gauge", "1 while a subscription delivers", ("subscription",)),
     "fluxfill_backlog_messages": Metric("gauge", "messages in the subscriptions, by the latest reading"),
+    "fluxfill_backlog_oldest_age_seconds": Metric("gauge", "age of the oldest message, by the latest reading"),
     "fluxfill_backlog_reading_age_seconds": Metric("gauge", "age of the latest reading of the backlog"),
     "fluxfill_backlog_trusted": Metric(
         "gauge", "1 while a recent reading, or pulls that bring nothing, say how many messages wait"

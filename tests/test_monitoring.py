@@ -27,11 +27,6 @@ QUERIES = [rule["expr"] for rule in RULES] + [query for panel in PANELS for quer
 RUNBOOK = Path("docs/runbook.md").read_text()
 #: Series in rules and panels: Ray's, ours, and those that rules record.
 SERIES = {name for query in QUERIES for name in re.findall(r"\b(?:ray_|autoscaler_)\w+|\b\w*:fluxfill_\w+:\w+", query)}
-#: Series of parts that are still to come.
-PENDING = {f"ray_fluxfill_backlog_{what}" for what in ("messages", "oldest_age_seconds", "trusted")} | {
-    "ray_fluxfill_backlog_reading_age_seconds",
-    "ray_fluxfill_policy_errors_total",
-}
 
 
 def promtool(*arguments: str) -> None:
@@ -238,7 +233,7 @@ def test_the_runbooks_commands_exist() -> None:
 
 def test_the_runbook_names_metrics_and_settings_that_there_are() -> None:
     named = set(re.findall(r"`(?:ray_)?(fluxfill_[a-z_]+)`", RUNBOOK))
-    assert named and named <= METRICS.keys() | {name.removeprefix("ray_") for name in PENDING}
+    assert named and named <= METRICS.keys()
     configuration = Path("docs/configuration.md").read_text()
     settings = set(re.findall(r"`((?:work|messages|windows|limits|weights)\.\w+)`", RUNBOOK))
     assert settings and [name for name in settings if f"`{name}`" not in configuration] == []
@@ -256,7 +251,7 @@ def test_the_files_are_what_the_generator_writes() -> None:
 def test_a_series_is_recorded_or_measured(name: str) -> None:
     """That Prometheus gets Ray's and ours is in tests/test_scrape.py."""
     ours = {f"ray_{metric}{end}" for metric in METRICS for end in ("", "_sum", "_count", "_bucket")}
-    assert name in RECORDED | ours | PENDING or name.startswith(("ray_serve_", "ray_node_", "autoscaler_"))
+    assert name in RECORDED | ours or name.startswith(("ray_serve_", "ray_node_", "autoscaler_"))
 
 
 def test_every_recorded_series_is_used() -> None:

@@ -89,6 +89,7 @@ class BacklogWatch:
         if reading is not None:
             self._metrics.put("fluxfill_backlog_reading_age_seconds", max(0.0, now - reading.taken_at))
             self._metrics.put("fluxfill_backlog_messages", reading.messages)
+            self._metrics.put("fluxfill_backlog_oldest_age_seconds", reading.oldest_age_s)
 
 
 @dataclass(slots=True)
