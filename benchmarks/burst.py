@@ -258,13 +258,15 @@ def chart(series: Mapping[Answers, list[Sample]], path: Path) -> None:
     figure, rows = pyplot.subplots(len(series), 1, figsize=(8, 2 * len(series)), sharex=True, layout="constrained")
     for axes, (answers, samples) in zip(rows, series.items(), strict=True):
         at = [one.at_s for one in samples]
-        axes.step(at, [one.wanted for one in samples], where="post", label="replicas wanted")
-        axes.step(at, [one.running for one in samples], where="post", label="replicas that run")
+        axes.step(at, [one.wanted for one in samples], where="post")
+        axes.step(at, [one.running for one in samples], where="post")
         axes.set(ylabel="replicas", title=f"the reading is {answers}")
         queue = axes.twinx()
-        queue.plot(at, [one.messages for one in samples], color="gray", label="messages")
+        (messages,) = queue.plot(at, [one.messages for one in samples], color="gray")
         queue.set(ylabel="messages", ylim=(0, None))
-    rows[0].legend(loc="upper right")
+    lines = [*rows[0].get_lines(), messages]
+    names = ["replicas wanted", "replicas that run", "messages"]
+    figure.legend(lines, names, loc="outside upper center", ncols=3)
     rows[-1].set(xlabel="seconds from the publication")
     figure.savefig(path, dpi=100)
 
