@@ -78,6 +78,8 @@ class Variant(_Value):
     base_revision: str | None = None
     #: What the transformer's blocks are repacked to at load, approximately; None computes with what `file` holds.
     repack: Repacking | None = None
+    #: Denoising steps of an edit whose message names none; None: those of the app's inference defaults.
+    steps: int | None = Field(None, ge=1, le=100)
     #: Tokens a prompt is padded to for T5.
     max_prompt_tokens: int = Field(512, ge=1, le=512)
     #: Whole GPUs a replica takes. 0 runs on the CPU.

@@ -36,7 +36,7 @@ class Inference(_Frozen):
     """What an edit uses where its message says nothing."""
 
     prompt: Prompt = "seamless natural background matching surrounding area, photorealistic, no leash, no rope, no cord"
-    #: Denoising steps.
+    #: Denoising steps, on variants that have no `steps` of their own.
     steps: Steps = 28
     #: FLUX.1-Fill's official value.
     guidance_scale: GuidanceScale = 30.0
@@ -548,6 +548,12 @@ class Settings(_Frozen):
     def variant(self, name: str) -> Variant:
         """The definition of a served variant or generator. Raises KeyError for one that is not served."""
         return self.served[name].definition or BUILT_IN[name]
+
+    def unsaid(self, inference: Inference, name: str) -> dict[str, Any]:
+        """What an edit on this variant uses where its message says nothing, by the names of EditParameters. The variant
+        need not be served."""
+        steps = self.variant(name).steps if name in self.served else None
+        return inference.model_dump(exclude={"variant"}) | ({} if steps is None else {"steps": steps})
 
     def price(self, name: str) -> float | None:
         """Of an hour on a replica of a served variant or generator. None: it has no price."""

@@ -12,6 +12,7 @@ import pytest
 from deployments.cli.audit_apply import Applied, apply, drift
 from deployments.config import check, load
 from serve_app.errors import AuditError, SettingsError
+from serve_app.models import BUILT_IN
 
 REPOSITORY = Path("serve_config.yaml")
 SOUND = REPOSITORY.read_text()
@@ -65,6 +66,15 @@ def test_the_difference_and_the_way_to_deploy_are_told(tmp_path: Path) -> None:
     ]
     assert f"serve deploy {tmp_path / 'config.yaml'}" in found.next_step
     assert "serveConfigV2" in found.next_step
+
+
+def test_steps_that_the_variants_own_override_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILT_IN, "tiny-Q4_0", BUILT_IN["tiny-Q4_0"].model_copy(update={"steps": 8}))
+    found, text = applied(tmp_path, SOUND, steps=12)
+    assert "tiny-Q4_0 still take 8 steps" in found.next_step
+    again, _ = applied(tmp_path, text, steps=12)
+    assert not again.diff and "still take 8 steps" in again.next_step
+    assert "still take" not in applied(tmp_path, SOUND, steps=8)[0].next_step
 
 
 def flush(text: str) -> str:

@@ -32,13 +32,13 @@ from serve_app.errors import (
 )
 from serve_app.jobs import claims
 from serve_app.jobs.admission import Admission
-from serve_app.jobs.kinds import Asked, Attempt, Result
+from serve_app.jobs.kinds import Asked, Attempt, Caller, Result
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.ports import Delivery, Verdict
 from serve_app.jobs.record import Artifact, Job, JobType, State, Timings
 from serve_app.jobs.worker import Worker
-from serve_app.models import Progress
-from serve_app.parameters import AuditRequest
+from serve_app.models import BUILT_IN, Progress, Variant
+from serve_app.parameters import AuditRequest, EditParameters
 from serve_app.settings import Inference, Limits, MessagesSettings, VariantSettings
 
 from .backends import make_audit
@@ -151,6 +151,19 @@ async def test_parameters_are_the_messages_else_the_defaults(rig: Rig) -> None:
     job = await rig.job()
     assert (job.parameters.steps, job.seed, job.parameters.guidance_scale) == (7, 5, 2.5)
     assert job.parameters.prompt == Inference().prompt
+
+
+async def test_a_variants_own_steps_are_its_edits_default(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILT_IN, "telea", Variant(family="telea", steps=8))
+    await rig.work()
+    assert (await rig.job()).parameters.steps == 8
+    await rig.put_session("s2")
+    await rig.work("m2", sessionId="s2", steps=7)
+    assert sorted(job.parameters.steps for job in await rig.jobs.list()) == [7, 8]
+    posted = await rig.editor.post(
+        {"type": "inpaint", "session": {"user_id": USER, "session_id": SESSION}}, Caller(), job_id="job-1"
+    )
+    assert posted.parameters == EditParameters(**rig.inference.model_dump(exclude={"variant"}) | {"steps": 8})
 
 
 async def test_a_seed_that_was_not_given_derives_from_the_jobs_id(rig: Rig) -> None:

@@ -52,18 +52,30 @@ class Applied:
     after: Inference
     #: Of the file's text, unified; empty where it says all of it already and was left alone.
     diff: str
+    #: Of the variant; they come before the inference defaults.
+    own_steps: int | None = None
 
     @property
     def next_step(self) -> str:
         """For a person: how what the file says reaches the app."""
         if not self.diff:
-            return f"{self.config} says this already: nothing was changed."
+            return f"{self.config} says this already: nothing was changed.{self._other_steps}"
         return (
             f"Deploy it with: serve deploy {shlex.quote(str(self.config))}   (RAY_AUTH_MODE=token if Ray asks for it)\n"
             "Only user_config differs: it takes effect on the next claimed job, and nothing restarts. An app that runs "
             "in the foreground by `serve run` takes it the same way.\n"
             "With KubeRay, make the same change under spec.serveConfigV2 of the RayService and kubectl apply it: the "
-            "cluster stays, too."
+            f"cluster stays, too.{self._other_steps}"
+        )
+
+    @property
+    def _other_steps(self) -> str:
+        if self.own_steps in (None, self.after.steps):
+            return ""
+        name = self.after.variant
+        return (
+            f"\nEdits on {name} still take {self.own_steps} steps, the variant's own default: for {self.after.steps}, "
+            f"set steps in variants.{name}.definition, which redeploys."
         )
 
 
@@ -89,7 +101,8 @@ def apply(results: Mapping[str, Any], config: Path) -> Applied:
     name, lines = str(config), [text.splitlines(keepends=True) for text in (old, new)]
     diff = "".join(unified_diff(lines[0], lines[1], name, name))
     after = before.inference.model_copy(update=choice.model_dump())
-    return Applied(config=config, before=before.inference, after=after, diff=diff)
+    own_steps = before.settings.variant(choice.variant).steps
+    return Applied(config=config, before=before.inference, after=after, diff=diff, own_steps=own_steps)
 
 
 def drift(config: Config, running: Mapping[str, Any]) -> list[str]:

@@ -179,7 +179,7 @@ class Editor:
             variant=variant,
             seed=explicit.pop("seed", seed_of(job_id)),
             request=edit_request(message, idempotency_key=idempotency_key),
-            parameters=EditParameters(**(self._defaults().model_dump(exclude={"variant"}) | explicit)),
+            parameters=EditParameters(**(self._settings.unsaid(self._defaults(), variant) | explicit)),
             deadline=message.deadline,
             callback_url=str(message.callback_url or ""),
             message=Message(data=message.model_dump_json(by_alias=True, exclude_none=True), attributes={}),
@@ -199,7 +199,7 @@ class Editor:
             lock_key=lock_key(session.user_id, session.session_id),
             variant=variant,
             seed=seed_of(job_id) if asked.seed in (None, -1) else asked.seed,
-            parameters=EditParameters(**(defaults.model_dump(exclude={"variant"}) | asked.explicit())),
+            parameters=EditParameters(**(self._settings.unsaid(defaults, variant) | asked.explicit())),
         )
 
     def inputs(self, job: Job) -> Sequence[str]:
