@@ -86,6 +86,8 @@ class Variant(_Value):
     num_gpus: int = Field(0, ge=0, le=1)
     #: GiB resident on the device while serving (without text encoders); informative.
     memory_gib: float | None = None
+    #: Of the weights, by its short name; informative. None where there are none, or where it is not known.
+    licence: str | None = None
     #: Seconds the `pause` family sleeps per window in place of painting.
     pause_s: float = Field(1.0, ge=0, le=600)
     #: For load tests: the `pause` family reports no step and goes on after it was told to stop, as a hung GPU does.
@@ -110,6 +112,8 @@ class Variant(_Value):
 #: A `base` or `file` under this prefix is written by `flux.tiny` or `sdxl.tiny` of `serve_app.engine` on first use.
 TINY = "tiny:"
 
+#: Of FLUX.1 [dev], FLUX.1 Fill [dev] and all that is made of them, packed files and LoRAs among it; see docs/models.md.
+FLUX_DEV = "FLUX.1 [dev] Non-Commercial"
 _GGUF_REPO = "YarvixPA/FLUX.1-Fill-dev-GGUF"
 _BASE = "black-forest-labs/FLUX.1-Fill-dev"
 
@@ -123,6 +127,7 @@ def _gguf(quant: str, memory_gib: float, repack: Repacking | None = None) -> Var
         repack=repack,
         num_gpus=1,
         memory_gib=memory_gib,
+        licence=FLUX_DEV,
     )
 
 
@@ -144,28 +149,35 @@ def _flux_dev(quant: str, memory_gib: float) -> Variant:
         base="black-forest-labs/FLUX.1-dev",
         num_gpus=1,
         memory_gib=memory_gib,
+        licence=FLUX_DEV,
     )
 
 
 _SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 
-#: Resident sizes were computed from the tensor shapes.
+#: Resident sizes were computed from the tensor shapes; of FLUX.1 by `python -m benchmarks.engine --memory`.
 BUILT_IN: dict[str, Variant] = {
-    "Q4_0": _gguf("Q4_0", 11.0),
-    "Q5_K_S": _gguf("Q5_K_S", 12.5),
-    "Q8_0": _gguf("Q8_0", 16.9),
-    "Q8_0-w8a8": _gguf("Q8_0", 16.4, "w8a8"),
-    "Q8_0-fp8": _gguf("Q8_0", 16.4, "fp8"),
+    "Q4_0": _gguf("Q4_0", 4.8),
+    "Q5_K_S": _gguf("Q5_K_S", 5.8),
+    "Q8_0": _gguf("Q8_0", 8.8),
+    "Q8_0-w8a8": _gguf("Q8_0", 8.3, "w8a8"),
+    "Q8_0-fp8": _gguf("Q8_0", 8.3, "fp8"),
     "tiny-Q4_0": _tiny("Q4_0"),
     "tiny-Q5_K_S": _tiny("Q5_K_S"),
     "tiny-Q8_0": _tiny("Q8_0"),
     "tiny-Q8_0-w8a8": _tiny("Q8_0", "w8a8"),
     "telea": Variant(family="telea"),
     "sdxl": Variant(
-        family="sdxl", repo=_SDXL_REPO, file="sd_xl_base_1.0.safetensors", base=_SDXL_REPO, num_gpus=1, memory_gib=6.6
+        family="sdxl",
+        repo=_SDXL_REPO,
+        file="sd_xl_base_1.0.safetensors",
+        base=_SDXL_REPO,
+        num_gpus=1,
+        memory_gib=6.6,
+        licence="OpenRAIL++-M",
     ),
-    "flux-dev-Q8_0": _flux_dev("Q8_0", 16.9),
-    "flux-dev-Q4_0": _flux_dev("Q4_0", 11.0),
+    "flux-dev-Q8_0": _flux_dev("Q8_0", 8.8),
+    "flux-dev-Q4_0": _flux_dev("Q4_0", 4.8),
     "tiny-sdxl": Variant(family="sdxl", file=f"{TINY}sdxl.safetensors", base=f"{TINY}sdxl-base"),
     "tiny-flux-dev": Variant(
         family="flux", file=f"{TINY}flux1-dev-Q8_0.gguf", base=f"{TINY}flux-dev-base", max_prompt_tokens=64

@@ -26,6 +26,7 @@ from .dead_letters import deadletters_app
 from .generate import generate
 from .keys import keys_app
 from .loras import loras_app
+from .models import models
 from .screen import Screen
 from .subcommands import goes_to_subcommand
 
@@ -44,6 +45,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(loras_app, name="loras")
 app.add_typer(audit_app, name="audit")
 app.command()(generate)
+app.command()(models)
 
 out = Screen()
 err = Screen(stderr=True)
