@@ -115,8 +115,8 @@ class Replica(Generic[E]):
         if (used_bytes := made.where.get("memory_used_bytes")) is not None:
             self._metrics.put("fluxfill_gpu_memory_bytes", used_bytes, variant=self._name)
         if self._counts_steps:
-            times = len(made.windows) if isinstance(request, EditRequest) else 1
-            self._metrics.observe("fluxfill_steps_per_second", request.steps * times / made.busy_s, variant=self._name)
+            steps = request.steps_run * len(made.windows) if isinstance(request, EditRequest) else request.steps
+            self._metrics.observe("fluxfill_steps_per_second", steps / made.busy_s, variant=self._name)
 
     def _painted(self, seconds: float) -> None:
         self._metrics.add("fluxfill_gpu_seconds_total", seconds, variant=self._name)

@@ -104,6 +104,11 @@ class Variant(_Value):
         return GENERATIONS.get(self.family)
 
     @property
+    def takes_strength(self) -> bool:
+        """Whether its painting may start from a filled hole. The other families have no noise to start from."""
+        return self.family == "flux-fill"
+
+    @property
     def counts_steps(self) -> bool:
         """Whether it paints in as many steps as it is asked for."""
         return self.family != "telea"
@@ -241,6 +246,12 @@ class Progress(_Value):
         return self.step / self.steps if self.steps else 0.0
 
 
+def steps_run(steps: int, strength: float) -> int:
+    """Of a schedule of `steps`, those that are left, at its end, for an edit of this strength, above 0 and up to 1:
+    rounded up. Source: FluxFillPipeline.get_timesteps of diffusers."""
+    return steps - int(steps - steps * strength)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EditRequest:
     """What a replica needs for one job, and nothing about whose it is but the id."""
@@ -252,14 +263,22 @@ class EditRequest:
     mask: Pixels
     #: In painting order, in canvas pixels; each is a bucket size.
     windows: Sequence[Box]
+    #: Of the whole schedule.
     steps: int
     guidance_scale: float
     seed: int
+    #: Below 1, painting starts from a filled hole under so much noise, and only the schedule's last steps run.
+    strength: float = 1.0
     #: W3C trace context of the message that asked, for the replica's log; empty where there is none.
     traceparent: str = ""
     #: safetensors bytes with `prompt_embeds` `[1, tokens, d]` and `pooled_prompt_embeds` `[1, d]`; None where the
     #: variant takes no prompt.
     embeddings: bytes | None = None
+
+    @property
+    def steps_run(self) -> int:
+        """Of each window."""
+        return steps_run(self.steps, self.strength)
 
 
 class LoraFacts(_Value):

@@ -42,6 +42,9 @@ Steps = Annotated[Whole, Field(ge=1, le=100)]
 
 GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
+#: Of an edit; see `EditRequest.strength`. At the lowest, one step of the most is left.
+Strength = Annotated[float, Field(strict=True, ge=0.01, le=1)]
+
 VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
 
 Prompt = Annotated[str, StringConstraints(max_length=2000)]
@@ -228,6 +231,8 @@ class EditParameters(_Value):
     #: Of the edited photo, whatever its file is called. In PNG and WebP, which are lossless here, all that is not
     #: painted is the photo's, bit by bit. Left out of a record where it says nothing, which older versions can read.
     format: Annotated[Format, Field(exclude_if=lambda value: value == "jpg")] = "jpg"
+    #: Below 1, painting starts from a filled hole; left out of a record at 1.
+    strength: Annotated[Strength, Field(exclude_if=lambda value: value == 1)] = 1.0
 
 
 #: What a job is to do, by its type.

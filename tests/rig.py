@@ -89,7 +89,7 @@ class Scripted:
     def paint(self, window: Window) -> Pixels:
         self.painted += 1
         self.on_paint()
-        for step in range(1, window.steps + 1):
+        for step in range(1, window.steps_run + 1):
             self.on_step(step)
             self.steps_done += 1
             window.on_step(step)
@@ -269,7 +269,10 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.settings = Settings(
-            variants={"telea": {}},
+            variants={
+                "telea": {},
+                "fill": {"definition": {"family": "flux-fill", "file": "none.gguf", "base": "none"}},
+            },
             blobs=f"memory:{self.name}",
             jobs=f"memory:{self.name}",
             work={**FAST, **self.work_settings},
@@ -284,7 +287,7 @@ class Rig:
         self.linked = Linked()
         self.metrics = Counters()
         #: More than `settings` serve: a test may serve more.
-        self.models = {name: LocalModel(name, self.engine) for name in ("telea", "b", "c")}
+        self.models = {name: LocalModel(name, self.engine) for name in ("telea", "fill", "b", "c")}
         self.editor = Editor(
             blobs=self.blobs,
             models=self.models,

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxFillPipeline, FluxTransformer2DModel
 
 from serve_app.edit.paste import cut
 from serve_app.edit.windows import Plan, plan
@@ -19,13 +20,14 @@ from serve_app.engine.flux import pipeline
 from serve_app.engine.flux.modulation import Conditions, Modulation
 from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.painting import paint_canvas
+from serve_app.engine.telea import inpaint
 from serve_app.engine.weights.fetch import Weights
-from serve_app.models import Pixels
+from serve_app.models import Box, Pixels, Progress, steps_run
 from serve_app.parameters import CropStrategy
 from serve_app.settings import WindowSettings
 
 from .cpu import own_number_type
-from .engine_fixtures import SIDE, flux_fill, photo, request, window
+from .engine_fixtures import SIDE, flux_fill, photo, request, square_mask, window
 
 QUANTS = (
     "Q8_0",
@@ -44,9 +46,13 @@ def plain(tiny: TinyWeights, quant: str, dtype: torch.dtype) -> Callable[[Window
     def paint(given: Window) -> Pixels:
         height, width = given.mask.shape
         prompt = safetensors.torch.load(given.embeddings or b"")
+        photo, hole = given.pixels.copy(), given.mask >= 128
+        if given.strength < 1:
+            photo[hole] = inpaint(given.pixels, given.mask)[hole]
         painted = pipe(
-            image=given.pixels.astype(np.float32) / 255,
-            mask_image=(given.mask >= 128).astype(np.float32),
+            image=photo.astype(np.float32) / 255,
+            mask_image=hole.astype(np.float32),
+            strength=given.strength,
             height=height,
             width=width,
             num_inference_steps=given.steps,
@@ -100,7 +106,8 @@ def whole_frame() -> WholeFrame:
 
 @pytest.fixture(scope="module")
 def cases(embeddings: bytes, another: bytes, whole_frame: WholeFrame) -> dict[str, Window]:
-    """One, and others that differ from it in one thing each that the modulation depends on."""
+    """One, and others that differ from it in one thing each that the modulation depends on. Of the four steps of
+    another strength three are left: the first of them is the second of the schedule."""
     small: dict[str, Any] = {"height": 64, "width": 64, "embeddings": embeddings, "steps": 2, "seed": 11}
     return {
         "one": window(**small),
@@ -108,6 +115,9 @@ def cases(embeddings: bytes, another: bytes, whole_frame: WholeFrame) -> dict[st
         "another size": window(**small | {"width": 96}),
         "another number of steps": window(**small | {"steps": 1}),
         "another guidance scale": window(**small | {"guidance_scale": 0.0}),
+        "more steps": window(**small | {"steps": 4}),
+        "another strength": window(**small | {"steps": 4, "strength": 0.7}),
+        "a step at least": window(**small | {"steps": 4, "strength": 0.01}),
         "whole frame": window(
             64, 64, pixels=whole_frame.frame, mask=whole_frame.mask, embeddings=embeddings, steps=1, seed=3
         ),
@@ -166,6 +176,34 @@ def test_the_vae_encodes_once_and_the_plain_pipeline_twice(tiny: TinyWeights, em
         engine.paint(window(64, 64, embeddings=embeddings, steps=1))
         counted[one_encode] = calls
     assert counted == {True: 1, False: 2}
+
+
+def test_as_many_steps_run_as_of_the_pipeline() -> None:
+    for steps in range(1, 101):
+        scheduler = SimpleNamespace(timesteps=range(steps), order=1)
+        for hundredths in range(1, 101):
+            strength = hundredths / 100
+            left, count = FluxFillPipeline.get_timesteps(SimpleNamespace(scheduler=scheduler), steps, strength, "cpu")
+            assert steps_run(steps, strength) == count == len(left) >= 1
+
+
+def test_nothing_of_what_was_in_the_hole_is_painted_from(tiny: TinyWeights, embeddings: bytes) -> None:
+    engine = flux_fill(tiny)
+    engine.load()
+    given: dict[str, Any] = {"embeddings": embeddings, "steps": 4, "strength": 0.5}
+    leashed = photo(64, 64)
+    leashed[square_mask(64, 64) > 0] = 255 - leashed[square_mask(64, 64) > 0]
+    told: list[Progress] = []
+    canvases = [
+        paint_canvas(
+            engine,
+            request(canvas=pixels, mask=square_mask(64, 64), windows=[Box(x0=0, y0=0, x1=64, y1=64)], **given),
+            told.append,
+        ).images[0]
+        for pixels in (photo(64, 64), leashed)
+    ]
+    assert np.array_equal(*canvases)
+    assert [(one.step, one.steps) for one in told] == [(0, 2), (1, 2), (2, 2)] * 2
 
 
 def wide(dtype: torch.dtype) -> FluxTransformer2DModel:

@@ -393,6 +393,13 @@ async def test_steps_per_second_count_what_was_painted() -> None:
     assert replica.counters.total("fluxfill_steps_per_second", "v") == 4 / painted.busy_s
 
 
+async def test_steps_per_second_count_those_that_a_strength_leaves() -> None:
+    replica = Replica(settings(), Scripted(fail_with()))
+    painted = (await replica.events(replace(request(), strength=0.3)))[-1]
+    assert isinstance(painted, Images)
+    assert replica.counters.total("fluxfill_steps_per_second", "v") == 2 / painted.busy_s
+
+
 async def test_what_has_no_gpu_and_no_steps_leaves_no_figures_of_them() -> None:
     replica = Replica(settings(family="telea"))
     await replica.events(request())

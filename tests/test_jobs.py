@@ -644,6 +644,7 @@ explicit = st.fixed_dictionaries(
         "steps": st.integers(1, 100),
         "seed": st.integers(0, 2**63 - 1),
         "cropStrategy": st.sampled_from(list(CropStrategy)),
+        "strength": st.floats(0.01, 1),
     },
 )
 

@@ -49,6 +49,7 @@ def test_everything_a_message_may_say() -> None:
             "steps": 100,
             "seed": 2**63 - 1,
             "cropStrategy": "resize",
+            "strength": 0.8,
             "deadline": "2030-01-01T00:00:00+02:00",
             "callbackUrl": "https://example.org/done",
         }
@@ -63,6 +64,7 @@ def test_everything_a_message_may_say() -> None:
         "steps": 100,
         "seed": 2**63 - 1,
         "crop_strategy": "resize",
+        "strength": 0.8,
     }
 
 
@@ -116,6 +118,7 @@ WRONG: list[tuple[str, list[object]]] = [
     ("steps", [0, 101, -1, 1.5, 28.5, 100.5, 1e300, "28", "28.0", True, []]),
     ("seed", [-2, -2.0, 2**63, 2.0**63, 1.5, "1", False]),
     ("cropStrategy", ["zoom", "AUTO", 1, ""]),
+    ("strength", [0, 0.009, 1.01, -1, "0.5", True]),
     ("deadline", ["2030-01-01T00:00:00", "soon", [], "2030-13-01T00:00:00Z", "2030-01-01", "20300101", "1893456000"]),
     ("deadline", [1893456000, 1893456000.5, True, "", "2030-01-01T00:00Z", "2030-01-01T00:00:00+02", "12:00:00Z"]),
     (

@@ -90,9 +90,19 @@ async def test_a_job_has_what_its_body_says_and_the_apps_defaults(rig: Rig) -> N
     assert (plain.variant, plain.parameters) == ("telea", EditParameters(**defaults))
     assert (plain.user_id, plain.session_id, plain.lock_key) == (USER, SESSION, f"{USER}/{SESSION}")
     assert rig.editor.inputs(plain) == rig.editor.outputs(plain) == []
-    asked = {"prompt": "grass", "steps": 8, "guidance": 2.5, "seed": 7, "crop_strategy": "crop", "model": "telea"}
+    asked = {
+        "prompt": "grass",
+        "steps": 8,
+        "guidance": 2.5,
+        "seed": 7,
+        "crop_strategy": "crop",
+        "model": "telea",
+        "strength": 0.8,
+    }
     job = await post(rig, session=STORED, **asked)
-    expected = EditParameters(prompt="grass", steps=8, guidance_scale=2.5, crop_strategy=CropStrategy.CROP)
+    expected = EditParameters(
+        prompt="grass", steps=8, guidance_scale=2.5, crop_strategy=CropStrategy.CROP, strength=0.8
+    )
     assert (job.parameters, job.seed, job.variant) == (expected, 7, "telea")
     other_names = await post(rig, session=STORED, guidance_scale=2.5, model_id="telea")
     assert other_names.parameters == EditParameters(**{**defaults, "guidance_scale": 2.5})
@@ -113,6 +123,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"guidance": 1, "guidance_scale": 2}, "guidance_scale"),
     ({"seed": -2}, "seed"),
     ({"crop_strategy": "zoom"}, "crop_strategy"),
+    ({"strength": 0}, "strength"),
     ({"prompt": SECRET * 1000}, "prompt"),
     ({"model_id": "../x"}, "model_id"),
     ({"negative_prompt": SECRET}, "negative_prompt"),
@@ -287,10 +298,13 @@ async def test_a_mask_that_says_nothing_is_refused_by_name(
     assert refused.value.details["field"] == "image"
 
 
-async def test_a_record_says_the_format_only_where_older_versions_could_not_paint_it(rig: Rig) -> None:
-    for format, says in (("jpg", False), ("jpeg", False), ("png", True)):
-        job = await post(rig, session=STORED, format=format)
-        assert ("format" in job.model_dump_json()) == says
+@pytest.mark.parametrize(("name", "usual", "others"), [("format", ["jpg", "jpeg"], ["png"]), ("strength", [1], [0.5])])
+async def test_a_record_says_what_is_new_only_where_older_versions_could_not_paint_it(
+    rig: Rig, name: str, usual: list[Any], others: list[Any]
+) -> None:
+    for value in usual + others:
+        job = await post(rig, session=STORED, **{name: value})
+        assert (f'"{name}"' in job.model_dump_json()) == (value in others)
         assert Job.model_validate_json(job.model_dump_json()) == job
 
 

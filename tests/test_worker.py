@@ -166,6 +166,14 @@ async def test_a_variants_own_steps_are_its_edits_default(rig: Rig, monkeypatch:
     assert posted.parameters == EditParameters(**rig.inference.model_dump(exclude={"variant"}) | {"steps": 8})
 
 
+@pytest.mark.parametrize(("variant", "steps"), [("fill", 2), ("telea", 4)])
+async def test_strength_leaves_some_of_the_steps_where_the_family_has_noise(rig: Rig, variant: str, steps: int) -> None:
+    await rig.work(strength=0.5, variant=variant)
+    job = await rig.job()
+    assert (job.parameters.strength, job.parameters.steps) == (0.5, 4)
+    assert (job.progress.step, job.progress.steps, rig.engine.steps_done) == (steps, steps, steps)
+
+
 async def test_a_seed_that_was_not_given_derives_from_the_jobs_id(rig: Rig) -> None:
     await rig.work()
     job = await rig.job()

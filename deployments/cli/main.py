@@ -104,6 +104,9 @@ def submit(
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 100.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; derived from the job by default.")] = None,
     crop: Annotated[CropStrategy | None, typer.Option(help="How the photo is cropped for the model.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="0.01 to 1; below 1, painting starts from a filled hole.")
+    ] = None,
     priority: Annotated[str | None, typer.Option(help="For the subscriptions' filters: high or low.")] = None,
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Identifies the edit, in place of the files' versions.")
@@ -129,6 +132,7 @@ def submit(
         "steps": steps,
         "seed": seed,
         "cropStrategy": crop,
+        "strength": strength,
     }
     asked = {"priority": priority, "idempotencyKey": f"again-{uuid.uuid4().hex}" if again else key}
     attributes = {name: value for name, value in asked.items() if value is not None}

@@ -295,6 +295,7 @@ class Editor:
             steps=_asked(job).steps,
             guidance_scale=_asked(job).guidance_scale,
             seed=job.seed,
+            strength=_asked(job).strength if self._settings.variant(job.variant).takes_strength else 1.0,
             traceparent=tracing.traceparent(job.traceparent),
             embeddings=embeddings,
         )

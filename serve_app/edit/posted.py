@@ -20,7 +20,7 @@ from ..errors import (
     Unavailable,
 )
 from ..jobs.kinds import PostedBody
-from ..parameters import CropStrategy, Id, Prompt, Whole
+from ..parameters import CropStrategy, Id, Prompt, Strength, Whole
 from ..settings import Limits
 from .images import decode_photo
 from .masks import Polarity, decode_mask, encode_mask
@@ -74,6 +74,8 @@ class InpaintBody(PostedBody):
     #: Left out, or -1: one that the answer tells.
     seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
+    #: Below 1, painting starts from a filled hole instead of noise alone, and only so much of the steps is done.
+    strength: Strength | None = None
     #: In PNG and WebP, which are lossless, all that is not painted is the photo's, bit by bit.
     format: Literal["png", "jpg", "jpeg", "webp"] = "jpg"
 
@@ -86,7 +88,10 @@ class InpaintBody(PostedBody):
 
     def explicit(self) -> dict[str, Any]:
         """What it gives of an edit's parameters, by their names."""
-        given = {"guidance_scale": self.guidance, **self.model_dump(include={"prompt", "steps", "crop_strategy"})}
+        given = {
+            "guidance_scale": self.guidance,
+            **self.model_dump(include={"prompt", "steps", "crop_strategy", "strength"}),
+        }
         given["format"] = "jpg" if self.format == "jpeg" else self.format
         return {name: value for name, value in given.items() if value is not None}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models import GenerateRequest, Pixels
+from ..models import GenerateRequest, Pixels, steps_run
 
 if TYPE_CHECKING:
     from .lora.adapter import Adapter
@@ -22,14 +22,21 @@ class Window:
     pixels: Pixels
     #: uint8, `[h, w]`: painted where it is 128 or more.
     mask: Pixels
+    #: Of the whole schedule.
     steps: int
     guidance_scale: float
     seed: int
     #: As in `EditRequest`.
     embeddings: bytes | None
-    #: Gets the number of steps done, from 1 up to `steps` (fewer where the family knows no steps). What it raises ends
-    #: the painting within that step and passes through unchanged.
+    #: Gets the number of steps done, from 1 up to `steps_run` (fewer where the family knows no steps). What it raises
+    #: ends the painting within that step and passes through unchanged.
     on_step: Callable[[int], None]
+    #: As in `EditRequest`.
+    strength: float = 1.0
+
+    @property
+    def steps_run(self) -> int:
+        return steps_run(self.steps, self.strength)
 
 
 class AnyEngine(Protocol):

@@ -57,21 +57,21 @@ def paint_canvas(
     # Earlier peaks are not this painting's.
     engine.peak_memory()
     started_s, started_ms = time.perf_counter(), engine.device_ms()
-    total, stages = request.steps * len(windows), Counter(dict.fromkeys(STAGES, 0.0))
+    total, stages = request.steps_run * len(windows), Counter(dict.fromkeys(STAGES, 0.0))
     on_step(Progress(step=0, steps=total))
     for number, (box, share) in enumerate(windows):
         done = 0
 
-        def advance(step: int, before: int = number * request.steps) -> None:
+        def advance(step: int, before: int = number * request.steps_run) -> None:
             nonlocal done
             done = step
             on_step(Progress(step=before + step, steps=total))
 
         paint = partial(_paint_window, engine, request, number, canvas[box.slices], share.unpainted, advance)
         painted, seconds = twice_at_most(paint, engine, on_out_of_memory)
-        if done < request.steps:
+        if done < request.steps_run:
             # A family that knows fewer steps than were asked for has done all of them.
-            advance(request.steps)
+            advance(request.steps_run)
         stages.update(seconds)
         paste_window(canvas, painted, box, share)
     ended_ms, busy_s = engine.device_ms(), time.perf_counter() - started_s
@@ -116,6 +116,7 @@ def _paint_window(
             seed=(request.seed + number) % _SEEDS,
             embeddings=request.embeddings,
             on_step=timed,
+            strength=request.strength,
         )
     )
     return painted, split(began_s, steps_s, time.perf_counter())

@@ -30,13 +30,14 @@ class Telea(Weightless):
         cv2.setNumThreads(self._threads)
 
     def paint(self, window: Window) -> Pixels:
-        """Where the mask leaves no known pixel to go on from, the window becomes its own mean colour."""
-        painted = _inpaint(window.pixels, window.mask)
+        painted = inpaint(window.pixels, window.mask)
         window.on_step(1)
         return painted
 
 
-def _inpaint(pixels: Pixels, mask: Pixels) -> Pixels:
+def inpaint(pixels: Pixels, mask: Pixels) -> Pixels:
+    """The pixels `[h, w, 3]`, filled where the mask `[h, w]` is 128 or more and next to it. Where no known pixel is
+    left to go on from, all become their mean colour."""
     radius_px = max(_MIN_RADIUS_PX, max(mask.shape) // _WINDOW_PER_RADIUS_PX)
     taken_out, rim_px = (mask >= 128).astype(np.uint8), radius_px // 2 + 1
     # The soft rim of what is taken out still has its colour, and would bleed into the hole.

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from ..errors import MalformedMessage
-from ..parameters import CropStrategy, GuidanceScale, Id, Prompt, Steps, VariantName, Whole
+from ..parameters import CropStrategy, GuidanceScale, Id, Prompt, Steps, Strength, VariantName, Whole
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -83,6 +83,7 @@ class EditMessage(BaseModel):
     #: None or -1: derived from the job's id.
     seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
+    strength: Strength | None = None
     #: Painting that has not ended by then is given up.
     deadline: Moment | None = None
     #: Called when the job is over.
@@ -90,7 +91,7 @@ class EditMessage(BaseModel):
 
     def explicit(self) -> dict[str, Any]:
         """The parameters the publisher gave, as plain JSON values: part of the edit's identity."""
-        names = {"variant", "prompt", "guidance_scale", "steps", "seed", "crop_strategy"}
+        names = {"variant", "prompt", "guidance_scale", "steps", "seed", "crop_strategy", "strength"}
         given = self.model_dump(mode="json", include=names, exclude_none=True)
         if given.get("seed") == -1:
             del given["seed"]

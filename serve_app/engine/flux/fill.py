@@ -11,6 +11,7 @@ from ...errors import InputError
 from ...models import Pixels, Variant
 from ...settings import VariantSettings
 from .. import Window
+from ..telea import inpaint
 from ..weights.fetch import Weights
 from . import compiled, pipeline
 from .model import MULTIPLE_PX, Flux, Prompt
@@ -46,12 +47,18 @@ class FluxFill(Flux):
 
     def _run(self, window: Window, prompt: Prompt) -> Pixels:
         height, width = window.mask.shape
+        hole, pixels, is_from_noise = window.mask >= 128, window.pixels, window.strength == 1
+        if not is_from_noise:
+            # Filled in the hole alone: around it the model sees the photo.
+            pixels = np.where(hole[..., np.newaxis], inpaint(pixels, window.mask), pixels)
 
         def inputs(generator: torch.Generator) -> Mapping[str, Any]:
             return {
-                "image": window.pixels[np.newaxis].astype(np.float32) / 255,
-                "mask_image": (window.mask[np.newaxis] >= 128).astype(np.float32),
-                "latents": self._noise(generator, height, width) if self._one_encode else None,
+                "image": pixels[np.newaxis].astype(np.float32) / 255,
+                "mask_image": hole[np.newaxis].astype(np.float32),
+                "strength": window.strength,
+                # The pipeline itself encodes what it starts from.
+                "latents": self._noise(generator, height, width) if self._one_encode and is_from_noise else None,
             }
 
         painted = self.run(window, (width, height), prompt, window.on_step, inputs)

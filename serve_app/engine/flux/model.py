@@ -104,7 +104,7 @@ class Flux(OnDevice):
         inputs: Callable[[torch.Generator], Mapping[str, Any]] = lambda _: {},
         loras: Sequence[tuple[LoraUse, Adapter]] = (),
     ) -> Any:
-        """float32 `[height, width, 3]`, 0 to 1. `inputs` gives what else the pipeline takes."""
+        """float32 `[height, width, 3]`, 0 to 1. `inputs` gives what else the pipeline takes, `strength` among it."""
         if self._pipeline is None:
             raise PaintError("the engine is not loaded")
         (width, height), scale = size, asked.guidance_scale
@@ -113,8 +113,10 @@ class Flux(OnDevice):
         one_run = step_cache.one_run(self._pipeline.transformer)
         with_loras = hooks.applied(self._layer, loras, self._device)
         with self._device.translated(), self._device.timed(), torch.inference_mode(), one_run, with_loras:
+            given = inputs(generator)
             if self._modulation is not None:
-                timesteps = pipeline.timesteps(self._pipeline, width, height, asked.steps)
+                strength = given.get("strength", 1.0)
+                timesteps = pipeline.timesteps(self._pipeline, width, height, asked.steps, strength)
                 pooled, changed = prompt["pooled_prompt_embeds"], self._modulation.changed_by(loras)
                 self._modulation.begin(Conditions(timesteps, scale, pooled, changed))
             (image,) = self._pipeline(
@@ -126,7 +128,7 @@ class Flux(OnDevice):
                 callback_on_step_end=self._step_hook(on_step),
                 output_type="np",
                 **prompt,
-                **inputs(generator),
+                **given,
             ).images
         return image
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...errors import CorruptWeights
+from ...models import steps_run
 from ..cold_start import timed
 from ..device import Device
 from ..weights.fetch import Weights
@@ -44,8 +45,9 @@ def build(weights: Weights, device: Device, kind: Any = FluxFillPipeline) -> Any
         return pipeline.to(device.torch)
 
 
-def timesteps(pipeline: Any, width: int, height: int, steps: int) -> torch.Tensor:
-    """Those of a run of the pipeline, `[steps]`, from a scheduler of their own. Source: FluxFillPipeline.__call__."""
+def timesteps(pipeline: Any, width: int, height: int, steps: int, strength: float = 1.0) -> torch.Tensor:
+    """Those of a run of the pipeline, `[steps_run(steps, strength)]`, from a scheduler of their own. Source:
+    FluxFillPipeline.__call__."""
     config = pipeline.scheduler.config
     shift = calculate_shift(
         (width // 16) * (height // 16),
@@ -57,7 +59,7 @@ def timesteps(pipeline: Any, width: int, height: int, steps: int) -> torch.Tenso
     scheduler = type(pipeline.scheduler).from_config(config)
     sigmas = np.linspace(1.0, 1 / steps, steps)
     found, _ = retrieve_timesteps(scheduler, steps, pipeline.device, sigmas=sigmas, mu=shift)
-    return torch.as_tensor(found)
+    return torch.as_tensor(found)[-steps_run(steps, strength) :]
 
 
 def packed(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
