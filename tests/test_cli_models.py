@@ -1,4 +1,4 @@
-"""`fluxfill models` as a user meets it."""
+"""`fluxfill models` as a user meets it, and the document that quotes it."""
 
 import asyncio
 import re
@@ -17,6 +17,8 @@ from serve_app.parameters import AuditRequest, Matrix
 from .audit_jobs import Driver
 from .test_audit_cli import painted
 from .test_cli import settings_in, write_config
+
+DOCUMENT = Path("docs/models.md").read_text()
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
@@ -95,3 +97,12 @@ def test_a_store_that_cannot_be_read_leaves_audits_unknown(
     (tmp_path / "file").touch()
     lines = said(monkeypatch, capsys, "-c", write_config(tmp_path, jobs=f"sqlite:{tmp_path}/file/jobs.db"))
     assert row(lines, "tiny-Q4_0").endswith(" unknown")
+
+
+def test_the_document_quotes_what_the_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line by line, but for the columns' widths, which the longest name decides."""
+    lines = said(monkeypatch, capsys, "-c", write_config(tmp_path))
+    quoted = DOCUMENT.split("```")[1].strip().splitlines()
+    assert {tuple(line.split()) for line in quoted} <= {tuple(line.split()) for line in lines} and len(quoted) > 16

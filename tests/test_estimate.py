@@ -1,5 +1,7 @@
 """Computed seconds: the formulas' own check is docs/performance.md's roofline; these hold what is made of them."""
 
+from pathlib import Path
+
 import pytest
 
 from serve_app.edit.estimate import CARDS, UNCERTAINTY, seconds
@@ -37,6 +39,15 @@ def test_seconds_on_an_l4_are_those_of_an_independent_calculation(
     """Rounded to a tenth there."""
     variant = BUILT_IN[name].model_copy(update={"max_prompt_tokens": text_tokens})
     assert on_l4(variant, levers, steps) == pytest.approx(expected, abs=0.051, rel=0.01)
+
+
+def test_the_document_says_what_shorter_prompts_cost() -> None:
+    document = Path("docs/models.md").read_text()
+    for name in ("Q8_0", "Q8_0-w8a8"):
+        rows = (BUILT_IN[name].model_copy(update={"max_prompt_tokens": tokens}) for tokens in (512, 256, 128))
+        costs = " | ".join("{:.1f} / {:.1f} s".format(*on_l4(row, COMPILED, 28)) for row in rows)
+        (said,) = (line for line in document.splitlines() if line.startswith(f"| `{name}`") and " / " in line)
+        assert said.endswith(f" | {costs} |")
 
 
 def test_unpacking_costs_what_the_packing_moves() -> None:
