@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -29,7 +30,7 @@ def sources(settings: Settings) -> Sources:
     """Where weights come from. Raises SettingsError for a lock file or a mirror URL that is none."""
     where = settings.weights
     mirror = mirror_at(where.mirror) if where.mirror else None
-    return Sources.of(where, Secrets.from_environment(), mirror)
+    return Sources.of(where, Secrets.from_environment(), mirror, partial(adapters.blob_store, settings.blobs))
 
 
 def mirror_at(url: str) -> Mirror:

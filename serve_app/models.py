@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-#: The first three edit photos, the others make pictures from prompts. `fake` draws a card with its prompt and seed.
-Family = Literal["flux-fill", "telea", "pause", "sdxl", "flux", "fake"]
+#: The first four edit photos, the others make pictures from prompts. `fake` draws a card with its prompt and seed.
+Family = Literal["flux-fill", "flux2-klein", "telea", "pause", "sdxl", "flux", "fake"]
 #: `w8a8`: weights and activations int8. `fp8`: both float8 (e4m3).
 Repacking = Literal["w8a8", "fp8"]
 
@@ -67,7 +67,7 @@ class Variant(_Value):
     family: Family
     #: Hub repository of `file`, e.g. `owner/name`.
     repo: str | None = None
-    #: File in `repo`, or a local path where `repo` is absent: the transformer, as GGUF or (`flux`) safetensors; of
+    #: File in `repo`, or a local path where `repo` is absent: the transformer, as GGUF or safetensors; of
     #: `sdxl` all weights as safetensors, or a local folder in diffusers' layout, which is then its `base`, too.
     file: str | None = None
     #: Commit of `repo`. None: not pinned here; the weights lock file may pin it.
@@ -80,7 +80,10 @@ class Variant(_Value):
     repack: Repacking | None = None
     #: Denoising steps of an edit whose message names none; None: those of the app's inference defaults.
     steps: int | None = Field(None, ge=1, le=100)
-    #: Tokens a prompt is padded to for T5.
+    #: Of `flux2-klein`, which has one prompt for all edits: the file with its embeddings, a local path or one in the
+    #: blob store; `fluxfill weights embed` writes it there.
+    embeddings: str | None = None
+    #: Tokens a prompt is padded to for T5; of `flux2-klein`, for Qwen3.
     max_prompt_tokens: int = Field(512, ge=1, le=512)
     #: Whole GPUs a replica takes. 0 runs on the CPU.
     num_gpus: int = Field(0, ge=0, le=1)
@@ -114,7 +117,7 @@ class Variant(_Value):
         return self.family != "telea"
 
 
-#: A `base` or `file` under this prefix is written by `flux.tiny` or `sdxl.tiny` of `serve_app.engine` on first use.
+#: A `base`, `file` or `embeddings` under this prefix is written by a module `tiny` of `serve_app.engine` on first use.
 TINY = "tiny:"
 
 #: Of FLUX.1 [dev], FLUX.1 Fill [dev] and all that is made of them, packed files and LoRAs among it; see docs/models.md.
@@ -158,6 +161,7 @@ def _flux_dev(quant: str, memory_gib: float) -> Variant:
     )
 
 
+_KLEIN = "black-forest-labs/FLUX.2-klein-4B"
 _SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 
 #: Resident sizes were computed from the tensor shapes; of FLUX.1 by `python -m benchmarks.engine --memory`.
@@ -171,6 +175,25 @@ BUILT_IN: dict[str, Variant] = {
     "tiny-Q5_K_S": _tiny("Q5_K_S"),
     "tiny-Q8_0": _tiny("Q8_0"),
     "tiny-Q8_0-w8a8": _tiny("Q8_0", "w8a8"),
+    "klein-4B": Variant(
+        family="flux2-klein",
+        repo=_KLEIN,
+        file="transformer/diffusion_pytorch_model.safetensors",
+        base=_KLEIN,
+        embeddings="prompts/klein-4B.safetensors",
+        steps=4,
+        num_gpus=1,
+        memory_gib=7.4,
+        licence="Apache-2.0",
+    ),
+    "tiny-klein": Variant(
+        family="flux2-klein",
+        file=f"{TINY}flux2-klein.safetensors",
+        base=f"{TINY}klein-base",
+        embeddings=f"{TINY}prompt.safetensors",
+        steps=4,
+        max_prompt_tokens=64,
+    ),
     "telea": Variant(family="telea"),
     "sdxl": Variant(
         family="sdxl",

@@ -41,6 +41,13 @@ def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
     return ensure(of_the_run(tmp_path_factory) / "tiny-dev", write_dev)
 
 
+@pytest.fixture(scope="session")
+def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> TinyWeights:
+    from serve_app.engine.flux2 import tiny
+
+    return ensure(of_the_run(tmp_path_factory) / "tiny-klein", tiny.write)
+
+
 def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the run's processes share, where there are several."""
     folder = tmp_path_factory.getbasetemp()

@@ -39,6 +39,7 @@ from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.notifications import Notifier
 from serve_app.jobs.record import Artifact, Job, JobError, State, Timings
 from serve_app.jobs.worker import Worker
+from serve_app.models import BUILT_IN
 from serve_app.settings import Inference, Settings
 
 from .backends import at, make_job
@@ -734,9 +735,26 @@ def test_tiny_weights_are_written_where_they_are_wanted(fluxfill: Command, tmp_p
     # What torch and its kin warn of while they are imported goes to stderr.
     assert ended.status == 0, ended.err
     quants = [f"flux1-fill-dev-{quant}.gguf" for quant in ("Q4_0", "Q5_K_S", "Q8_0")]
-    for name in (*quants, "flux1-dev-Q8_0.gguf", "sdxl.safetensors"):
+    for name in (*quants, "flux1-dev-Q8_0.gguf", "sdxl.safetensors", "flux2-klein.safetensors"):
         (path,) = (tmp_path / "tiny").rglob(name)
         assert re.search(rf"{path}  \d+\.\d MB", ended.out)
+
+
+@pytest.mark.slow
+def test_a_fixed_prompt_is_encoded_into_the_blob_store(fluxfill: Command, tmp_path: Path) -> None:
+    tiny = BUILT_IN["tiny-klein"].model_dump(exclude_defaults=True)
+    row = {"definition": tiny | {"embeddings": "prompts/ours.safetensors"}}
+    config = write_config(tmp_path, variants={"telea": {}, "ours": row})
+    ended = fluxfill("weights", "embed", "ours", "-c", config)
+    assert ended.status == 0 and "wrote prompts/ours.safetensors, 0.01 MB" in ended.out, ended.err
+    written = tmp_path / "blobs/prompts/ours.safetensors"
+    own = written.read_bytes()
+    # As the checkpoint's own, which `tiny-klein` paints with.
+    assert [path.read_bytes() for path in (tmp_path / "weights").rglob("prompt.safetensors")] == [own]
+    assert fluxfill("weights", "embed", "ours", "--prompt", "a lawn", "-c", config).status == 0
+    assert written.read_bytes() != own and b"a lawn" in written.read_bytes()
+    ended = fluxfill("weights", "embed", "telea", "-c", config)
+    assert ended.status == 1 and "telea has no fixed prompt" in ended.err
 
 
 @pytest.fixture

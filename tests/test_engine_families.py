@@ -20,6 +20,7 @@ def test_every_family_has_its_engine(tiny: TinyWeights) -> None:
     }
     assert {family: type(made_engine).__name__ for family, made_engine in made.items()} == {
         "flux-fill": "FluxFill",
+        "flux2-klein": "Klein",
         "telea": "Telea",
         "pause": "Pause",
         "sdxl": "Sdxl",

@@ -204,7 +204,7 @@ def peak_bytes(recorded: profile) -> int:
 def test_host_memory_holds_the_file_once(tiny: TinyWeights) -> None:
     weights = Weights(tiny.transformer("flux1-fill-dev-Q8_0.gguf"), tiny.base)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        pipeline._transformer(weights, Device(wants_gpu=False, dtype=torch.bfloat16))
+        pipeline.transformer(weights, Device(wants_gpu=False, dtype=torch.bfloat16))
     # An empty layer is made in float32, one at a time.
     layer = max(math.prod(tensor.shape) * 4 for tensor in gguf_file.check(weights.transformer))
     assert peak_bytes(recorded) <= weights.transformer.stat().st_size + layer

@@ -52,7 +52,7 @@ def test_the_embedded_default_needs_nothing_but_this_machine() -> None:
 
 
 def test_the_built_in_variants() -> None:
-    on_gpus, on_cpus = ["Q4_0", "Q5_K_S", "Q8_0"], ["tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0"]
+    on_gpus, on_cpus = ["Q4_0", "Q5_K_S", "Q8_0", "klein-4B"], ["tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0", "tiny-klein"]
     repacked = {"Q8_0-w8a8": "w8a8", "Q8_0-fp8": "fp8", "tiny-Q8_0-w8a8": "w8a8"}
     editors = {name for name, row in BUILT_IN.items() if row.generation is None}
     assert editors == {*on_gpus, *on_cpus, *repacked, "telea"}

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Column, Table
 from rich.text import Text
 
+from serve_app import adapters
 from serve_app.errors import FluxFillError, MalformedMessage, UnknownJob, UnknownVariant
 from serve_app.jobs.messages import EditMessage, parse_attributes
 from serve_app.jobs.record import Artifact, Job, State
@@ -338,6 +339,35 @@ def weights_tiny(
     for folder in ensure_tiny(to):
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
             out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", highlight=False)
+
+
+@weights_app.command("embed")
+def weights_embed(
+    variant: Annotated[str, typer.Argument(help="A variant that has `embeddings`, such as klein-4B.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="What the model is asked for in every edit; it has its own.")
+    ] = None,
+    config: ConfigOption = CONFIG,
+) -> None:
+    """Encode a variant's one prompt into the app's blob store, with its text encoder: 8 GB of memory for klein-4B."""
+    settings = _settings(config)
+    row = _row(settings, variant)
+    if row.embeddings is None:
+        raise UnknownVariant(f"{variant} has no fixed prompt: its edits bring their own, or it takes none")
+    size = _run(_embed(row, row.embeddings, prompt, settings))
+    out.print(f"wrote {row.embeddings}, {size / 1e6:.2f} MB", highlight=False)
+
+
+async def _embed(row: Variant, path: str, prompt: str | None, settings: Settings) -> int:
+    from serve_app.engine.flux2 import prompt as prompts
+    from serve_app.engine.weights import fetch
+
+    from ..loading import sources
+
+    base = await fetch.fetch_text_encoders(row, sources(settings))
+    data = await asyncio.to_thread(prompts.encode, base, prompt or prompts.PROMPT, row.max_prompt_tokens)
+    info = await adapters.blob_store(settings.blobs).put(path, data, content_type="application/octet-stream")
+    return info.size
 
 
 @weights_app.command("pull")

@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from .fake import Fake
     from .flux.dev import FluxDev
     from .flux.fill import FluxFill
+    from .flux2.klein import Klein
     from .pause import Pause
     from .sdxl.generator import Sdxl
     from .telea import Telea
 
     # The type checker's proof of what `create` only says.
-    _ENGINES: tuple[type[Engine], ...] = (FluxFill, Telea, Pause)
+    _ENGINES: tuple[type[Engine], ...] = (FluxFill, Klein, Telea, Pause)
     _GENERATORS: tuple[type[Generator], ...] = (Sdxl, FluxDev, Fake)
 
 #: Family -> module in this package and class; the class takes (variant, weights, served).
 FAMILIES: Mapping[Family, str] = {
     "flux-fill": "flux.fill:FluxFill",
+    "flux2-klein": "flux2.klein:Klein",
     "telea": "telea:Telea",
     "pause": "pause:Pause",
     "flux": "flux.dev:FluxDev",
@@ -33,7 +35,7 @@ FAMILIES: Mapping[Family, str] = {
 }
 
 #: Family -> the pip extra that it needs.
-_EXTRAS: Mapping[Family, str] = {"flux-fill": "diffusion", "sdxl": "diffusion", "flux": "diffusion"}
+_EXTRAS: Mapping[Family, str] = dict.fromkeys(("flux-fill", "flux2-klein", "sdxl", "flux"), "diffusion")
 
 
 def create(name: str, variant: Variant, weights: Weights | None, served: VariantSettings) -> Any:

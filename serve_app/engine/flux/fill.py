@@ -35,7 +35,7 @@ class FluxFill(Flux):
         by_area = sorted(buckets, key=lambda size: size[0] * size[1])
         for width, height in by_area if self.prepares_sizes else by_area[:1]:
             with compiled.translated():
-                self._run(_nothing(width, height), self.no_prompt())
+                self._run(nothing(width, height), self.no_prompt())
         self._device.ms = 0.0
 
     def paint(self, window: Window) -> Pixels:
@@ -73,7 +73,7 @@ class FluxFill(Flux):
         return pipeline.packed(self._pipeline, noise).to(self._device.torch)
 
 
-def _nothing(width: int, height: int) -> Window:
+def nothing(width: int, height: int) -> Window:
     """What a size is warmed up with."""
     return Window(
         pixels=np.zeros((height, width, 3), np.uint8),

@@ -1,4 +1,4 @@
-"""FLUX.1 on a device: its pipeline loaded and made ready, and run. What goes in, its subclasses know."""
+"""FLUX on a device: its pipeline loaded and made ready, and run. What goes in, its subclasses know."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,7 +68,7 @@ class Flux(OnDevice):
         torch.set_num_threads(self._threads)
         self._device.ms = 0.0
         with BUILDING, self._device.translated():
-            self._pipeline = pipeline.build(self._weights, self._device, self.kind)
+            self._pipeline = self._built()
             self._sizes = sizes_of({"transformer": self._pipeline.transformer})
             if self._adaln_once:
                 with timed("adaln"):
@@ -85,6 +85,9 @@ class Flux(OnDevice):
                 compiled.compile_blocks(self._pipeline.transformer)
             if self._levers.step_cache is not None:
                 step_cache.enable(self._pipeline.transformer, self._levers.step_cache)
+
+    def _built(self) -> Any:
+        return pipeline.build(self._weights, self._device, self.kind)
 
     @property
     def prepares_sizes(self) -> bool:

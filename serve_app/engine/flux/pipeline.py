@@ -30,16 +30,19 @@ def build(weights: Weights, device: Device, kind: Any = FluxFillPipeline) -> Any
     Raises CorruptWeights where the transformer's file is damaged or is not this transformer's.
     """
     pipeline = kind(
-        transformer=_transformer(weights, device),
-        vae=_vae(weights, device),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
-            weights.base, subfolder="scheduler", local_files_only=True
-        ),
+        transformer=transformer(weights, device),
+        vae=vae(weights, device),
+        scheduler=scheduler(weights),
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
         tokenizer_2=None,
     )
+    return placed(pipeline, device)
+
+
+def placed(pipeline: Any, device: Device) -> Any:
+    """The pipeline, every part of it resident on `device`."""
     pipeline.set_progress_bar_config(disable=True)
     with timed("to_device"):
         return pipeline.to(device.torch)
@@ -67,8 +70,15 @@ def packed(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(pipeline._pack_latents(latents, *latents.shape))
 
 
-def _transformer(weights: Weights, device: Device) -> Any:
-    """GGUF stays packed; safetensors, in the original names or in diffusers', become of the device's type."""
+def scheduler(weights: Weights) -> Any:
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(weights.base, subfolder="scheduler", local_files_only=True)
+
+
+def transformer(weights: Weights, device: Device, kind: Any = FluxTransformer2DModel) -> Any:
+    """GGUF stays packed; safetensors, in the original names or in diffusers', become of the device's type.
+
+    Raises CorruptWeights where the file is damaged or is not this transformer's.
+    """
     file, options = str(weights.transformer), dict[str, Any]()
     if weights.transformer.suffix == ".safetensors":
         tensors = _read(weights.transformer, device)
@@ -77,7 +87,7 @@ def _transformer(weights: Weights, device: Device) -> Any:
         options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=device.dtype)
     try:
         with timed("build"):
-            return FluxTransformer2DModel.from_single_file(
+            return kind.from_single_file(
                 tensors,
                 config=str(weights.base),
                 subfolder="transformer",
@@ -86,8 +96,9 @@ def _transformer(weights: Weights, device: Device) -> Any:
                 local_files_only=True,
                 **options,
             )
-    except (LookupError, ValueError) as e:
-        # The loader looks its tensors up by name, and says no more than which look-up failed.
+    except (LookupError, ValueError, NotImplementedError) as e:
+        # The loader looks its tensors up by name, and says no more than which look-up failed, or that a tensor for
+        # which it found nothing cannot be moved.
         described = weights.base / "transformer" / "config.json"
         raise CorruptWeights(f"{file} does not hold the model that {described} describes: {e!r}", file=file) from e
 
@@ -100,7 +111,7 @@ def _read(path: Path, device: Device) -> dict[str, torch.Tensor]:
         raise CorruptWeights(f"{path} is no whole safetensors file: {e}", file=str(path)) from e
 
 
-def _vae(weights: Weights, device: Device) -> Any:
+def vae(weights: Weights, device: Device, kind: Any = AutoencoderKL) -> Any:
     folder = weights.base / "vae"
     with timed("vae", sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=device.dtype, local_files_only=True)
+        return kind.from_pretrained(folder, torch_dtype=device.dtype, local_files_only=True)

@@ -84,7 +84,7 @@ def _write(base: Path, files: Mapping[Path, str], in_channels: int) -> None:
     _scheduler().save_pretrained(base / "scheduler")
     tensors = {name: tensor.float().numpy() for name, tensor in transformer.state_dict().items()}
     for file, quant in files.items():
-        _write_gguf(file, tensors, *packers()[quant])
+        write_gguf(file, tensors, *packers()[quant])
 
 
 def _transformer(in_channels: int) -> Any:
@@ -188,7 +188,7 @@ def packers() -> Mapping[str, Packer]:
     }
 
 
-def _write_gguf(path: Path, tensors: Mapping[str, Array], kind: Any, pack: Callable[[Array], Array]) -> None:
+def write_gguf(path: Path, tensors: Mapping[str, Array], kind: Any, pack: Callable[[Array], Array]) -> None:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, "flux")

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import AsyncFileLock
 from pydantic import SecretStr
 
+from ...blobs import BlobStore
 from ...errors import CorruptWeights, Unavailable, UnknownWeights, WeightsError
 from ...settings import Secrets, WeightsSettings
 from ..cold_start import timed
@@ -45,15 +46,24 @@ class Sources:
     token: SecretStr | None = None
     #: Of the hub; None is the client's default.
     endpoint: str | None = None
+    #: The app's own blob store, where the embeddings of fixed prompts lie.
+    blobs: Callable[[], BlobStore] | None = None
 
     @classmethod
-    def of(cls, settings: WeightsSettings, secrets: Secrets, mirror: Mirror | None = None) -> "Sources":
+    def of(
+        cls,
+        settings: WeightsSettings,
+        secrets: Secrets,
+        mirror: Mirror | None = None,
+        blobs: Callable[[], BlobStore] | None = None,
+    ) -> "Sources":
         """Raises SettingsError where the lock file cannot be read."""
         return cls(
             cache=settings.cache,
             locked=lock.read(settings.lock),
             mirror=mirror,
             token=secrets.hf_token,
+            blobs=blobs,
         )
 
     def hub(self) -> Origin:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import UnknownWeights, WeightsError
+from ...errors import BlobNotFound, UnknownWeights, WeightsError
 from ...models import TINY, Family, Variant
 from ..cold_start import timed
 from ..flux import tiny
+from ..flux2 import tiny as tiny_klein
 from ..sdxl import tiny as tiny_sdxl
 from . import lock
 from .cache import UNPINNED, Need, OnFile, Sources, cached, download, files_in, silent
@@ -35,6 +36,7 @@ __all__ = [
 #: Files of a base repository that painting needs. The configs are named because `push_to_mirror` uploads them last: a
 #: mirror that has them has the rest.
 _PAINTING = ("transformer/config.json", "vae/config.json", "vae/*", "scheduler/scheduler_config.json")
+_KLEIN = (*_PAINTING, "model_index.json")
 #: Files of a base repository that encoding prompts needs.
 _TEXT = (
     "text_encoder/config.json", "text_encoder/*", "text_encoder_2/config.json", "text_encoder_2/*",
@@ -46,18 +48,24 @@ _SDXL = (
     "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt", "unet/config.json", "vae/config.json",
     "model_index.json",
 )  # fmt: skip
+_QWEN = ("text_encoder/config.json", "text_encoder/*", "tokenizer/tokenizer_config.json", "tokenizer/*")
 #: By family: what it takes of its base repository.
 _OF_BASE: Mapping[Family, Sequence[tuple[str, ...]]] = {
     "flux-fill": (_PAINTING, _TEXT),
+    # Its text encoder, 8 GB, encodes one prompt once: fetched where that is done, and pulled nowhere.
+    "flux2-klein": (_KLEIN,),
     "flux": (_PAINTING, _TEXT),
     "sdxl": (_SDXL,),
 }
 #: By family: a folder of the cache, and what writes its tiny weights there.
 _TINIES: Mapping[Family, tuple[str, Callable[[Path], None]]] = {
     "flux-fill": (f"tiny-{tiny.FORMAT}", tiny.write_fill),
+    "flux2-klein": (f"tiny-klein-{tiny_klein.FORMAT}", tiny_klein.write),
     "flux": (f"tiny-flux-{tiny.FORMAT_DEV}", tiny.write_dev),
     "sdxl": (f"tiny-sdxl-{tiny_sdxl.FORMAT}", tiny_sdxl.write),
 }
+#: Of one prompt's: more than twice those of 512 tokens in float32, `[1, 512, 7680]`.
+_MAX_EMBEDDINGS_BYTES = 40_000_000
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -69,24 +77,28 @@ class Weights:
     transformer: Path
     #: Folder with `transformer/config.json`, `vae` and `scheduler`; of SDXL with the configs of all parts.
     base: Path
+    #: Of the one prompt that the variant has, as `flux2.prompt` reads it; None where it has none.
+    embeddings: bytes | None = None
 
 
 async def fetch(variant: Variant, sources: Sources) -> Weights:
     """What the variant paints with, fetched first where it is not here yet.
 
-    Raises UnknownWeights, MissingToken, GatedRepo, CorruptWeights, WeightsError; UnsafePath for a mirror's odd names.
+    Raises UnknownWeights, MissingToken, GatedRepo, CorruptWeights, WeightsError; UnsafePath for a mirror's odd names;
+    StoreUnavailable.
     """
     if variant.file is None or variant.base is None:
         raise UnknownWeights(f"a variant of family {variant.family} needs both `file` and `base` to have weights")
     with timed("fetch"):
         file = await _file(variant, variant.file, sources)
-        return Weights(file, await _base(variant, sources, _OF_BASE[variant.family][0]))
+        base = await _base(variant, sources, _OF_BASE[variant.family][0])
+        return Weights(file, base, await _embeddings(variant, sources))
 
 
 async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
     """The folder with the text encoders and tokenizers of the variant's base. Raises as `fetch` does."""
     with timed("fetch"):
-        return await _base(variant, sources, _TEXT)
+        return await _base(variant, sources, _QWEN if variant.family == "flux2-klein" else _TEXT)
 
 
 def base_here(variant: Variant, cache: Path) -> Path | None:
@@ -187,6 +199,24 @@ async def _base(variant: Variant, sources: Sources, patterns: tuple[str, ...]) -
         raise UnknownWeights(f"base {base!r} is neither a folder here nor a repository `owner/name`")
     revision = _revision(base, variant.base_revision, sources.locked)
     return await cached(Need(base, revision, patterns), sources)
+
+
+async def _embeddings(variant: Variant, sources: Sources) -> bytes | None:
+    path = variant.embeddings
+    if path is None:
+        return None
+    if path.startswith(TINY):
+        return (await _tiny(variant, path, sources)).read_bytes()
+    if Path(path).is_file():
+        return Path(path).read_bytes()
+    if sources.blobs is None:
+        raise UnknownWeights(f"there is no file {path} with the embeddings of the variant's prompt", file=path)
+    try:
+        data, _ = await sources.blobs().get(path, max_bytes=_MAX_EMBEDDINGS_BYTES)
+    except BlobNotFound as e:
+        what = f"the blob store has no {path} with the embeddings of the variant's prompt"
+        raise UnknownWeights(f"{what}: `fluxfill weights embed` writes it", file=path) from e
+    return data
 
 
 def ensure_tiny(cache: Path) -> Sequence[Path]:
