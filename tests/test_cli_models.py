@@ -10,7 +10,7 @@ import pytest
 from deployments.cli import main, models
 from deployments.cli.audit_client import AuditClient
 from serve_app import adapters
-from serve_app.audit.record import AuditStatus
+from serve_app.audit.record import AuditStatus, Recommendation
 from serve_app.models import BUILT_IN
 from serve_app.parameters import AuditRequest, Matrix
 
@@ -33,7 +33,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
 
 
 def row(lines: list[str], name: str) -> str:
-    (found,) = (line for line in lines if line.startswith(f" {name} "))
+    (found,) = (line for line in lines if line.startswith(f"{name} "))
     return found
 
 
@@ -42,10 +42,10 @@ def test_every_known_model_is_listed_those_served_first(
 ) -> None:
     config = write_config(tmp_path)
     lines = said(monkeypatch, capsys, "-c", config)
-    listed = [line.split()[0] for line in lines[2:-2]]
+    listed = [line.split()[0] for line in lines[1:-4]]
     served = list(settings_in(config).served)
     assert listed[: len(served)] == served and set(listed) == {*served, *BUILT_IN}
-    assert [name for name in listed if row(lines, name).split()[1] == "yes"] == served
+    assert [name for name in listed if row(lines, name).split()[1] == "*"] == served
     assert "±25%" in lines[-1]
 
 
@@ -59,9 +59,9 @@ def test_a_served_variant_costs_what_its_optimizations_and_its_steps_make_it_cos
         "-c",
         write_config(tmp_path, variants={"telea": {}, "Q8_0": {}, "own": {"definition": own}}),
     )
-    assert re.search(r"FLUX.1 \[dev\] Non-Commercial +28 +8.8 +14.9 +45.0 ", row(lines, "Q8_0"))
-    assert re.search(r"own +yes +unknown +14 +- +7.5 +22.7 ", row(lines, "own"))
-    assert re.search(r"telea +yes +- +- +- +- ", row(lines, "telea"))
+    assert re.search(r"FLUX.1 \[dev\] Non-Commercial +28 +8.8 +14.9 [|] 45.0 ", row(lines, "Q8_0"))
+    assert re.search(r"own \* +unknown +14 +- +7.5 [|] 22.7 ", row(lines, "own"))
+    assert re.search(r"telea \* +- +- +- +- [|] +- ", row(lines, "telea"))
 
 
 async def test_an_audit_that_painted_a_variant_has_judged_it(
@@ -76,9 +76,11 @@ async def test_an_audit_that_painted_a_variant_has_judged_it(
         await driver.begin()
         await painted(driver)
         if run == "whole":
+            best = Recommendation(variant="tiny-Q8_0", guidance_scale=4.0, steps=28, reasons=(), pareto=())
+            await driver.note(recommended=best)
             await driver.finish(AuditStatus.SUCCEEDED)
     lines = await asyncio.to_thread(said, monkeypatch, capsys, "-c", config)
-    assert row(lines, "tiny-Q4_0").endswith(" whole") and row(lines, "tiny-Q8_0").endswith(" whole")
+    assert row(lines, "tiny-Q4_0").endswith(" whole") and row(lines, "tiny-Q8_0").endswith(" whole: recommended")
     assert row(lines, "tiny-Q5_K_S").endswith(" no") and row(lines, "tiny-sdxl").endswith(" -")
 
 
@@ -87,8 +89,8 @@ def test_without_a_config_nothing_is_served_and_audits_are_unknown(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lines = said(monkeypatch, capsys)
-    assert [line.split()[0] for line in lines[2:-2]] == list(BUILT_IN)
-    assert row(lines, "Q8_0").endswith(" unknown") and " yes " not in "".join(lines)
+    assert [line.split()[0] for line in lines[1:-4]] == list(BUILT_IN)
+    assert row(lines, "Q8_0").endswith(" unknown") and "*" not in "".join(lines[:-4])
 
 
 def test_a_store_that_cannot_be_read_leaves_audits_unknown(

@@ -38,23 +38,24 @@ def models(config: ConfigOption = CONFIG) -> None:
             judged = asyncio.run(_judged(settings))
         except FluxFillError as e:
             err.print(f"what was audited is unknown: {e.code}: {e.message}", **PLAIN)
-    sizes = [Column(f"{card}, s\n{w}x{h}", justify="right") for card in CARDS for w, h in SIZES]
-    numbers = (Column("steps", justify="right"), Column("GiB", justify="right"), *sizes)
-    table = Table("model", "served", "licence", *numbers, "audited", box=None)
+    numbers = ("steps", "GiB", *(f"{card}, s" for card in CARDS))
+    columns = [Column(title, justify="right", no_wrap=True) for title in numbers]
+    table = Table(Column("model", no_wrap=True), "licence", *columns, "audited", box=None, pad_edge=False)
     for name, variant in _known(settings).items():
         served = settings.served.get(name) if settings else None
         steps = _steps(variant, inference)
         costs = _costs(variant, steps or 0, served.optimizations if served else _COMPILED)
         memory = "-" if variant.memory_gib is None else f"{variant.memory_gib:.1f}"
-        cells = (name, "yes" if served else "", _licence(variant), str(steps or "-"), memory, *costs)
-        table.add_row(*map(Text, cells), Text(_audited(variant, name, judged)))
+        mark = " *" if served else ""
+        cells = (name + mark, _licence(variant), str(steps or "-"), memory, *costs, _audited(variant, name, judged))
+        table.add_row(*map(Text, cells))
     out.print(table)
+    sizes = " | ".join(f"{width}x{height}" for width, height in SIZES)
     out.print(
-        "GiB: on the GPU between jobs; a 1024x1024 window takes up to 2 more, loading up to 4, CUDA about 0.5.", **PLAIN
-    )
-    out.print(
-        "Seconds: computed, not measured: one window, every step, compiled unless the config serves it otherwise. "
-        f"L4 ±{UNCERTAINTY:.0%}, H200 less sure.",
+        "* Served by this config.\n"
+        "GiB: on the GPU between jobs; a window of 1024x1024 takes up to 2 more, loading up to 4, CUDA about 0.5.\n"
+        f"s: seconds of a window, {sizes}, with every step, compiled unless served otherwise.\n"
+        f"Computed, not measured: ±{UNCERTAINTY:.0%} on an L4, less sure on an H200.",
         **PLAIN,
     )
 
@@ -73,10 +74,10 @@ def _steps(variant: Variant, inference: Inference) -> int | None:
 
 
 def _costs(variant: Variant, steps: int, levers: Optimizations) -> Iterator[str]:
+    """By card: seconds of each size."""
     for card in CARDS.values():
-        for width, height in SIZES:
-            s = seconds(variant, card, width, height, steps=steps, levers=levers)
-            yield "-" if s is None else f"{s:.1f}" if s >= 1 else f"{s:.2f}"
+        costs = (seconds(variant, card, *size, steps=steps, levers=levers) for size in SIZES)
+        yield " | ".join("   -" if s is None else f"{s:4.1f}" if s >= 1 else f"{s:.2f}" for s in costs)
 
 
 def _licence(variant: Variant) -> str:
