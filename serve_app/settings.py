@@ -112,6 +112,9 @@ class VariantSettings(Scaling):
     #: Threads of a CPU engine. Ray sets OMP_NUM_THREADS=1, which is too few.
     threads: int = Field(2, ge=1, le=256)
     optimizations: Optimizations = Optimizations()
+    #: Tokens that its prompts are padded or cut to for T5. None: as its definition says. FLUX.1 attends to the padding,
+    #: too: with fewer it is faster, but not exact.
+    max_prompt_tokens: int | None = Field(None, ge=1, le=512)
 
 
 class GeneratorSettings(VariantSettings):
@@ -546,8 +549,9 @@ class Settings(_Frozen):
         return {**self.variants, **self.generators}
 
     def variant(self, name: str) -> Variant:
-        """The definition of a served variant or generator. Raises KeyError for one that is not served."""
-        return self.served[name].definition or BUILT_IN[name]
+        """The definition of a served variant or generator, as it is served. Raises KeyError for one that is not."""
+        row, tokens = self.served[name].definition or BUILT_IN[name], self.served[name].max_prompt_tokens
+        return row if tokens is None else row.model_copy(update={"max_prompt_tokens": tokens})
 
     def unsaid(self, inference: Inference, name: str) -> dict[str, Any]:
         """What an edit on this variant uses where its message says nothing, by the names of EditParameters. The variant

@@ -271,7 +271,10 @@ class Rig:
         self.settings = Settings(
             variants={
                 "telea": {},
-                "fill": {"definition": {"family": "flux-fill", "file": "none.gguf", "base": "none"}},
+                "fill": {
+                    "definition": {"family": "flux-fill", "file": "none.gguf", "base": "none"},
+                    "max_prompt_tokens": 64,
+                },
             },
             blobs=f"memory:{self.name}",
             jobs=f"memory:{self.name}",

@@ -5,17 +5,20 @@ import json
 from io import BytesIO
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from serve_app.audit.files import read_cells
 from serve_app.audit.record import AuditStatus, folder, image_path
 from serve_app.edit.paste import grow
+from serve_app.edit.session import session_path
 from serve_app.errors import BlobNotFound, GpuLost, OutOfMemory, ReplicaLost, VariantLoadFailed, VariantNotReady
 from serve_app.models import Pixels
 
 from .audit_rig import NAMES, AuditRig, scripted, until
-from .rig import Held, Scripted, jpeg, line_mask, photo, png
+from .rig import SESSION, USER, Held, Scripted, jpeg, line_mask, photo, png
 
 
 async def picture(rig: AuditRig, name: str) -> Pixels:
@@ -69,6 +72,22 @@ async def test_each_cell_is_painted_with_its_own_values() -> None:
     rig.replicas.measure = noted  # type: ignore[method-assign]  # looked at, and passed on
     await rig.run(matrix={"guidance_scales": (2.5,), "steps": (3,), "seeds": (7, 8)})
     assert sorted(set(seen)) == [("run/a_gs2.5_seed7", 2.5, 3, 7), ("run/a_gs2.5_seed8", 2.5, 3, 8)]
+
+
+async def test_all_variants_are_cut_alike_by_the_prompt_tokens_of_the_reference() -> None:
+    """With its own, which make small windows cheaper, the first would have more windows."""
+    rig = AuditRig(variants={**scripted("a", max_prompt_tokens=64), **scripted("b")})
+    await rig.put_session()
+    mask = cv2.line(np.zeros((800, 960), np.uint8), (20, 10), (930, 740), 255, 5)
+    for name, data in (("original.jpg", jpeg(photo(960, 800))), ("mask_auto.png", png(mask))):
+        await rig.plain.put(session_path(USER, SESSION, name), data, content_type="image/png")
+    windows = {}
+    for reference in "ab":
+        audit = await rig.store.create(rig.request(reference=reference, matrix={"guidance_scales": (2.0,)}), reference)
+        await rig.auditor.run(audit.id, audit.attempt)
+        windows[reference] = {cell.windows for cell in (await read_cells(rig.plain, reference)).values()}
+    (of_a,), (of_b,) = windows["a"], windows["b"]
+    assert of_a > of_b > 1
 
 
 async def test_a_result_has_the_first_painting_apart_and_medians_of_the_others() -> None:

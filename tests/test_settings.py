@@ -146,6 +146,12 @@ def test_a_definition_of_ones_own() -> None:
         settings.variant("telea")
 
 
+def test_a_served_variant_may_have_fewer_prompt_tokens_than_its_definition() -> None:
+    settings = Settings.model_validate({"variants": {"Q8_0": {"max_prompt_tokens": 256}, "Q4_0": {}}})
+    assert settings.variant("Q8_0") == BUILT_IN["Q8_0"].model_copy(update={"max_prompt_tokens": 256})
+    assert settings.variant("Q4_0") == BUILT_IN["Q4_0"]
+
+
 def test_messages_in_flight_keep_every_replica_busy() -> None:
     settings = Settings(variants={"telea": VariantSettings(max_replicas=3), "Q8_0": VariantSettings()})
     assert settings.in_flight() == (2 * 3 + 2) + (2 * 1 + 2)

@@ -251,6 +251,16 @@ class TestAuto:
         planned = made(line(1024, 1024, (500, 300), (530, 650)), AUTO)
         assert tflop(planned.windows) <= tflop(made(spot(1024, 1024, 0, 0), RESIZE).windows) / 3.4
 
+    @settings(max_examples=60)
+    @given(mask=masks())
+    @example(mask=line(4000, 3000, (0, 0), (3999, 2999)))
+    def test_fewer_prompt_tokens_leave_room_for_a_finer_scale_within_the_budget(self, mask: Pixels) -> None:
+        few, many = plan(mask, AUTO, DEFAULT, text_tokens=64), made(mask, AUTO)
+        assert few is not None
+        assert scale_of(few) >= scale_of(many) / 1.05
+        spent = sum(forward_flops(box.width, box.height, text_tokens=64) for box in few.windows) / 1e12
+        assert spent <= DEFAULT.budget_tflop
+
     def test_a_thin_diagonal_across_the_frame_takes_windows_along_it(self) -> None:
         planned = made(line(1024, 1024, (0, 0), (1023, 1023)), AUTO)
         assert tflop(planned.windows) <= WHOLE_FRAME_TFLOP / 1.2

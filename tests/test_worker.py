@@ -753,6 +753,18 @@ def test_a_variant_has_one_place_where_places_are_fewer_than_variants(rig: Rig, 
         pass
 
 
+async def test_windows_are_planned_by_what_the_variants_own_prompt_tokens_cost(rig: Rig) -> None:
+    """Fewer tokens make small windows cheaper, so that more of them are painted along a diagonal."""
+    await rig.put("original.jpg", jpeg(photo(960, 800)))
+    await rig.put("mask_auto.png", png(cv2.line(np.zeros((800, 960), np.uint8), (20, 10), (930, 740), 255, 5)))
+    painted = []
+    for variant in ("telea", "fill"):
+        before = rig.engine.painted
+        assert (await rig.work(variant, variant=variant)).reason == "succeeded"
+        painted.append(rig.engine.painted - before)
+    assert 1 < painted[0] < painted[1]
+
+
 def _count_resizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     resized: list[tuple[int, ...]] = []
     resize = cv2.resize

@@ -245,7 +245,8 @@ class Editor:
     async def _painting(self, job: Job, original: bytes, mask: bytes, attempt: Attempt, clock: _Clock) -> Painting:
         in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
         with clock.stage("prepare_s"), tracing.span("decode"):
-            prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy)
+            tokens = self._settings.variant(job.variant).max_prompt_tokens
+            prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy, tokens)
         with self._in_memory(prepared):
             painted = await self._paint(job, prepared, attempt.on_progress, clock)
             with clock.stage("encode_s"), tracing.span("encode"):
@@ -273,9 +274,9 @@ class Editor:
         photo = images.decode_photo(original, self._settings.limits)
         return photo, masks.decode_mask(mask, self._settings.limits, photo.size)
 
-    def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy) -> _Prepared:
+    def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy, text_tokens: int) -> _Prepared:
         photo, mask = decoded = self._decode(original, mask_bytes)
-        plan = windows.plan(mask, strategy, self._settings.windows)
+        plan = windows.plan(mask, strategy, self._settings.windows, text_tokens=text_tokens)
         cut = paste.cut(photo.pixels, mask, plan, self._settings.windows.feather_px) if plan else (None, None)
         return _Prepared(
             original=original, mask=mask_bytes, decoded=decoded, plan=plan, canvas=cut[0], canvas_mask=cut[1]

@@ -15,8 +15,9 @@ blended. Below the photo's own scale, rounding to pixels may take 2 px of the co
               Each window after the first costs `window_overhead_tflop` beside its own FLOPs.
 
 Scales go up to the photo's own, or as far as the canvas, which holds all windows, has at most `MAX_CANVAS_PX` pixels.
-`cover.Search` finds the windows at a scale, `cost` says what one costs. Cover that a mask has at some scale also covers
-it at every coarser one, so the finest scale is found by bisection, to 3%. The strategies' names are IOPaint's.
+`cover.Search` finds the windows at a scale, `cost` says what one costs, with the variant's prompt tokens. Cover that a
+mask has at some scale also covers it at every coarser one, so the finest scale is found by bisection, to 3%. The
+strategies' names are IOPaint's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ import cv2
 from ..models import Box, Pixels
 from ..parameters import CropStrategy
 from ..settings import WindowSettings
-from .cost import forward_flops
+from .cost import TEXT_TOKENS, forward_flops
 from .cover import Axis, Bucket, Search, Shown
 from .grid import Cells, Span
 
@@ -59,15 +60,19 @@ class Plan:
     windows: tuple[Box, ...]
 
 
-def plan(mask: Pixels, strategy: CropStrategy, settings: WindowSettings) -> Plan | None:
-    """The windows to paint for `mask`, uint8 `[height, width]` at the photo's size, 0 where the photo is kept.
+def plan(
+    mask: Pixels, strategy: CropStrategy, settings: WindowSettings, *, text_tokens: int = TEXT_TOKENS
+) -> Plan | None:
+    """The windows to paint for `mask`, uint8 `[height, width]` at the photo's size, 0 where the photo is kept, by a
+    variant whose prompts have so many tokens.
 
     None for an empty mask. The module's docstring gives each strategy's rule.
     """
     if bounding_box(mask) is None:
         return None
     cells = Cells(mask, settings.feather_px)
-    return _laid_out(cells, _STRATEGIES[strategy](cells, settings), strategy)
+    tflop = {bucket: forward_flops(*bucket, text_tokens=text_tokens) / 1e12 for bucket in settings.buckets}
+    return _laid_out(cells, _STRATEGIES[strategy](cells, settings, tflop), strategy)
 
 
 def bounding_box(mask: Pixels) -> Box | None:
@@ -91,34 +96,34 @@ class _Cover:
     windows: Sequence[Shown]
 
 
-def _by_tflop(settings: WindowSettings) -> dict[Bucket, float]:
-    return {bucket: forward_flops(*bucket) / 1e12 for bucket in settings.buckets}
+#: TFLOP of a window's step.
+_Tflop = Mapping[Bucket, float]
 
 
-def _crop(cells: Cells, settings: WindowSettings) -> _Cover:
-    return _in_one(cells, cells.reach, settings.context_px, settings)
+def _crop(cells: Cells, settings: WindowSettings, tflop: _Tflop) -> _Cover:
+    return _in_one(cells, cells.reach, settings.context_px, tflop)
 
 
-def _resize(cells: Cells, settings: WindowSettings) -> _Cover:
-    return _in_one(cells, ((0, cells.size[0]), (0, cells.size[1])), 0, settings)
+def _resize(cells: Cells, _: WindowSettings, tflop: _Tflop) -> _Cover:
+    return _in_one(cells, ((0, cells.size[0]), (0, cells.size[1])), 0, tflop)
 
 
-def _original(cells: Cells, settings: WindowSettings) -> _Cover:
+def _original(cells: Cells, settings: WindowSettings, tflop: _Tflop) -> _Cover:
     # 1 a window, and so little for its TFLOP that they decide only between as many.
-    prices = {bucket: 1 + tflop / 1e6 for bucket, tflop in _by_tflop(settings).items()}
-    return _finest(cells, settings, prices, settings.max_windows + 0.5, _crop(cells, settings))
+    prices = {bucket: 1 + tflop[bucket] / 1e6 for bucket in tflop}
+    return _finest(cells, settings, prices, settings.max_windows + 0.5, _crop(cells, settings, tflop))
 
 
-def _auto(cells: Cells, settings: WindowSettings) -> _Cover:
+def _auto(cells: Cells, settings: WindowSettings, tflop: _Tflop) -> _Cover:
     further = settings.window_overhead_tflop
-    prices = {bucket: tflop + further for bucket, tflop in _by_tflop(settings).items()}
-    cheapest = _at(cells, settings, prices, inf, _resize(cells, settings).scale)
+    prices = {bucket: tflop[bucket] + further for bucket in tflop}
+    cheapest = _at(cells, settings, prices, inf, _resize(cells, settings, tflop).scale)
     assert cheapest is not None, "one window shows the whole frame at this scale"
     # Every price has `further` in it, which the first window does not cost.
     return _finest(cells, settings, prices, settings.budget_tflop + further, cheapest)
 
 
-_STRATEGIES: Mapping[CropStrategy, Callable[[Cells, WindowSettings], _Cover]] = {
+_STRATEGIES: Mapping[CropStrategy, Callable[[Cells, WindowSettings, _Tflop], _Cover]] = {
     CropStrategy.AUTO: _auto,
     CropStrategy.CROP: _crop,
     CropStrategy.RESIZE: _resize,
@@ -126,10 +131,9 @@ _STRATEGIES: Mapping[CropStrategy, Callable[[Cells, WindowSettings], _Cover]] = 
 }
 
 
-def _in_one(cells: Cells, shown: tuple[Span, Span], context_px: int, settings: WindowSettings) -> _Cover:
+def _in_one(cells: Cells, shown: tuple[Span, Span], context_px: int, tflop: _Tflop) -> _Cover:
     """One window that shows these photo pixels, at the finest scale that any bucket allows."""
-    prices = _by_tflop(settings)
-    windows = [Shown(x=shown[0], y=shown[1], bucket=bucket) for bucket in sorted(prices, key=lambda b: prices[b])]
+    windows = [Shown(x=shown[0], y=shown[1], bucket=bucket) for bucket in sorted(tflop, key=lambda b: tflop[b])]
     # The first of those with the finest scale is the cheapest.
     best = max(windows, key=lambda window: _finest_scale(cells, window, context_px))
     return _Cover(_finest_scale(cells, best, context_px), [best])
