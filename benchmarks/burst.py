@@ -4,7 +4,7 @@ The whole app runs on this machine as it would on Google's services: `pubsub:` w
 Cloud Monitoring, whose answers are exact, late, absent or wrong. An engine that sleeps paints, on replicas with a small
 share of a CPU. In each scenario one message comes first, so that a request waits in a handle, and then all others.
 
-    python -m benchmarks.burst [--messages 200] [--replicas 8] [--out FILE] [--chart FILE]
+    python -m benchmarks.burst [--messages 200] [--replicas 8] [--look-back 30] [--out FILE] [--chart FILE]
 
 Prints, last, a JSON object: seconds from the publication until so many replicas are wanted, and run; until all jobs are
 done; and until no replica is wanted. The series are those of the chart.
@@ -41,7 +41,7 @@ from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
 from serve_app.edit.session import session_path
 from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.record import State
-from serve_app.settings import MessagesSettings, Settings
+from serve_app.settings import MessagesSettings, Scaling, Settings
 
 from .context import machine
 from .serving import Scenario, session_files
@@ -182,7 +182,7 @@ def monitoring(site: Site, port: int) -> ThreadingHTTPServer:
 
 
 @contextmanager
-def site(folder: Path, replicas: int) -> Iterator[Site]:
+def site(folder: Path, replicas: int, look_back_s: float) -> Iterator[Site]:
     """The app, deployed on a Ray of its own, to which this process is connected."""
     ports = {"PUBSUB_EMULATOR_HOST": free_port(), "MONITORING_EMULATOR_HOST": free_port()}
     os.environ.update(ray_environment() | {name: f"127.0.0.1:{port}" for name, port in ports.items()})
@@ -192,19 +192,23 @@ def site(folder: Path, replicas: int) -> Iterator[Site]:
         running = Site(config, broker, folder)
         server = monitoring(running, ports["MONITORING_EMULATOR_HOST"])
         Thread(target=server.serve_forever, daemon=True).start()
-        deploy(config, ray, folder / "config.yaml")
+        deploy(config, ray, folder / "config.yaml", look_back_s)
         with connected(ray):
             yield running
         server.shutdown()
 
 
-def deploy(config: Settings, ray: OwnRay, path: Path) -> None:
+def deploy(config: Settings, ray: OwnRay, path: Path, look_back_s: float) -> None:
     """`serve deploy`. Raises TimeoutError where the app does not get ready."""
+    from deployments.app import inpainter_name
     from deployments.config import BUILDER, POLICY
 
     port = free_port()
+    scaling = config.variants[VARIANT].model_dump(include=Scaling.model_fields.keys() - {"num_cpus"})
+    autoscaling = {**scaling, "look_back_period_s": look_back_s}
     application = {
         "name": APP,
+        "deployments": [{"name": inpainter_name(VARIANT), "autoscaling_config": autoscaling}],
         "import_path": BUILDER,
         "autoscaling_policy": {"policy_function": POLICY},
         "args": config.model_dump(mode="json"),
@@ -275,15 +279,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--messages", type=int, default=200)
     parser.add_argument("--replicas", type=int, default=8)
+    parser.add_argument("--look-back", type=float, default=30.0, help="over which Serve averages requests, in seconds")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
     parser.add_argument("--chart", type=Path)
     args = parser.parse_args()
     series: dict[Answers, list[Sample]] = {}
-    with tempfile.TemporaryDirectory() as name, site(Path(name), args.replicas) as running:
+    with tempfile.TemporaryDirectory() as name, site(Path(name), args.replicas, args.look_back) as running:
         for answers in ANSWERS:
             series[answers] = asyncio.run(running.burst(args.messages, answers))
     found: dict[str, Any] = {answers: figures(samples, args.replicas) for answers, samples in series.items()}
-    found |= {"messages": args.messages, "replicas": args.replicas, "pause_s": PAUSE_S, **machine(("ray",))}
+    found |= {
+        "messages": args.messages,
+        "replicas": args.replicas,
+        "look_back_s": args.look_back,
+        "pause_s": PAUSE_S,
+        **machine(("ray",)),
+    }
     if args.out:
         args.out.write_text(json.dumps(found, indent=2) + "\n")
     if args.chart:

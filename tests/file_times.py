@@ -15,6 +15,7 @@ LIMIT_S = 60.0
 LIMIT_SHARE = LIMIT_S / (2 * 12 * 60)
 #: Files that may take longer, and why.
 SLOW = {
+    "tests/test_burst.py": "four bursts on the whole app, each from no replica and back",
     "tests/test_audit_serve.py": "real jobs of Ray, each an interpreter that loads the application",
     "tests/test_rolling_upgrade.py": "a cluster of its own, each of whose nodes drains for real",
     "tests/test_serve_app.py": "the whole app, killed in its middle; 400 edits",
