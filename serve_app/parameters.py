@@ -7,6 +7,7 @@ from itertools import product
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -48,6 +49,22 @@ Strength = Annotated[float, Field(strict=True, ge=0.01, le=1)]
 VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
 
 Prompt = Annotated[str, StringConstraints(max_length=2000)]
+
+
+#: Prompts for edits, by their names.
+PROMPTS: Mapping[str, str] = {
+    # What should be seen and nothing else: a negated word makes the model draw what it names. Source:
+    # https://docs.bfl.ai/guides/prompting_unified_technical.
+    "plain": "seamless natural background matching surrounding area, photorealistic",
+    "seamless": "seamless natural background matching surrounding area, photorealistic, no leash, no rope, no cord",
+    "ground": "empty ground, nothing here, just the natural ground surface continuing seamlessly",
+}
+
+#: Names of `PROMPTS`, by the prompts.
+PROMPT_NAMES: Mapping[str, str] = {prompt: name for name, prompt in PROMPTS.items()}
+
+#: In place of one of `PROMPTS`, its name may be given.
+NamedPrompt = Annotated[Prompt, AfterValidator(lambda given: PROMPTS.get(given, given))]
 
 
 class CropStrategy(StrEnum):
@@ -94,9 +111,7 @@ class Matrix(_Value):
     steps: tuple[Steps, ...] = Field((28,), min_length=1)
     #: One for all cells by default: what differs between two pictures is then the axis, not the noise.
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
-    prompts: tuple[Prompt, ...] = Field(
-        ("empty ground, nothing here, just the natural ground surface continuing seamlessly",), min_length=1
-    )
+    prompts: tuple[NamedPrompt, ...] = Field((PROMPTS["ground"],), min_length=1)
     crops: tuple[CropStrategy, ...] = Field((CropStrategy.AUTO,), min_length=1)
 
     @model_validator(mode="after")
@@ -124,11 +139,19 @@ class Matrix(_Value):
         more = (
             (self.steps, f"st{cell.steps}"),
             (self.seeds, f"seed{cell.seed}"),
-            (self.prompts, f"p{self.prompts.index(cell.prompt) + 1}"),
+            (self.prompts, self.number(cell.prompt)),
             (self.crops, str(cell.crop)),
         )
         parts = [cell.variant, f"gs{plain(cell.guidance_scale)}", *(part for axis, part in more if len(axis) > 1)]
         return "_".join(parts)
+
+    def number(self, prompt: str) -> str:
+        """In names of files, from 1: `p2`."""
+        return f"p{self.prompts.index(prompt) + 1}"
+
+    def short(self, prompt: str) -> str:
+        """In reports: its name where it is one of `PROMPTS`, otherwise its number."""
+        return PROMPT_NAMES.get(prompt) or self.number(prompt)
 
 
 def plain(number: float) -> str:

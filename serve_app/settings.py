@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 from .models import BUILT_IN, Variant
 from .parameters import (
     MAX_LINK_HOURS,
+    PROMPTS,
     AuditRequest,
     CropStrategy,
     GuidanceScale,
@@ -35,7 +36,7 @@ class _Frozen(BaseModel):
 class Inference(_Frozen):
     """What an edit uses where its message says nothing."""
 
-    prompt: Prompt = "seamless natural background matching surrounding area, photorealistic, no leash, no rope, no cord"
+    prompt: Prompt = PROMPTS["plain"]
     #: Denoising steps, on variants that have no `steps` of their own.
     steps: Steps = 28
     #: FLUX.1-Fill's official value.

@@ -32,7 +32,7 @@ from serve_app.audit.report.publish import _TEMPLATES, publish
 from serve_app.audit.report.results import replicas
 from serve_app.errors import StaleClaim, StoreUnavailable
 from serve_app.models import Box
-from serve_app.parameters import AuditRequest, Matrix
+from serve_app.parameters import PROMPTS, AuditRequest, Matrix
 
 from . import audited
 from .audit_jobs import always
@@ -302,6 +302,22 @@ async def test_a_resumed_run_s_time_is_said_to_count_from_its_first_attempt() ->
         assert ("<dt>Took</dt>" in await report.read(run, "report.html")) == (attempt == 1)
 
 
+async def test_a_prompt_of_the_services_own_goes_by_its_name() -> None:
+    matrix = Matrix(variants=("Q4_0", "Q8_0"), guidance_scales=(2.0,), prompts=("plain", "sand"))
+    assert matrix.prompts == (PROMPTS["plain"], "sand")
+    request = AuditRequest(user_id="u", session_id="s", matrix=matrix)
+    run = audited.audit(request)
+    report = await audited.published(run, audited.results(request))
+    markdown, page = [await report.read(run, name) for name in ("REPORT.md", "report.html")]
+    for rows in (rendered(markdown).results(), Tables(page).results()):
+        assert [row["Prompt"] for row in rows] == ["plain", "p2"] * 2
+    assert f"Prompt p1 plain: {PROMPTS['plain']}\n\nPrompt p2: sand" in markdown
+    for said in (f"<strong>p1 plain</strong> {PROMPTS['plain']}", "<strong>p2</strong> sand", ">prompt plain</h3>"):
+        assert said in page
+    with pytest.raises(ValueError, match="prompts: a value is given twice"):
+        Matrix(prompts=("plain", PROMPTS["plain"]))
+
+
 # -- words of others
 
 
@@ -311,7 +327,7 @@ def shape(markdown: str) -> list[str]:
 
 async def test_hostile_words_do_not_break_the_markdown() -> None:
     def told(words: str) -> tuple[Audit, list[CellResult]]:
-        matrix = Matrix(variants=("Q4_0", "Q8_0"), guidance_scales=(2.0,), prompts=(words, "plain"))
+        matrix = Matrix(variants=("Q4_0", "Q8_0"), guidance_scales=(2.0,), prompts=(words, "sand"))
         request = AuditRequest(user_id="u", session_id="s", matrix=matrix)
         results = audited.results(request)
         results[0] = audited.failed(request, results[0].cell, words)

@@ -30,9 +30,7 @@ def refused(changes: dict[str, Any]) -> str:
 
 def test_the_documented_defaults() -> None:
     inference, limits, work = Inference(), Limits(), Work()
-    assert inference.prompt == (
-        "seamless natural background matching surrounding area, photorealistic, no leash, no rope, no cord"
-    )
+    assert inference.prompt == "seamless natural background matching surrounding area, photorealistic"
     assert (inference.steps, inference.guidance_scale, inference.variant) == (28, 30.0, "Q8_0")
     assert inference.crop_strategy == "auto"
     assert (limits.image_bytes, limits.image_pixels, limits.image_side_px) == (25_000_000, 50_000_000, 10_000)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from ..errors import InputError
-from ..parameters import AuditRequest, CropStrategy, is_run_id
+from ..parameters import PROMPTS, AuditRequest, CropStrategy, is_run_id
 from ..settings import AuditSettings
 
 
@@ -46,13 +46,14 @@ RUN = (
     Option("--run-id", "run_id", "Id of the new run; audit-{8 hex} by default.", run_id, "RUN"),
     Option("--resume", "resume", "Resume an ended run: paint its missing cells.", run_id, "RUN"),
 )
+_PROMPT = f"What the filled area should show, or {', '.join(PROMPTS)} for one of these; may be repeated."
 #: What it paints, and how.
 OPTIONS = (
     Option("--variants", "variants", "Variants.", _list_of(str), "A,B"),
     Option("--guidance", "guidance_scales", "Guidance scales.", _list_of(float), "2,4"),
     Option("--steps", "steps", "Denoising steps.", _list_of(int), "20,28"),
     Option("--seeds", "seeds", "Seeds.", _list_of(int), "0,1"),
-    Option("--prompt", "prompts", "What the filled area should show; may be repeated.", is_repeated=True, metavar="P"),
+    Option("--prompt", "prompts", _PROMPT, is_repeated=True, metavar="P"),
     Option("--crop", "crops", "Crop strategies.", _list_of(CropStrategy), ",".join(CropStrategy)),
     Option("--reference", "reference", "Variant that pictures are compared with.", metavar="V"),
     Option("--runs", "runs", "Paintings of each cell, the first of them cold.", int, "N"),

@@ -68,11 +68,11 @@ def columns(results: Sequence[CellResult]) -> list[Column]:
 
 
 def axes(request: AuditRequest) -> list[Axis]:
-    """Variant, guidance and steps, and what else has several values. Prompts go by their number."""
+    """Variant, guidance and steps, and what else has several values. Prompts go by name or number."""
     matrix = request.matrix
     further = (
         (matrix.seeds, Axis("Seed", lambda result: str(result.cell.seed))),
-        (matrix.prompts, Axis("Prompt", lambda result: f"p{matrix.prompts.index(result.cell.prompt) + 1}")),
+        (matrix.prompts, Axis("Prompt", lambda result: matrix.short(result.cell.prompt), is_number=False)),
         (matrix.crops, Axis("Crop", lambda result: str(result.cell.crop), is_number=False)),
     )
     return [

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ...blobs import BlobStore
 from ...clock import Clock, utc_now
 from ...models import Pixels
-from ...parameters import plain
+from ...parameters import PROMPT_NAMES, plain
 from ..record import PAGE, REPORT, RESULTS, TABLE, Audit, AuditStatus, CellResult, folder
 from . import chart
 from .columns import NONE, axes, columns, gigabytes
@@ -102,6 +102,7 @@ def _said(
         "sheets": sheets(request, results, choice),
         "shared": shared(request.matrix),
         "several": several(request.matrix),
+        "prompts": [(request.matrix.number(one), PROMPT_NAMES.get(one), one) for one in request.matrix.prompts],
         "chosen": chosen,
         "unchosen": _unchosen(audit, results),
         "timings": chart.timings(request, results, chosen),

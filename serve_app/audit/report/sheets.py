@@ -77,6 +77,6 @@ def _further(matrix: Matrix, cell: Cell) -> Sequence[tuple[Sequence[object], str
     return (
         (matrix.steps, f"{cell.steps} steps"),
         (matrix.seeds, f"seed {cell.seed}"),
-        (matrix.prompts, f"prompt p{matrix.prompts.index(cell.prompt) + 1}"),
+        (matrix.prompts, f"prompt {matrix.short(cell.prompt)}"),
         (matrix.crops, f"crop {cell.crop}"),
     )
