@@ -81,9 +81,13 @@ def test_a_huge_threshold_runs_the_other_blocks_once(
     assert len(block_runs) == STEPS + (BLOCKS - 1)
 
 
-def test_extrapolated_steps_run_no_block(tiny: TinyWeights, embeddings: bytes, block_runs: list[str]) -> None:
-    """Computed are the first two steps, and from the fourth on every second: 0, 1, 3, 5."""
-    loaded(tiny, TaylorSeerCache(interval=2, first_steps=2)).paint(given(embeddings))
+@pytest.mark.parametrize(("steps", "strength"), [(STEPS, 1.0), (2 * STEPS, 0.5)])
+def test_extrapolated_steps_run_no_block(
+    tiny: TinyWeights, embeddings: bytes, block_runs: list[str], steps: int, strength: float
+) -> None:
+    """Computed are the first two steps that run, and from the fourth on every second: 0, 1, 3, 5."""
+    engine = loaded(tiny, TaylorSeerCache(interval=2, first_steps=2))
+    engine.paint(given(embeddings, steps=steps, strength=strength))
     assert len(block_runs) == 4 * BLOCKS
 
 
