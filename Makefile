@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## edit a photo with two engines through the whole app; pictures in out/demo
 	$(BIN)/fluxfill demo
 
-audit: install  ## three tiny variants at five guidance scales, by a Ray job against the app; the report in out/audit
+audit: install  ## four tiny variants at five guidance scales, by a Ray job against the app; the report in out/audit
 	$(BIN)/fluxfill audit demo
 
 run: install  ## serve on this machine; then `fluxfill submit` from a second terminal

@@ -112,6 +112,11 @@ class Variant(_Value):
         return self.family == "flux-fill"
 
     @property
+    def edits_by_transformer(self) -> bool:
+        """Whether its edits have FLOPs that can be counted, and blocks that can be compiled."""
+        return self.family in ("flux-fill", "flux2-klein")
+
+    @property
     def counts_steps(self) -> bool:
         """Whether it paints in as many steps as it is asked for."""
         return self.family != "telea"

@@ -273,7 +273,7 @@ def test_a_folder_that_takes_no_file_is_told(tmp_path: Path) -> None:
 
 def running(**changes: Any) -> dict[str, Any]:
     """The body of GET /ready of the app that REPOSITORY describes."""
-    names = ("telea", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0")
+    names = ("telea", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0", "tiny-klein")
     states = {name: {"state": "scaled_to_zero", "error": ""} for name in names}
     defaults = {"variant": "telea", "steps": 28, "guidance_scale": 30.0, "crop_strategy": "auto"}
     body = {"ready": True, "default_variant": "telea", "defaults": defaults, "variants": states, "messages": {}}
@@ -292,6 +292,7 @@ def test_drift_names_what_the_app_has_otherwise() -> None:
         "tiny-Q4_0 is in the file, and not served",
         "tiny-Q5_K_S is in the file, and not served",
         "tiny-Q8_0 is in the file, and not served",
+        "tiny-klein is in the file, and not served",
         "Q8_0 is served, and not in the file",
         "variant is telea in the file, and Q8_0 in the app",
         "guidance_scale is 30.0 in the file, and 10.0 in the app",

@@ -109,13 +109,17 @@ def test_a_family_without_steps_or_transformer_has_no_rates() -> None:
 
 
 @pytest.mark.slow
-def test_the_tiny_checkpoints_are_counted_with_their_own_shape(tiny: TinyWeights) -> None:
-    config = json.loads((tiny.base / "transformer" / "config.json").read_text())
-    blocks = config["num_layers"] + config["num_single_layers"]
-    width = config["attention_head_dim"] * config["num_attention_heads"]
-    assert (blocks, width) == figures.TINY_SHAPE
-    flops = forward_flops(1024, 1024, blocks=blocks, width=width, text_tokens=64)
-    assert figures.step_tflop(BUILT_IN["tiny-Q8_0"], [ONE]) == pytest.approx(flops / 1e12)
+def test_the_tiny_checkpoints_are_counted_with_their_own_shape(tiny: TinyWeights, tiny_klein: TinyWeights) -> None:
+    bases = {"tiny-Q8_0": tiny.base, "tiny-klein": tiny_klein.folder / "klein-base"}
+    for name, base in bases.items():
+        config = json.loads((base / "transformer" / "config.json").read_text())
+        blocks = config["num_layers"] + config["num_single_layers"]
+        width = config["attention_head_dim"] * config["num_attention_heads"]
+        variant = BUILT_IN[name]
+        assert figures.TINY_SHAPES[variant.family] == {"blocks": blocks, "width": width}
+        of_family = {"block_weights": 13, "pictures": 3} if name == "tiny-klein" else {}
+        flops = forward_flops(1024, 1024, blocks=blocks, width=width, text_tokens=64, **of_family)
+        assert figures.step_tflop(variant, [ONE]) == pytest.approx(flops / 1e12)
 
 
 def test_revisions_are_those_that_are_pinned() -> None:

@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 def test_the_config_in_the_repository_is_sound() -> None:
     config = load(Path("serve_config.yaml"))
     assert config.inference.variant == "telea"
-    assert set(config.settings.variants) == {"telea", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0"}
+    assert set(config.settings.variants) == {"telea", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0", "tiny-klein"}
     assert config.url == "http://127.0.0.1:8000"
 
 

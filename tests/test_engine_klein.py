@@ -23,6 +23,7 @@ from diffusers.quantizers.gguf.utils import GGUFLinear
 from gguf import GGMLQuantizationType
 from PIL import Image
 
+from benchmarks.audit.forwards import Forward
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.engine import Window
 from serve_app.engine.flux.tiny import TinyWeights, packers, write_gguf
@@ -115,6 +116,13 @@ def test_canvas_and_two_references_go_in_and_no_text_encoder_is_there(engine: Kl
         engine.paint(window(steps=2))
     assert tokens == [3 * (SIDE // 16) ** 2] * 2
     assert engine._pipeline.text_encoder is None and engine._pipeline.tokenizer is None
+
+
+def test_an_audit_finds_the_forward_that_it_may_compile(engine: Klein) -> None:
+    forward = Forward(engine, request(steps=4))
+    (_, first), (_, again) = forward.lap(), forward.lap()
+    assert forward.per_edit == 4 and torch.equal(first, again)
+    assert first.shape == (1, 3 * (SIDE // 16) ** 2, 32)
 
 
 def test_gguf_stays_packed_and_unpacking_changes_no_bit(tiny_klein: TinyWeights) -> None:

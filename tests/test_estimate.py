@@ -31,6 +31,7 @@ def on_l4(variant: Variant, levers: Optimizations, steps: int) -> tuple[float, f
         ("Q8_0-w8a8", COMPILED, 28, 512, (6.2, 26.5)),
         ("Q8_0-w8a8", COMPILED, 28, 256, (4.9, 24.7)),
         ("Q8_0-w8a8", COMPILED, 8, 512, (1.8, 7.8)),
+        ("klein-4B", EAGER, 4, 512, (1.5, 10.4)),
     ],
 )
 def test_seconds_on_an_l4_are_those_of_an_independent_calculation(
@@ -39,6 +40,14 @@ def test_seconds_on_an_l4_are_those_of_an_independent_calculation(
     """Rounded to a tenth there."""
     variant = BUILT_IN[name].model_copy(update={"max_prompt_tokens": text_tokens})
     assert on_l4(variant, levers, steps) == pytest.approx(expected, abs=0.051, rel=0.01)
+
+
+def test_klein_in_8_bits_and_packed() -> None:
+    """By the same calculation; packed weights cost what their packing moves, of fewer weights than FLUX.1's."""
+    klein = BUILT_IN["klein-4B"]
+    assert on_l4(klein.model_copy(update={"repack": "w8a8"}), COMPILED, 4) == pytest.approx((1.1, 7.9), abs=0.051)
+    packed = on_l4(klein.model_copy(update={"file": "flux-2-klein-4b-Q8_0.gguf"}), EAGER, 4)
+    assert packed[0] - on_l4(klein, EAGER, 4)[0] == pytest.approx(4 * 3.73e9 * 7.1 / 300e9)
 
 
 def test_the_document_says_what_shorter_prompts_cost() -> None:

@@ -293,7 +293,7 @@ async def test_of_flux_comes_what_comes_of_fill(hub: HubServer, sources: Sources
 async def test_each_built_in_variant_names_what_it_takes(sources: Sources) -> None:
     needs = fetch._needs(BUILT_IN.values(), lock.Lock())
     assert {need.repo for need in needs} == {
-        *("YarvixPA/FLUX.1-Fill-dev-GGUF", "black-forest-labs/FLUX.1-Fill-dev"),
+        *("YarvixPA/FLUX.1-Fill-dev-GGUF", "black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.2-klein-4B"),
         *("city96/FLUX.1-dev-gguf", "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-xl-base-1.0"),
     }
 

@@ -32,9 +32,9 @@ def verdict(name: str, settings: Settings, request: EditRequest) -> CompileVerdi
     Loads the variant into this process, which should be one of its own with the device that the variant wants, and
     compiles anew. Blocks for as long as that takes. Never raises for what fails: the verdict says so.
     """
-    family = settings.variant(name).family
-    if family != "flux-fill":
-        return CompileVerdict(variant=name, viable=False, verdict=f"the {family} family has nothing to compile")
+    variant = settings.variant(name)
+    if not variant.edits_by_transformer:
+        return CompileVerdict(variant=name, viable=False, verdict=f"the {variant.family} family has nothing to compile")
     known: dict[str, Any] = {}
     try:
         engine = open_engine(name, _eager(name, settings, request))

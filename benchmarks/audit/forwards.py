@@ -12,6 +12,7 @@ from torch import Tensor
 
 from serve_app.engine.flux import compiled
 from serve_app.engine.flux.fill import FluxFill
+from serve_app.engine.flux2.klein import Klein
 from serve_app.engine.painting import paint_canvas
 from serve_app.models import EditRequest
 
@@ -37,7 +38,7 @@ class Explained:
 class Forward:
     """The transformer's first forward in a painting, again and again. Compiles for good: close the engine after it."""
 
-    def __init__(self, engine: FluxFill, request: EditRequest) -> None:
+    def __init__(self, engine: FluxFill | Klein, request: EditRequest) -> None:
         """Paints the request up to its first step. `engine` is loaded, and its blocks are not compiled.
 
         Raises as `paint_canvas` does.
@@ -49,7 +50,7 @@ class Forward:
         self.per_edit = 0
         self._inputs = self._caught(engine, request)
 
-    def _caught(self, engine: FluxFill, request: EditRequest) -> Mapping[str, Any]:
+    def _caught(self, engine: FluxFill | Klein, request: EditRequest) -> Mapping[str, Any]:
         inputs: dict[str, Any] = {}
 
         def catch(_module: Any, _args: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .audit_client import AuditClient
 from .audit_screen import Follower
 from .demo import draw_leash
 
-VARIANTS = ("tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0")
+VARIANTS = ("tiny-klein", "tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0")
 USER = "demo"
 #: Of the demo's photo: the cat's chin, the leash, and what is round them. Left, top, right, bottom in pixels: one
 #: window of the smallest size shows all of it.

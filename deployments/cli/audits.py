@@ -176,7 +176,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the report.", file_okay=False)] = Path("out/audit"),
     config: ConfigOption = CONFIG,
 ) -> None:
-    """Start the app, audit three tiny variants at five guidance scales, bring the report here, stop everything."""
+    """Start the app, audit four tiny variants at five guidance scales, bring the report here, stop everything."""
     from ..config import load
     from ..own_ray import serving
     from .audit_demo import audited, brought, sample, window_sizes

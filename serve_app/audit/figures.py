@@ -5,18 +5,20 @@ Medians are over the warm trials. Rates divide by `denoise_s`, so that encoding 
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from statistics import median
 
-from ..edit.cost import BLOCKS, WIDTH, forward_flops
+from ..edit.cost import SHAPES, forward_flops
 from ..engine.weights.lock import Lock
-from ..models import TINY, Box, Measured, Trial, Variant
+from ..models import TINY, Box, Family, Measured, Trial, Variant
 from ..parameters import AuditRequest, Cell
 from ..settings import Settings
 from .record import CellResult
 
-#: Blocks, of both kinds, and width of the transformer that `serve_app.engine.flux.tiny` writes.
-TINY_SHAPE = 6, 256
+#: Blocks, of both kinds, and width of the transformers that the modules `tiny` of `serve_app.engine` write.
+TINY_SHAPES: Mapping[Family, Mapping[str, int]] = {
+    "flux-fill": {"blocks": 6, "width": 256},
+    "flux2-klein": {"blocks": 3, "width": 256},
+}
 #: `compute_capability` of an engine that uses no GPU.
 _NO_GPU = "N/A"
 
@@ -64,14 +66,14 @@ def succeeded(
 def step_tflop(variant: Variant, windows: Sequence[Box]) -> float | None:
     """TFLOP of one denoising step of all windows, by `cost.forward_flops` with the prompt's padded length.
 
-    The tiny checkpoints are counted with their own shape; every other base is taken for FLUX.1's, the only one that
-    the flux-fill family has. None for families without a transformer.
+    The tiny checkpoints are counted with their own shape; every other base is taken for the only one that its family
+    has. None for families without a transformer.
     """
-    if variant.family != "flux-fill":
+    if not variant.edits_by_transformer:
         return None
-    blocks, width = TINY_SHAPE if (variant.base or "").startswith(TINY) else (BLOCKS, WIDTH)
-    flops = partial(forward_flops, blocks=blocks, width=width, text_tokens=variant.max_prompt_tokens)
-    return sum(flops(box.width, box.height) for box in windows) / 1e12
+    own = TINY_SHAPES[variant.family] if (variant.base or "").startswith(TINY) else {}
+    shape = {**SHAPES.get(variant.family, {}), **own, "text_tokens": variant.max_prompt_tokens}
+    return sum(forward_flops(box.width, box.height, **shape) for box in windows) / 1e12
 
 
 def revisions(variant: Variant, locked: Lock) -> dict[str, str]:

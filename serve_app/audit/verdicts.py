@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..blobs import BlobStore
-from ..engine.flux import tiny
+from ..engine.weights.fetch import tiny_path
 from ..engine.weights.lock import Lock
 from ..jobs.lease import retry_unavailable
 from ..models import TINY, EditRequest, Pixels
@@ -145,15 +145,14 @@ def _file_gb(name: str, settings: Settings, locked: Lock) -> float | None:
         known = pinned.files.get(variant.file) if pinned and variant.revision in (None, pinned.revision) else None
         return known.size / 1e9 if known else None
     is_tiny = variant.file.startswith(TINY)
-    folder = settings.weights.cache / f"tiny-{tiny.FORMAT}" if is_tiny else Path()
-    path = folder / variant.file.removeprefix(TINY)
+    path = tiny_path(variant, variant.file, settings.weights.cache) if is_tiny else Path(variant.file)
     return path.stat().st_size / 1e9 if path.is_file() else None
 
 
 def _holds(verdict: CompileVerdict, settings: Settings) -> bool:
     """Whether a resumed run takes it over."""
     is_served = verdict.variant in settings.variants
-    has_nothing = is_served and settings.variant(verdict.variant).family != "flux-fill"
+    has_nothing = is_served and not settings.variant(verdict.variant).edits_by_transformer
     return verdict.eager_s is not None or has_nothing
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "pin",
     "pull",
     "push_to_mirror",
+    "tiny_path",
 ]
 
 #: Files of a base repository that painting needs. The configs are named because `push_to_mirror` uploads them last: a
@@ -229,8 +230,15 @@ async def _tiny(variant: Variant, name: str, sources: Sources) -> Path:
 
 
 def _written(variant: Variant, name: str, cache: Path) -> Path:
-    folder, write = _TINIES[variant.family]
-    return tiny.ensure(cache / folder, write).folder / name.removeprefix(TINY)
+    path, (folder, write) = tiny_path(variant, name, cache), _TINIES[variant.family]
+    tiny.ensure(cache / folder, write)
+    return path
+
+
+def tiny_path(variant: Variant, name: str, cache: Path) -> Path:
+    """Where what is called `tiny:…` lies, once it is written."""
+    folder, _ = _TINIES[variant.family]
+    return cache / folder / name.removeprefix(TINY)
 
 
 def _needs(variants: Iterable[Variant], locked: lock.Lock) -> Sequence[Need]:
