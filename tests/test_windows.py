@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.edit.cost import forward_flops
+from serve_app.edit.cost import SHAPES, forward_flops, planned_tflop
 from serve_app.edit.paste import cut
 from serve_app.edit.windows import MAX_CANVAS_PX, Plan, bounding_box, plan
 from serve_app.models import Box, Pixels
@@ -260,6 +260,21 @@ class TestAuto:
         assert scale_of(few) >= scale_of(many) / 1.05
         spent = sum(forward_flops(box.width, box.height, text_tokens=64) for box in few.windows) / 1e12
         assert spent <= DEFAULT.budget_tflop
+
+    def test_a_family_is_planned_by_what_its_windows_cost(self) -> None:
+        """Attention to three pictures makes large windows dearer: klein takes smaller ones, within the same budget."""
+        mask = line(1024, 1024, (0, 0), (1023, 1023))
+        klein, fill = plan(mask, AUTO, DEFAULT, family="flux2-klein"), made(mask, AUTO)
+        assert klein is not None
+        costs = [
+            sum(forward_flops(box.width, box.height, **SHAPES["flux2-klein"]) for box in one.windows)
+            for one in (klein, fill)
+        ]
+        assert costs[0] < 0.95 * costs[1] and scale_of(klein) == scale_of(fill) == 1
+        frame, small = (
+            planned_tflop(*size, family="flux2-klein", text_tokens=512) for size in ((1024, 1024), (512, 384))
+        )
+        assert frame == pytest.approx(WHOLE_FRAME_TFLOP) and small < 0.7 * forward_flops(512, 384) / 1e12
 
     def test_a_thin_diagonal_across_the_frame_takes_windows_along_it(self) -> None:
         planned = made(line(1024, 1024, (0, 0), (1023, 1023)), AUTO)

@@ -84,10 +84,12 @@ def _prepare(
     photo = images.decode_photo(original, settings.limits)
     mask = masks.decode_mask(mask_bytes, settings.limits, photo.size)
     # The same windows for all variants, whose pictures are compared.
-    text_tokens = settings.variant(request.reference_variant).max_prompt_tokens
+    reference = settings.variant(request.reference_variant)
     cuts = {}
     for crop in request.matrix.crops:
-        plan = windows.plan(mask, crop, settings.windows, text_tokens=text_tokens)
+        plan = windows.plan(
+            mask, crop, settings.windows, text_tokens=reference.max_prompt_tokens, family=reference.family
+        )
         if plan is None:
             path = session_path(request.user_id, request.session_id, INPUTS["mask"])
             raise InvalidImage(f"{path} is empty: there is nothing to paint", path=path)

@@ -36,3 +36,11 @@ def forward_flops(
     """
     tokens = text_tokens + pictures * (width_px // TOKEN_PX) * (height_px // TOKEN_PX)
     return blocks * (2 * block_weights * width**2 * tokens + 4 * tokens**2 * width)
+
+
+def planned_tflop(width_px: int, height_px: int, *, family: Family, text_tokens: int) -> float:
+    """TFLOP of one step of one window, in FLUX.1's, which the planner's budget and overhead are given in: those of
+    another family are scaled so that its window of 1024 x 1024 costs as much as FLUX.1's."""
+    shape = SHAPES.get(family, {})
+    scale = forward_flops(1024, 1024) / forward_flops(1024, 1024, **shape)
+    return scale * forward_flops(width_px, height_px, **{**shape, "text_tokens": text_tokens}) / 1e12

@@ -16,7 +16,7 @@ from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, UnknownVa
 from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, Message, Timings
-from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder
+from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder, Variant
 from ..parameters import CONTENT_TYPES, CropStrategy, EditParameters, Format, JobType
 from ..settings import Inference, Settings
 from . import images, masks, paste, windows
@@ -245,8 +245,8 @@ class Editor:
     async def _painting(self, job: Job, original: bytes, mask: bytes, attempt: Attempt, clock: _Clock) -> Painting:
         in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
         with clock.stage("prepare_s"), tracing.span("decode"):
-            tokens = self._settings.variant(job.variant).max_prompt_tokens
-            prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy, tokens)
+            variant = self._settings.variant(job.variant)
+            prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy, variant)
         with self._in_memory(prepared):
             painted = await self._paint(job, prepared, attempt.on_progress, clock)
             with clock.stage("encode_s"), tracing.span("encode"):
@@ -274,9 +274,12 @@ class Editor:
         photo = images.decode_photo(original, self._settings.limits)
         return photo, masks.decode_mask(mask, self._settings.limits, photo.size)
 
-    def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy, text_tokens: int) -> _Prepared:
+    def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy, variant: Variant) -> _Prepared:
         photo, mask = decoded = self._decode(original, mask_bytes)
-        plan = windows.plan(mask, strategy, self._settings.windows, text_tokens=text_tokens)
+
+        plan = windows.plan(
+            mask, strategy, self._settings.windows, text_tokens=variant.max_prompt_tokens, family=variant.family
+        )
         cut = paste.cut(photo.pixels, mask, plan, self._settings.windows.feather_px) if plan else (None, None)
         return _Prepared(
             original=original, mask=mask_bytes, decoded=decoded, plan=plan, canvas=cut[0], canvas_mask=cut[1]

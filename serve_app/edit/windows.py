@@ -26,10 +26,10 @@ from math import floor, inf
 
 import cv2
 
-from ..models import Box, Pixels
+from ..models import Box, Family, Pixels
 from ..parameters import CropStrategy
 from ..settings import WindowSettings
-from .cost import TEXT_TOKENS, forward_flops
+from .cost import TEXT_TOKENS, planned_tflop
 from .cover import Axis, Bucket, Search, Shown
 from .grid import Cells, Span
 
@@ -61,17 +61,22 @@ class Plan:
 
 
 def plan(
-    mask: Pixels, strategy: CropStrategy, settings: WindowSettings, *, text_tokens: int = TEXT_TOKENS
+    mask: Pixels,
+    strategy: CropStrategy,
+    settings: WindowSettings,
+    *,
+    text_tokens: int = TEXT_TOKENS,
+    family: Family = "flux-fill",
 ) -> Plan | None:
     """The windows to paint for `mask`, uint8 `[height, width]` at the photo's size, 0 where the photo is kept, by a
-    variant whose prompts have so many tokens.
+    variant of `family` whose prompts have so many tokens.
 
     None for an empty mask. The module's docstring gives each strategy's rule.
     """
     if bounding_box(mask) is None:
         return None
     cells = Cells(mask, settings.feather_px)
-    tflop = {bucket: forward_flops(*bucket, text_tokens=text_tokens) / 1e12 for bucket in settings.buckets}
+    tflop = {bucket: planned_tflop(*bucket, family=family, text_tokens=text_tokens) for bucket in settings.buckets}
     return _laid_out(cells, _STRATEGIES[strategy](cells, settings, tflop), strategy)
 
 
@@ -96,7 +101,7 @@ class _Cover:
     windows: Sequence[Shown]
 
 
-#: TFLOP of a window's step.
+#: TFLOP of a window's step, as `cost.planned_tflop` has them.
 _Tflop = Mapping[Bucket, float]
 
 
