@@ -19,6 +19,10 @@ engine takes its turn, with at most 12.65 GB of weights and about 2 to paint wit
 
 Prints a table, the context as a line of JSON and, last, a JSON object keyed by scenario. `--out` gets both in one,
 anew after each engine: a run that is broken off leaves what it had measured.
+
+Scenarios `klein_*` are painted by FLUX.2 klein 4B, of as many blocks as the recipe's FLUX.1-Fill where that is not full
+size, with random weights always. Their FLOPs are of an edit of its 4 steps; `full_size_flops_ratio` is of both at full
+size.
 """
 
 import argparse
@@ -40,12 +44,12 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app.engine.weights.fetch import Sources, Weights, fetch, fetch_text_encoders
-from serve_app.models import BUILT_IN
+from serve_app.models import BUILT_IN, Family
 from serve_app.settings import Inference, Secrets, WeightsSettings
 
 from .comparison import memory, number_type, synthetic
-from .comparison.counts import Flops
-from .comparison.models import FULL, Shape
+from .comparison.counts import Flops, KleinFlops
+from .comparison.models import FULL, KLEIN_FULL, Shape
 from .comparison.recipe import Recipe
 from .comparison.runs import Contender, by_turns, compared, matmul_tflop_per_s
 from .comparison.scenarios import FOR_CPU, SCENARIOS, Scenario
@@ -56,6 +60,7 @@ from .context import machine
 out = Console(width=None if sys.stdout.isatty() else 120)
 
 _EDIT = Inference()
+_KLEIN_STEPS = BUILT_IN["klein-4B"].steps or _EDIT.steps
 _PACKAGES = ("torch", "diffusers", "transformers", "gguf")
 #: Of the replica whose memory `--memory` tells, in pixels.
 _FRAME_PX = 1024
@@ -101,9 +106,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON object to this file, too")
     parser.add_argument("--chart", type=Path, help="draw the figures into this file")
     args = parser.parse_args()
-    args.scenarios = args.scenarios or list(FOR_CPU if args.device == "cpu" else SCENARIOS)
-    if unknown := set(args.scenarios) - set(SCENARIOS):
-        parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    known = [name for name, one in SCENARIOS.items() if args.weights == "synthetic" or one.family == "flux-fill"]
+    args.scenarios = args.scenarios or [name for name in known if args.device == "cuda" or name in FOR_CPU]
+    if unknown := set(args.scenarios) - set(known):
+        parser.error(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if args.memory and args.chart:
         parser.error("--memory draws no chart")
     return args
@@ -120,17 +126,17 @@ def _measured(args: argparse.Namespace) -> Iterator[Found]:
     asked = _EDIT.model_copy(update={"steps": args.steps})
     matmul = matmul_tflop_per_s(device, dtype)
     found: dict[str, Any] = {}
-    with _weights(args, shape) as weights:
-        recipe = Recipe(weights, device, dtype)
+    with _weights(args, shape, {one.family for one in scenarios}) as weights:
+        recipe = Recipe(weights["flux-fill"], device, dtype)
         alone = _recipes(recipe, scenarios, asked) if device.type == "cuda" else {}
         by_turns(alone.values(), args.runs)
         for group in _by_engine(scenarios):
-            service = Service(weights, group[0], device=device, dtype=dtype, threads=args.threads)
+            service = Service(weights[group[0].family], group[0], device=device, dtype=dtype, threads=args.threads)
             service.warm_up(group)
             services = {one.name: service.contender(one, asked) for one in group}
             rivals = {} if alone else _recipes(recipe, group, asked)
             by_turns([*rivals.values(), *services.values()], args.runs)
-            figures = _figures(group, alone or rivals, services, flops, asked)
+            figures = _figures(group, alone or rivals, services, flops, asked, shape)
             for one in figures.values():
                 one["service"]["share_of_matmul"] = round(one["service"]["tflop_per_s"] / matmul, 3)
             found |= figures
@@ -145,16 +151,25 @@ def _shape(args: argparse.Namespace) -> Shape:
     return Shape(width=args.width, double=args.double, single=args.single, narrow_vae=args.device == "cpu")
 
 
+def _klein(shape: Shape) -> Shape:
+    return KLEIN_FULL if shape.is_full else shape
+
+
 @contextmanager
-def _weights(args: argparse.Namespace, shape: Shape) -> Iterator[Weights]:
-    """Their `base` holds the text encoders, too."""
+def _weights(
+    args: argparse.Namespace, shape: Shape, families: Collection[Family]
+) -> Iterator[Mapping[Family, Weights]]:
+    """FLUX.1-Fill's, whose `base` holds the text encoders, too, and those of the other `families`."""
     if args.weights == "real":
         variant, sources = BUILT_IN[args.packing], Sources.of(WeightsSettings(), Secrets.from_environment())
         asyncio.run(fetch_text_encoders(variant, sources))
-        yield asyncio.run(fetch(variant, sources))
+        yield {"flux-fill": asyncio.run(fetch(variant, sources))}
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        yield synthetic.write(Path(folder), shape, args.packing)
+        written: dict[Family, Weights] = {"flux-fill": synthetic.write(Path(folder), shape, args.packing)}
+        if "flux2-klein" in families:
+            written["flux2-klein"] = synthetic.write_klein(Path(folder), _klein(shape), args.packing)
+        yield written
 
 
 def _on(scenario: Scenario, device: torch.device) -> Scenario:
@@ -168,7 +183,7 @@ def _by_engine(scenarios: Sequence[Scenario]) -> Collection[list[Scenario]]:
     """Those that one engine paints. Two engines need not fit on a device together."""
     groups = defaultdict(list)
     for one in scenarios:
-        groups[one.optimizations, one.adaln_once, one.one_encode, one.repack].append(one)
+        groups[one.family, one.optimizations, one.adaln_once, one.one_encode, one.repack].append(one)
     return groups.values()
 
 
@@ -178,17 +193,27 @@ def _recipes(recipe: Recipe, scenarios: Iterable[Scenario], asked: Inference) ->
 
 
 def _figures(
-    scenarios: Iterable[Scenario], recipes: Recipes, services: Mapping[str, Contender], flops: Flops, asked: Inference
+    scenarios: Iterable[Scenario],
+    recipes: Recipes,
+    services: Mapping[str, Contender],
+    flops: Flops,
+    asked: Inference,
+    shape: Shape,
 ) -> dict[str, Any]:
-    counted = {"steps": asked.steps, "counted_steps": _EDIT.steps}
-    return {
-        one.name: _row(
-            one,
-            recipe=recipes[one.width, one.height].figures(flops, **counted),
-            service=services[one.name].figures(flops, **counted),
-        )
-        for one in scenarios
-    }
+    found = {}
+    for one in scenarios:
+        recipe, service = recipes[one.width, one.height], services[one.name]
+        is_klein = one.family == "flux2-klein"
+        counted = {"steps": asked.steps, "counted_steps": _EDIT.steps}
+        own = {**counted, "counted_steps": _KLEIN_STEPS} if is_klein else counted
+        of_service = KleinFlops(_klein(shape)) if is_klein else flops
+        row = _row(one, recipe=recipe.figures(flops, **counted), service=service.figures(of_service, **own))
+        if is_klein:
+            sides = recipe.figures(Flops(FULL), **counted), service.figures(KleinFlops(KLEIN_FULL), **own)
+            totals = [sum(side["tflop"].values()) for side in sides]
+            row |= {"steps_of_flops": _KLEIN_STEPS, "full_size_flops_ratio": round(totals[0] / totals[1], 3)}
+        found[one.name] = row
+    return found
 
 
 def _row(scenario: Scenario, **sides: dict[str, Any]) -> dict[str, Any]:

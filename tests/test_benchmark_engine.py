@@ -13,14 +13,14 @@ import torch
 
 from benchmarks import engine
 from benchmarks.comparison import memory, number_type
-from benchmarks.comparison.counts import Calls, Flops, unpacked_bytes
+from benchmarks.comparison.counts import Calls, Flops, KleinFlops, unpacked_bytes
 from benchmarks.comparison.meter import Meter
-from benchmarks.comparison.models import FULL, Shape
+from benchmarks.comparison.models import FULL, KLEIN_FULL, Shape
 from benchmarks.comparison.recipe import frame_size
 from benchmarks.comparison.runs import Contender, Run, by_turns, compared
 from benchmarks.comparison.scenarios import SCENARIOS, Scenario
 from benchmarks.comparison.service import planned
-from serve_app.edit.cost import forward_flops
+from serve_app.edit.cost import SHAPES, forward_flops
 from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.errors import OutOfMemory
 
@@ -42,6 +42,8 @@ def flops() -> Flops:
 @pytest.mark.parametrize("size", [(1024, 1024), (768, 512), (256, 256)])
 def test_the_planners_formula_agrees_with_the_counter(flops: Flops, size: tuple[int, int]) -> None:
     assert forward_flops(*size) == pytest.approx(flops.step(size), rel=0.003)
+    klein = forward_flops(*size, **SHAPES["flux2-klein"])
+    assert klein == pytest.approx(KleinFlops(KLEIN_FULL).step(size), rel=0.004)
 
 
 def test_the_models_are_as_large_as_the_real_ones(flops: Flops) -> None:
@@ -215,7 +217,7 @@ def test_a_full_size_q8_0_replica_fits_into_20_gb() -> None:
 @pytest.mark.slow
 def test_it_runs_without_ray(tmp_path: Path) -> None:
     out, chart = tmp_path / "engine.json", tmp_path / "engine.png"
-    given = ["--width", "256", "--scenarios", "exact_512", "--runs", "1", "--steps", "1"]
+    given = ["--width", "256", "--scenarios", "exact_512,klein_exact_512", "--runs", "1", "--steps", "1"]
     script = f"""
 import sys
 sys.modules["ray"] = None
@@ -225,7 +227,7 @@ benchmarks.engine.main()
 """
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     context, found = (json.loads(line) for line in done.stdout.splitlines()[-2:])
-    assert found.keys() == {"exact_512"}
+    assert found.keys() == {"exact_512", "klein_exact_512"}
     assert {**found, **context} == json.loads(out.read_text())
     one = found["exact_512"]
     assert one["text_encoder_calls"] == 0 and one["recipe"]["text_encoder_calls"] == 1
@@ -234,6 +236,10 @@ benchmarks.engine.main()
     assert 1 < one["flops_ratio"] < 1.1
     assert one["service"]["unpacked_gb_per_step"] < one["recipe"]["unpacked_gb_per_step"]
     assert one["service"]["peak_gb"] < one["recipe"]["peak_gb"]
+    klein = found["klein_exact_512"]
+    # Two references are encoded. Four steps of a model of a third of the weights take far less at full size.
+    assert klein["service"]["vae_calls"] == 3 and klein["service"]["text_encoder_calls"] == 0
+    assert klein["steps_of_flops"] == 4 and 5 < klein["full_size_flops_ratio"] < 12
     dtype = number_type.name(number_type.of(torch.device("cpu")))
     assert context["context"]["dtype"] == dtype and dtype in context["context"]["title"]
     assert context["context"]["weights"] == "synthetic" and context["context"]["versions"]["torch"]
@@ -258,7 +264,7 @@ def test_an_engine_that_fails_loses_nothing_that_was_measured(monkeypatch: pytes
 
     for name in ("Recipe", "Service"):
         monkeypatch.setattr(engine, name, Side)
-    monkeypatch.setattr(engine, "_weights", lambda *_: nullcontext())
+    monkeypatch.setattr(engine, "_weights", lambda *_: nullcontext({"flux-fill": None}))
     monkeypatch.setattr(engine, "by_turns", lambda *_: None)
     given = ["--width", "256", "--scenarios", "eager_512,exact_512", "--out", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", ["benchmarks.engine", *given])

@@ -1,11 +1,13 @@
 """The replica's class, without Ray: what it streams, and how it notices an engine that does not stop."""
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from deployments.inpainter import Inpainter
 from deployments.replica import open_engine
 from serve_app.engine import Engine, Window, families
+from serve_app.engine.flux.tiny import TinyWeights
 from serve_app.engine.pause import Pause
 from serve_app.errors import GpuLost, OutOfMemory, PaintError, ReplicaTaken, VariantLoadFailed, VariantNotReady
 from serve_app.models import Box, EditRequest, Images, Measured, Progress
@@ -137,6 +140,19 @@ async def test_a_variant_that_did_not_load_says_why() -> None:
     with pytest.raises(VariantLoadFailed, match=r"nowhere\.gguf"):
         await anext(replica.paint(request()))
     replica.check_health()
+
+
+async def test_embeddings_of_a_fixed_prompt_are_in_the_apps_blob_store(tiny_klein: TinyWeights, tmp_path: Path) -> None:
+    base, file = tiny_klein.folder / "klein-base", tiny_klein.folder / "flux2-klein.safetensors"
+    definition = {"family": "flux2-klein", "file": str(file), "base": str(base), "max_prompt_tokens": 64}
+    ours = settings(**definition, embeddings="prompts/k.safetensors").model_copy(update={"blobs": f"files:{tmp_path}"})
+    without = Replica(ours)
+    with pytest.raises(VariantLoadFailed, match=r"UnknownWeights: the blob store has no prompts/k\.safetensors"):
+        await anext(without.paint(request()))
+    (tmp_path / "prompts").mkdir()
+    shutil.copy(tiny_klein.folder / "prompt.safetensors", tmp_path / "prompts" / "k.safetensors")
+    error, where = await Replica(ours).status()
+    assert error == "" and where["device"]
 
 
 class Failing(Scripted):

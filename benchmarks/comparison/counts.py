@@ -36,6 +36,8 @@ class Calls:
 class Flops:
     """Of models of one shape."""
 
+    _latent_channels = 16
+
     def __init__(self, shape: Shape) -> None:
         with torch.device("meta"):
             self._transformer, self._vae = models.transformer(shape), models.vae(shape)
@@ -72,13 +74,29 @@ class Flops:
 
     def _decode_once(self, size: Size) -> int:
         width, height = size
-        return _counted(lambda: self._vae.decode(torch.empty(1, 16, height // 8, width // 8, device="meta")))
+        return _counted(
+            lambda: self._vae.decode(torch.empty(1, self._latent_channels, height // 8, width // 8, device="meta"))
+        )
 
     def _text(self) -> int:
         def tokens(count: int) -> Tensor:
             return torch.zeros(1, count, dtype=torch.long, device="meta")
 
         return _counted(lambda: (self._t5(tokens(models.T5_TOKENS)), self._clip(tokens(models.CLIP_TOKENS))))
+
+
+class KleinFlops(Flops):
+    """Of FLUX.2 klein, which has no text encoder."""
+
+    _latent_channels = models.KLEIN_LATENT
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        with torch.device("meta"):
+            self._transformer, self._vae = models.klein_transformer(shape), models.klein_vae(shape)
+
+    def _step(self, size: Size) -> int:
+        return _counted(lambda: self._transformer(**models.klein_inputs(*size)))
 
 
 def _counted(work: Callable[[], object]) -> int:

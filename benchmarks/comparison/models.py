@@ -1,13 +1,14 @@
-"""FLUX.1-Fill's models at any depth and width, unloaded: on the device, and of the number type, that the caller sets.
+"""FLUX.1-Fill's models, and FLUX.2 klein's, at any depth and width, unloaded: on the device, and of the number type,
+that the caller sets.
 
-Source of the real shapes: the configs of black-forest-labs/FLUX.1-Fill-dev.
+Source of the real shapes: the configs of black-forest-labs/FLUX.1-Fill-dev and FLUX.2-klein-4B.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 #: FLUX.1's blocks of both kinds, and the layers of its text encoders.
@@ -45,6 +46,10 @@ class Shape:
 
 
 FULL = Shape()
+#: klein 4B's.
+KLEIN_FULL = Shape(double=5, single=20)
+#: Width of its prompts' embeddings, and channels of its latents.
+KLEIN_TEXT_WIDTH, KLEIN_LATENT = 7680, 32
 
 
 def transformer(shape: Shape) -> Any:
@@ -60,6 +65,23 @@ def transformer(shape: Shape) -> Any:
         pooled_projection_dim=clip,
         guidance_embeds=True,
     ).eval()
+
+
+def klein_transformer(shape: Shape) -> Any:
+    return Flux2Transformer2DModel(
+        in_channels=4 * KLEIN_LATENT,
+        num_layers=shape.double,
+        num_single_layers=shape.single,
+        attention_head_dim=_HEAD,
+        num_attention_heads=shape.width // _HEAD,
+        joint_attention_dim=KLEIN_TEXT_WIDTH,
+        guidance_embeds=False,
+    ).eval()
+
+
+def klein_vae(shape: Shape) -> Any:
+    narrow = {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    return AutoencoderKLFlux2(latent_channels=KLEIN_LATENT, **(narrow if shape.narrow_vae else {})).eval()
 
 
 def vae(shape: Shape) -> Any:
@@ -127,6 +149,24 @@ def inputs(shape: Shape, width_px: int, height_px: int, device: str, dtype: torc
         "guidance": empty(1, dtype=torch.float32),
         "img_ids": empty(tokens, 3),
         "txt_ids": empty(T5_TOKENS, 3),
+        "return_dict": False,
+    }
+
+
+def klein_inputs(width_px: int, height_px: int) -> dict[str, Any]:
+    """As `inputs`, of klein's, on the meta device: a canvas and two references."""
+    tokens = 3 * (width_px // 16) * (height_px // 16)
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta")
+
+    return {
+        "hidden_states": empty(1, tokens, 4 * KLEIN_LATENT),
+        "encoder_hidden_states": empty(1, T5_TOKENS, KLEIN_TEXT_WIDTH),
+        "timestep": empty(1),
+        "guidance": None,
+        "img_ids": empty(1, tokens, 4),
+        "txt_ids": empty(1, T5_TOKENS, 4),
         "return_dict": False,
     }
 

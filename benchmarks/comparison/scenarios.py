@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from serve_app.models import Pixels, Repacking
+from serve_app.models import Family, Pixels, Repacking
 from serve_app.parameters import CropStrategy
 from serve_app.settings import FirstBlockCache, Optimizations
 
@@ -35,6 +35,8 @@ class Scenario:
     adaln_once: bool = True
     one_encode: bool = True
     repack: Repacking | None = None
+    #: Of the service's engine; the recipe is FLUX.1-Fill's.
+    family: Family = "flux-fill"
 
     def photo(self) -> Pixels:
         """Noise: what an edit costs depends on no pixel."""
@@ -73,7 +75,7 @@ def blob(width: int, height: int) -> Pixels:
     return mask
 
 
-def _whole(name: str, side: int, **optimizations: Any) -> Scenario:
+def _whole(name: str, side: int, **how: Any) -> Scenario:
     """The whole frame in one window: what the optimizations give without the windows."""
     return Scenario(
         name=f"{name}_{side}",
@@ -81,18 +83,20 @@ def _whole(name: str, side: int, **optimizations: Any) -> Scenario:
         height=side,
         mask=thin_vertical,
         strategy=CropStrategy.RESIZE,
-        **optimizations,
+        **how,
     )
 
 
 _ROWS = (
     Scenario(name="thin_vertical", mask=thin_vertical),
     Scenario(name="thin_diagonal", mask=thin_diagonal),
+    Scenario(name="klein_thin_vertical", mask=thin_vertical, family="flux2-klein"),
     Scenario(name="blob", mask=blob),
     Scenario(name="phone_leash", width=4000, height=3000, mask=leash),
     Scenario(name="thin_vertical_exact", mask=thin_vertical, optimizations=EXACT),
     Scenario(name="thin_vertical_cached", mask=thin_vertical, optimizations=CACHED),
     Scenario(name="thin_vertical_w8a8", mask=thin_vertical, optimizations=COMPILED, repack="w8a8"),
+    _whole("klein_exact", 512, optimizations=EXACT, family="flux2-klein"),
     *(
         row
         for side in (1024, 512)
@@ -107,4 +111,4 @@ _ROWS = (
 )
 SCENARIOS: Mapping[str, Scenario] = {row.name: row for row in _ROWS}
 #: What a CPU gets through in minutes.
-FOR_CPU = ("thin_vertical", "thin_diagonal")
+FOR_CPU = ("thin_vertical", "thin_diagonal", "klein_thin_vertical")

@@ -10,6 +10,7 @@ from serve_app.edit.paste import cut, paste
 from serve_app.edit.windows import Plan, plan
 from serve_app.engine.flux.fill import FluxFill
 from serve_app.engine.flux.text_encoder import TextEncoder
+from serve_app.engine.flux2.klein import Klein
 from serve_app.engine.painting import paint_canvas
 from serve_app.engine.prompts import PromptCache
 from serve_app.engine.weights.fetch import Weights
@@ -25,7 +26,7 @@ WINDOWS = WindowSettings()
 
 def planned(scenario: Scenario) -> Plan:
     """With the default settings."""
-    found = plan(scenario.painted(), scenario.strategy, WINDOWS)
+    found = plan(scenario.painted(), scenario.strategy, WINDOWS, family=scenario.family)
     assert found is not None, "the mask is empty"
     return found
 
@@ -44,20 +45,18 @@ class Service:
     ) -> None:
         self._base, self._threads = weights.base, threads
         self._variant = Variant(
-            family="flux-fill",
+            family=scenario.family,
             file=str(weights.transformer),
             base=str(weights.base),
             repack=scenario.repack,
             num_gpus=1 if device.type == "cuda" else 0,
         )
         served = VariantSettings(optimizations=scenario.optimizations, threads=threads)
-        self._engine = FluxFill(
-            self._variant,
-            weights,
-            served,
-            dtype=dtype,
-            adaln_once=scenario.adaln_once,
-            one_encode=scenario.one_encode,
+        exact = {"adaln_once": scenario.adaln_once, "one_encode": scenario.one_encode}
+        self._engine: FluxFill | Klein = (
+            FluxFill(self._variant, weights, served, dtype=dtype, **exact)
+            if scenario.family == "flux-fill"
+            else Klein(self._variant, weights, served, dtype=dtype)
         )
         self._engine.load()
         self._prompts = PromptCache(MemoryBlobStore())
@@ -97,7 +96,7 @@ class Service:
             steps=asked.steps,
             guidance_scale=asked.guidance_scale,
             seed=0,
-            embeddings=asyncio.run(self._embeddings(asked.prompt)),
+            embeddings=asyncio.run(self._embeddings(asked.prompt)) if self._variant.takes_prompt else None,
         )
         painted = paint_canvas(self._engine, request, lambda progress: None)
         return paste(photo, painted.images[0], mask, found, WINDOWS.feather_px)

@@ -1,7 +1,7 @@
 """Files of random weights that the real loaders read: nothing is downloaded.
 
 A matrix repeats its first 64 rows, so that full size is written in seconds: what a step costs depends on no weight's
-value. Tokenizers, scheduler and the narrow VAE are those of `serve_app.engine.flux.tiny`.
+value. Tokenizers, schedulers and the narrow VAE are those of the modules `tiny` of `serve_app.engine`.
 """
 
 import math
@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
 from gguf import GGML_QUANT_SIZES, GGUFWriter
 
 from serve_app.engine.flux import tiny
+from serve_app.engine.flux2 import tiny as tiny_klein
 from serve_app.engine.weights.fetch import Weights
 
 from . import models
@@ -39,12 +41,29 @@ def write(folder: Path, shape: Shape, packing: str) -> Weights:
         models.vae(shape).to(torch.bfloat16).save_pretrained(base / "vae")
     _save(models.clip, shape, base / "text_encoder")
     _save(models.t5, shape, base / "text_encoder_2")
-    with torch.device("meta"):
-        transformer = models.transformer(shape)
-    transformer.save_config(base / "transformer")
     file = folder / f"flux1-fill-dev-{packing}.gguf"
-    _write_gguf(file, {name: weight.shape for name, weight in transformer.state_dict().items()}, packing)
+    _write_transformer(models.transformer, shape, file, base, packing)
     return Weights(file, base)
+
+
+def write_klein(folder: Path, shape: Shape, packing: str) -> Weights:
+    """As `write`, FLUX.2 klein: with a prompt's embeddings and without a text encoder."""
+    small, base = tiny.ensure(folder / "tiny-klein", tiny_klein.write).folder / "klein-base", folder / "klein-base"
+    shutil.copytree(small / "scheduler", base / "scheduler")
+    shutil.copy(small / "model_index.json", base)
+    torch.manual_seed(0)
+    models.klein_vae(shape).to(torch.bfloat16).save_pretrained(base / "vae")
+    file = folder / f"flux-2-klein-4b-{packing}.gguf"
+    _write_transformer(models.klein_transformer, shape, file, base, packing)
+    embeddings = torch.randn(1, models.T5_TOKENS, models.KLEIN_TEXT_WIDTH).to(torch.bfloat16)
+    return Weights(file, base, safetensors.torch.save({"prompt_embeds": embeddings}))
+
+
+def _write_transformer(make: Callable[[Shape], Any], shape: Shape, file: Path, base: Path, packing: str) -> None:
+    with torch.device("meta"):
+        transformer = make(shape)
+    transformer.save_config(base / "transformer")
+    _write_gguf(file, {name: weight.shape for name, weight in transformer.state_dict().items()}, packing)
 
 
 def is_packed(name: str, shape: Sequence[int], packing: str) -> bool:
