@@ -14,6 +14,7 @@ import io
 import json
 import threading
 import time
+from math import inf
 from pathlib import Path
 
 import cv2
@@ -125,7 +126,7 @@ async def measured(sessions: int, megapixels: float, settings: Settings) -> dict
 
     async def progress(_: Progress) -> None: ...
 
-    attempt = Attempt(on_progress=progress, confirm=confirmed, record=recorded, pool=pool)
+    attempt = Attempt(on_progress=progress, confirm=confirmed, record=recorded, left_s=lambda: inf, pool=pool)
     jobs = [asyncio.create_task(editor.run(job_of(f"s{n}"), attempt)) for n in range(sessions)]
     await model.all_wait.wait()
     # What malloc holds and nobody uses is not what the jobs take.

@@ -117,6 +117,11 @@ class Variant(_Value):
         return self.family in ("flux-fill", "flux2-klein")
 
     @property
+    def removes(self) -> bool:
+        """Whether it claims to remove what is under a mask; the `pause` family leaves a photo as it is."""
+        return self.family != "pause"
+
+    @property
     def counts_steps(self) -> bool:
         """Whether it paints in as many steps as it is asked for."""
         return self.family != "telea"

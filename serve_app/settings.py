@@ -331,6 +331,15 @@ class WindowSettings(_Frozen):
         return self
 
 
+class QualitySettings(_Frozen):
+    """How edits are checked; see `serve_app.edit.quality`."""
+
+    #: An edit that puts back more of what was to be removed is suspect: a correlation, where 1 is all of it.
+    put_back: float = Field(0.45, gt=0, le=1)
+    #: How often a suspect edit is painted again, each time with the next seed.
+    retries: int = Field(1, ge=0, le=5)
+
+
 class Work(_Frozen):
     """Leases, retries and timeouts."""
 
@@ -450,6 +459,7 @@ class Settings(_Frozen):
     webhooks: WebhookSettings = WebhookSettings()
     limits: Limits = Limits()
     windows: WindowSettings = WindowSettings()
+    quality: QualitySettings = QualitySettings()
     work: Work = Work()
     backlog: BacklogSettings = BacklogSettings()
     weights: WeightsSettings = WeightsSettings()

@@ -102,6 +102,13 @@ METRICS: Mapping[str, Metric] = {
     ),
     "fluxfill_job_attempts": Metric("histogram", "attempts that a job took", ("variant",), (1, 2, 3, 4, 5, 10)),
     "fluxfill_attempts_failed_total": Metric("counter", "attempts that failed, by error code", ("variant", "code")),
+    "fluxfill_put_back": Metric(
+        "histogram",
+        "how much of what was to be removed an edit has put back; 1 is all",
+        ("variant",),
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    ),
+    "fluxfill_suspect_edits_total": Metric("counter", "edits that put back what was to be removed", ("variant",)),
     "fluxfill_duplicate_messages_total": Metric("counter", "messages of jobs that had ended already"),
     "fluxfill_dead_letters_total": Metric(
         "counter", "messages sent to the dead-letter topic, by error code", ("code",)

@@ -291,3 +291,21 @@ async def test_a_job_goes_on_until_its_deadline(host: Host) -> None:
         return "painted"
 
     assert await host.keeper(job).guard(paint()) == "painted"
+
+
+async def test_what_is_left_until_the_deadline_follows_a_deadline_that_moves(host: Host) -> None:
+    """Who waits for a job moves it."""
+    job = await host.claim(deadline=host.clock() + timedelta(seconds=30))
+    keeper = host.keeper(job)
+    host.pass_s(10)
+    assert 19 < keeper.left_s() <= 20
+    guarded = asyncio.create_task(keeper.guard(forever()))
+    await host.jobs.update(job.id, job.lock_key, claims.attend(90))
+    await until(lambda: keeper.left_s() > 30)
+    assert 89 < keeper.left_s() <= 90
+    guarded.cancel()
+    await asyncio.wait({guarded})
+
+
+async def test_without_a_deadline_there_is_no_end(host: Host) -> None:
+    assert host.keeper(await host.claim()).left_s() == float("inf")

@@ -25,7 +25,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from serve_app.adapters.webhooks import Webhooks
 from serve_app.edit.session import session_document
 from serve_app.errors import CallbackRefused, InvalidCredentials, SettingsError, WebhookFailed
-from serve_app.jobs.record import Artifact, Job, JobError, State
+from serve_app.jobs.record import Artifact, Job, JobError, Quality, State
 from serve_app.settings import Secrets, WebhookSettings
 
 from . import webhook_receiver as receivers
@@ -380,6 +380,7 @@ async def test_the_documented_event_is_what_arrives(make_webhooks: MakeWebhooks,
         user_id=data["userId"],
         session_id=data["sessionId"],
         finished_at=example["timestamp"],
+        quality=Quality(put_back=0.1, seed=7, tries=1, verdict=data["quality"]),
         artifacts=tuple(Artifact(role=role, path=data[f"{role}Path"]) for role in ("edited", "preview")),
         traceparent=TRACEPARENT,
     )

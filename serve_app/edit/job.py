@@ -10,16 +10,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .. import tracing
 from ..blobs import BlobInfo, BlobStore
 from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, UnknownVariant, VariantNotReady
 from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.messages import EditMessage, parse_edit
-from ..jobs.record import Job, Message, Timings
+from ..jobs.record import Job, Message, Quality, Timings
 from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder, Variant
 from ..parameters import CONTENT_TYPES, CropStrategy, EditParameters, Format, JobType
 from ..settings import Inference, Settings
-from . import images, masks, paste, windows
+from . import images, masks, paste, quality, windows
+from .checking import paint_checked
 from .images import Photo
 from .outputs import Outputs, Painting
 from .posted import API_USER, InpaintBody, Links, Sessions
@@ -85,6 +88,8 @@ class _Prepared:
     plan: windows.Plan | None
     canvas: Pixels | None = None
     canvas_mask: Pixels | None = None
+    #: The mask as the user drew it, at the canvas's scale.
+    drawn: Pixels | None = None
 
     @property
     def decoded_px(self) -> int:
@@ -97,6 +102,12 @@ class _Clock:
     """Seconds by stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    #: Device milliseconds; None where no GPU painted.
+    gpu_ms: float | None = None
+
+    def add(self, name: str, seconds: float) -> None:
+        """To what an earlier painting took."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -234,7 +245,7 @@ class Editor:
             self._outputs.keep(job, inputs, painting)
             raise
         timings = Timings(**{**painting.seconds, **clock.seconds}, gpu_ms=painting.gpu_ms)
-        return Result(artifacts=written, timings=timings)
+        return Result(artifacts=written, timings=timings, quality=painting.quality)
 
     def document(self, job: Job) -> Mapping[str, Any]:
         return session_document(job)
@@ -248,11 +259,10 @@ class Editor:
             variant = self._settings.variant(job.variant)
             prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy, variant)
         with self._in_memory(prepared):
-            painted = await self._paint(job, prepared, attempt.on_progress, clock)
+            painted, found = await self._paint(job, prepared, attempt, clock)
             with clock.stage("encode_s"), tracing.span("encode"):
                 files, size = await in_pool(self._encode, prepared, painted, _asked(job).format)
-        gpu_ms = painted.gpu_ms if painted else None
-        return Painting(files=files, seconds=clock.seconds, gpu_ms=gpu_ms, width_height=size)
+        return Painting(files=files, seconds=clock.seconds, gpu_ms=clock.gpu_ms, width_height=size, quality=found)
 
     @contextmanager
     def _in_memory(self, prepared: _Prepared) -> Iterator[None]:
@@ -276,18 +286,22 @@ class Editor:
 
     def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy, variant: Variant) -> _Prepared:
         photo, mask = decoded = self._decode(original, mask_bytes)
-
         plan = windows.plan(
             mask, strategy, self._settings.windows, text_tokens=variant.max_prompt_tokens, family=variant.family
         )
-        cut = paste.cut(photo.pixels, mask, plan, self._settings.windows.feather_px) if plan else (None, None)
-        return _Prepared(
-            original=original, mask=mask_bytes, decoded=decoded, plan=plan, canvas=cut[0], canvas_mask=cut[1]
-        )
+        prepared = _Prepared(original=original, mask=mask_bytes, decoded=decoded, plan=plan)
+        if plan is not None:
+            prepared.canvas, prepared.canvas_mask = paste.cut(
+                photo.pixels, mask, plan, self._settings.windows.feather_px
+            )
+            prepared.drawn = paste.shown(mask, plan)
+        return prepared
 
-    async def _paint(self, job: Job, prepared: _Prepared, on_progress: OnProgress, clock: _Clock) -> Images | None:
+    async def _paint(
+        self, job: Job, prepared: _Prepared, attempt: Attempt, clock: _Clock
+    ) -> tuple[Images | None, Quality | None]:
         if prepared.plan is None or prepared.canvas is None or prepared.canvas_mask is None:
-            return None
+            return None, None
         asked = time.perf_counter()
         embeddings = await self._embeddings(job)
         clock.seconds["prepare_s"] += time.perf_counter() - asked
@@ -303,13 +317,30 @@ class Editor:
             traceparent=tracing.traceparent(job.traceparent),
             embeddings=embeddings,
         )
+        paint = partial(self._paint_once, job, attempt.on_progress, clock)
+        if not self._settings.variant(job.variant).removes:
+            return await paint(request), None
+        in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
+        return await paint_checked(
+            request,
+            paint,
+            lambda painted: in_pool(_put_back, prepared, painted),
+            self._settings.quality,
+            left_s=attempt.left_s,
+            # Encoding and uploading take about as long as what they undo.
+            after_s=clock.seconds["download_s"] + clock.seconds["prepare_s"],
+        )
+
+    async def _paint_once(self, job: Job, on_progress: OnProgress, clock: _Clock, request: EditRequest) -> Images:
         started = time.perf_counter()
-        limit_s = self._settings.work.inference_timeout_s
-        paint = partial(self._models[job.variant].run, request)
-        wait_s = self._settings.work.replica_wait_s
-        painted = await begun_within(limit_s, job.variant, paint, on_progress, wait_s=wait_s)
-        clock.seconds["engine_s"] = painted.busy_s
-        clock.seconds["wait_s"] = max(0.0, time.perf_counter() - started - painted.busy_s)
+        work, paint = self._settings.work, partial(self._models[job.variant].run, request)
+        painted = await begun_within(
+            work.inference_timeout_s, job.variant, paint, on_progress, wait_s=work.replica_wait_s
+        )
+        clock.add("engine_s", painted.busy_s)
+        clock.add("wait_s", max(0.0, time.perf_counter() - started - painted.busy_s))
+        if painted.gpu_ms is not None:
+            clock.gpu_ms = (clock.gpu_ms or 0.0) + painted.gpu_ms
         return painted
 
     def _encode(
@@ -330,6 +361,14 @@ class Editor:
 def _asked(job: Job) -> EditParameters:
     assert isinstance(job.parameters, EditParameters), "the worker gives each kind its own jobs"
     return job.parameters
+
+
+def _put_back(prepared: _Prepared, painted: Images) -> float | None:
+    """At the canvas's scale, without its padding. Inside the mask the canvas is what will be pasted."""
+    assert prepared.canvas is not None and prepared.drawn is not None, "nothing else is painted"
+    content = np.s_[: prepared.drawn.shape[0], : prepared.drawn.shape[1]]
+    edit = quality.cut(prepared.canvas[content], painted.images[0][content], prepared.drawn)
+    return None if edit is None else quality.put_back(edit)
 
 
 def _is_alone(job: Job) -> bool:

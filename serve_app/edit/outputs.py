@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_r
 from .. import tracing
 from ..blobs import ANY_VERSION, BlobInfo, BlobStore
 from ..errors import BlobConflict, BlobNotFound, FluxFillError, StoreDenied, StoreUnavailable
-from ..jobs.record import Artifact, Job
+from ..jobs.record import Artifact, Job, Quality
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class Painting:
     gpu_ms: float | None
     #: Pixels of the edited photo; None where its maker knows it otherwise.
     width_height: tuple[int, int] | None = None
+    #: None where it cannot be told.
+    quality: Quality | None = None
 
     @property
     def size(self) -> int:
@@ -104,6 +106,8 @@ class Outputs:
                             "content_type": content_type,
                             "size_bytes": len(data),
                         }
+                        if painting.quality is not None:
+                            of["seed"] = painting.quality.seed
                         if painting.width_height and role == "edited":
                             of |= dict(zip(("width", "height"), painting.width_height, strict=True))
                         written.append(Artifact(role=role, **of))

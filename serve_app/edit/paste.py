@@ -59,6 +59,13 @@ def cut(photo: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> tuple[Pixel
     return _pad(content, plan.canvas_size), _pad(covered, plan.canvas_size)
 
 
+def shown(mask: Pixels, plan: Plan) -> Pixels:
+    """What the canvas shows of `mask`, without padding, `plan.content_size`: not 0 where any part of it falls into a
+    pixel."""
+    of_region = mask[plan.region.slices].astype(np.float32)
+    return np.where(_scale(of_region, plan.content_size) > 0, np.uint8(255), np.uint8(0))
+
+
 def paste(photo: Pixels, painted: Pixels, mask: Pixels, plan: Plan, feather_px: int) -> Pixels:
     """A copy of `photo` with the painted canvas blended in.
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..models import Pixels
+from ..settings import QualitySettings
 from .paste import grow
 from .windows import bounding_box, grown
 
@@ -41,7 +42,7 @@ _JUST_NOTICEABLE = 2.3
 
 #: Above which a measure calls an edit suspect. The first lies between the good fills and the faint leashes of the
 #: benchmark, which do not meet; the others are 95th percentiles of good fills.
-PUT_BACK, CONTRAST, BUSY, CAST = 0.45, 0.82, 0.38, 23.0
+PUT_BACK, CONTRAST, BUSY, CAST = QualitySettings().put_back, 0.82, 0.38, 23.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

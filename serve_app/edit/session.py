@@ -55,6 +55,7 @@ def session_document(job: Job) -> dict[str, Any]:
             "processingProgress": 1.0,
             "editedPath": job.paths.get("edited"),
             "previewPath": job.paths.get("preview"),
+            "quality": job.quality.verdict if job.quality else None,
             "editedAt": job.finished_at.isoformat() if job.finished_at else None,
         }
     elif not job.status.is_final:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from ..jobs.record import Artifact, Cause, Event, Job, State
+from ..jobs.record import Artifact, Cause, Event, Job, Quality, State
 from ..models import LoraUse
 from ..parameters import JobType
 
@@ -56,6 +56,9 @@ class JobView(BaseModel):
     #: Of the engine seconds in `timings`, in the currency of the configured price; null where there is none, and for a
     #: job that has not succeeded.
     cost: float | None
+    #: Of an edit that has succeeded: how much of what was to be removed is there again, and whether it is suspect; null
+    #: where it cannot be told.
+    quality: Quality | None
     #: 1 for the job that its model takes next; null in lists, and for a job that does not wait.
     queue_position: int | None
     #: Attempts used, the running one included.
@@ -133,6 +136,7 @@ def job_view(job: Job, ahead: int | None = None) -> JobView:
     pictures = _pictures(job)
     return JobView(
         **job.model_dump(include={"id", "status", "created_at", "started_at", "finished_at", "attempt", "cost"}),
+        quality=job.quality,
         type=job.type,
         updated_at=max(moment for moment in moments if moment),
         steps=[Stage(name=job.type, status=job.status)],

@@ -10,7 +10,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from ..errors import NotSupported
 from ..models import OnProgress
 from ..parameters import GuidanceScale, JobType, Steps, VariantName
-from .record import Artifact, Job, Timings
+from .record import Artifact, Job, Quality, Timings
 
 
 class Owned(Protocol):
@@ -57,6 +57,8 @@ class Attempt:
     #: Notes an artifact that is stored, while the job goes on: a later attempt finds it in `Job.artifacts`. Raises as
     #: `confirm` does.
     record: Callable[[Artifact], Awaitable[None]]
+    #: Seconds until the job's deadline, as far as is known; infinite without one.
+    left_s: Callable[[], float]
     #: For work that keeps a CPU busy: as many at a time as this process has memory for.
     pool: Executor
 
@@ -65,6 +67,7 @@ class Attempt:
 class Result:
     artifacts: tuple[Artifact, ...]
     timings: Timings
+    quality: Quality | None = None
 
 
 class Kind(Protocol):

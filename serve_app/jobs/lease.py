@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, stop_never, wait_random_exponential
@@ -58,6 +59,8 @@ class Lease:
         #: On the monotonic clock, before the store was asked: its lease ends no earlier than `lease_s` after it.
         self._renewed_at = claimed_at
         self._showing: asyncio.Future[None] | None = None
+        #: As it was last seen: who waits for a job moves it.
+        self._deadline = job.deadline
 
     async def guard(self, attempt: Awaitable[T]) -> T:
         """Await `attempt` while the claim holds; stop it, and wait until it has stopped, when it does not.
@@ -84,6 +87,14 @@ class Lease:
     async def note(self, progress: Progress) -> None:
         """Remember the latest progress; the keeper passes it on at its own pace."""
         self._latest = progress
+
+    def left_s(self) -> float:
+        """Seconds until the job's deadline; infinite without one."""
+        if self._deadline is None or self._job.started_at is None:
+            return inf
+        # From the claim to the deadline by the store's clock, and since the claim by this host's monotonic one.
+        whole_s = (self._deadline - self._job.started_at).total_seconds()
+        return whole_s - (time.monotonic() - self._claimed_at)
 
     async def confirm(self) -> None:
         """Renew now, before a write that only the claim's holder may do. Insists for as long as the lease can last.
@@ -127,15 +138,11 @@ class Lease:
 
     def _check(self, job: Job | None) -> None:
         try:
-            deadline = claims.check_held(job, self._claim).deadline
+            self._deadline = claims.check_held(job, self._claim).deadline
         except StaleClaim as e:
             raise _why(e) from e
-        if deadline is None or self._job.started_at is None:
-            return
-        # From the claim to the deadline by the store's clock, and since the claim by this host's monotonic one.
-        whole_s = (deadline - self._job.started_at).total_seconds()
-        if time.monotonic() - self._claimed_at >= whole_s:
-            raise DeadlineExceeded(f"the deadline {deadline} passed while the job ran")
+        if self.left_s() <= 0:
+            raise DeadlineExceeded(f"the deadline {self._deadline} passed while the job ran")
 
     async def _report(self) -> None:
         if self._latest != self._reported:

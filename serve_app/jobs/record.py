@@ -17,7 +17,7 @@ owes its message (`dispatch`), should the broker have lost it. `notifications.py
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
@@ -122,6 +122,18 @@ class Artifact(_Value):
 class JobError(_Value):
     code: str
     message: str
+
+
+class Quality(_Value):
+    """What a check of an edit's picture found; see `serve_app.edit.quality`."""
+
+    #: -1..1: how much of what was to be removed is there again.
+    put_back: float
+    #: The seed of the picture that was kept.
+    seed: int
+    #: Paintings that were checked.
+    tries: int
+    verdict: Literal["ok", "suspect"]
 
 
 class Timings(_Value):
@@ -232,6 +244,9 @@ class Job(_Value):
     #: Of the engine seconds in `timings`, at the price set when the job succeeded, in that price's currency. None for
     #: a job that has not succeeded, and where no price was set.
     cost: float | None = None
+    #: None for a job that has not succeeded, or of which it cannot be told. Left out of the record then, which older
+    #: versions can read.
+    quality: Annotated[Quality | None, Field(exclude_if=lambda value: value is None)] = None
     artifacts: tuple[Artifact, ...] = ()
     #: The newest, oldest first.
     events: tuple[Event, ...] = ()

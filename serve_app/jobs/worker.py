@@ -49,7 +49,7 @@ from .lease import Lease, Pace, UnconfirmedClaims, retry_unavailable
 from .messages import Attributes, parse_attributes, traceparent_of, without_reasons
 from .notifications import Notifier, Webhooks
 from .ports import Delivery, JobStore, Publisher, SessionMirror, Verdict
-from .record import Artifact, Cause, Job, JobError, State, Timings
+from .record import Artifact, Cause, Job, JobError, Quality, State, Timings
 
 log = logging.getLogger(__name__)
 
@@ -266,8 +266,8 @@ class Worker:
                 return await self._conclude(await self._update(job, change), delivery)
             result = await self._attempt(job, delivery, claimed_at)
             cost = self._settings.cost(job.variant, result.timings.engine_s or 0.0)
-            done = {"artifacts": result.artifacts, "timings": result.timings, "cost": cost}
-            change = claims.finish(claims.claim_of(job), Cause.SUCCEEDED, **done)
+            found = {"artifacts": result.artifacts, "timings": result.timings, "quality": result.quality}
+            change = claims.finish(claims.claim_of(job), Cause.SUCCEEDED, cost=cost, **found)
             return await self._conclude(await self._update(job, change), delivery)
         except (StaleClaim, Canceled):
             return await self._lost(job, delivery)
@@ -302,7 +302,11 @@ class Worker:
         if job.callback_url:
             self._webhooks.check(job.callback_url)
         attempt = Attempt(
-            on_progress=lease.note, confirm=lease.confirm, record=partial(self._record, job), pool=self._pool
+            on_progress=lease.note,
+            confirm=lease.confirm,
+            record=partial(self._record, job),
+            left_s=lease.left_s,
+            pool=self._pool,
         )
         result = await lease.guard(kind.run(job, attempt))
         timings = result.timings.model_copy(
@@ -311,7 +315,7 @@ class Worker:
                 "total_s": time.monotonic() - claimed_at,
             }
         )
-        self._measure(job, timings)
+        self._measure(job, timings, result.quality)
         return replace(result, timings=timings)
 
     async def _record(self, job: Job, artifact: Artifact) -> None:
@@ -320,12 +324,17 @@ class Worker:
     async def _mirrored(self, kind: Kind, job: Job) -> None:
         await self._mirror.write_session(job, kind.document(job))
 
-    def _measure(self, job: Job, timings: Timings) -> None:
+    def _measure(self, job: Job, timings: Timings, quality: Quality | None) -> None:
         variant = self._label(job)
         if timings.engine_s is not None:
             self.recent.job(variant, timings.engine_s)
         for stage, seconds in timings.model_dump(exclude={"gpu_ms"}, exclude_none=True).items():
             self._metrics.observe("fluxfill_stage_seconds", seconds, stage=stage.removesuffix("_s"), variant=variant)
+        if quality is not None:
+            # A sum that falls is no histogram's.
+            self._metrics.observe("fluxfill_put_back", max(0.0, quality.put_back), variant=variant)
+            if quality.verdict == "suspect":
+                self._metrics.add("fluxfill_suspect_edits_total", variant=variant)
 
     def _label(self, job: Job) -> str:
         return self._settings.variant_label(job.variant)
