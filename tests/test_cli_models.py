@@ -11,7 +11,7 @@ from deployments.cli import main, models
 from deployments.cli.audit_client import AuditClient
 from serve_app import adapters
 from serve_app.audit.record import AuditStatus, Recommendation
-from serve_app.models import BUILT_IN
+from serve_app.models import BUILT_IN, TINY
 from serve_app.parameters import AuditRequest, Matrix
 
 from .audit_jobs import Driver
@@ -99,6 +99,12 @@ def test_a_store_that_cannot_be_read_leaves_audits_unknown(
     (tmp_path / "file").touch()
     lines = said(monkeypatch, capsys, "-c", write_config(tmp_path, jobs=f"sqlite:{tmp_path}/file/jobs.db"))
     assert row(lines, "tiny-Q4_0").endswith(" unknown")
+
+
+def test_what_has_real_weights_says_its_licence_and_its_memory() -> None:
+    real = {name: row for name, row in BUILT_IN.items() if row.file and not row.file.startswith(TINY)}
+    assert real and not [name for name, row in real.items() if not row.licence or not row.memory_gib]
+    assert not [name for name, row in BUILT_IN.items() if name not in real and row.licence]
 
 
 def test_the_document_quotes_what_the_command_says(
