@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 #: The first four edit photos, the others make pictures from prompts. `fake` draws a card with its prompt and seed.
 Family = Literal["flux-fill", "flux2-klein", "telea", "pause", "sdxl", "flux", "fake"]
@@ -60,6 +60,24 @@ GENERATIONS: Mapping[Family, Generation] = {
 }
 
 
+class VariantLora(_Value):
+    """A LoRA that a variant always paints with."""
+
+    #: Hub repository of `file`.
+    repo: str | None = None
+    #: safetensors file in `repo`, or a local path where `repo` is absent.
+    file: str = Field(pattern=r"\.safetensors\z")
+    #: As `Variant.revision`.
+    revision: str | None = None
+    #: The change of a layer is multiplied by it and by its alpha / rank.
+    scale: float = Field(1.0, ge=-10, le=10)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.repo}/{self.file}" if self.repo else self.file
+
+
 class Variant(_Value):
     """One way to paint: an engine family and the weights it runs."""
 
@@ -78,6 +96,9 @@ class Variant(_Value):
     base_revision: str | None = None
     #: What the transformer's blocks are repacked to at load, approximately; None computes with what `file` holds.
     repack: Repacking | None = None
+    #: Of `flux-fill` alone. Added to the weights where those are unpacked or repacked, in this order, and otherwise to
+    #: what the packed layers give.
+    loras: tuple[VariantLora, ...] = ()
     #: Denoising steps of an edit whose message names none; None: those of the app's inference defaults.
     steps: int | None = Field(None, ge=1, le=100)
     #: Of `flux2-klein`, which has one prompt for all edits: the file with its embeddings, a local path or one in the
@@ -95,6 +116,12 @@ class Variant(_Value):
     pause_s: float = Field(1.0, ge=0, le=600)
     #: For load tests: the `pause` family reports no step and goes on after it was told to stop, as a hung GPU does.
     deaf: bool = False
+
+    @model_validator(mode="after")
+    def _takes_loras(self) -> "Variant":
+        if self.loras and self.family != "flux-fill":
+            raise ValueError(f"loras: a variant of family {self.family} has none of its own")
+        return self
 
     @property
     def takes_prompt(self) -> bool:
@@ -136,7 +163,7 @@ _GGUF_REPO = "YarvixPA/FLUX.1-Fill-dev-GGUF"
 _BASE = "black-forest-labs/FLUX.1-Fill-dev"
 
 
-def _gguf(quant: str, memory_gib: float, repack: Repacking | None = None) -> Variant:
+def _gguf(quant: str, memory_gib: float, repack: Repacking | None = None, **more: Any) -> Variant:
     return Variant(
         family="flux-fill",
         repo=_GGUF_REPO,
@@ -146,16 +173,18 @@ def _gguf(quant: str, memory_gib: float, repack: Repacking | None = None) -> Var
         num_gpus=1,
         memory_gib=memory_gib,
         licence=FLUX_DEV,
+        **more,
     )
 
 
-def _tiny(quant: str, repack: Repacking | None = None) -> Variant:
+def _tiny(quant: str, repack: Repacking | None = None, **more: Any) -> Variant:
     return Variant(
         family="flux-fill",
         file=f"{TINY}flux1-fill-dev-{quant}.gguf",
         base=f"{TINY}base",
         repack=repack,
         max_prompt_tokens=64,
+        **more,
     )
 
 
@@ -172,6 +201,12 @@ def _flux_dev(quant: str, memory_gib: float) -> Variant:
 
 
 _KLEIN = "black-forest-labs/FLUX.2-klein-4B"
+#: Distils FLUX.1-dev to 8 steps. Made for another model than FLUX.1-Fill: what they paint together was never looked at.
+_TURBO: Mapping[str, Any] = {
+    "loras": (VariantLora(repo="alimama-creative/FLUX.1-Turbo-Alpha", file="diffusion_pytorch_model.safetensors"),),
+    "steps": 8,
+}
+
 _SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 
 #: Resident sizes were computed from the tensor shapes; of FLUX.1 by `python -m benchmarks.engine --memory`.
@@ -181,10 +216,14 @@ BUILT_IN: dict[str, Variant] = {
     "Q8_0": _gguf("Q8_0", 8.8),
     "Q8_0-w8a8": _gguf("Q8_0", 8.3, "w8a8"),
     "Q8_0-fp8": _gguf("Q8_0", 8.3, "fp8"),
+    # Beside packed layers, a LoRA of rank 64 for all of them takes 0.7 GiB.
+    "Q8_0-turbo": _gguf("Q8_0", 9.5, **_TURBO),
+    "Q8_0-turbo-w8a8": _gguf("Q8_0", 8.3, "w8a8", **_TURBO),
     "tiny-Q4_0": _tiny("Q4_0"),
     "tiny-Q5_K_S": _tiny("Q5_K_S"),
     "tiny-Q8_0": _tiny("Q8_0"),
     "tiny-Q8_0-w8a8": _tiny("Q8_0", "w8a8"),
+    "tiny-Q8_0-turbo": _tiny("Q8_0", loras=(VariantLora(file=f"{TINY}turbo.safetensors"),), steps=8),
     "klein-4B": Variant(
         family="flux2-klein",
         repo=_KLEIN,

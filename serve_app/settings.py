@@ -533,6 +533,7 @@ class Settings(_Frozen):
             row = self.variant(name)
             # A hub's names are no folders here, and lie in none of them.
             places |= {f"{name}: {what}": f"files:{what}" for what in (row.file, row.base) if what}
+            places |= {f"{name}: {lora.file}": f"files:{lora.file}" for lora in row.loras}
         for name, url in places.items():
             if url and overlap(url, self.blobs):
                 raise ValueError(f"{name}: it shares a folder with blobs, where users' photos are written")

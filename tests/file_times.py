@@ -23,6 +23,7 @@ SLOW = {
     "tests/test_lora_serve.py": "200 jobs on the whole app, and two replicas that load torch",
     "tests/test_engine_compiled.py": "torch.compile",
     "tests/test_audit_compiling.py": "torch.compile",
+    "tests/test_variant_loras.py": "torch.compile; the real pipeline at each packing, and diffusers' own beside it",
     "tests/test_engine_cuda.py": "torch.compile, on a GPU",
     "tests/test_audit_page.py": "a real browser",
     "tests/test_message_sources.py": "a broker's real leases and delays",

@@ -51,15 +51,17 @@ def test_the_embedded_default_needs_nothing_but_this_machine() -> None:
 
 def test_the_built_in_variants() -> None:
     on_gpus, on_cpus = ["Q4_0", "Q5_K_S", "Q8_0", "klein-4B"], ["tiny-Q4_0", "tiny-Q5_K_S", "tiny-Q8_0", "tiny-klein"]
-    repacked = {"Q8_0-w8a8": "w8a8", "Q8_0-fp8": "fp8", "tiny-Q8_0-w8a8": "w8a8"}
+    repacked = {"Q8_0-w8a8": "w8a8", "Q8_0-fp8": "fp8", "tiny-Q8_0-w8a8": "w8a8", "Q8_0-turbo-w8a8": "w8a8"}
+    with_loras = {"Q8_0-turbo", "Q8_0-turbo-w8a8", "tiny-Q8_0-turbo"}
     editors = {name for name, row in BUILT_IN.items() if row.generation is None}
-    assert editors == {*on_gpus, *on_cpus, *repacked, "telea"}
+    assert editors == {*on_gpus, *on_cpus, *repacked, *with_loras, "telea"}
     generators = {"sdxl", "flux-dev-Q8_0", "flux-dev-Q4_0", "tiny-sdxl", "tiny-flux-dev", "fake"}
     assert BUILT_IN.keys() - editors == generators
-    on_gpus += ["Q8_0-w8a8", "Q8_0-fp8", "sdxl", "flux-dev-Q8_0", "flux-dev-Q4_0"]
+    on_gpus += [*(with_loras - {"tiny-Q8_0-turbo"}), "Q8_0-w8a8", "Q8_0-fp8", "sdxl", "flux-dev-Q8_0", "flux-dev-Q4_0"]
     assert {name for name, row in BUILT_IN.items() if row.num_gpus} == {*on_gpus}
     assert {name: row.repack for name, row in BUILT_IN.items() if row.repack} == repacked
     assert all(BUILT_IN[name].file == BUILT_IN[name.rpartition("-")[0]].file for name in repacked)
+    assert {name: row.steps for name, row in BUILT_IN.items() if row.loras} == dict.fromkeys(with_loras, 8)
     assert not BUILT_IN["telea"].takes_prompt and BUILT_IN["tiny-Q4_0"].takes_prompt
 
 
@@ -113,6 +115,14 @@ def test_values_out_of_range_are_refused_and_named(changes: dict[str, Any], key:
         ({"windows": {"buckets": []}}, "at least one size"),
         ({"windows": {"buckets": [[512, 500]]}}, "512x500 is not two multiples of 16"),
         ({"windows": {"buckets": [[2048, 512]]}}, "2048x512 is not two multiples of 16 up to 1024"),
+        (
+            {"variants": {"x": {"definition": {"family": "flux-fill", "loras": [{"file": "x.bin"}]}}}},
+            "variants.x.definition.loras.0.file",
+        ),
+        (
+            {"variants": {"x": {"definition": {"family": "telea", "loras": [{"file": "x.safetensors"}]}}}},
+            "loras: a variant of family telea has none of its own",
+        ),
         ({"nodes": 2}, "nodes is 2, but blobs, jobs, messages.url works on one machine only"),
         ({"nodes": 2, "blobs": "s3:b", "jobs": "memory:", "messages": {"url": "pubsub:"}}, "but jobs works on one"),
     ],
@@ -258,10 +268,13 @@ def test_what_names_a_file_or_a_user_is_no_password() -> None:
         {"blobs": "files:var/blobs", "weights": {"cache": Path("var/blobs").absolute()}},
         {"blobs": "files:var/blobs", "weights": {"cache": "var"}},
         {"blobs": "files:var/blobs", "weights": {"lock": "var/blobs/weights.lock.json"}},
-        {
-            "blobs": "files:var/blobs",
-            "variants": {"v": {"definition": {"family": "flux-fill", "file": "var/blobs/x.gguf", "base": "a/b"}}},
-        },
+        *(
+            {"blobs": "files:var/blobs", "variants": {"v": {"definition": {"family": "flux-fill", **definition}}}}
+            for definition in (
+                {"file": "var/blobs/x.gguf", "base": "a/b"},
+                {"file": "x.gguf", "base": "a/b", "loras": [{"file": "var/blobs/x.safetensors"}]},
+            )
+        ),
     ],
     ids=str,
 )

@@ -31,7 +31,7 @@ from serve_app.errors import (
     UnsafePath,
     WeightsError,
 )
-from serve_app.models import BUILT_IN, Variant
+from serve_app.models import BUILT_IN, Variant, VariantLora
 from serve_app.settings import Secrets, WeightsSettings
 
 from .hub_server import COMMIT, HubServer, Repo, serve
@@ -85,6 +85,32 @@ async def test_the_hub_gives_what_painting_needs_and_no_more(hub: HubServer, sou
     assert found.transformer.read_bytes() == hub.repos[GGUF].files["q.gguf"]
     assert files_below(found.base) == PAINTING
     assert sorted(hub.downloads) == sorted({"q.gguf", *PAINTING})
+
+
+async def test_a_variants_loras_come_with_it_pinned_as_its_other_weights(hub: HubServer, sources: Sources) -> None:
+    content = b"a LoRA's"
+    hub.repos["o/lora"] = Repo({"turbo.safetensors": content, "other.safetensors": b"", "README.md": b""})
+    variant = VARIANT.model_copy(update={"loras": (VariantLora(repo="o/lora", file="turbo.safetensors"),)})
+    pinned = (await fetch.pin([variant], sources)).lock
+    assert pinned.repos["o/lora"].revision == COMMIT
+    assert {file: one.size for file, one in pinned.repos["o/lora"].files.items()} == {"turbo.safetensors": len(content)}
+    locked = replace(sources, locked=pinned)
+    hub.requests.clear()
+    (lora,) = (await fetch.fetch(variant, locked)).loras
+    assert lora == sources.cache / "o--lora" / COMMIT / "turbo.safetensors" and hub.downloads == []
+    hub.repos["o/lora"].files["turbo.safetensors"] = b"another!"
+    lora.write_bytes(b"damaged!")
+    with pytest.raises(CorruptWeights, match=r"turbo\.safetensors"):
+        await fetch.fetch(variant, locked)
+
+
+async def test_a_lora_that_is_not_there_is_named(hub: HubServer, sources: Sources, tmp_path: Path) -> None:
+    for lora in (
+        VariantLora(repo=GGUF, file="none.safetensors", revision=COMMIT),
+        VariantLora(file=f"{tmp_path}/none.safetensors"),
+    ):
+        with pytest.raises(UnknownWeights, match=r"none\.safetensors"):
+            await fetch.fetch(PINNED.model_copy(update={"loras": (lora,)}), sources)
 
 
 async def test_text_encoders_come_separately(sources: Sources) -> None:
@@ -294,6 +320,7 @@ async def test_each_built_in_variant_names_what_it_takes(sources: Sources) -> No
     needs = fetch._needs(BUILT_IN.values(), lock.Lock())
     assert {need.repo for need in needs} == {
         *("YarvixPA/FLUX.1-Fill-dev-GGUF", "black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.2-klein-4B"),
+        "alimama-creative/FLUX.1-Turbo-Alpha",
         *("city96/FLUX.1-dev-gguf", "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-xl-base-1.0"),
     }
 

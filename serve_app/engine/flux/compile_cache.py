@@ -51,6 +51,7 @@ def fingerprint(
     # Code for a CPU is compiled for this very one; of its description, what is no number are its instruction sets.
     cpu = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool | str)}
     locked = sources.locked.repos
+    repos = (variant.repo or "", variant.base or "", *(lora.repo or "" for lora in variant.loras))
     facts = {
         "device": device,
         "cpu": cpu,
@@ -58,7 +59,7 @@ def fingerprint(
         "packages": {package: _version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda,
         "variant": variant.model_dump(mode="json"),
-        "revisions": [locked[repo].revision for repo in (variant.repo or "", variant.base or "") if repo in locked],
+        "revisions": [locked[repo].revision for repo in repos if repo in locked],
         "optimizations": served.optimizations.model_dump(mode="json"),
         "threads": served.threads,
         "buckets": sorted(buckets),

@@ -1,6 +1,7 @@
 """FLUX on a device: its pipeline loaded and made ready, and run. What goes in, its subclasses know."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import safetensors.torch
@@ -17,6 +18,7 @@ from ..device import BUILDING, Device, OnDevice
 from ..lora import hooks
 from ..lora.adapter import Adapter
 from ..lora.architecture import sizes_of
+from ..lora.fixed import FixedLoras
 from ..lora.read import Sizes
 from ..weights.fetch import Weights
 from . import compiled, pipeline, step_cache
@@ -58,6 +60,7 @@ class Flux(OnDevice):
         self._threads, self._levers = served.threads, served.optimizations
         self._adaln_once = adaln_once
         self._tokens, self._repack = variant.max_prompt_tokens, variant.repack
+        self._loras, self._changed = variant.loras, ExitStack()
         self._pipeline: Any = None
         self._modulation: Modulation | None = None
         #: By the names that LoRAs have for its layers.
@@ -67,18 +70,22 @@ class Flux(OnDevice):
         """Also raises CorruptWeights where the files are not those of this model."""
         torch.set_num_threads(self._threads)
         self._device.ms = 0.0
+        is_packed = self._weights.transformer.suffix == ".gguf"
         with BUILDING, self._device.translated():
             self._pipeline = self._built()
             self._sizes = sizes_of({"transformer": self._pipeline.transformer})
+            loras = FixedLoras(self._loras, self._weights.loras, self._sizes)
             if self._adaln_once:
                 with timed("adaln"):
                     self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)
             if self._repack is not None:
                 with timed("repack"):
-                    repack(self._pipeline.transformer, self._repack)
-            elif self._levers.unpack and self._weights.transformer.suffix == ".gguf":
+                    repack(self._pipeline.transformer, self._repack, loras.merge)
+            elif self._levers.unpack and is_packed:
                 with timed("unpack"):
                     self._pipeline.transformer.dequantize()
+            merges = self._repack is not None or self._levers.unpack or not is_packed
+            self._changed.enter_context(loras.applied(self._layer, self._device, merges=merges))
             # What loading left behind, the weights that left the device among it.
             self._device.free_memory()
             if self._levers.compile:
@@ -95,6 +102,7 @@ class Flux(OnDevice):
         return self._device.is_gpu or self._levers.compile
 
     def close(self) -> None:
+        self._changed.close()
         self._pipeline = self._modulation = None
         self.free_memory()
 

@@ -17,7 +17,7 @@ torchao's int8 product prints its input, which waits for the device.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,8 +41,11 @@ _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 _FP8_CAPABILITY = (8, 9)
 
 
-def repack(transformer: nn.Module, kind: Repacking) -> None:
+def repack(
+    transformer: nn.Module, kind: Repacking, change: Callable[[str, nn.Linear], None] = lambda name, layer: None
+) -> None:
     """Repack in place, on the device that the weights are on, one layer at a time: no two are unpacked at once.
+    `change` may change each while it is unpacked; it is called with `transformer.` before the layer's name.
 
     Raises VariantLoadFailed, with nothing repacked, where the device cannot multiply numbers of this kind.
     """
@@ -50,7 +53,8 @@ def repack(transformer: nn.Module, kind: Repacking) -> None:
     _require(kind, next(transformer.parameters()).device)
     names, left_out = layers(transformer)
     for name in names:
-        transformer.set_submodule(name, repacked(transformer.get_submodule(name), kind))
+        layer = repacked(transformer.get_submodule(name), kind, partial(change, f"transformer.{name}"))
+        transformer.set_submodule(name, layer)
     took_s = round(time.perf_counter() - started_s, 3)
     extra = {"action": "repacked", "repack": kind, "layers": len(names), "left_out": len(left_out), "took_s": took_s}
     log.info("Repacked %d layers to %s in %.1f s; %d stay", len(names), kind, took_s, len(left_out), extra=extra)
@@ -71,12 +75,14 @@ def _is_repacked(name: str) -> bool:
 
 
 @torch.no_grad()
-def repacked(layer: nn.Module, kind: Repacking) -> nn.Linear:
-    """A linear layer, GGUF or plain, as a new one with weights of one byte, on its device and of its compute dtype.
+def repacked(layer: nn.Module, kind: Repacking, change: Callable[[nn.Linear], None] = lambda layer: None) -> nn.Linear:
+    """A linear layer, GGUF or plain, as a new one with weights of one byte, on its device and of its compute dtype,
+    after `change`.
 
     `fp8` takes bfloat16 only; torchao raises AssertionError for others.
     """
     unpacked = _unpacked(layer)
+    change(unpacked)
     quantize_(unpacked, _CONFIGS[kind](unpacked.weight.device))
     return unpacked
 

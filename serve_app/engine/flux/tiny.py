@@ -19,11 +19,12 @@ from filelock import FileLock
 from . import q5_k
 
 #: Part of the folder's name: raise it when what is written changes.
-FORMAT = FORMAT_DEV = 1
+FORMAT, FORMAT_DEV = 2, 1
 
 SEED = 0
 #: Width of everything: the least that K-quants take, since they pack rows in blocks of 256.
 _WIDTH = 256
+_FILL_CHANNELS, _DEV_CHANNELS = 384, 64
 #: Longest CLIP prompt, in tokens, as in the real model.
 _CLIP_TOKENS = 77
 
@@ -61,13 +62,15 @@ def ensure(folder: Path, write: Callable[[Path], None] | None = None) -> TinyWei
 
 
 def write_fill(folder: Path) -> None:
-    """FLUX.1-Fill: `base`, and a GGUF file of each quantisation."""
-    _write(folder / "base", {folder / f"flux1-fill-dev-{quant}.gguf": quant for quant in packers()}, in_channels=384)
+    """FLUX.1-Fill: `base`, a GGUF file of each quantisation, and `turbo.safetensors`, a LoRA."""
+    files = {folder / f"flux1-fill-dev-{quant}.gguf": quant for quant in packers()}
+    _write(folder / "base", files, in_channels=_FILL_CHANNELS)
+    _write_lora(folder / "turbo.safetensors")
 
 
 def write_dev(folder: Path) -> None:
     """FLUX.1-dev: `flux-dev-base` and `flux1-dev-Q8_0.gguf`."""
-    _write(folder / "flux-dev-base", {folder / "flux1-dev-Q8_0.gguf": "Q8_0"}, in_channels=64)
+    _write(folder / "flux-dev-base", {folder / "flux1-dev-Q8_0.gguf": "Q8_0"}, in_channels=_DEV_CHANNELS)
 
 
 def _write(base: Path, files: Mapping[Path, str], in_channels: int) -> None:
@@ -103,6 +106,21 @@ def _transformer(in_channels: int) -> Any:
         guidance_embeds=True,
         axes_dims_rope=(8, 28, 28),
     )
+
+
+def _write_lora(path: Path) -> None:
+    """Rank 4, for each linear of a FLUX.1-dev, as LoRAs that save steps are made for."""
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        layers = _transformer(_DEV_CHANNELS).named_modules(prefix="transformer")
+    generator, tensors = torch.Generator().manual_seed(SEED), {}
+    for name, layer in layers:
+        if isinstance(layer, torch.nn.Linear):
+            for half, shape in (("A", (4, layer.in_features)), ("B", (layer.out_features, 4))):
+                tensors[f"{name}.lora_{half}.weight"] = 0.05 * torch.randn(shape, generator=generator)
+    save_file(tensors, path)
 
 
 def _vae() -> Any:

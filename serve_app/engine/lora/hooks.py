@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import WrongModel
-from ...models import LoraUse
+from ...models import LoraUse, VariantLora
 from ..device import Device
 from .adapter import Adapter
 
@@ -30,7 +30,7 @@ def layer_of(pipeline: Any, name: str) -> nn.Module:
 
 @contextmanager
 def applied(
-    layer_of: Callable[[str], nn.Module], loras: Sequence[tuple[LoraUse, Adapter]], device: Device
+    layer_of: Callable[[str], nn.Module], loras: Sequence[tuple[LoraUse | VariantLora, Adapter]], device: Device
 ) -> Iterator[None]:
     """A model paints with `loras` inside, each at its scale; they are added in this order. Their tensors are on the
     device meanwhile. `layer_of` finds a layer by its name.

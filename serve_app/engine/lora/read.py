@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...errors import NotFinite, UnsupportedFormat, WrongModel
 from ...models import Family, LoraFacts
@@ -18,6 +19,8 @@ from .contents import Pair, metadata_of, opened, pairs_of, shown, valid_alpha
 #: Of a layer's weight: `[out, in]`, of a convolution `[out, in, height, width]`. By its name, component first.
 Sizes = Mapping[str, tuple[int, ...]]
 
+#: FLUX.1-dev's input.
+_DEV_CHANNELS = 64
 _FIRST_BLOCK = re.compile(r"unet\.down_blocks\.0\.resnets\.\d+\.conv1")
 
 
@@ -104,13 +107,18 @@ class _Reader:
             if name not in self._sizes:
                 raise WrongModel(f"{key}: the model has no layer {shown(name)}")
             out, *rest = self._sizes[name]
+            own_first, own_second = own[id(first)], own[id(second)]
+            if name == "transformer.x_embedder" and first.ndim == 2 and first.shape[1] == _DEV_CHANNELS < rest[0]:
+                # FLUX.1-Fill has the mask and what it leaves of the photo behind FLUX.1-dev's channels: a LoRA for
+                # FLUX.1-dev changes nothing of those. diffusers does the same.
+                first = own_first = functional.pad(own_first, (0, rest[0] - _DEV_CHANNELS))
             wanted = [len(first), *rest], [out, len(first), *[1] * (len(rest) - 1)]
             if (list(first.shape), list(second.shape)) != wanted:
                 if name == "transformer.x_embedder" and first.shape[1] > rest[0]:
                     raise UnsupportedFormat(f"{key}: it takes more channels than the model, as a control LoRA does")
                 found_sizes = _sizes(first.shape, second.shape)
                 raise WrongModel(f"{key}: {found_sizes} do not fit {name}, {_sizes(*wanted)} would")
-            fitted[name] = own[id(first)], own[id(second)]
+            fitted[name] = own_first, own_second
         return fitted
 
     def _alpha_of(self, pair: Pair, component: str) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import BlobNotFound, UnknownWeights, WeightsError
-from ...models import TINY, Family, Variant
+from ...models import TINY, Family, Variant, VariantLora
 from ..cold_start import timed
 from ..flux import tiny
 from ..flux2 import tiny as tiny_klein
@@ -80,6 +80,8 @@ class Weights:
     base: Path
     #: Of the one prompt that the variant has, as `flux2.prompt` reads it; None where it has none.
     embeddings: bytes | None = None
+    #: Of `Variant.loras`, in their order.
+    loras: tuple[Path, ...] = ()
 
 
 async def fetch(variant: Variant, sources: Sources) -> Weights:
@@ -91,9 +93,10 @@ async def fetch(variant: Variant, sources: Sources) -> Weights:
     if variant.file is None or variant.base is None:
         raise UnknownWeights(f"a variant of family {variant.family} needs both `file` and `base` to have weights")
     with timed("fetch"):
-        file = await _file(variant, variant.file, sources)
+        file = await _file(variant, variant, sources)
+        loras = [await _file(variant, lora, sources) for lora in variant.loras]
         base = await _base(variant, sources, _OF_BASE[variant.family][0])
-        return Weights(file, base, await _embeddings(variant, sources))
+        return Weights(file, base, await _embeddings(variant, sources), tuple(loras))
 
 
 async def fetch_text_encoders(variant: Variant, sources: Sources) -> Path:
@@ -179,14 +182,16 @@ async def _pinned(need: Need, sources: Sources, on_file: OnFile) -> lock.LockedR
     return lock.LockedRepo(revision=revision, files=files)
 
 
-async def _file(variant: Variant, file: str, sources: Sources) -> Path:
+async def _file(variant: Variant, of: Variant | VariantLora, sources: Sources) -> Path:
+    """The variant's own, or that of one of its LoRAs."""
+    file = of.file or ""
     if file.startswith(TINY):
         return await _tiny(variant, file, sources)
-    if variant.repo is None:
+    if of.repo is None:
         if not (Path(file).is_file() or (variant.family == "sdxl" and Path(file).is_dir())):
             raise UnknownWeights(f"there is no file {file}, and the variant names no repository to fetch it from")
         return Path(file)
-    need = Need(variant.repo, _revision(variant.repo, variant.revision, sources.locked), (glob.escape(file),))
+    need = Need(of.repo, _revision(of.repo, of.revision, sources.locked), (glob.escape(file),))
     return await cached(need, sources) / file
 
 
@@ -245,9 +250,11 @@ def _needs(variants: Iterable[Variant], locked: lock.Lock) -> Sequence[Need]:
     """What the variants take from repositories, each once."""
     needs: dict[Need, None] = {}
     for variant in variants:
-        if variant.repo and variant.file:
-            revision = _revision(variant.repo, variant.revision, locked)
-            needs[Need(variant.repo, revision, (glob.escape(variant.file),))] = None
+        of: tuple[Variant | VariantLora, ...] = (variant, *variant.loras)
+        for one in of:
+            if one.repo and one.file:
+                revision = _revision(one.repo, one.revision, locked)
+                needs[Need(one.repo, revision, (glob.escape(one.file),))] = None
         if variant.base and not variant.base.startswith(TINY) and not Path(variant.base).is_dir():
             revision = _revision(variant.base, variant.base_revision, locked)
             needs |= {Need(variant.base, revision, patterns): None for patterns in _OF_BASE.get(variant.family, ())}
