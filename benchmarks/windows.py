@@ -12,6 +12,7 @@ import numpy as np
 from skimage import data
 
 from serve_app.edit.cost import forward_flops
+from serve_app.edit.paste import grow, growth_px
 from serve_app.edit.windows import plan
 from serve_app.models import Pixels
 from serve_app.parameters import CropStrategy
@@ -56,8 +57,10 @@ SCENES = (
 
 def draw(scene: Scene) -> Pixels:
     """BGR, with a caption below."""
-    mask = scene.mask()
-    planned = plan(mask, CropStrategy.AUTO, WindowSettings())
+    drawn, settings = scene.mask(), WindowSettings()
+    grown_px = growth_px(drawn, settings.mask_grow)
+    mask = grow(drawn, grown_px)
+    planned = plan(mask, CropStrategy.AUTO, settings, grown_px=grown_px)
     assert planned is not None, "no scene has an empty mask"
     picture = cv2.resize(cv2.cvtColor(data.chelsea(), cv2.COLOR_RGB2BGR), _SIZE, interpolation=cv2.INTER_AREA)
     picture[cv2.resize(mask, _SIZE, interpolation=cv2.INTER_AREA) > 60] = _MASK

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-#: Pixels round the mask that an edit blends: `windows.feather_px`.
-FEATHER_PX = 8
+#: Round the mask an edit may change so much: `windows.mask_grow`, a share of the longest side, and then
+#: `windows.feather_px` pixels.
+MASK_GROW, FEATHER_PX = 0.01, 8
 
 
 def problems() -> Iterator[str]:
@@ -57,7 +58,8 @@ def is_compiled(source: Path) -> bool:
 def edit_problems(cat: Path, edited: Path) -> Iterator[str]:
     before, after = (np.asarray(Image.open(path).convert("RGB"), np.int16) for path in (cat / "original.jpg", edited))
     mask = Image.open(cat / "mask.png").convert("L")
-    wide = np.asarray(mask.filter(ImageFilter.MaxFilter(2 * FEATHER_PX + 1))) > 0
+    reach_px = round(MASK_GROW * max(mask.size)) + FEATHER_PX
+    wide = np.asarray(mask.filter(ImageFilter.MaxFilter(2 * reach_px + 1))) > 0
     change = np.abs(after - before).max(axis=2)
     inside, outside = change[np.asarray(mask) > 0].mean(), np.percentile(change[~wide], 99)
     print(f"{edited}: changed by {inside:.1f} levels inside the mask, by at most {outside:.0f} in 99% outside")
@@ -65,7 +67,7 @@ def edit_problems(cat: Path, edited: Path) -> Iterator[str]:
         yield f"{edited} is hardly changed inside the mask"
     # What JPEG does.
     if outside > 6:
-        yield f"{edited} is changed outside the mask"
+        yield f"{edited} is changed further than {reach_px} px from the mask"
 
 
 found = list(problems())

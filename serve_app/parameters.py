@@ -46,6 +46,9 @@ GuidanceScale = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=
 #: Of an edit; see `EditRequest.strength`. At the lowest, one step of the most is left.
 Strength = Annotated[float, Field(strict=True, ge=0.01, le=1)]
 
+#: See `WindowSettings.mask_grow`.
+MaskGrow = Annotated[float, Field(strict=True, ge=0, le=0.05, allow_inf_nan=False)]
+
 VariantName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_.-]{1,64}\z")]
 
 Prompt = Annotated[str, StringConstraints(max_length=2000)]
@@ -88,6 +91,9 @@ Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 #: A matrix of an L4 takes about a minute a cell, twice.
 MAX_CELLS = 500
 
+#: Where nothing else is said.
+MASK_GROW = 0.01
+
 #: V4 signed links live no longer.
 MAX_LINK_HOURS = 168
 
@@ -101,6 +107,7 @@ class Cell(_Value):
     seed: Seed
     prompt: Prompt
     crop: CropStrategy
+    mask_grow: MaskGrow = MASK_GROW
 
 
 class Matrix(_Value):
@@ -113,6 +120,8 @@ class Matrix(_Value):
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     prompts: tuple[NamedPrompt, ...] = Field((PROMPTS["ground"],), min_length=1)
     crops: tuple[CropStrategy, ...] = Field((CropStrategy.AUTO,), min_length=1)
+    #: Left out of a record where it says nothing, which older versions can read.
+    mask_grows: tuple[MaskGrow, ...] = Field((MASK_GROW,), min_length=1, exclude_if=lambda value: value == (MASK_GROW,))
 
     @model_validator(mode="after")
     def _sound(self) -> "Matrix":
@@ -127,20 +136,18 @@ class Matrix(_Value):
 
     def cells(self) -> list[Cell]:
         """Variant by variant, in the order of the axes."""
-        axes = (self.variants, self.guidance_scales, self.steps, self.seeds, self.prompts, self.crops)
-        return [
-            Cell(variant=variant, guidance_scale=guidance, steps=steps, seed=seed, prompt=prompt, crop=crop)
-            for variant, guidance, steps, seed, prompt, crop in product(*axes)
-        ]
+        axes = (self.variants, self.guidance_scales, self.steps, self.seeds, self.prompts, self.crops, self.mask_grows)
+        return [Cell(**dict(zip(Cell.model_fields, values, strict=True))) for values in product(*axes)]
 
     def name(self, cell: Cell) -> str:
         """Of the cell's files, without their ending: `Q4_0_gs2`. An axis beyond variant and guidance scale joins the
-        name where it has several values: `Q4_0_gs2_st20_seed1_p2_crop`; prompts by their number, from 1."""
+        name where it has several values: `Q4_0_gs2_st20_seed1_p2_crop_grow0.02`; prompts by their number, from 1."""
         more = (
             (self.steps, f"st{cell.steps}"),
             (self.seeds, f"seed{cell.seed}"),
             (self.prompts, self.number(cell.prompt)),
             (self.crops, str(cell.crop)),
+            (self.mask_grows, f"grow{plain(cell.mask_grow)}"),
         )
         parts = [cell.variant, f"gs{plain(cell.guidance_scale)}", *(part for axis, part in more if len(axis) > 1)]
         return "_".join(parts)
@@ -251,6 +258,8 @@ class EditParameters(_Value):
     #: Denoising steps.
     steps: int
     crop_strategy: CropStrategy
+    #: None: as the settings say. Left out of a record where it says nothing, which older versions can read.
+    mask_grow: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     #: Of the edited photo, whatever its file is called. In PNG and WebP, which are lossless here, all that is not
     #: painted is the photo's, bit by bit. Left out of a record where it says nothing, which older versions can read.
     format: Annotated[Format, Field(exclude_if=lambda value: value == "jpg")] = "jpg"

@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 
 from .models import BUILT_IN, Variant
 from .parameters import (
+    MASK_GROW,
     MAX_LINK_HOURS,
     PROMPTS,
     AuditRequest,
     CropStrategy,
     GuidanceScale,
+    MaskGrow,
     Matrix,
     Prompt,
     QualityBudget,
@@ -310,7 +312,11 @@ class WindowSettings(_Frozen):
     buckets: tuple[tuple[int, int], ...] = BUCKETS
     #: Pixels of surroundings the model sees round the mask, at working scale.
     context_px: int = Field(64, ge=0, le=512)
-    #: Width of the blend outside the mask, in photo pixels; nothing further out changes.
+    #: How far the mask grows before anything else, as a share of the photo's longest side: a leash's blurred edge and
+    #: the shadow that it casts beside it are seldom in its mask, and what is left of them shows. Context shrinks by as
+    #: much, to its half at most.
+    mask_grow: MaskGrow = MASK_GROW
+    #: Width of the blend outside the grown mask, in photo pixels; nothing further out changes.
     feather_px: int = Field(8, ge=0, le=64)
     #: Windows that `original` may use; a mask that needs more is painted at a coarser scale.
     max_windows: int = Field(4, ge=1, le=64)

@@ -2,8 +2,10 @@
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from hypothesis import strategies as st
 
+from serve_app.edit.paste import grow, growth_px
 from serve_app.models import Pixels
 from serve_app.settings import WindowSettings
 
@@ -26,6 +28,11 @@ def spot(width: int, height: int, x: int, y: int, size: int = 1) -> Pixels:
     mask = blank(width, height)
     mask[y : y + size, x : x + size] = 255
     return mask
+
+
+def kept(mask: Pixels, window: WindowSettings) -> npt.NDArray[np.bool_]:
+    """Where an edit with this mask, as it was drawn, may change nothing."""
+    return grow(grow(mask, growth_px(mask, window.mask_grow)), window.feather_px) == 0
 
 
 @st.composite

@@ -167,6 +167,7 @@ async def test_every_axis_and_option_may_be_asked_for(site: Site) -> None:
         "seeds": [1, 2],
         "prompts": ["a", "b"],
         "crops": ["crop", "resize"],
+        "mask_grows": [0.0, 0.02],
         "reference": "telea",
         "runs": 3,
         "compile_variants": [],

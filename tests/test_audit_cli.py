@@ -189,7 +189,18 @@ def test_a_run_is_started_followed_and_its_report_named(bench: Bench) -> None:
 @pytest.mark.slow
 def test_the_axes_are_those_that_are_given(bench: Bench) -> None:
     more = ("--variants", "tiny-Q5_K_S,telea", "--guidance", "2.5, 30", "--steps", "4,8", "--seeds", "0,7")
-    others = ("--prompt", "grass, wet", "--prompt", "sand", "--crop", "crop,auto", "--reference", "tiny-Q5_K_S")
+    others = (
+        "--prompt",
+        "grass, wet",
+        "--prompt",
+        "sand",
+        "--crop",
+        "crop,auto",
+        "--mask-grow",
+        "0.02,0",
+        "--reference",
+        "tiny-Q5_K_S",
+    )
     rest = ("--runs", 3, "--compile", "none", "--link-hours", 1.5, "--price-per-hour", 0.7, "--gpus", 2)
     assert bench.start("--run-id", "axes", *more, *others, *rest).status == 0
     assert bench.get("axes").request.model_dump(mode="json", exclude={"budget", "type"}) == {
@@ -202,6 +213,7 @@ def test_the_axes_are_those_that_are_given(bench: Bench) -> None:
             "seeds": [0, 7],
             "prompts": ["grass, wet", "sand"],
             "crops": ["crop", "auto"],
+            "mask_grows": [0.02, 0.0],
         },
         "reference": "tiny-Q5_K_S",
         "runs": 3,

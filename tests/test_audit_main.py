@@ -54,12 +54,13 @@ def test_every_axis_and_option_can_be_said() -> None:
     said = asked(
         *("--variants", "Q4_0, Q8_0", "--guidance", "2,4.5", "--steps", "20,28", "--seeds", "0,7"),
         *("--prompt", "grass, dry", "--prompt", "", "--crop", "auto,original", "--reference", "Q4_0", "--runs", "3"),
+        *("--mask-grow", "0,0.02"),
         *("--compile", "Q4_0", "--link-hours", "1.5", "--price-per-hour", "0.7", "--gpus", "0"),
     )
     matrix = said.matrix
     assert (matrix.variants, matrix.guidance_scales) == (("Q4_0", "Q8_0"), (2.0, 4.5))
     assert (matrix.steps, matrix.seeds, matrix.crops) == ((20, 28), (0, 7), ("auto", "original"))
-    assert matrix.prompts == ("grass, dry", "")
+    assert (matrix.prompts, matrix.mask_grows) == (("grass, dry", ""), (0, 0.02))
     assert (said.reference, said.runs, said.compile_variants) == ("Q4_0", 3, ("Q4_0",))
     assert (said.link_hours, said.price_per_hour, said.gpus) == (1.5, 0.7, 0)
 
@@ -83,6 +84,7 @@ def test_no_variant_is_compiled_where_none_is_said() -> None:
         (("--guidance", "101"), "guidance_scales"),
         (("--guidance", "2,2"), "guidance_scales: a value is given twice"),
         (("--runs", "1"), "runs"),
+        (("--mask-grow", "0.06"), "mask_grows"),
         (("--link-hours", "200"), "link_hours"),
         (("--reference", "Q8_0"), "Q8_0 is not among"),
         (("--variants", "a/b"), "variants"),

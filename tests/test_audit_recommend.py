@@ -384,6 +384,7 @@ def test_each_of_the_further_axes_makes_a_combination() -> None:
         seeds=(1, 0),
         prompts=("b", "a"),
         crops=(CropStrategy.CROP, CropStrategy.AUTO),
+        mask_grows=(0.02, 0),
     )
     request = REQUEST.model_copy(update={"matrix": matrix})
     of = [painted(c, GOOD, request=request, wall_s=i + 1.0) for i, c in enumerate(matrix.cells())]

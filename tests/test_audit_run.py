@@ -16,8 +16,10 @@ from serve_app.edit.paste import grow
 from serve_app.edit.session import session_path
 from serve_app.errors import BlobNotFound, GpuLost, OutOfMemory, ReplicaLost, VariantLoadFailed, VariantNotReady
 from serve_app.models import Pixels
+from serve_app.settings import WindowSettings
 
 from .audit_rig import NAMES, AuditRig, scripted, until
+from .pictures import kept
 from .rig import SESSION, USER, Held, Scripted, jpeg, line_mask, photo, png
 
 
@@ -48,14 +50,14 @@ async def test_a_cell_starts_when_an_engine_begins_with_it() -> None:
     assert (one.finished_at - one.started_at).total_seconds() >= 4
 
 
-async def test_outside_the_mask_a_picture_is_the_photo() -> None:
+async def test_outside_the_grown_mask_a_picture_is_the_photo() -> None:
     rig = AuditRig()
     rig.scripted["a"][0].fill = 255
     await rig.run()
     painted = await picture(rig, "a_gs2")
     original = np.asarray(Image.open(BytesIO(jpeg(photo()))))
-    kept = grow(line_mask(), rig.settings.windows.feather_px) == 0
-    assert np.array_equal(painted[kept], original[kept])
+    outside = kept(line_mask(), rig.settings.windows)
+    assert np.array_equal(painted[outside], original[outside])
     assert (painted[line_mask() > 0] == 255).all()
 
 
@@ -83,11 +85,33 @@ async def test_all_variants_are_cut_alike_by_the_prompt_tokens_of_the_reference(
         await rig.plain.put(session_path(USER, SESSION, name), data, content_type="image/png")
     windows = {}
     for reference in "ab":
-        audit = await rig.store.create(rig.request(reference=reference, matrix={"guidance_scales": (2.0,)}), reference)
+        matrix = {"guidance_scales": (2.0,), "mask_grows": (0.0,)}
+        audit = await rig.store.create(rig.request(reference=reference, matrix=matrix), reference)
         await rig.auditor.run(audit.id, audit.attempt)
         windows[reference] = {cell.windows for cell in (await read_cells(rig.plain, reference)).values()}
     (of_a,), (of_b,) = windows["a"], windows["b"]
     assert of_a > of_b > 1
+
+
+async def test_each_cell_is_painted_and_measured_with_its_own_growth_of_the_mask() -> None:
+    rig = AuditRig(variants=scripted("a"))
+    rig.scripted["a"][0].fill = 255
+    await rig.run(matrix={"guidance_scales": (2,), "mask_grows": (0, 0.05), "crops": ("auto", "resize")})
+    cells = await rig.cells()
+    assert {name: cell.cell.mask_grow for name, cell in cells.items()} == {
+        "a_gs2_auto_grow0": 0,
+        "a_gs2_resize_grow0": 0,
+        "a_gs2_auto_grow0.05": 0.05,
+        "a_gs2_resize_grow0.05": 0.05,
+    }
+    for name, cell in cells.items():
+        white = (await picture(rig, name) == 255).all(axis=-1)
+        # 5% of 96 px.
+        assert (white >= (grow(line_mask(), 5 if cell.cell.mask_grow else 0) > 0)).all(), name
+        assert white[kept(line_mask(), WindowSettings(mask_grow=cell.cell.mask_grow))].sum() == 0, name
+        assert cell.compared is not None and cell.compared.outside_max == 0, name
+    data, _ = await rig.plain.get(f"{folder('run')}/results.json", max_bytes=10**8)
+    assert [cell["mask_grow"] for cell in json.loads(data)["cells"]] == [0, 0.05, 0, 0.05]
 
 
 async def test_a_result_has_the_first_painting_apart_and_medians_of_the_others() -> None:

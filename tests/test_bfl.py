@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve_app.edit.paste import grow
 from serve_app.jobs.record import JobError, State
 from serve_app.models import Pixels
+from serve_app.settings import WindowSettings
 
 from .client_server import in_thread
+from .pictures import kept
 from .rig import jpeg, line_mask, photo, png
 from .test_generate import Studio
 
@@ -89,8 +90,8 @@ def test_only_what_is_masked_is_filled(client: Client, format: str, mask: bool) 
     assert (result["seed"], result["prompt"]) == (7, "grass")
     assert result["duration"] == pytest.approx(result["end_time"] - result["start_time"])
     kind, pixels = client.picture(found)
-    kept = grow(line_mask(), 8) == 0
-    assert kind == format.upper() and (pixels[kept] == photo()[kept]).all()
+    outside = kept(line_mask(), WindowSettings())
+    assert kind == format.upper() and (pixels[outside] == photo()[outside]).all()
     assert (pixels[line_mask() > 0] != photo()[line_mask() > 0]).any()
 
 

@@ -230,11 +230,14 @@ def job_id_in(text: str) -> str:
 
 @pytest.mark.slow
 def test_submit_follows_the_job_and_writes_the_result(submit: Command, service: Service, tmp_path: Path) -> None:
-    ended = submit("--user", "ann", "--session", "s1", "--steps", 6, "--seed", 5, "--crop", "resize", "--strength", 0.8)
+    more = ("--mask-grow", 0)
+    ended = submit(
+        *more, "--user", "ann", "--session", "s1", "--steps", 6, "--seed", 5, "--crop", "resize", "--strength", 0.8
+    )
     assert (ended.status, ended.err) == (0, "")
     job = service.job(job_id_in(ended.out))
     assert (job.user_id, job.session_id, job.parameters.steps, job.seed) == ("ann", "s1", 6, 5)
-    assert (job.parameters.crop_strategy, job.parameters.strength) == ("resize", 0.8)
+    assert (job.parameters.crop_strategy, job.parameters.strength, job.parameters.mask_grow) == ("resize", 0.8, 0)
     for told in (f"session ann/s1, job {job.id}", "succeeded on telea", "6/6", "engine_s"):
         assert told in ended.out
     for name in ("edited.jpg", "preview.jpg"):

@@ -33,6 +33,7 @@ from deployments.replica import Status
 from deployments.text_encoder import TextEncoder
 from serve_app.adapters.memory import MemoryBlobStore
 from serve_app.adapters.pubsub.embedded import EmbeddedPubSub
+from serve_app.edit.paste import grow, growth_px
 from serve_app.engine.prompts import PromptCache
 from serve_app.errors import (
     FluxFillError,
@@ -51,7 +52,7 @@ from serve_app.http.problems import BODIES_AT_ONCE
 from serve_app.http.service import VariantReadiness
 from serve_app.jobs.ports import Verdict
 from serve_app.models import EditRequest, Images, Measured, Progress, Variant
-from serve_app.settings import MessagesSettings, Settings
+from serve_app.settings import MessagesSettings, Settings, WindowSettings
 
 from .backends import until
 from .engine_fixtures import request
@@ -648,16 +649,17 @@ def pixels_of(path: Path) -> np.ndarray[Any, np.dtype[np.int16]]:
     return np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
 
 
-def test_the_demos_mask_covers_its_leash(tmp_path: Path) -> None:
+def test_the_demos_grown_mask_covers_its_leash_and_the_drawn_one_does_not(tmp_path: Path) -> None:
     from skimage import data
 
     original, mask = demo.draw_leash(tmp_path / "new")
     changed = np.abs(pixels_of(original) - data.cat().astype(np.int16)).max(axis=-1) > 40
-    masked = np.asarray(Image.open(mask)) == 255
-    assert set(np.unique(np.asarray(Image.open(mask)))) == {0, 255}
+    drawn = np.asarray(Image.open(mask))
+    assert set(np.unique(drawn)) == {0, 255}
     assert changed.sum() > 1000
-    assert not (changed & ~masked).any()
-    assert 0.01 < masked.mean() < 0.1
+    assert changed[drawn == 0].sum() > 100
+    assert not changed[grow(drawn, growth_px(drawn, WindowSettings().mask_grow)) == 0].any()
+    assert 0.01 < (drawn > 0).mean() < 0.1
 
 
 def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:

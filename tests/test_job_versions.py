@@ -10,7 +10,7 @@ from serve_app.adapters.stores import records as job_records
 from serve_app.errors import Busy, StoreUnavailable
 from serve_app.jobs.ports import JobStore
 from serve_app.jobs.record import Artifact, Job, Message, State
-from serve_app.parameters import CropStrategy, EditParameters
+from serve_app.parameters import CropStrategy, EditParameters, Matrix
 
 from .backends import at, make_job
 from .job_servers import Opened, add_field, set_record
@@ -93,6 +93,15 @@ def test_a_record_is_read_as_it_was_stored_before_jobs_had_kinds(name: str) -> N
     job = Job.model_validate_json((RECORDS / f"{name}.json").read_text())
     assert (job.type, job.lock_key, job.parameters) == ("inpaint", KEY, make_job().parameters)
     assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+def test_a_growth_that_was_not_asked_for_is_left_out_of_a_record() -> None:
+    """So that the version before reads it."""
+    edit = make_job().parameters
+    assert "mask_grow" not in edit.model_dump() and "mask_grows" not in Matrix().model_dump()
+    given = edit.model_copy(update={"mask_grow": 0.0}), Matrix(mask_grows=(0.0,))
+    for one in given:
+        assert type(one).model_validate_json(one.model_dump_json()) == one
 
 
 async def test_a_job_that_runs_while_the_service_is_replaced_goes_on(kept_url: str, opened: Opened) -> None:

@@ -645,6 +645,7 @@ explicit = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "cropStrategy": st.sampled_from(list(CropStrategy)),
         "strength": st.floats(0.01, 1),
+        "maskGrow": st.floats(0, 0.05),
     },
 )
 

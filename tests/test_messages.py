@@ -50,6 +50,7 @@ def test_everything_a_message_may_say() -> None:
             "seed": 2**63 - 1,
             "cropStrategy": "resize",
             "strength": 0.8,
+            "maskGrow": 0,
             "deadline": "2030-01-01T00:00:00+02:00",
             "callbackUrl": "https://example.org/done",
         }
@@ -65,6 +66,7 @@ def test_everything_a_message_may_say() -> None:
         "seed": 2**63 - 1,
         "crop_strategy": "resize",
         "strength": 0.8,
+        "mask_grow": 0,
     }
 
 
@@ -119,6 +121,7 @@ WRONG: list[tuple[str, list[object]]] = [
     ("seed", [-2, -2.0, 2**63, 2.0**63, 1.5, "1", False]),
     ("cropStrategy", ["zoom", "AUTO", 1, ""]),
     ("strength", [0, 0.009, 1.01, -1, "0.5", True]),
+    ("maskGrow", [-0.001, 0.051, "0.01", True, []]),
     ("deadline", ["2030-01-01T00:00:00", "soon", [], "2030-13-01T00:00:00Z", "2030-01-01", "20300101", "1893456000"]),
     ("deadline", [1893456000, 1893456000.5, True, "", "2030-01-01T00:00Z", "2030-01-01T00:00:00+02", "12:00:00Z"]),
     (

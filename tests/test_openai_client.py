@@ -22,7 +22,6 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from serve_app.edit.paste import grow
 from serve_app.errors import BlankImage, StoreUnavailable
 from serve_app.generate.loras import Lora, LoraBody, Loras
 from serve_app.http import events
@@ -30,10 +29,11 @@ from serve_app.jobs import api as jobs_api
 from serve_app.jobs.kinds import Caller
 from serve_app.jobs.record import Job, State
 from serve_app.models import GenerateRequest
-from serve_app.settings import LoraSettings
+from serve_app.settings import LoraSettings, WindowSettings
 
 from .client_server import in_thread
 from .picture_files import chunk
+from .pictures import kept
 from .rig import jpeg, line_mask, photo, png, wait_for
 from .serving import App
 from .test_generate import Studio
@@ -268,8 +268,7 @@ def painted(server: Server) -> Iterator[None]:
     engine.fill = None
 
 
-#: Outside the mask and its feather.
-KEPT = grow(line_mask(), 8) == 0
+KEPT = kept(line_mask(), WindowSettings())
 
 
 @pytest.mark.usefixtures("painted")
@@ -286,7 +285,7 @@ KEPT = grow(line_mask(), 8) == 0
     ],
     ids=["mask", "list", "files", "own-alpha", "white", "black", "webp"],
 )
-def test_an_edit_is_exact_outside_the_mask(client: OpenAI, asked: dict[str, Any]) -> None:
+def test_an_edit_is_exact_outside_the_grown_mask(client: OpenAI, asked: dict[str, Any]) -> None:
     shown = edited(client, **asked)
     assert (shown[KEPT] == photo()[KEPT]).all() and (shown[HOLE] == 0).all()
 
@@ -299,11 +298,12 @@ def test_an_edit_as_a_jpeg_is_what_other_clients_get(client: OpenAI, tmp_path: P
 
 
 def test_what_an_edit_says(client: OpenAI, server: Server) -> None:
-    extra = {"seed": 11, "steps": 3, "guidance": 5}
+    extra = {"seed": 11, "steps": 3, "guidance": 5, "mask_grow": 0.02}
     answer = client.images.edit(image=PHOTO, mask=MASK, prompt="grass", response_format="url", extra_body=extra)
     job = server.jobs()[0]
     assert answer.data and answer.data[0].url and answer.data[0].model_extra == {"seed": 11, "job_id": job.id}
-    assert job.parameters.model_dump().items() >= {"prompt": "grass", "steps": 3, "guidance_scale": 5.0}.items()
+    asked = {"prompt": "grass", "steps": 3, "guidance_scale": 5.0, "mask_grow": 0.02}
+    assert job.parameters.model_dump().items() >= asked.items()
     assert (job.owner, job.variant, job.seed) == ("prog", "telea", 11)
     assert httpx.get(answer.data[0].url).headers["content-type"] == "image/png"
     (event,) = client.images.edit(image=PHOTO, mask=MASK, prompt="grass", stream=True, extra_body=extra)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.edit.paste import FADE_PX, cut, grow, paste, paste_window, share_out, soft_mask
+from serve_app.edit.paste import FADE_PX, cut, grow, growth_px, paste, paste_window, share_out, soft_mask
 from serve_app.edit.windows import Plan, plan
 from serve_app.models import Box, Pixels
 from serve_app.parameters import CropStrategy
@@ -119,6 +119,40 @@ def test_opacity_is_one_on_the_mask_and_nothing_beyond_the_feather(mask: Pixels,
     assert opacity.dtype == np.float32 and opacity.shape == mask.shape
     assert np.array_equal(opacity == 1, mask == 255)
     assert np.array_equal(opacity > 0, grow(mask, feather_px) == 255)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.full((30, 40), 255, np.uint8),
+        blank(40, 30),
+        spot(40, 30, 0, 0),
+        spot(40, 30, 39, 29),
+        spot(1, 1, 0, 0),
+        spot(2000, 1, 1999, 0),
+    ],
+    ids=["full", "empty", "first", "last", "one-pixel-photo", "one-row-photo"],
+)
+@pytest.mark.parametrize("share", [0, 0.01, 0.05])
+def test_a_hostile_mask_grows_as_far_as_the_photo_goes(mask: Pixels, share: float) -> None:
+    px = growth_px(mask, share)
+    assert px == round(share * max(mask.shape))
+    wider = grow(mask, px)
+    assert wider.shape == mask.shape and wider.dtype == np.uint8
+    rows, columns = np.nonzero(mask)
+    for y, x in np.ndindex(*mask.shape):
+        near = ((rows - y) ** 2 + (columns - x) ** 2 <= px**2).any()
+        assert wider[y, x] == (255 if near else 0)
+    if share == 0:
+        assert np.array_equal(wider, mask)
+
+
+def test_a_mask_of_12_megapixels_grows_by_a_disc() -> None:
+    mask = spot(4000, 3000, 2000, 10)
+    disc = blank(4000, 3000)
+    rows, columns = np.ogrid[:3000, :4000]
+    disc[(rows - 10) ** 2 + (columns - 2000) ** 2 <= 200**2] = 255
+    assert np.array_equal(grow(mask, growth_px(mask, 0.05)), disc)
 
 
 def test_opacity_falls_smoothly_with_the_distance() -> None:

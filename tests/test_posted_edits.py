@@ -43,10 +43,11 @@ from serve_app.jobs.kinds import Caller
 from serve_app.jobs.ports import Verdict
 from serve_app.jobs.record import Job, State
 from serve_app.parameters import CropStrategy, EditParameters
-from serve_app.settings import ApiSettings, Limits, Settings, WebhookSettings
+from serve_app.settings import ApiSettings, Limits, Settings, WebhookSettings, WindowSettings
 
 from . import webhook_receiver as servers
 from .picture_files import chunk, with_chunks
+from .pictures import kept
 from .rig import SESSION, USER, Rig, jpeg, line_mask, photo, png
 from .webhook_receiver import Answer, Receiver
 
@@ -98,10 +99,11 @@ async def test_a_job_has_what_its_body_says_and_the_apps_defaults(rig: Rig) -> N
         "crop_strategy": "crop",
         "model": "telea",
         "strength": 0.8,
+        "mask_grow": 0.02,
     }
     job = await post(rig, session=STORED, **asked)
     expected = EditParameters(
-        prompt="grass", steps=8, guidance_scale=2.5, crop_strategy=CropStrategy.CROP, strength=0.8
+        prompt="grass", steps=8, guidance_scale=2.5, crop_strategy=CropStrategy.CROP, strength=0.8, mask_grow=0.02
     )
     assert (job.parameters, job.seed, job.variant) == (expected, 7, "telea")
     other_names = await post(rig, session=STORED, guidance_scale=2.5, model_id="telea")
@@ -124,6 +126,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": -2}, "seed"),
     ({"crop_strategy": "zoom"}, "crop_strategy"),
     ({"strength": 0}, "strength"),
+    ({"mask_grow": 0.051}, "mask_grow"),
     ({"prompt": SECRET * 1000}, "prompt"),
     ({"model_id": "../x"}, "model_id"),
     ({"negative_prompt": SECRET}, "negative_prompt"),
@@ -245,7 +248,7 @@ def cut_out(mode: str = "RGBA", hole: int = 0) -> bytes:
 async def test_however_a_mask_is_drawn_all_outside_of_it_is_the_photos(
     rig: Rig, mask: bytes | None, polarity: str, format: str
 ) -> None:
-    """Beyond the feather bit by bit, where the format is lossless."""
+    """Beyond the feather of the grown mask bit by bit, where the format is lossless."""
     rig.engine.fill = 0
     body = {"type": "inpaint", "image": cut_out(), "mask_polarity": polarity, "format": format}
     job, _ = await api(rig).post(body | ({"mask": mask} if mask else {}), Caller())
@@ -255,11 +258,32 @@ async def test_however_a_mask_is_drawn_all_outside_of_it_is_the_photos(
     assert (edited.role, edited.content_type, edited.width, edited.height) == ("edited", f"image/{format}", 96, 80)
     pixels = np.asarray(Image.open(BytesIO(await api(rig).data(edited))).convert("RGB"))
     assert (pixels[line_mask() > 0] < (255 if format == "jpeg" else 1)).all()
-    kept = grow(line_mask(), rig.settings.windows.feather_px) == 0
+    outside = kept(line_mask(), rig.settings.windows)
     if format == "jpeg":
-        assert np.abs(pixels[kept].astype(int) - photo()[kept]).mean() < 2
+        assert np.abs(pixels[outside].astype(int) - photo()[outside]).mean() < 2
     else:
-        assert (pixels[kept] == photo()[kept]).all()
+        assert (pixels[outside] == photo()[outside]).all()
+
+
+@pytest.mark.parametrize("mask_grow", [0, 0.03, 0.05, None])
+async def test_an_edit_changes_the_grown_mask_and_its_feather_and_nothing_else(
+    rig: Rig, mask_grow: float | None
+) -> None:
+    rig.engine.fill = 0
+    given = {} if mask_grow is None else {"mask_grow": mask_grow}
+    job, _ = await api(rig).post(
+        {"type": "inpaint", "image": cut_out(), "mask": MASK, "format": "png", **given}, Caller()
+    )
+    await rig.notifier.drained()
+    assert (await rig.take(rig.topics.sessions[-1])).reason == "succeeded"
+    data = await api(rig).data((await api(rig).get(job.id, Caller())).artifacts[0])
+    pixels = np.asarray(Image.open(BytesIO(data)))
+    asked = WindowSettings(**given)
+    outside, painted = kept(line_mask(), asked), kept(line_mask(), asked.model_copy(update={"feather_px": 0})) == 0
+    assert (pixels[outside] == photo()[outside]).all()
+    assert (pixels[painted] == 0).all()
+    # Of 96 px.
+    assert painted.sum() == (grow(line_mask(), {0: 0, 0.03: 3, 0.05: 5, None: 1}[mask_grow]) > 0).sum()
 
 
 @pytest.mark.parametrize(("sent", "type"), [(PHOTO, "image/png"), (png(photo()), "image/png")])

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve_app.edit.cost import SHAPES, forward_flops, planned_tflop
-from serve_app.edit.paste import cut
+from serve_app.edit.paste import cut, grow, growth_px
 from serve_app.edit.windows import MAX_CANVAS_PX, Plan, bounding_box, plan
 from serve_app.models import Box, Pixels
 from serve_app.parameters import CropStrategy
@@ -31,10 +31,12 @@ window_settings = st.builds(
     feather_px=st.sampled_from([0, 1, 5]),
     max_windows=st.sampled_from([1, 2, 4, 9]),
 )
+#: By how many pixels a mask was grown: none, some, all of the context and more.
+growths = st.sampled_from([0, 3, 50])
 
 
-def made(mask: Pixels, strategy: CropStrategy, window: WindowSettings = DEFAULT) -> Plan:
-    planned = plan(mask, strategy, window)
+def made(mask: Pixels, strategy: CropStrategy, window: WindowSettings = DEFAULT, grown_px: int = 0) -> Plan:
+    planned = plan(mask, strategy, window, grown_px=grown_px)
     assert planned is not None
     return planned
 
@@ -85,17 +87,19 @@ def test_every_plan_is_well_formed(mask: Pixels, strategy: CropStrategy, window:
 
 @pytest.mark.slow
 @settings(max_examples=300)
-@given(mask=masks(), strategy=st.sampled_from([CROP, ORIGINAL, AUTO]), window=window_settings)
+@given(mask=masks(), strategy=st.sampled_from([CROP, ORIGINAL, AUTO]), window=window_settings, grown_px=growths)
 def test_every_masked_pixel_is_shown_with_its_context(
-    mask: Pixels, strategy: CropStrategy, window: WindowSettings
+    mask: Pixels, strategy: CropStrategy, window: WindowSettings, grown_px: int
 ) -> None:
-    planned = made(mask, strategy, window)
+    mask = grow(mask, grown_px)
+    planned = made(mask, strategy, window, grown_px)
     _, canvas_mask = cut(np.zeros((*mask.shape, 3), np.uint8), mask, planned, window.feather_px)
     canvas_mask[planned.content_size[1] :], canvas_mask[:, planned.content_size[0] :] = 0, 0
     region, (width, height) = planned.region, planned.content_size
     is_scaled = (width, height) != (region.width, region.height)
+    left_px = max(window.context_px - grown_px * scale_of(planned), window.context_px / 2)
     # Of the context, scaling may round away two pixels.
-    context_px = max(window.context_px - 2, 0) if is_scaled else window.context_px
+    context_px = max(int(left_px) - 2, 0) if is_scaled else int(left_px)
     for box in planned.windows:
         # The region may end where the photo does; there is no context beyond.
         x0 = 0 if box.x0 == region.x0 == 0 else box.x0 + context_px
@@ -203,6 +207,45 @@ class TestResize:
         planned = made(spot(*photo, 0, 0), RESIZE)
         assert planned.region == Box(x0=0, y0=0, x1=photo[0], y1=photo[1])
         assert (planned.content_size, planned.canvas_size) == (content, canvas)
+
+
+class TestGrowth:
+    """What a grown mask costs: the growth takes from the context."""
+
+    @pytest.mark.parametrize(
+        ("width", "height", "start", "end"),
+        [
+            (1024, 1024, (0.5, 0.32), (0.5, 0.66)),
+            (1024, 1024, (0, 0), (1, 1)),
+            (1024, 768, (0.5, 0.3), (0.53, 0.75)),
+            (4000, 3000, (0.5, 0.5), (0.5, 0.6)),
+            (4000, 3000, (0, 0), (1, 1)),
+        ],
+        ids=["upright", "diagonal", "wide-upright", "phone-short", "phone-diagonal"],
+    )
+    def test_it_costs_what_the_drawn_one_does(
+        self, width: int, height: int, start: tuple[float, float], end: tuple[float, float]
+    ) -> None:
+        corners = [(round(x * (width - 1)), round(y * (height - 1))) for x, y in (start, end)]
+        drawn = line(width, height, corners[0], corners[1], max(width, height) // 100)
+        px = growth_px(drawn, DEFAULT.mask_grow)
+        before, after = made(drawn, AUTO), made(grow(drawn, px), AUTO, grown_px=px)
+        assert tflop(after.windows) <= tflop(before.windows) * 1.02
+        assert scale_of(after) >= scale_of(before) * 0.94
+
+    @pytest.mark.parametrize(("px", "bucket_px"), [(0, 256), (32, 256), (33, 384)])
+    def test_half_of_the_context_stays(self, px: int, bucket_px: int) -> None:
+        # 112 + 2 · (64 + 8) = 256
+        drawn = spot(4000, 3000, 2000, 1000, size=112)
+        assert made(grow(drawn, px), CROP, grown_px=px).canvas_size == (bucket_px, bucket_px)
+
+    def test_at_a_coarser_scale_it_takes_less_of_the_context(self) -> None:
+        drawn = blank(4000, 3000)
+        drawn[1000:1100, 1000:2984] = 255
+        px = 40
+        planned = made(grow(drawn, px), CROP, grown_px=px)
+        # As for the drawn one: with the feather it is 2000 wide, and there are 1024 - 2 · 64 canvas pixels for it.
+        assert scale_of(planned) == pytest.approx(896 / 2000, rel=1e-3)
 
 
 class TestOriginal:

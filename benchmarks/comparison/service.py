@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from serve_app.adapters.memory import MemoryBlobStore
-from serve_app.edit.paste import cut, paste
+from serve_app.edit.paste import cut, grow, growth_px, paste
 from serve_app.edit.windows import Plan, plan
 from serve_app.engine.flux.fill import FluxFill
 from serve_app.engine.flux.text_encoder import TextEncoder
@@ -26,9 +26,15 @@ WINDOWS = WindowSettings()
 
 def planned(scenario: Scenario) -> Plan:
     """With the default settings."""
-    found = plan(scenario.painted(), scenario.strategy, WINDOWS, family=scenario.family)
+    mask = scenario.painted()
+    grown_px = growth_px(mask, WINDOWS.mask_grow)
+    found = plan(_grown(mask), scenario.strategy, WINDOWS, grown_px=grown_px, family=scenario.family)
     assert found is not None, "the mask is empty"
     return found
+
+
+def _grown(mask: Pixels) -> Pixels:
+    return grow(mask, growth_px(mask, WINDOWS.mask_grow))
 
 
 class Service:
@@ -73,7 +79,7 @@ class Service:
         self._engine.warm_up(sorted(sizes))
 
     def contender(self, scenario: Scenario, asked: Inference) -> Contender:
-        photo, mask = scenario.photo(), scenario.painted()
+        photo, mask = scenario.photo(), _grown(scenario.painted())
         return Contender(
             edit=lambda: self._edit(photo, mask, scenario, asked),
             meter=self._meter,

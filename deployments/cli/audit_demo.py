@@ -11,7 +11,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fi
 
 from serve_app import adapters
 from serve_app.audit.record import Audit, AuditStatus
-from serve_app.edit import images, masks, windows
+from serve_app.edit import images, masks, paste, windows
 from serve_app.edit.session import INPUTS, session_path
 from serve_app.errors import FluxFillError, Unavailable
 from serve_app.parameters import CropStrategy
@@ -39,8 +39,9 @@ def sample(folder: Path) -> tuple[Path, Path]:
 def window_sizes(files: tuple[Path, Path], settings: Settings) -> list[tuple[int, int]]:
     """What an edit of these would paint: width and height of each window, in pixels."""
     original, mask = (path.read_bytes() for path in files)
-    size = images.decode_photo(original, settings.limits).size
-    plan = windows.plan(masks.decode_mask(mask, settings.limits, size), CropStrategy.AUTO, settings.windows)
+    drawn = masks.decode_mask(mask, settings.limits, images.decode_photo(original, settings.limits).size)
+    grown_px = paste.growth_px(drawn, settings.windows.mask_grow)
+    plan = windows.plan(paste.grow(drawn, grown_px), CropStrategy.AUTO, settings.windows, grown_px=grown_px)
     return [(box.width, box.height) for box in plan.windows] if plan else []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
+from PIL.ImageFilter import GaussianBlur
 
 from serve_app.errors import SettingsError
 
@@ -15,7 +16,8 @@ from ..own_ray import free_port
 
 
 def draw_leash(folder: Path) -> tuple[Path, Path]:
-    """scikit-image's public-domain cat with a leash drawn over it, and the mask a person would paint.
+    """scikit-image's public-domain cat with a leash and its soft shadow drawn over it, and the leash's mask, as tight
+    as a segmenter draws it: only as it grows does the shadow go, too.
 
     Raises SettingsError where scikit-image is not installed.
     """
@@ -24,9 +26,12 @@ def draw_leash(folder: Path) -> tuple[Path, Path]:
     except ImportError as e:
         raise SettingsError("the demo's photo comes with scikit-image: pip install 'flux-fill-serve[demo]'") from e
     photo = Image.fromarray(data.cat())
-    photo.paste((150, 24, 28), mask=_line(photo.size, width=7))
+    photo.paste(
+        (0, 0, 0), mask=_line(photo.size, width=7, up=-4).filter(GaussianBlur(2)).point(lambda level: level // 3)
+    )
+    photo.paste((150, 24, 28), mask=_line(photo.size, width=7).filter(GaussianBlur(0.7)))
     photo.paste((205, 70, 66), mask=_line(photo.size, width=2, up=2))
-    mask = _line(photo.size, width=15).point(lambda level: 255 if level else 0)
+    mask = _line(photo.size, width=7).point(lambda level: 255 if level >= 128 else 0)
     folder.mkdir(parents=True, exist_ok=True)
     photo.save(folder / "original.jpg", quality=95)
     mask.save(folder / "mask.png")

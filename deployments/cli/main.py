@@ -108,6 +108,9 @@ def submit(
     strength: Annotated[
         float | None, typer.Option(help="0.01 to 1; below 1, painting starts from a filled hole.")
     ] = None,
+    grow: Annotated[
+        float | None, typer.Option("--mask-grow", help="Growth of the mask, 0 to 0.05 of the longest side.")
+    ] = None,
     priority: Annotated[str | None, typer.Option(help="For the subscriptions' filters: high or low.")] = None,
     key: Annotated[
         str | None, typer.Option("--idempotency-key", help="Identifies the edit, in place of the files' versions.")
@@ -134,6 +137,7 @@ def submit(
         "seed": seed,
         "cropStrategy": crop,
         "strength": strength,
+        "maskGrow": grow,
     }
     asked = {"priority": priority, "idempotencyKey": f"again-{uuid.uuid4().hex}" if again else key}
     attributes = {name: value for name, value in asked.items() if value is not None}

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import AuditError
+from ..parameters import MASK_GROW
 from .record import BETTER
 
 Verdict = Literal["faster", "slower", "better", "worse", "same", "lost"]
@@ -117,6 +118,7 @@ class _Cell(BaseModel):
     seed: int
     prompt: str
     crop: str
+    mask_grow: float = MASK_GROW
     status: Literal["succeeded", "failed"]
     gpu: str = "CPU"
     #: Seconds of each painting; all but the first are warm.
@@ -140,7 +142,7 @@ class _Cell(BaseModel):
 
     @property
     def axes(self) -> tuple[Any, ...]:
-        return self.variant, self.guidance, self.steps, self.seed, self.prompt, self.crop
+        return self.variant, self.guidance, self.steps, self.seed, self.prompt, self.crop, self.mask_grow
 
     @property
     def uncertainty(self) -> float:

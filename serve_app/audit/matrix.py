@@ -155,7 +155,7 @@ class MatrixPainter:
 
     def _png(self, canvas: Pixels, cell: Cell) -> bytes:
         out = io.BytesIO()
-        picture = Image.fromarray(self.session.picture(canvas, cell.crop))
+        picture = Image.fromarray(self.session.picture(canvas, cell))
         picture.save(out, "PNG", compress_level=_PNG_LEVEL, icc_profile=self.session.photo.icc)
         return out.getvalue()
 

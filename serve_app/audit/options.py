@@ -55,6 +55,7 @@ OPTIONS = (
     Option("--seeds", "seeds", "Seeds.", _list_of(int), "0,1"),
     Option("--prompt", "prompts", _PROMPT, is_repeated=True, metavar="P"),
     Option("--crop", "crops", "Crop strategies.", _list_of(CropStrategy), ",".join(CropStrategy)),
+    Option("--mask-grow", "mask_grows", "Growths of the mask, shares of the longest side.", _list_of(float), "0,0.01"),
     Option("--reference", "reference", "Variant that pictures are compared with.", metavar="V"),
     Option("--runs", "runs", "Paintings of each cell, the first of them cold.", int, "N"),
     Option("--compile", "compile_variants", "Variants to compile.", _variants_or_none, "A,B|none"),

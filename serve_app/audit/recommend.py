@@ -79,10 +79,10 @@ def visibility(result: CellResult) -> float | None:
     return abs(log2(compared.seam_gradient_ratio)) + compared.seam_colour_shift / JUST_NOTICEABLE
 
 
-def combination(cell: Cell) -> tuple[int, str, str, int]:
+def combination(cell: Cell) -> tuple[int, str, float, str, int]:
     """The axes that seconds and nearness depend on by themselves: fewer steps are always faster, and pictures are
     compared at the same axes only. Cells of one combination differ by variant and guidance scale."""
-    return cell.steps, cell.crop, cell.prompt, cell.seed
+    return cell.steps, cell.crop, cell.mask_grow, cell.prompt, cell.seed
 
 
 def pareto(request: AuditRequest, painted: Sequence[CellResult]) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def pareto(request: AuditRequest, painted: Sequence[CellResult]) -> tuple[str, .
     Combination by combination in the matrix's order, fastest first within each.
     """
     # Seconds, nearness below 0, name.
-    points: dict[tuple[int, str, str, int], list[tuple[float, float, str]]] = {
+    points: dict[tuple[int, str, float, str, int], list[tuple[float, float, str]]] = {
         combination(cell): [] for cell in request.matrix.cells()
     }
     for result in painted:
@@ -209,7 +209,9 @@ def _steps(cells: Sequence[CellResult]) -> tuple[int, str]:
 def _beaten(request: AuditRequest, alike: Sequence[CellResult], chosen: str, smallest_first: Sequence[str]) -> str:
     """By which larger variants, where there are such, in seconds and nearness both. `alike`: the cells at the chosen
     guidance scale and steps. In the mean over the combinations that both painted."""
-    points: dict[str, dict[tuple[int, str, str, int], tuple[float, float]]] = {name: {} for name in smallest_first}
+    points: dict[str, dict[tuple[int, str, float, str, int], tuple[float, float]]] = {
+        name: {} for name in smallest_first
+    }
     for result in alike:
         if point := _point(request, result):
             points[result.cell.variant][combination(result.cell)] = point

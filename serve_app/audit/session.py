@@ -24,19 +24,22 @@ Embeddings = Mapping[tuple[str, str], bytes | FluxFillError | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """What a crop strategy makes of the session; arrays as in `paste.cut`."""
+    """What a crop strategy and a growth of the mask make of the session; arrays as in `paste.cut`."""
 
     plan: windows.Plan
     canvas: Pixels
     mask: Pixels
+    #: `[height, width]` of the photo.
+    grown: Pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
     photo: Photo
-    #: `[height, width]` of the photo.
+    #: As it was drawn, `[height, width]` of the photo.
     mask: Pixels
-    cuts: Mapping[CropStrategy, Cut]
+    #: By crop strategy and `Cell.mask_grow`.
+    cuts: Mapping[tuple[CropStrategy, float], Cut]
     embeddings: Embeddings
     feather_px: int
     #: SHA-256 of both files.
@@ -47,7 +50,7 @@ class Session:
         embeddings = self.embeddings[cell.variant, cell.prompt]
         if isinstance(embeddings, FluxFillError):
             raise embeddings
-        cut = self.cuts[cell.crop]
+        cut = self.cut(cell)
         return EditRequest(
             job_id=job_id,
             canvas=cut.canvas,
@@ -59,9 +62,13 @@ class Session:
             embeddings=embeddings,
         )
 
-    def picture(self, canvas: Pixels, crop: CropStrategy) -> Pixels:
+    def cut(self, cell: Cell) -> Cut:
+        return self.cuts[cell.crop, cell.mask_grow]
+
+    def picture(self, canvas: Pixels, cell: Cell) -> Pixels:
         """The photo with the painted canvas in it."""
-        return paste.paste(self.photo.pixels, canvas, self.mask, self.cuts[crop].plan, self.feather_px)
+        cut = self.cut(cell)
+        return paste.paste(self.photo.pixels, canvas, cut.grown, cut.plan, self.feather_px)
 
 
 async def read_session(
@@ -80,21 +87,29 @@ async def read_session(
 
 def _prepare(
     original: bytes, mask_bytes: bytes, request: AuditRequest, settings: Settings
-) -> tuple[Photo, Pixels, dict[CropStrategy, Cut]]:
+) -> tuple[Photo, Pixels, dict[tuple[CropStrategy, float], Cut]]:
     photo = images.decode_photo(original, settings.limits)
     mask = masks.decode_mask(mask_bytes, settings.limits, photo.size)
     # The same windows for all variants, whose pictures are compared.
     reference = settings.variant(request.reference_variant)
     cuts = {}
-    for crop in request.matrix.crops:
-        plan = windows.plan(
-            mask, crop, settings.windows, text_tokens=reference.max_prompt_tokens, family=reference.family
-        )
-        if plan is None:
-            path = session_path(request.user_id, request.session_id, INPUTS["mask"])
-            raise InvalidImage(f"{path} is empty: there is nothing to paint", path=path)
-        canvas, canvas_mask = paste.cut(photo.pixels, mask, plan, settings.windows.feather_px)
-        cuts[crop] = Cut(plan=plan, canvas=canvas, mask=canvas_mask)
+    for mask_grow in request.matrix.mask_grows:
+        grown_px = paste.growth_px(mask, mask_grow)
+        grown = paste.grow(mask, grown_px)
+        for crop in request.matrix.crops:
+            plan = windows.plan(
+                grown,
+                crop,
+                settings.windows,
+                grown_px=grown_px,
+                text_tokens=reference.max_prompt_tokens,
+                family=reference.family,
+            )
+            if plan is None:
+                path = session_path(request.user_id, request.session_id, INPUTS["mask"])
+                raise InvalidImage(f"{path} is empty: there is nothing to paint", path=path)
+            canvas, canvas_mask = paste.cut(photo.pixels, grown, plan, settings.windows.feather_px)
+            cuts[crop, mask_grow] = Cut(plan=plan, canvas=canvas, mask=canvas_mask, grown=grown)
     return photo, mask, cuts
 
 

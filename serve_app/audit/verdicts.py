@@ -98,8 +98,8 @@ class Verdicts:
         picture = await self._picture(result.name)
         if picture is None:
             return None
-        photo, mask, feather_px = self._session.photo.pixels, self._session.mask, self._session.feather_px
-        compare = partial(metrics.compare, reference=reference, feather_px=feather_px)
+        photo, mask = self._session.photo.pixels, self._session.cut(result.cell).grown
+        compare = partial(metrics.compare, reference=reference, feather_px=self._session.feather_px)
         try:
             return await asyncio.to_thread(compare, picture, photo, mask)
         except Exception as e:

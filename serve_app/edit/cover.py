@@ -13,6 +13,7 @@ hopeless search at once. After `MAX_CUT_BOXES` boxes only the likeliest cut of e
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 from .grid import CellBox, Cells, Span
@@ -24,6 +25,8 @@ Bucket = tuple[int, int]
 MAX_CUT_BOXES = 40
 #: What a cover usually costs, by its lower bound. Only the order of the search rests on it.
 _OVER_BOUND = 1.2
+#: Pixels of context that rounding may take below the photo's own scale.
+ROUNDING_PX = 2
 #: Of a pixel: more than floats get wrong in a few operations.
 _SLACK_PX = 1e-6
 
@@ -37,38 +40,67 @@ class Shown:
     bucket: Bucket
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Axis:
-    """One axis of a photo of `length` pixels, seen with `context_px` of surroundings at working scale.
+    """One axis of a photo of `length` pixels, seen with surroundings of `context_px` at working scale round the mask
+    as it was drawn. The spans are those of the mask grown by `grown_px` of the photo's pixels: they are part of the
+    context, of which half stays at least.
 
     Where the photo ends there are no more surroundings: a window shifted to that edge saves them.
     """
 
     length: int
     context_px: int
+    grown_px: int = 0
 
     def finest(self, span: Span, side: int) -> float:
         """The finest scale, up to 1, at which a window of `side` shows the photo's pixels `span`."""
-        first, end = span
-        around, beside = side - 2 * self.context_px, side - self.context_px
-        return min(1.0, max(around / (end - first), beside / end, beside / (self.length - first), side / self.length))
+        (first, end), length = span, self.length
+        shown = (self._finest(end - first, side, 2), self._finest(end, side, 1), self._finest(length - first, side, 1))
+        return min(1.0, max(*shown, side / length))
 
     def needed_px(self, span: Span, scale: float) -> float:
         """How long a window must be, at working scale, to show the photo's pixels `span`."""
-        first, end, length = span[0] * scale, span[1] * scale, self.length * scale
-        context = self.context_px
-        return min(end - first + 2 * context, end + context, length - first + context, length)
+        (first, end), length = span, self.length
+        return min(
+            self._needed(end - first, scale, 2),
+            self._needed(end, scale, 1),
+            self._needed(length - first, scale, 1),
+            length * scale,
+        )
+
+    def around_px(self, scale: float) -> float:
+        """The least context of a span, at working scale."""
+        return max(self.context_px - self.grown_px * scale, self._least_px)
+
+    @cached_property
+    def _least_px(self) -> float:
+        # Not less than what rounding may take.
+        return max(self.context_px / 2, min(self.context_px, ROUNDING_PX))
+
+    def _needed(self, px: int, scale: float, sides: int) -> float:
+        """For `px` of the photo, with context on one side or on two. A part of the mask may be narrower than what was
+        added to it; its context counts from its middle: so more is never needed at a coarser scale."""
+        drawn, grown = px - sides * self.grown_px, px * scale + sides * self._least_px
+        of_drawn = (drawn * scale if drawn > 0 else 0.0) + sides * self.context_px
+        return of_drawn if of_drawn > grown else grown
+
+    def _finest(self, px: int, side: int, sides: int) -> float:
+        drawn, left = px - sides * self.grown_px, side - sides * self.context_px
+        of_drawn = left / drawn if drawn > 0 else 1.0 if left >= 0 else 0.0
+        return min((side - sides * self._least_px) / px, of_drawn)
 
     def end(self, first: int, side: int, scale: float) -> float:
         """The last photo pixel's end that a window of `side` shows together with pixel `first`."""
-        return max(first + (side - 2 * self.context_px) / scale, (side - self.context_px) / scale)
+        context_px = self.around_px(scale)
+        return max(first + (side - 2 * context_px) / scale, (side - context_px) / scale)
 
     def first(self, end: int, side: int, scale: float) -> float:
         return self.length - self.end(self.length - end, side, scale)
 
     def core_px(self, side: int, scale: float) -> float:
         """How many pixels at working scale, of those that have their context on both sides, a window shows at most."""
-        return min(side, self.length * scale) - 2 * self.context_px
+        return min(side, self.length * scale) - 2 * self.around_px(scale)
 
 
 class _Bound:
@@ -79,7 +111,7 @@ class _Bound:
         self._cells = cells
         x, y = axes
         self._inside = tuple(
-            cells.whole(i, axis.context_px / scale, axis.length - axis.context_px / scale)
+            cells.whole(i, axis.around_px(scale) / scale, axis.length - axis.around_px(scale) / scale)
             for i, axis in enumerate(axes)
         )
         self._cheapest = min(prices.values())
@@ -106,7 +138,8 @@ class Search:
     def __init__(self, cells: Cells, prices: Mapping[Bucket, float], context_px: int, scale: float) -> None:
         """`prices`, above 0, of one window of each bucket; `context_px` at `scale`, canvas pixels a photo pixel."""
         self._cells, self._scale = cells, scale
-        self._axes = Axis(cells.size[0], context_px), Axis(cells.size[1], context_px)
+        width, height = cells.size
+        self._axes = Axis(width, context_px, cells.grown_px), Axis(height, context_px, cells.grown_px)
         self._buckets = sorted((price, bucket) for bucket, price in prices.items())
         self._bound = _Bound(cells, self._axes, prices, scale)
         #: Of boxes: the price of the cheapest cover, and a bucket for one window or the parts that it is cut into.

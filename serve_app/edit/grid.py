@@ -40,8 +40,10 @@ class _Lines:
 class Cells:
     """Axis 0 is x, axis 1 is y. Boxes are not empty, and something in them is masked."""
 
-    def __init__(self, mask: Pixels, reach_px: int) -> None:
+    def __init__(self, mask: Pixels, reach_px: int, grown_px: int = 0) -> None:
         """`mask` is uint8 `[height, width]`, not empty; what is at most `reach_px` rows and columns away counts too."""
+        #: How many pixels were added to the mask as it was drawn, on all sides.
+        self.grown_px = grown_px
         left, top, width, height = cv2.boundingRect(mask)
         #: (width, height) of the mask in pixels.
         self.size = (mask.shape[1], mask.shape[0])

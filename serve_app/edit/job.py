@@ -19,7 +19,7 @@ from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, Message, Quality, Timings
 from ..models import EditRequest, ImageModel, Images, OnProgress, Pixels, Progress, PromptEncoder, Variant
-from ..parameters import CONTENT_TYPES, CropStrategy, EditParameters, Format, JobType
+from ..parameters import CONTENT_TYPES, EditParameters, Format, JobType
 from ..settings import Inference, Settings
 from . import images, masks, paste, quality, windows
 from .checking import paint_checked
@@ -82,6 +82,8 @@ class _Prepared:
 
     original: bytes
     mask: bytes
+    #: How far the mask grows, in photo pixels.
+    grown_px: int
     #: What the bytes decode to; None where memory has no room for it while a replica paints.
     decoded: tuple[Photo, Pixels] | None
     #: None where the mask is empty.
@@ -257,7 +259,7 @@ class Editor:
         in_pool = partial(asyncio.get_running_loop().run_in_executor, attempt.pool)
         with clock.stage("prepare_s"), tracing.span("decode"):
             variant = self._settings.variant(job.variant)
-            prepared = await in_pool(self._prepare, original, mask, _asked(job).crop_strategy, variant)
+            prepared = await in_pool(self._prepare, original, mask, _asked(job), variant)
         with self._in_memory(prepared):
             painted, found = await self._paint(job, prepared, attempt, clock)
             with clock.stage("encode_s"), tracing.span("encode"):
@@ -284,17 +286,23 @@ class Editor:
         photo = images.decode_photo(original, self._settings.limits)
         return photo, masks.decode_mask(mask, self._settings.limits, photo.size)
 
-    def _prepare(self, original: bytes, mask_bytes: bytes, strategy: CropStrategy, variant: Variant) -> _Prepared:
-        photo, mask = decoded = self._decode(original, mask_bytes)
+    def _prepare(self, original: bytes, mask_bytes: bytes, asked: EditParameters, variant: Variant) -> _Prepared:
+        photo, drawn = decoded = self._decode(original, mask_bytes)
+        settings = self._settings.windows
+        grown_px = paste.growth_px(drawn, settings.mask_grow if asked.mask_grow is None else asked.mask_grow)
+        mask = paste.grow(drawn, grown_px)
         plan = windows.plan(
-            mask, strategy, self._settings.windows, text_tokens=variant.max_prompt_tokens, family=variant.family
+            mask,
+            asked.crop_strategy,
+            settings,
+            grown_px=grown_px,
+            text_tokens=variant.max_prompt_tokens,
+            family=variant.family,
         )
-        prepared = _Prepared(original=original, mask=mask_bytes, decoded=decoded, plan=plan)
+        prepared = _Prepared(original=original, mask=mask_bytes, grown_px=grown_px, decoded=decoded, plan=plan)
         if plan is not None:
-            prepared.canvas, prepared.canvas_mask = paste.cut(
-                photo.pixels, mask, plan, self._settings.windows.feather_px
-            )
-            prepared.drawn = paste.shown(mask, plan)
+            prepared.canvas, prepared.canvas_mask = paste.cut(photo.pixels, mask, plan, settings.feather_px)
+            prepared.drawn = paste.shown(drawn, plan)
         return prepared
 
     async def _paint(
@@ -347,11 +355,12 @@ class Editor:
         self, prepared: _Prepared, painted: Images | None, format: Format
     ) -> tuple[dict[str, tuple[bytes, str]], tuple[int, int]]:
         """The files, and the photo's size."""
-        photo, mask = prepared.decoded or self._decode(prepared.original, prepared.mask)
+        photo, drawn = prepared.decoded or self._decode(prepared.original, prepared.mask)
         if prepared.plan is None or painted is None:
             pixels, edited = photo.pixels, images.unchanged(photo, prepared.original, format)
         else:
             feather_px = self._settings.windows.feather_px
+            mask = paste.grow(drawn, prepared.grown_px)
             pixels = paste.paste(photo.pixels, painted.images[0], mask, prepared.plan, feather_px)
             edited = images.encode_edited(photo, pixels, format), CONTENT_TYPES[format]
         preview = images.encode_preview(photo, pixels)

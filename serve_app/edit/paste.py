@@ -4,6 +4,9 @@ The worker cuts the plan's region out of the photo onto a canvas and pastes the 
 each painted window into its canvas. Outside the mask, dilated by the feather, nothing changes by a single bit: a
 model's decoder moves every pixel a little, and people see it.
 
+The mask is that of an edit, which has grown by a share of the photo's longest side (`WindowSettings.mask_grow`): drawn
+tightly, it leaves out a leash's blurred edge and the shadow beside it, which no model could then remove.
+
 The dilated mask is what the model paints; the worker blends over the feather, where both pictures show the same
 surroundings. Distances are Euclidean, so the dilation is by a disc. Arrays are as in `images.Pixels`; masks are 0
 where the photo is kept and 255 elsewhere.
@@ -29,9 +32,19 @@ FADE_PX = 16
 BAND_PX = 256
 
 
+def growth_px(mask: Pixels, share: float) -> int:
+    """A share of the photo's longest side, in whole pixels."""
+    longest: int = max(mask.shape)
+    return round(share * longest)
+
+
 def grow(mask: Pixels, px: int) -> Pixels:
     """`mask` and every pixel at most `px` pixels from it."""
-    return np.where(_distance(mask) <= px, np.uint8(255), np.uint8(0))
+    wider = np.zeros(mask.shape, np.uint8)
+    if (box := bounding_box(mask)) is not None:
+        near = grown(box, px, mask.shape).slices
+        wider[near] = np.where(_distance(mask[near]) <= px, np.uint8(255), np.uint8(0))
+    return wider
 
 
 def soft_mask(mask: Pixels, feather_px: int) -> npt.NDArray[np.float32]:

@@ -20,7 +20,7 @@ from ..errors import (
     Unavailable,
 )
 from ..jobs.kinds import PostedBody
-from ..parameters import CropStrategy, Id, Prompt, Strength, Whole
+from ..parameters import CropStrategy, Id, MaskGrow, Prompt, Strength, Whole
 from ..settings import Limits
 from .images import decode_photo
 from .masks import Polarity, decode_mask, encode_mask
@@ -76,6 +76,8 @@ class InpaintBody(PostedBody):
     crop_strategy: CropStrategy | None = None
     #: Below 1, painting starts from a filled hole instead of noise alone, and only so much of the steps is done.
     strength: Strength | None = None
+    #: How far the mask grows before it is painted, as a share of the photo's longest side.
+    mask_grow: MaskGrow | None = None
     #: In PNG and WebP, which are lossless, all that is not painted is the photo's, bit by bit.
     format: Literal["png", "jpg", "jpeg", "webp"] = "jpg"
 
@@ -90,7 +92,7 @@ class InpaintBody(PostedBody):
         """What it gives of an edit's parameters, by their names."""
         given = {
             "guidance_scale": self.guidance,
-            **self.model_dump(include={"prompt", "steps", "crop_strategy", "strength"}),
+            **self.model_dump(include={"prompt", "steps", "crop_strategy", "strength", "mask_grow"}),
         }
         given["format"] = "jpg" if self.format == "jpeg" else self.format
         return {name: value for name, value in given.items() if value is not None}

@@ -4,7 +4,8 @@ The model paints windows of a few fixed sizes, the buckets. A plan says which pa
 on a canvas, at which scale, and which windows of that canvas are painted. Nothing is ever enlarged. Every masked pixel
 is shown by some window with `context_px` pixels of surroundings at working scale, from which the model learns what
 belongs there, or up to the photo's edge; what counts as masked is widened by `feather_px` photo pixels, which are
-blended. Below the photo's own scale, rounding to pixels may take 2 px of the context.
+blended. Pixels that were added to the mask as it was drawn take from the context, down to half of it, so that a mask
+that grows costs as much as before. Below the photo's own scale, rounding to pixels may take 2 px of the context.
 
     crop      One window round the mask, at the finest scale at which a bucket holds it, in the cheapest such bucket.
     resize    One window that shows the whole frame: the recipe this service replaces, where the largest bucket is
@@ -30,11 +31,8 @@ from ..models import Box, Family, Pixels
 from ..parameters import CropStrategy
 from ..settings import WindowSettings
 from .cost import TEXT_TOKENS, planned_tflop
-from .cover import Axis, Bucket, Search, Shown
+from .cover import ROUNDING_PX, Axis, Bucket, Search, Shown
 from .grid import Cells, Span
-
-#: Pixels of context that rounding may take below the photo's own scale.
-_ROUNDING_PX = 2
 
 #: Of a canvas, which is sent to a replica and copied there: 48 MB, and any photo of 12 megapixels at its own scale.
 MAX_CANVAS_PX = 16_000_000
@@ -65,17 +63,18 @@ def plan(
     strategy: CropStrategy,
     settings: WindowSettings,
     *,
+    grown_px: int = 0,
     text_tokens: int = TEXT_TOKENS,
     family: Family = "flux-fill",
 ) -> Plan | None:
-    """The windows to paint for `mask`, uint8 `[height, width]` at the photo's size, 0 where the photo is kept, by a
-    variant of `family` whose prompts have so many tokens.
+    """The windows to paint for `mask`, uint8 `[height, width]` at the photo's size, 0 where the photo is kept, grown
+    by `grown_px`; by a variant of `family` whose prompts have so many tokens.
 
     None for an empty mask. The module's docstring gives each strategy's rule.
     """
     if bounding_box(mask) is None:
         return None
-    cells = Cells(mask, settings.feather_px)
+    cells = Cells(mask, settings.feather_px, grown_px)
     tflop = {bucket: planned_tflop(*bucket, family=family, text_tokens=text_tokens) for bucket in settings.buckets}
     return _laid_out(cells, _STRATEGIES[strategy](cells, settings, tflop), strategy)
 
@@ -146,7 +145,7 @@ def _in_one(cells: Cells, shown: tuple[Span, Span], context_px: int, tflop: _Tfl
 
 def _finest_scale(cells: Cells, window: Shown, context_px: int) -> float:
     """Up to which the window shows what it should."""
-    x, y = (Axis(length, context_px) for length in cells.size)
+    x, y = (Axis(length, context_px, cells.grown_px) for length in cells.size)
     return min(x.finest(window.x, window.bucket[0]), y.finest(window.y, window.bucket[1]))
 
 
@@ -155,7 +154,7 @@ def _at(
 ) -> _Cover | None:
     """The best cover for at most `limit` that there is at `scale`, at the finest scale that its windows allow where
     the canvas may be that large. None where there is none, or its canvas is too large at `scale`, too."""
-    context_px = settings.context_px if scale == 1 else max(settings.context_px, _ROUNDING_PX)
+    context_px = settings.context_px if scale == 1 else max(settings.context_px, ROUNDING_PX)
     windows = Search(cells, prices, context_px, scale).best(limit)
     if windows is None:
         return None

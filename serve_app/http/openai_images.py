@@ -18,7 +18,7 @@ from ..generate.request import LoraAsked
 from ..jobs.api import JobApi
 from ..jobs.kinds import Caller
 from ..jobs.record import Artifact, Job, State
-from ..parameters import GuidanceScale, Prompt, Seed, Steps, VariantName, Whole
+from ..parameters import GuidanceScale, MaskGrow, Prompt, Seed, Steps, VariantName, Whole
 from .forms import FORM, read_form, read_json
 from .jobs import Submitter
 from .problems import NO_RETRY, invalid, json_body, problem, problems, wrong
@@ -30,7 +30,7 @@ _THEIRS = ("gpt-image", "dall-e", "chatgpt-image")
 #: Their names of a job's fields.
 _NAMES = {"width": "size", "height": "size", "count": "n", "format": "output_format", "model_id": "model"}
 #: Fields of a form that are no text.
-_VALUES = ("n", "partial_images", "stream", "seed", "steps", "guidance")
+_VALUES = ("n", "partial_images", "stream", "seed", "steps", "guidance", "mask_grow")
 #: Bytes of a picture that are encoded at a time: base64 makes four of three.
 _PIECE_BYTES = 3 * 2**18
 
@@ -87,11 +87,13 @@ class ImagesEdit(_Asked):
     mask: _File | None = None
     #: What the mask is where the photo is edited.
     mask_polarity: Polarity = "transparent"
+    #: Of this service, too.
+    mask_grow: MaskGrow | None = None
     prompt: Prompt | None = None
     n: Annotated[Whole, Field(ge=1, le=1)] = 1
 
     def job(self) -> dict[str, Any]:
-        return {"type": "inpaint", **self._given("image", "mask", "mask_polarity")}
+        return {"type": "inpaint", **self._given("image", "mask", "mask_polarity", "mask_grow")}
 
 
 T = TypeVar("T")

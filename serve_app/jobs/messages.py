@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from ..errors import MalformedMessage
-from ..parameters import CropStrategy, GuidanceScale, Id, Prompt, Steps, Strength, VariantName, Whole
+from ..parameters import CropStrategy, GuidanceScale, Id, MaskGrow, Prompt, Steps, Strength, VariantName, Whole
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -84,6 +84,8 @@ class EditMessage(BaseModel):
     seed: Annotated[Whole, Field(ge=-1, le=2**63 - 1)] | None = None
     crop_strategy: CropStrategy | None = None
     strength: Strength | None = None
+    #: See `WindowSettings.mask_grow`.
+    mask_grow: MaskGrow | None = None
     #: Painting that has not ended by then is given up.
     deadline: Moment | None = None
     #: Called when the job is over.
@@ -91,7 +93,7 @@ class EditMessage(BaseModel):
 
     def explicit(self) -> dict[str, Any]:
         """The parameters the publisher gave, as plain JSON values: part of the edit's identity."""
-        names = {"variant", "prompt", "guidance_scale", "steps", "seed", "crop_strategy", "strength"}
+        names = {"variant", "prompt", "guidance_scale", "steps", "seed", "crop_strategy", "strength", "mask_grow"}
         given = self.model_dump(mode="json", include=names, exclude_none=True)
         if given.get("seed") == -1:
             del given["seed"]

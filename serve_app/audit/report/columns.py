@@ -74,6 +74,7 @@ def axes(request: AuditRequest) -> list[Axis]:
         (matrix.seeds, Axis("Seed", lambda result: str(result.cell.seed))),
         (matrix.prompts, Axis("Prompt", lambda result: matrix.short(result.cell.prompt), is_number=False)),
         (matrix.crops, Axis("Crop", lambda result: str(result.cell.crop), is_number=False)),
+        (matrix.mask_grows, Axis("Grown", lambda result: plain(result.cell.mask_grow))),
     )
     return [
         Axis("Variant", lambda result: result.cell.variant, is_number=False),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from ...parameters import AuditRequest, Cell, Matrix
+from ...parameters import AuditRequest, Cell, Matrix, plain
 from ..record import CellResult, Recommendation
 
 
@@ -33,8 +33,9 @@ def sheets(request: AuditRequest, results: Sequence[CellResult], recommended: Re
         return SheetCell(name, cell, found.get(name), is_recommended(cell, recommended))
 
     made = []
-    for steps, seed, prompt, crop in product(matrix.steps, matrix.seeds, matrix.prompts, matrix.crops):
-        further = {"steps": steps, "seed": seed, "prompt": prompt, "crop": crop}
+    axes = (matrix.steps, matrix.seeds, matrix.prompts, matrix.crops, matrix.mask_grows)
+    for steps, seed, prompt, crop, mask_grow in product(*axes):
+        further = {"steps": steps, "seed": seed, "prompt": prompt, "crop": crop, "mask_grow": mask_grow}
         rows = {
             variant: [
                 sheet_cell(Cell.model_validate({"variant": variant, "guidance_scale": guidance, **further}))
@@ -68,7 +69,13 @@ def title(matrix: Matrix, cell: Cell) -> str:
 
 def several(matrix: Matrix) -> str:
     """The further axes of several values, by name: "steps and seed"; empty where there are none."""
-    axes = {"steps": matrix.steps, "seed": matrix.seeds, "prompt": matrix.prompts, "crop": matrix.crops}
+    axes = {
+        "steps": matrix.steps,
+        "seed": matrix.seeds,
+        "prompt": matrix.prompts,
+        "crop": matrix.crops,
+        "mask growth": matrix.mask_grows,
+    }
     names = [name for name, values in axes.items() if len(values) > 1]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
@@ -79,4 +86,5 @@ def _further(matrix: Matrix, cell: Cell) -> Sequence[tuple[Sequence[object], str
         (matrix.seeds, f"seed {cell.seed}"),
         (matrix.prompts, f"prompt {matrix.short(cell.prompt)}"),
         (matrix.crops, f"crop {cell.crop}"),
+        (matrix.mask_grows, f"mask grown by {plain(cell.mask_grow)}"),
     )
