@@ -119,6 +119,10 @@ def result(request: AuditRequest, cell: Cell, run_id: str = "audit-1a2b3c4d") ->
             outside_max=0,
             seam_gradient_ratio=1.04321 + drift,
             seam_colour_shift=1.23456 + drift,
+            put_back=0.12345 + drift,
+            contrast=0.23456 + drift,
+            busy=0.34567 + drift,
+            cast=9.87654 + drift,
         ),
     )
 

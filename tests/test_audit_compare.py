@@ -41,6 +41,10 @@ FIGURES: dict[str, Any] = {
     "outside_max": 0,
     "seam_gradient_ratio": 1.2,
     "seam_colour_shift": 3.0,
+    "put_back": 0.1,
+    "contrast": 0.3,
+    "busy": 0.2,
+    "cast": 9.0,
 }
 
 
@@ -188,6 +192,10 @@ def test_an_identical_build_rarely_fails_by_noise() -> None:
         ({"seam_gradient_ratio": 1 / 1.65}, Thresholds(), None),
         ({"seam_gradient_ratio": 0.5}, Thresholds(), "Q4_0_gs2: seam_gradient_ratio went from 1.2 to 0.5 (-0.7)."),
         ({"seam_gradient_ratio": 4.0}, Thresholds(max_seam_gradient_rise=None), None),
+        ({"put_back": 0.29}, Thresholds(), None),
+        ({"put_back": 0.9}, Thresholds(), "Q4_0_gs2: put_back went from 0.1 to 0.9 (+0.8)."),
+        ({"put_back": 0.9}, Thresholds(max_put_back_rise=None), None),
+        ({"contrast": 9.0, "busy": 3.0, "cast": 40.0}, Thresholds(), None),
         ({"outside_max": 1}, Thresholds(), "Q4_0_gs2: outside_max went from 0 to 1 (+1)."),
         ({"ssim": 0.99, "wall_s": 1.0}, Thresholds(max_slower_percent=0, max_ssim_drop=0), None),
     ],
@@ -315,7 +323,7 @@ def test_the_table_shows_what_changed_and_counts_the_rest() -> None:
     assert "better" in text and "+0.005" in text
     assert "lost" in text
     assert "seam_colour_shift" not in text
-    assert "5 same" in text
+    assert "9 same" in text
 
 
 def test_a_runs_words_are_no_markup() -> None:

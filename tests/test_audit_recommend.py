@@ -1,6 +1,6 @@
 """The rules of a recommendation, one by one, and what holds for all of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_a_variant_of_which_less_than_half_is_left_is_not_judged_by_that(left: t
     of = results({"small": GOOD, "middle": BAD}, FLAT)
     got = recommended(but_for(of, lambda cell: cell.variant != "small" or cell.guidance_scale in left))
     assert got.variant == chosen
-    told = "Not counted, because less than half of the cells were painted: small (1 of 3)."
+    told = "Not counted, because less than half as many cells are judged: small (1 of 3)."
     assert (told in got.reasons) == (chosen == "large")
 
 
@@ -169,7 +169,7 @@ def test_without_the_reference_the_largest_that_painted_is_chosen() -> None:
     of = [failed(result.cell) if result.cell.variant == "large" else result for result in of]
     got = recommended(of)
     assert got.variant == "middle"
-    assert "The reference large painted none" in got.reasons[0]
+    assert "Of the reference large none are judged" in got.reasons[0]
     assert got.pareto == ()
 
 
@@ -398,3 +398,74 @@ def test_the_order_of_results_changes_nothing(of: list[CellResult], random: Rand
     random.shuffle(shuffled)
     one, other = recommend(REQUEST, of, SIZES), recommend(REQUEST, shuffled, SIZES)
     assert (one and one.model_dump(exclude={"reasons"})) == (other and other.model_dump(exclude={"reasons"}))
+
+
+# -- pictures that put the object back
+
+
+BACK: Figures = {"put_back": 0.9}
+GONE: Figures = {"put_back": 0.1}
+
+
+def with_put_back(of: Mapping[str, Sequence[bool]], likeness: Figures = GOOD) -> list[CellResult]:
+    """By variant, of each of its cells, in order, whether it puts the object back."""
+    turns = {variant: iter(values) for variant, values in of.items()}
+    return [
+        painted(cell, likeness | seam(1.0) | (BACK if next(turns[cell.variant]) else GONE))
+        for cell in REQUEST.matrix.cells()
+    ]
+
+
+NO, YES = (False,) * 3, (True,) * 3
+
+
+@pytest.mark.parametrize(
+    ("small", "middle", "large", "chosen"),
+    [
+        (NO, NO, NO, "small"),
+        (YES, NO, NO, "middle"),
+        ((True, True, False), NO, NO, "middle"),
+        ((True, False, False), NO, NO, "small"),
+        (YES, YES, NO, "large"),
+        (NO, NO, YES, "middle"),
+        (YES, YES, YES, "small"),
+    ],
+)
+def test_a_variant_that_puts_the_object_back_is_not_recommended(
+    small: Sequence[bool], middle: Sequence[bool], large: Sequence[bool], chosen: str
+) -> None:
+    """Without a reference to be near to, the largest variant that is left is chosen."""
+    got = recommended(with_put_back({"small": small, "middle": middle, "large": large}))
+    assert got.variant == chosen
+    assert any("The object is put back" in reason for reason in got.reasons) == any((*small, *middle, *large))
+
+
+def test_the_reasons_say_which_variant_puts_the_object_back() -> None:
+    got = recommended(with_put_back({"small": YES, "middle": (True, False, False), "large": NO}))
+    assert (
+        "The object is put back (put_back above 0.45) by small in 3 of 3 cells, middle in 1 of 3 cells: those cells "
+        "are not judged, and small is not recommended."
+    ) in got.reasons
+
+
+def test_where_all_put_the_object_back_the_rules_say_so_and_choose_as_ever() -> None:
+    got = recommended(with_put_back({"small": YES, "middle": YES, "large": YES}))
+    assert got.variant == "small"
+    assert any("none of the variants removes it" in reason for reason in got.reasons)
+
+
+def test_a_guidance_scale_that_puts_the_object_back_is_not_chosen() -> None:
+    """However invisible its seams are."""
+    got = recommended(with_put_back({"small": (False, False, True), "middle": NO, "large": NO}))
+    assert (got.variant, got.guidance_scale) == ("small", 10.0)
+
+
+def test_the_threshold_is_the_settings() -> None:
+    of = with_put_back({"small": YES, "middle": NO, "large": NO})
+    got = recommend(REQUEST, of, SIZES, 0.95)
+    assert got is not None and got.variant == "small"
+
+
+def test_cells_that_were_not_measured_put_nothing_back() -> None:
+    cells = [painted(cell, GOOD | seam(1.0)) for cell in REQUEST.matrix.cells()]
+    assert not any("put back" in reason for reason in recommended(cells).reasons)

@@ -21,6 +21,7 @@ def compare(
     max_psnr_drop_db: Annotated[float | None, typer.Option(help="Largest drop in PSNR.", min=0)] = None,
     max_colour_shift_rise: Annotated[float, typer.Option(help="Largest rise along the seam, CIE76.", min=0)] = 2.3,
     max_seam_gradient_rise: Annotated[float, typer.Option(help="Largest rise of |log2 gradient ratio|.", min=0)] = 0.5,
+    max_put_back_rise: Annotated[float, typer.Option(help="Largest rise of what is put back.", min=0)] = 0.2,
     allow_different: Annotated[bool, typer.Option(help="GPUs, sessions or references may differ.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show changes within noise, too.")] = False,
     config: ConfigOption = CONFIG,
@@ -34,6 +35,7 @@ def compare(
         max_psnr_drop_db=max_psnr_drop_db,
         max_colour_shift_rise=max_colour_shift_rise,
         max_seam_gradient_rise=max_seam_gradient_rise,
+        max_put_back_rise=max_put_back_rise,
     )
     earlier, later = _results(before, config), _results(after, config)
     found = compare.compare(earlier, later, thresholds, allow_different=allow_different)

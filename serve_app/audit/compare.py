@@ -40,6 +40,10 @@ TOLERANCES: Mapping[str, float] = {
     # Of |log2 ratio|.
     "seam_gradient_ratio": 0.01,
     "seam_colour_shift": 0.05,
+    "put_back": 0.02,
+    "contrast": 0.02,
+    "busy": 0.02,
+    "cast": 0.2,
 }
 _STYLES: Mapping[Verdict, str] = {"faster": "green", "better": "green", "slower": "red", "worse": "red", "lost": "red"}
 
@@ -58,6 +62,7 @@ class Thresholds:
     max_colour_shift_rise: float | None = 2.3
     #: Of the gradient ratio's distance from 1, |log2 ratio|.
     max_seam_gradient_rise: float | None = 0.5
+    max_put_back_rise: float | None = 0.2
 
     def limit(self, figure: str, before: float) -> float | None:
         """In the figure's own unit."""
@@ -68,6 +73,7 @@ class Thresholds:
             "psnr_db": self.max_psnr_drop_db,
             "seam_colour_shift": self.max_colour_shift_rise,
             "seam_gradient_ratio": self.max_seam_gradient_rise,
+            "put_back": self.max_put_back_rise,
         }.get(figure)
 
 

@@ -1,4 +1,5 @@
-"""What can be measured of a picture: against the reference variant's, against the photo, and along the seam.
+"""What can be measured of a picture: against the reference variant's, against the photo, and along the seam; and, by
+`serve_app.edit.quality`, whether the object is gone.
 
 Each metric is a pure function of `Pictures`, and None where it cannot be had. A new one is a function, a line of
 `METRICS`, and a field of `Compared` with its line in `BETTER`. All lengths are photo pixels and do not grow with the
@@ -7,7 +8,7 @@ photo, because the feather does not.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from skimage.color import deltaE_cie76, rgb2gray, rgb2lab
 from skimage.filters import scharr_h, scharr_v
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from ..edit import quality
 from ..edit.paste import grow
 from ..edit.windows import bounding_box, grown
 from ..models import Pixels
@@ -46,6 +48,8 @@ class Pictures:
     reference: Pixels | None
     #: As it was pasted with.
     feather_px: int
+    #: The mask before it grew; None: it did not.
+    drawn: Pixels | None = None
 
     @cached_property
     def inside(self) -> npt.NDArray[np.bool_]:
@@ -55,6 +59,11 @@ class Pictures:
         """Index of the mask's box and `px` pixels round it, as far as the photo goes. None for an empty mask."""
         box = bounding_box(self.mask)
         return None if box is None else grown(box, px, self.mask.shape).slices
+
+    @cached_property
+    def edit(self) -> quality.Edit | None:
+        """None for an empty mask. By the mask that was painted: beyond it are the photo's own surroundings."""
+        return quality.cut(self.photo, self.picture, self.mask)
 
     @cached_property
     def seam(self) -> "Seam | None":
@@ -165,6 +174,20 @@ def seam_colour_shift(pictures: Pictures) -> float | None:
     return float(deltaE_cie76(inner, outer))
 
 
+def put_back(pictures: Pictures) -> float | None:
+    """As an edit is checked: in the mask as it was drawn. Source: `quality.put_back`."""
+    edit = quality.cut(pictures.photo, pictures.picture, pictures.mask if pictures.drawn is None else pictures.drawn)
+    return None if edit is None else quality.put_back(edit)
+
+
+def of_edit(measure: Callable[[quality.Edit], float | None]) -> Callable[[Pictures], float | None]:
+    @wraps(measure)
+    def of(pictures: Pictures) -> float | None:
+        return None if pictures.edit is None else measure(pictures.edit)
+
+    return of
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     #: The field of `Compared`.
@@ -193,18 +216,45 @@ METRICS = (
         "seam_colour_shift", "Seam colour", "ΔE*ab", 1, seam_colour_shift,
         "Colour inside the mask's edge against that outside; about 2.3 is just noticeable.",
     ),
+    Metric(
+        "put_back", "Put back", "", 2, put_back,
+        f"How much of the object is there again; 1 is all, above {quality.PUT_BACK:g} it is suspect.",
+    ),
+    Metric(
+        "contrast", "Contrast", "", 2, of_edit(quality.contrast),
+        f"The mask's colour against its surroundings'; above {quality.CONTRAST:g} it stands out.",
+    ),
+    Metric(
+        "busy", "Busy", "", 2, of_edit(quality.busy),
+        f"Fine detail inside the mask against its surroundings', |log2|; above {quality.BUSY:g} a smear, or noise.",
+    ),
+    Metric(
+        "cast", "Cast", "ΔE*ab", 1, of_edit(quality.cast),
+        f"Colours inside the mask against a smooth fill's; above {quality.CAST:g} another thing, or a cast.",
+    ),
 )  # fmt: skip
 
 
-def compare(picture: Pixels, photo: Pixels, mask: Pixels, *, reference: Pixels | None, feather_px: int) -> Compared:
-    """All of `METRICS`. Pictures are uint8 `[height, width, 3]`, the mask `[height, width]`, all the photo's size.
+def compare(
+    picture: Pixels,
+    photo: Pixels,
+    mask: Pixels,
+    *,
+    reference: Pixels | None,
+    feather_px: int,
+    drawn: Pixels | None = None,
+) -> Compared:
+    """All of `METRICS`. Pictures are uint8 `[height, width, 3]`, masks `[height, width]`, all the photo's size; `drawn`
+    as in `Pictures`.
 
     Raises ValueError where a size differs.
     """
-    for name, other in {"picture": picture, "mask": mask, "reference": reference}.items():
+    for name, other in {"picture": picture, "mask": mask, "drawn": drawn, "reference": reference}.items():
         if other is not None and other.shape[:2] != photo.shape[:2]:
             raise ValueError(f"the {name} is {other.shape[:2]} pixels and the photo {photo.shape[:2]}")
-    pictures = Pictures(picture=picture, photo=photo, mask=mask, reference=reference, feather_px=feather_px)
+    pictures = Pictures(
+        picture=picture, photo=photo, mask=mask, reference=reference, feather_px=feather_px, drawn=drawn
+    )
     return Compared.model_validate({metric.name: metric.measure(pictures) for metric in METRICS})
 
 

@@ -1,5 +1,7 @@
 """Which settings an audit would choose, by rules that it states with their figures.
 
+A picture that puts the object back is in no rule, unless all do; a variant of which more than half do is not chosen.
+
 1. The variant: the smallest whose pictures are, in the mean over its cells, within the quality budget of the
    reference's. The reference is within it.
 2. Its guidance scale: the one whose seam is least visible, in the mean over its cells; of several that are about equal
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from math import inf, log2
 from statistics import fmean
 
+from ..edit import quality
 from ..parameters import AuditRequest, Cell, QualityBudget, plain
 from .record import CellResult, Recommendation
 
@@ -34,18 +37,22 @@ _LIMITS = (
 
 
 def recommend(
-    request: AuditRequest, results: Sequence[CellResult], sizes: Mapping[str, float]
+    request: AuditRequest,
+    results: Sequence[CellResult],
+    sizes: Mapping[str, float],
+    most_put_back: float = quality.PUT_BACK,
 ) -> Recommendation | None:
     """The settings to use, and each rule that led there; None where nothing succeeded.
 
-    `sizes`: GB of each variant's weights; a variant that is not there counts as larger than all that are. Of equal
-    sizes the one the matrix names first is the smaller.
+    A cell with more than `most_put_back` puts the object back. `sizes`: GB of each variant's weights; a variant that is
+    not there counts as larger than all that are. Of equal sizes the one the matrix names first is the smaller.
     """
     painted = [result for result in results if result.status == "succeeded"]
     if not painted:
         return None
     of_reference = len(_of(painted, request.reference_variant))
     judged, few_of_variants = _enough(painted, lambda result: result.cell.variant, of_reference)
+    judged, put_back = _removing(judged, most_put_back)
     variant, variant_reason = _variant(request, judged, sizes)
     of_variant, few_of_guidance = _enough(
         _of(judged, variant), lambda result: f"guidance scale {plain(result.cell.guidance_scale)}"
@@ -54,7 +61,7 @@ def recommend(
     at_guidance = [result for result in of_variant if result.cell.guidance_scale == guidance]
     of_steps, few_of_steps = _enough(at_guidance, lambda result: f"{result.cell.steps} steps")
     steps, steps_reason = _steps(of_steps)
-    chosen = (variant_reason, few_of_variants, guidance_reason, few_of_guidance, steps_reason, few_of_steps)
+    chosen = (variant_reason, put_back, few_of_variants, guidance_reason, few_of_guidance, steps_reason, few_of_steps)
     alike = [r for r in judged if (r.cell.guidance_scale, r.cell.steps) == (guidance, steps)]
     beaten = _beaten(request, alike, variant, _smallest_first(request, judged, sizes))
     reasons = (*chosen, beaten, _failed(results), _changed_outside(painted), _LIMITS)
@@ -132,8 +139,26 @@ def _enough(
     counts = Counter(map(name, cells))
     full = full or max(counts.values())
     few = [f"{found} ({count} of {full})" for found, count in counts.items() if 2 * count < full]
-    reason = f"Not counted, because less than half of the cells were painted: {', '.join(few)}." if few else ""
+    reason = f"Not counted, because less than half as many cells are judged: {', '.join(few)}." if few else ""
     return [result for result in cells if 2 * counts[name(result)] >= full], reason
+
+
+def _removing(cells: Sequence[CellResult], most_put_back: float) -> tuple[list[CellResult], str]:
+    """Those that do not put the object back, of variants of which at least half do not, and which do; all of them where
+    no variant is left."""
+    back = [cell for cell in cells if cell.compared and (cell.compared.put_back or 0.0) > most_put_back]
+    if not back:
+        return list(cells), ""
+    counts, of_back = Counter(cell.cell.variant for cell in cells), Counter(cell.cell.variant for cell in back)
+    out = {variant for variant, count in of_back.items() if 2 * count > counts[variant]}
+    said = ", ".join(f"{variant} in {count} of {counts[variant]} cells" for variant, count in of_back.items())
+    rule = f"The object is put back (put_back above {most_put_back:g}) by {said}"
+    names = {cell.name for cell in back}
+    left = [cell for cell in cells if cell.name not in names and cell.cell.variant not in out]
+    if not left:
+        return list(cells), f"{rule}: none of the variants removes it, and the rules were applied to all of them."
+    more = f", and {', '.join(sorted(out))} is not recommended" if out else ""
+    return left, f"{rule}: those cells are not judged{more}."
 
 
 def _of(cells: Sequence[CellResult], variant: str) -> list[CellResult]:
@@ -145,8 +170,8 @@ def _variant(request: AuditRequest, painted: Sequence[CellResult], sizes: Mappin
     reference, smallest_first = request.reference_variant, _smallest_first(request, painted, sizes)
     if reference not in smallest_first:
         return smallest_first[-1], (
-            f"Variant {smallest_first[-1]}: the largest with enough cells. The reference {reference} painted none, so "
-            "no other can be shown to be within the quality budget."
+            f"Variant {smallest_first[-1]}: the largest with enough cells. Of the reference {reference} none are "
+            "judged, so no other can be shown to be within the quality budget."
         )
     found = {name: _likeness(_of(painted, name)) for name in smallest_first}
     within = [name for name, likeness in found.items() if likeness and likeness.is_within(request.budget)]

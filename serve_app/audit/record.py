@@ -70,6 +70,11 @@ class Compared(_Frozen):
     seam_gradient_ratio: float | None
     #: CIE76 distance in CIELAB.
     seam_colour_shift: float | None
+    #: Against the photo and its smooth fill, as in `serve_app.edit.quality`; cells of earlier versions have none.
+    put_back: float | None = None
+    contrast: float | None = None
+    busy: float | None = None
+    cast: float | None = None
 
 
 #: Which way a figure is better; `one`: the nearer to 1.
@@ -83,6 +88,10 @@ BETTER: Mapping[str, Better] = {
     "outside_max": "lower",
     "seam_gradient_ratio": "one",
     "seam_colour_shift": "lower",
+    "put_back": "lower",
+    "contrast": "lower",
+    "busy": "lower",
+    "cast": "lower",
 }
 
 

@@ -70,7 +70,7 @@ class Verdicts:
 
     def recommend(self) -> None:
         try:
-            found = recommend.recommend(self._request, self._ordered(), self._sizes())
+            found = recommend.recommend(self._request, self._ordered(), self._sizes(), self._settings.quality.put_back)
         except Exception as e:
             log.exception("Nothing could be recommended: %s", e, extra={"action": "audit_recommend_failed"})
             found = None
@@ -99,7 +99,12 @@ class Verdicts:
         if picture is None:
             return None
         photo, mask = self._session.photo.pixels, self._session.cut(result.cell).grown
-        compare = partial(metrics.compare, reference=reference, feather_px=self._session.feather_px)
+        compare = partial(
+            metrics.compare,
+            reference=reference,
+            feather_px=self._session.feather_px,
+            drawn=self._session.mask,
+        )
         try:
             return await asyncio.to_thread(compare, picture, photo, mask)
         except Exception as e:

@@ -51,7 +51,7 @@ class Edit:
 
     photo: Pixels
     result: Pixels
-    #: `[height, width]`; what the user painted over, before any growth. Not empty.
+    #: `[height, width]`. Not empty.
     inside: _Bools
 
     @cached_property
@@ -73,9 +73,10 @@ class Edit:
 
 
 def cut(photo: Pixels, result: Pixels, mask: npt.NDArray[np.generic]) -> Edit | None:
-    """The part that is measured; all of one size, the mask not 0 where the user painted. None for an empty mask.
+    """The part that is measured; all of one size, the mask not 0 inside. None for an empty mask.
 
-    Give the mask as the user drew it: in one that was grown, the photo's own surroundings would count as put back.
+    For `put_back` give the mask as the user drew it: in one that was grown, the photo's own surroundings would count as
+    put back. For the others the one that was painted, whose ring is the photo's own.
     """
     inside = np.asarray(mask != 0)
     box = bounding_box(inside.view(np.uint8))
