@@ -1,13 +1,17 @@
 """The four measures of an edit, on hostile inputs and on a failure of each kind. How often they find one,
 benchmarks/quality.py measures."""
 
+import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from benchmarks import quality as benchmark
 from serve_app.edit import quality
 from serve_app.edit.quality import Edit
 from serve_app.models import Pixels
@@ -157,3 +161,35 @@ def test_a_thin_line_in_a_large_photo_is_not_lost() -> None:
     assert edit is not None
     found = quality.put_back(edit)
     assert found is not None and found > quality.PUT_BACK
+
+
+# -- how often: the benchmark
+
+RESULTS = json.loads(Path("benchmarks/results/quality.json").read_text())
+
+
+def test_the_document_has_the_benchmarks_figures() -> None:
+    names = ["good: the truth", "good: background moved in from beside", "object put back", "faint, 35% of it"]
+    names += ["in another colour", "another object", "colour cast", "blur", "smear (Telea)", "noise"]
+    document = Path("docs/audit.md").read_text()
+    for name, row in zip(names, RESULTS["rows"].values(), strict=True):
+        told = re.search(rf"^\| {re.escape(name)} \| (.*) \| (\d+)% \|$", document, re.M)
+        assert told is not None, name
+        pairs = re.findall(r"(\d+)% \((-?[\d.]+)\)", told[1])
+        assert [int(share) for share, _ in pairs] == [round(100 * row[one]["share"]) for one in RESULTS["thresholds"]]
+        medians = [row[one]["median"] for one in RESULTS["thresholds"]]
+        assert [float(median) for _, median in pairs] == pytest.approx(medians, abs=0.06)
+        assert int(told[2]) == round(100 * row["any"])
+
+
+def test_the_thresholds_are_those_that_were_measured() -> None:
+    assert RESULTS["scenes"] >= 24
+    assert list(RESULTS["thresholds"].values()) == [quality.PUT_BACK, quality.CONTRAST, quality.BUSY, quality.CAST]
+
+
+def test_the_benchmark_tells_a_leash_from_none() -> None:
+    scene = next(benchmark.scenes())
+    found = {name: benchmark.measured(scene, fill)[0] for name, fill in benchmark.fills(scene).items()}
+    assert (found["put back"]["put_back"] or 0) > (found["faint (35%)"]["put_back"] or 0) > quality.PUT_BACK
+    assert all((row["put_back"] or 0) < quality.PUT_BACK for name, row in found.items() if name.startswith("good"))
+    assert (found["smear"]["busy"] or 0) > quality.BUSY > (found["good: the truth"]["busy"] or 1)
