@@ -37,7 +37,7 @@ from serve_app.http.auth import ApiKeys
 from serve_app.jobs.lease import Pace
 from serve_app.jobs.messages import EditMessage
 from serve_app.jobs.notifications import Notifier
-from serve_app.jobs.record import Artifact, Job, JobError, State, Timings
+from serve_app.jobs.record import Artifact, Job, JobError, Quality, State, Timings
 from serve_app.jobs.worker import Worker
 from serve_app.models import BUILT_IN
 from serve_app.settings import Inference, Settings
@@ -446,7 +446,8 @@ def jobs(tmp_path: Path) -> Path:
     artifacts = {"edited": "users/u/sessions/d/edited.jpg", "preview": "users/u/sessions/d/preview.jpg"}
     done = make_job("edit-done", session_id="d", created_at=at(3), status=State.SUCCEEDED, timings=timings, cost=0.0125)
     written = [Artifact(role=role, path=path, version=write_blob(config, path)) for role, path in artifacts.items()]
-    put(config, done.evolve(artifacts=tuple(written)))
+    quality = Quality(put_back=0.912, seed=8, tries=2, verdict="suspect")
+    put(config, done.evolve(artifacts=tuple(written), quality=quality))
     return config
 
 
@@ -502,7 +503,7 @@ def test_a_posted_job_fits_a_narrow_terminal(
 def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
     done = fluxfill("jobs", "show", "edit-done", "-c", jobs)
     assert done.status == 0
-    for told in ("succeeded", "u/d", "28", "engine_s", "1.250", "0.012500"):
+    for told in ("succeeded", "u/d", "28", "engine_s", "1.250", "0.012500", "suspect: 0.91 put back, 2 tries"):
         assert told in done.out
     assert "mask_mismatch: the mask is too wide" in fluxfill("jobs", "show", "edit-failed", "-c", jobs).out
 
