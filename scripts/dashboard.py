@@ -39,6 +39,7 @@ def _of_replicas(metric: str) -> str:
 TOTAL = 'V, stage="total"'
 COST = "sum by (variant) (sum_over_time(namespace_variant:fluxfill_cost:new1m{V}[1h]))"
 DONE = 'sum by (variant) (sum_over_time(namespace_variant_outcome:fluxfill_jobs:new1m{V, outcome="succeeded"}[1h]))'
+SUSPECT = "sum by (variant) (sum_over_time(namespace_variant:fluxfill_suspect_edits:new1m{V}[1h]))"
 HEAD = '{N, IsHeadNode="true"}'
 # fmt: off
 ROWS: dict[str, list[Panel]] = {
@@ -51,6 +52,8 @@ ROWS: dict[str, list[Panel]] = {
             "{{code}}": "sum by (code) (namespace_code:fluxfill_dead_letters:new1m{N}) > 0"}),
         Panel("Failed attempts, a second", "FluxFillErrorsSlow", "short", {
             "{{code}}": "sum by (code) (rate(ray_fluxfill_attempts_failed_total{V}[10m])) > 0"}),
+        Panel("Edits that leave the object in, over an hour", "FluxFillSuspectEdits", "percentunit", {
+            "{{variant}}": f"{SUSPECT} / {DONE}"}),
         Panel("From claim to result", "FluxFillQueueAge", "s", {
             "median, {{variant}}": _quantile(0.5, "ray_fluxfill_stage_seconds", TOTAL),
             "p95, {{variant}}": _quantile(0.95, "ray_fluxfill_stage_seconds", TOTAL)}),

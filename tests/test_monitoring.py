@@ -65,6 +65,7 @@ def both(name: str, values: str, other: str | None = None, **labels: str) -> dic
 
 
 SUCCEEDED, FAILED = ours("jobs_total", outcome="succeeded"), ours("jobs_total", outcome="failed")
+DONE_BY_V = ours("jobs_total", outcome="succeeded", variant="v")
 CONNECTED, PENDING_NODES = "ray_fluxfill_subscription_connected", "autoscaler_pending_nodes"
 TIMEOUTS = ours("dead_letters_total", code="inference_timeout")
 #: A failure in 21 jobs, and one in 201.
@@ -104,6 +105,11 @@ CASES: dict[str, Case] = {
     ),
     "FluxFillErrorsFast": Case(60, {**SOME, SUCCEEDED: "0+3x90"}, SOME),
     "FluxFillErrorsSlow": Case(60, SOME, FEW),
+    "FluxFillSuspectEdits": Case(
+        60,
+        {ours("suspect_edits_total", variant="v"): "0+1x90", DONE_BY_V: "0+3x90"},
+        {ours("suspect_edits_total", variant="v"): "0+1x90", DONE_BY_V: "0+9x90"},
+    ),
     "FluxFillLoadFailure": Case(
         15,
         {ours("load_failures_total", component="variant v", code="gated_repo"): "_x5 1x20"},

@@ -27,6 +27,7 @@ COUNTERS = {
     "fluxfill_gpu_lost_total": {"variant": "v"},
     "fluxfill_out_of_memory_total": {"variant": "v"},
     "fluxfill_leases_lost_total": {},
+    "fluxfill_suspect_edits_total": {"variant": "v"},
     "fluxfill_load_failures_total": {"component": "variant v", "code": "gated_repo"},
     "fluxfill_messages_deferred_total": {"code": "variant_failed"},
     "fluxfill_gpu_seconds_total": {"variant": "v"},
