@@ -503,7 +503,7 @@ def test_a_posted_job_fits_a_narrow_terminal(
 def test_one_job_is_shown_in_full(fluxfill: Command, jobs: Path) -> None:
     done = fluxfill("jobs", "show", "edit-done", "-c", jobs)
     assert done.status == 0
-    for told in ("succeeded", "u/d", "28", "engine_s", "1.250", "0.012500", "suspect: 0.91 put back, 2 tries"):
+    for told in ("succeeded", "u/d", "28", "engine_s", "1.250", "0.012500", "suspect: 0.91 put back, tries: 2"):
         assert told in done.out
     assert "mask_mismatch: the mask is too wide" in fluxfill("jobs", "show", "edit-failed", "-c", jobs).out
 

@@ -205,7 +205,7 @@ def _show(job: Job) -> None:
         **timings,
         "cost": None if job.cost is None else f"{job.cost:.6f}",
         "quality": job.quality
-        and f"{job.quality.verdict}: {job.quality.put_back:.2f} put back, {job.quality.tries} tries",
+        and f"{job.quality.verdict}: {job.quality.put_back:.2f} put back, tries: {job.quality.tries}",
         **{_label(artifact): artifact.path for artifact in job.artifacts},
         "created": job.created_at.isoformat(" ", "seconds"),
         "finished": job.finished_at and job.finished_at.isoformat(" ", "seconds"),
