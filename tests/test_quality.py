@@ -163,6 +163,13 @@ def test_a_thin_line_in_a_large_photo_is_not_lost() -> None:
     assert found is not None and found > quality.PUT_BACK
 
 
+def test_a_pixel_of_the_largest_photo_is_not_lost() -> None:
+    photo, mask = np.zeros((20, 10_000, 3), np.uint8), np.zeros((20, 10_000), np.uint8)
+    mask[0, 0] = mask[19, 9_999] = 255
+    edit = quality.cut(photo, photo, mask)
+    assert edit is not None and edit.inside.shape == (1, 512) and edit.inside[0, [0, -1]].all()
+
+
 # -- how often: the benchmark
 
 RESULTS = json.loads(Path("benchmarks/results/quality.json").read_text())
