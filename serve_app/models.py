@@ -96,8 +96,8 @@ class Variant(_Value):
     base_revision: str | None = None
     #: What the transformer's blocks are repacked to at load, approximately; None computes with what `file` holds.
     repack: Repacking | None = None
-    #: Of `flux-fill` alone. Added to the weights where those are unpacked or repacked, in this order, and otherwise to
-    #: what the packed layers give.
+    #: Of `flux-fill` and `flux2-klein`. Added to the weights where those are unpacked or repacked, in this order, and
+    #: otherwise to what the packed layers give.
     loras: tuple[VariantLora, ...] = ()
     #: Denoising steps of an edit whose message names none; None: those of the app's inference defaults.
     steps: int | None = Field(None, ge=1, le=100)
@@ -119,7 +119,7 @@ class Variant(_Value):
 
     @model_validator(mode="after")
     def _takes_loras(self) -> "Variant":
-        if self.loras and self.family != "flux-fill":
+        if self.loras and not self.edits_by_transformer:
             raise ValueError(f"loras: a variant of family {self.family} has none of its own")
         return self
 

@@ -41,7 +41,7 @@ from serve_app.errors import (
     UnknownWeights,
     VariantLoadFailed,
 )
-from serve_app.models import BUILT_IN, Pixels, Variant
+from serve_app.models import BUILT_IN, Pixels, Variant, VariantLora
 from serve_app.settings import BUCKETS, Optimizations, VariantSettings
 
 from .engine_fixtures import SIDE, request, window
@@ -261,6 +261,77 @@ def test_files_in_the_original_names_paint_the_same(tiny_klein: TinyWeights, tmp
     assert np.abs(packed.paint(window()).astype(int) - expected).mean() < 0.5
     kinds = {m.weight.quant_type for m in packed._pipeline.transformer.modules() if isinstance(m, GGUFLinear)}
     assert kinds == {GGMLQuantizationType.Q8_0}
+
+
+#: Layers of the pipeline, by the name that the original code has for one or three of them; sizes are rows and columns.
+LORA = {
+    "double_blocks.0.img_attn.qkv": (("to_q", "to_k", "to_v"), "transformer_blocks.0.attn", (768, 256)),
+    "double_blocks.0.txt_mlp.0": (("linear_in",), "transformer_blocks.0.ff_context", (1536, 256)),
+    "single_blocks.1.linear1": (("to_qkv_mlp_proj",), "single_transformer_blocks.1.attn", (2304, 256)),
+    "single_stream_modulation.lin": (("linear",), "single_stream_modulation", (768, 256)),
+}
+
+
+def lora(writer: str) -> dict[str, torch.Tensor]:
+    """The same one in each writer's names."""
+    random, tensors = torch.Generator().manual_seed(3), {}
+    for original, (parts, block, (rows, columns)) in LORA.items():
+        down = torch.randn(4, columns, generator=random) / 16
+        up = torch.randn(rows, 4, generator=random) * 4
+        if writer == "diffusers":
+            for part, share in zip(parts, up.chunk(len(parts)), strict=True):
+                tensors[f"transformer.{block}.{part}.lora_A.weight"] = down.clone()
+                tensors[f"transformer.{block}.{part}.lora_B.weight"] = share.clone()
+        elif writer == "kohya":
+            stem = f"lora_unet_{original.replace('.', '_')}"
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        else:
+            stem = f"{'base_model.model.' if writer == 'peft' else 'diffusion_model.'}{original}"
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    return tensors
+
+
+def with_lora(weights: Weights, tensors: Mapping[str, torch.Tensor], folder: Path, scale: float = 0.5) -> Klein:
+    safetensors.torch.save_file(dict(tensors), folder / "lora.safetensors")
+    row = VariantLora(file=str(folder / "lora.safetensors"), scale=scale)
+    loras = (folder / "lora.safetensors",)
+    return klein(replace(weights, loras=loras), TINY.model_copy(update={"loras": (row,)}))
+
+
+def test_a_lora_paints_what_diffusers_paints_with_it(tiny_klein: TinyWeights, file: str, tmp_path: Path) -> None:
+    """Merged into dense weights, beside packed ones: to the bit."""
+    weights = weights_of(tiny_klein, file)
+    theirs = klein(weights)
+    theirs._pipeline.load_lora_weights(lora("diffusers"), adapter_name="a")
+    theirs._pipeline.set_adapters(["a"], [0.5])
+    if file == DENSE:
+        theirs._pipeline.fuse_lora(adapter_names=["a"])
+    painted = with_lora(weights, lora("diffusers"), tmp_path).paint(window())
+    assert np.array_equal(painted, theirs.paint(window()))
+    assert np.abs(painted.astype(int) - klein(weights).paint(window())).mean() > 1
+
+
+@pytest.mark.parametrize("writer", ["ai-toolkit", "peft", "kohya"])
+def test_a_lora_is_the_same_in_other_programs_names(tiny_klein: TinyWeights, writer: str, tmp_path: Path) -> None:
+    weights = weights_of(tiny_klein)
+    # kohya's scripts have no layers of the modulation.
+    left_out = "modulation" if writer == "kohya" else "none"
+    theirs, ours = (
+        {name: tensor for name, tensor in lora(one).items() if left_out not in name} for one in (writer, "diffusers")
+    )
+    expected = with_lora(weights, ours, tmp_path).paint(window())
+    assert np.array_equal(with_lora(weights, theirs, tmp_path).paint(window()), expected)
+
+
+def test_a_lora_that_does_not_fit_is_named(tiny_klein: TinyWeights, tmp_path: Path) -> None:
+    of_flux_1 = {"transformer.transformer_blocks.0.norm1.linear": (1536, 256), "transformer.x_embedder": (256, 64)}
+    last_norm = {"diffusion_model.final_layer.adaLN_modulation.1": (512, 256)}
+    for layers in (of_flux_1, last_norm, {"text_encoder.text_model.encoder.layers.0.mlp.fc1": (32, 32)}):
+        tensors = {}
+        for name, (rows, columns) in layers.items():
+            tensors |= {f"{name}.lora_A.weight": torch.ones(4, columns), f"{name}.lora_B.weight": torch.ones(rows, 4)}
+        with pytest.raises(VariantLoadFailed, match=r"the LoRA .*lora\.safetensors: "):
+            with_lora(weights_of(tiny_klein), tensors, tmp_path)
 
 
 def embedded(tensor: torch.Tensor, name: str = "prompt_embeds") -> bytes:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ...errors import PaintError, VariantLoadFailed
-from ...models import GenerateRequest, LoraUse, Variant
+from ...models import Family, GenerateRequest, LoraUse, Variant
 from ...settings import VariantSettings
 from .. import Window
 from ..cold_start import timed
@@ -37,6 +37,8 @@ class Flux(OnDevice):
     packages = ("torch", "diffusers", "transformers", "gguf", "torchao")
     #: Of diffusers.
     kind: Any
+    #: Whose names and layers its LoRAs have.
+    lora_family: Family = "flux"
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class Flux(OnDevice):
         with BUILDING, self._device.translated():
             self._pipeline = self._built()
             self._sizes = sizes_of({"transformer": self._pipeline.transformer})
-            loras = FixedLoras(self._loras, self._weights.loras, self._sizes)
+            loras = FixedLoras(self._loras, self._weights.loras, self.lora_family, self._sizes)
             if self._adaln_once:
                 with timed("adaln"):
                     self._modulation = Modulation(self._pipeline.transformer, self._device.dtype)

@@ -31,6 +31,7 @@ class Klein(Flux):
     """The distilled model: a window's guidance scale has no effect."""
 
     kind = Flux2KleinPipeline
+    lora_family = "flux2-klein"
 
     def __init__(self, variant: Variant, weights: Weights | None, served: VariantSettings, **how: Any) -> None:
         # Its blocks share three modulation layers, 4% of its weights: nothing is gained by computing them once.

@@ -14,7 +14,7 @@ from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
 from ...errors import LoraRefused, LoraTooLarge, UnsupportedFormat, VariantLoadFailed
-from ...models import VariantLora
+from ...models import Family, VariantLora
 from ...settings import LoraSettings
 from ..cold_start import timed
 from ..device import Device
@@ -27,9 +27,10 @@ _LIMITS = LoraSettings()
 
 
 class FixedLoras:
-    def __init__(self, loras: Sequence[VariantLora], files: Sequence[Path], sizes: Sizes) -> None:
-        """For a FLUX.1 with layers of these sizes. Raises VariantLoadFailed, naming the LoRA and what is wrong."""
-        self._loras = [(lora, _read(lora, file, sizes)) for lora, file in zip(loras, files, strict=True)]
+    def __init__(self, loras: Sequence[VariantLora], files: Sequence[Path], family: Family, sizes: Sizes) -> None:
+        """For a FLUX with layers of these sizes, as `names` has its `family`. Raises VariantLoadFailed, naming the LoRA
+        and what is wrong."""
+        self._loras = [(lora, _read(lora, file, family, sizes)) for lora, file in zip(loras, files, strict=True)]
         self._merged: set[str] = set()
 
     @torch.no_grad()
@@ -58,12 +59,12 @@ class FixedLoras:
         return hooks.applied(layer_of, unmerged, device)
 
 
-def _read(lora: VariantLora, file: Path, sizes: Sizes) -> Adapter:
+def _read(lora: VariantLora, file: Path, family: Family, sizes: Sizes) -> Adapter:
     try:
         if (size := file.stat().st_size) > _LIMITS.file_bytes:
             raise LoraTooLarge(f"the file has {size} bytes, more than {_LIMITS.file_bytes}")
         with timed("loras", size):
-            adapter = read(file, "flux", sizes, alpha=None, max_rank=_LIMITS.max_rank)
+            adapter = read(file, family, sizes, alpha=None, max_rank=_LIMITS.max_rank)
         if count := adapter.facts.text_encoder_layers:
             raise UnsupportedFormat(f"{count} of its layers are of text encoders, and would be lost")
     except LoraRefused as e:

@@ -9,7 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
-from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import (
+    Flux2LoraLoaderMixin,
+    FluxLoraLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+)
 from diffusers.utils.state_dict_utils import (
     StateDictType,
     convert_state_dict_to_peft,
@@ -22,10 +26,13 @@ from .contents import KOHYA, OLD, PEFT, Pair
 
 #: Layers of text encoders.
 _TEXT = ("lora_te", "text_encoder")
-#: Where the names of FLUX.1's original code begin.
+#: Where the names of FLUX's original code begin.
 _ORIGINAL = (
     "double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer",
+    "double_stream", "single_stream",
 )  # fmt: skip
+#: Of FLUX.2: there diffusers' converter leaves shift and scale in the original's places.
+_LAST_NORM = re.compile(r"final_layer.adaLN_modulation.1$")
 #: Before names of the pipeline with `_` for `.`, as OneTrainer, LyCORIS and some files of kohya's have them. diffusers
 #: knows of OneTrainer's only those of attention.
 _JOINED = re.compile(r"(?:lora_transformer|lora_unet|lycoris)_(.+)")
@@ -57,11 +64,15 @@ def converted(
     """
     if (match := _JOINED.fullmatch(pair.stem)) and match[1] in joined:
         return {joined[match[1]]: (down, up)}
-    spell = _flux if family == "flux" else _sdxl
-    stem, ending = spell(pair.stem, pair.ending)
+    of_flux = {"flux": FluxLoraLoaderMixin, "flux2-klein": Flux2LoraLoaderMixin}.get(family)
+    stem, ending = _flux(pair.stem, pair.ending) if of_flux else _sdxl(pair.stem, pair.ending)
+    if family == "flux2-klein":
+        if _LAST_NORM.search(stem):
+            raise ValueError(f"{stem} would be converted to the wrong rows")
+        ending = KOHYA if stem.startswith("lora_") else PEFT
     state = {stem + ending[0]: down, stem + ending[1]: up}
-    if family == "flux":
-        state = FluxLoraLoaderMixin.lora_state_dict(state)
+    if of_flux:
+        state = of_flux.lora_state_dict(state)
         # diffusers leaves this out of some, and then those layers; so does a component that was saved alone.
         state = {f"transformer.{key.removeprefix('transformer.')}": tensor for key, tensor in state.items()}
     else:
