@@ -30,6 +30,7 @@ from serve_app.engine.flux.tiny import TinyWeights, packers, write_gguf
 from serve_app.engine.flux2 import prompt
 from serve_app.engine.flux2.klein import Klein
 from serve_app.engine.flux2.tiny import TOKENS
+from serve_app.engine.lora.read import read
 from serve_app.engine.painting import paint_canvas
 from serve_app.engine.weights import fetch
 from serve_app.engine.weights.fetch import Sources, Weights
@@ -40,6 +41,7 @@ from serve_app.errors import (
     OutOfMemory,
     UnknownWeights,
     VariantLoadFailed,
+    WrongModel,
 )
 from serve_app.models import BUILT_IN, Pixels, Variant, VariantLora
 from serve_app.settings import BUCKETS, Optimizations, VariantSettings
@@ -332,6 +334,15 @@ def test_a_lora_that_does_not_fit_is_named(tiny_klein: TinyWeights, tmp_path: Pa
             tensors |= {f"{name}.lora_A.weight": torch.ones(4, columns), f"{name}.lora_B.weight": torch.ones(rows, 4)}
         with pytest.raises(VariantLoadFailed, match=r"the LoRA .*lora\.safetensors: "):
             with_lora(weights_of(tiny_klein), tensors, tmp_path)
+
+
+def test_the_input_of_a_lora_for_flux_1_is_not_made_to_fit(tmp_path: Path) -> None:
+    """It has 64 channels, FLUX.2 klein 128."""
+    layer, file = "transformer.x_embedder", tmp_path / "lora.safetensors"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 64), f"{layer}.lora_B.weight": torch.ones(256, 4)}
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(WrongModel):
+        read(file, "flux2-klein", {layer: (256, 128)}, alpha=None, max_rank=4)
 
 
 def embedded(tensor: torch.Tensor, name: str = "prompt_embeds") -> bytes:

@@ -108,7 +108,8 @@ class _Reader:
                 raise WrongModel(f"{key}: the model has no layer {shown(name)}")
             out, *rest = self._sizes[name]
             own_first, own_second = own[id(first)], own[id(second)]
-            if name == "transformer.x_embedder" and first.ndim == 2 and first.shape[1] == _DEV_CHANNELS < rest[0]:
+            is_input = self._family == "flux" and name == "transformer.x_embedder"
+            if is_input and first.ndim == 2 and first.shape[1] == _DEV_CHANNELS < rest[0]:
                 # FLUX.1-Fill has the mask and what it leaves of the photo behind FLUX.1-dev's channels: a LoRA for
                 # FLUX.1-dev changes nothing of those. diffusers does the same.
                 first = own_first = functional.pad(own_first, (0, rest[0] - _DEV_CHANNELS))
