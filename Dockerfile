@@ -22,6 +22,13 @@ RUN --mount=type=cache,target=/cache \
     torch=(); if [ "${TORCH}" = cpu ] && [ -z "${UV_FIND_LINKS}" ]; then torch=(--torch-backend=cpu); fi \
  && /opt/build/bin/uv venv --python python3.11 /opt/app/venv \
  && /opt/build/bin/uv pip install --python /opt/app/venv --require-hashes -r "requirements/${TORCH}.txt" "${torch[@]}"
+COPY package.json package-lock.json ./
+# The workbench's packages. Debian's npm: it goes no further than this stage.
+# hadolint ignore=DL3008
+RUN --mount=type=cache,target=/cache \
+    apt-get update && apt-get install -y --no-install-recommends npm \
+ && npm ci --ignore-scripts --omit=dev --no-audit --no-fund --cache /cache/npm && npm run --silent vendor \
+ && apt-get clean && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE ./
 RUN /opt/build/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o /opt/app/sbom.cdx.json \
     /opt/app/venv/bin/python

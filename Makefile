@@ -6,15 +6,23 @@ INSTALLED := $(VENV)/.installed
 # A Ray of one's own: token authentication, and nothing but loopback.
 RAY := RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: install demo audit run test test-fast check fix lock licences sbom advisories image-test bench bench-gpu chaos mutants clean
+.PHONY: install web demo audit run test test-fast check fix lock licences sbom advisories image-test bench bench-gpu chaos mutants clean
 .PHONY: up down logs status inspect-env gpu-cdi-generate gpu-test
 
-install: $(INSTALLED)
+install: $(INSTALLED) web
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
+
+VENDOR := serve_app/web/vendor
+
+web: $(VENDOR)/konva.min.js  ## what the workbench's page needs of npm's packages, without which it says that it is not built
+
+$(VENDOR)/konva.min.js: package.json package-lock.json
+	@if command -v npm >/dev/null; then npm ci --ignore-scripts --no-audit --no-fund && npm run --silent vendor; \
+	  else echo "There is no npm here, so GET / will say that the workbench is not built: apt-get install npm, then make web" >&2; fi
 
 demo: install  ## edit a photo with two engines through the whole app; pictures in out/demo
 	$(BIN)/fluxfill demo
@@ -149,4 +157,4 @@ gpu-test: .env  ## whether a container sees the GPU, and torch in it
 	  'nvidia-smi --list-gpus && python -c "import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())"'
 
 clean:  ## everything that is not in git
-	rm -rf $(VENV) out var build mutants *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) node_modules $(VENDOR) out var build mutants *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

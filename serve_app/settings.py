@@ -151,6 +151,8 @@ class ApiSettings(_Frozen):
     wait_s: float = Field(590.0, gt=0, le=3600)
     #: Hosts that images may be fetched from: names, or `host:port` for a port other than the scheme's default.
     link_hosts: tuple[str, ...] = ()
+    #: Whether `GET /` answers with the workbench.
+    workbench: bool = True
 
 
 class LoraSettings(_Frozen):

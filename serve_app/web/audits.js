@@ -1,0 +1,5 @@
+/** The tab Audits. */
+
+export function mount(element, context) {
+  return () => {};
+}

@@ -1,0 +1,5 @@
+/** The tab Edit. */
+
+export function mount(element, context) {
+  return () => {};
+}

@@ -1,0 +1,5 @@
+/** The tab Generate. */
+
+export function mount(element, context) {
+  return () => {};
+}

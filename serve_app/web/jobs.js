@@ -1,0 +1,5 @@
+/** The tab Jobs. */
+
+export function mount(element, context) {
+  return () => {};
+}
