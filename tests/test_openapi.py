@@ -78,7 +78,18 @@ def test_every_reference_leads_somewhere() -> None:
 def test_bodies_that_routes_read_themselves_are_described() -> None:
     bodies = {(path, method): "requestBody" in SCHEMA["paths"][path][method] for path, method in OPERATIONS}
     takes = {key for key, has_body in bodies.items() if has_body}
-    posts = {(path, "post") for path in ("/v1/jobs", "/v1/models", "/audit", "/inpaint", "/api/generate/image")}
+    posts = {
+        (path, "post")
+        for path in (
+            "/v1/jobs",
+            "/v1/jobs/plan",
+            "/v1/photos",
+            "/v1/models",
+            "/audit",
+            "/inpaint",
+            "/api/generate/image",
+        )
+    }
     posts |= {(f"/v1/images/{path}", "post") for path in ("generations", "edits")}
     of_clients = ("models/{owner}/{name}/predictions", "predictions", "files")
     posts |= {("/v1/flux-pro-1.0-fill", "post"), *((f"/replicate/v1/{path}", "post") for path in of_clients)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import tracing
 from ..blobs import BlobInfo, BlobStore
-from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, UnknownVariant, VariantNotReady
+from ..errors import BlobNotFound, InferenceTimeout, StoreUnavailable, VariantNotReady
 from ..jobs.kinds import Asked, Attempt, Caller, Result
 from ..jobs.messages import EditMessage, parse_edit
 from ..jobs.record import Job, Message, Quality, Timings
@@ -25,7 +25,7 @@ from . import images, masks, paste, quality, windows
 from .checking import paint_checked
 from .images import Photo
 from .outputs import Outputs, Painting
-from .posted import API_USER, InpaintBody, Links, Sessions
+from .posted import API_USER, InpaintBody, Links, Sessions, served_variant
 from .session import INPUTS, OUTPUTS, lock_key, read_input, session_document, session_path
 
 T = TypeVar("T")
@@ -200,10 +200,7 @@ class Editor:
 
     async def post(self, body: Mapping[str, Any], caller: Caller, *, job_id: str) -> Job:
         asked, defaults = InpaintBody.model_validate(body), self._defaults()
-        variant = asked.model_id or defaults.variant
-        if variant not in self._settings.variants:
-            known = ", ".join(self._settings.variants)
-            raise UnknownVariant(f"model_id: {variant} edits no photos here; there are {known}", field="model_id")
+        variant = served_variant(asked, self._settings, defaults)
         session = await self._sessions.of(asked, job_id)
         return Job(
             id=job_id,

@@ -18,10 +18,11 @@ from ..errors import (
     KeyReused,
     MissingInput,
     Unavailable,
+    UnknownVariant,
 )
 from ..jobs.kinds import PostedBody
 from ..parameters import CropStrategy, Id, MaskGrow, Prompt, Strength, Whole
-from ..settings import Limits
+from ..settings import Inference, Limits, Settings
 from .images import decode_photo
 from .masks import Polarity, decode_mask, encode_mask
 from .session import INPUTS, session_path
@@ -96,6 +97,15 @@ class InpaintBody(PostedBody):
         }
         given["format"] = "jpg" if self.format == "jpeg" else self.format
         return {name: value for name, value in given.items() if value is not None}
+
+
+def served_variant(body: InpaintBody, settings: Settings, defaults: Inference) -> str:
+    """The one that `body` asks for. Raises UnknownVariant."""
+    variant = body.model_id or defaults.variant
+    if variant not in settings.variants:
+        known = ", ".join(settings.variants)
+        raise UnknownVariant(f"model_id: {variant} edits no photos here; there are {known}", field="model_id")
+    return variant
 
 
 class Sessions:

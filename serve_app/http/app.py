@@ -15,7 +15,7 @@ from ..jobs.messages import parse_edit, parse_envelope
 from ..jobs.ports import Delivery, Verdict
 from ..jobs.record import State
 from ..parameters import Id
-from . import audits, bfl, blobs, jobs, models, openai_images, replicate, studio, workbench
+from . import audits, bfl, blobs, jobs, models, openai_images, previews, replicate, studio, workbench
 from .events import Streams
 from .openapi import described
 from .pages import check_page
@@ -76,9 +76,19 @@ def create_app(service: Callable[[], Service], bodies: Bodies | None = None, str
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service, app.state.bodies, app.state.streams = service, bodies or Bodies(), streams or Streams()
+    app.state.turns = previews.Turns()
     app.add_middleware(Gate, check=check)
     of_clients = (studio.router, openai_images.router, replicate.router, bfl.router)
-    for routes in (router, blobs.router, jobs.router, models.router, audits.router, workbench.router, *of_clients):
+    for routes in (
+        router,
+        blobs.router,
+        jobs.router,
+        previews.router,
+        models.router,
+        audits.router,
+        workbench.router,
+        *of_clients,
+    ):
         app.include_router(routes)
     return app
 

@@ -39,6 +39,10 @@ JOB_BODY: Mapping[str, Any] = {
 }
 
 
+#: The same, where a form alone will do.
+PLAN_BODY: Mapping[str, Any] = {"required": True, "content": {FORM: JOB_BODY["content"][FORM]}}
+
+
 async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
     """A small JSON object. Raises as `read_job`."""
     if _media_type(request) != JSON:

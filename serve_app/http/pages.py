@@ -19,7 +19,7 @@ _CHANGES_NOTHING = ("GET", "HEAD", "OPTIONS")
 #: A name or an address, and its port.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(:[0-9]+)?")
 #: Routes that take forms, behind whatever the app is mounted at.
-_FORMS = re.compile(r".*/v1/(jobs(/[^/]+)?|files|images/edits)")
+_FORMS = re.compile(r".*/v1/(jobs(/[^/]+)?|files|photos|images/edits)")
 _UPLOADS = re.compile(r".*/blobs/[^/]+")
 
 

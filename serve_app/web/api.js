@@ -51,7 +51,7 @@ export class Api {
   /** A form with the job's JSON, and files by the names of their parts. */
   form(job, files = {}) {
     const form = new FormData();
-    form.append("job", new Blob([JSON.stringify(job)], { type: "application/json" }));
+    form.append("job", JSON.stringify(job));
     for (const [name, blob] of Object.entries(files)) form.append(name, blob, name);
     return form;
   }

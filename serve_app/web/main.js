@@ -56,6 +56,7 @@ for (const [at, name] of names.entries()) {
     $(`#tab-${next}`).focus();
   });
 }
+$(".key").addEventListener("submit", (event) => event.preventDefault());
 $("#key").addEventListener("change", (event) => {
   context.api.key = event.target.value.trim();
   context.say("");
