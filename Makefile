@@ -21,8 +21,8 @@ VENDOR := serve_app/web/vendor
 web: $(VENDOR)/konva.min.js  ## what the workbench's page needs of npm's packages, without which it says that it is not built
 
 $(VENDOR)/konva.min.js: package.json package-lock.json
-	@if command -v npm >/dev/null; then npm ci --ignore-scripts --no-audit --no-fund && npm run --silent vendor; \
-	  else echo "There is no npm here, so GET / will say that the workbench is not built: apt-get install npm, then make web" >&2; fi
+	@{ npm ci --ignore-scripts --no-audit --no-fund && npm run --silent vendor; } || \
+	  echo "GET / will say that the workbench is not built: that takes npm (apt-get install npm) and its registry, then make web" >&2
 
 demo: install  ## edit a photo with two engines through the whole app; pictures in out/demo
 	$(BIN)/fluxfill demo

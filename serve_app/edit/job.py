@@ -25,6 +25,7 @@ from . import images, masks, paste, quality, windows
 from .checking import paint_checked
 from .images import Photo
 from .outputs import Outputs, Painting
+from .planned import lay_out
 from .posted import API_USER, InpaintBody, Links, Sessions, served_variant
 from .session import INPUTS, OUTPUTS, lock_key, read_input, session_document, session_path
 
@@ -285,20 +286,12 @@ class Editor:
 
     def _prepare(self, original: bytes, mask_bytes: bytes, asked: EditParameters, variant: Variant) -> _Prepared:
         photo, drawn = decoded = self._decode(original, mask_bytes)
-        settings = self._settings.windows
-        grown_px = paste.growth_px(drawn, settings.mask_grow if asked.mask_grow is None else asked.mask_grow)
-        mask = paste.grow(drawn, grown_px)
-        plan = windows.plan(
-            mask,
-            asked.crop_strategy,
-            settings,
-            grown_px=grown_px,
-            text_tokens=variant.max_prompt_tokens,
-            family=variant.family,
-        )
+        mask, grown_px, plan = lay_out(drawn, asked, variant, self._settings.windows)
         prepared = _Prepared(original=original, mask=mask_bytes, grown_px=grown_px, decoded=decoded, plan=plan)
         if plan is not None:
-            prepared.canvas, prepared.canvas_mask = paste.cut(photo.pixels, mask, plan, settings.feather_px)
+            prepared.canvas, prepared.canvas_mask = paste.cut(
+                photo.pixels, mask, plan, self._settings.windows.feather_px
+            )
             prepared.drawn = paste.shown(drawn, plan)
         return prepared
 

@@ -5,12 +5,13 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
-from ..models import TINY, Box, steps_run
+from ..models import TINY, Box, Pixels, Variant, steps_run
 from ..parameters import EditParameters
-from ..settings import Inference, Settings
+from ..settings import Inference, Settings, WindowSettings
 from . import estimate, windows
 from .cost import SHAPES, forward_flops
 from .masks import decode_mask
+from .paste import grow, growth_px
 from .pictures import load
 from .posted import InpaintBody, served_variant
 
@@ -51,6 +52,23 @@ class PlanView(BaseModel):
     cost: float | None
 
 
+def lay_out(
+    drawn: Pixels, asked: EditParameters, variant: Variant, settings: WindowSettings
+) -> tuple[Pixels, int, windows.Plan | None]:
+    """The mask that is painted, by how many pixels it has grown, and its windows: None for an empty one."""
+    grown_px = growth_px(drawn, settings.mask_grow if asked.mask_grow is None else asked.mask_grow)
+    mask = grow(drawn, grown_px)
+    plan = windows.plan(
+        mask,
+        asked.crop_strategy,
+        settings,
+        grown_px=grown_px,
+        text_tokens=variant.max_prompt_tokens,
+        family=variant.family,
+    )
+    return mask, grown_px, plan
+
+
 def planned(body: PlanBody, settings: Settings, defaults: Inference, device: str) -> PlanView:
     """`device` is the name of what the variant's replica paints on, or empty.
 
@@ -61,9 +79,7 @@ def planned(body: PlanBody, settings: Settings, defaults: Inference, device: str
     assert isinstance(body.mask, bytes), "the body's own rule"
     size, _ = load(body.mask, "mask", settings.limits, lambda image: image.size)
     mask = decode_mask(body.mask, settings.limits, size, body.mask_polarity)
-    plan = windows.plan(
-        mask, asked.crop_strategy, settings.windows, text_tokens=row.max_prompt_tokens, family=row.family
-    )
+    _, _, plan = lay_out(mask, asked, row, settings.windows)
     boxes = plan.windows if plan else ()
     runs = steps_run(asked.steps, asked.strength if row.takes_strength else 1.0) if row.counts_steps else 1
     card = next((card for card in estimate.CARDS if card in device.split()), None)

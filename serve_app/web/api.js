@@ -1,4 +1,4 @@
-/** The app's HTTP API: requests with the key, problems as errors, and a job's events. Paths are relative to the page. */
+/** The app's HTTP API: requests with the key, problems as errors, a job's events. Paths are relative to the page. */
 
 const FINAL = ["succeeded", "failed", "canceled", "expired"];
 export const isFinal = (status) => FINAL.includes(status);

@@ -133,10 +133,11 @@ export class Board extends EventTarget {
     this.place.focus({ preventScroll: true });
     this.place.setPointerCapture(event.pointerId);
     this.#pointers.set(event.pointerId, at);
-    this.#pinch = null;
     // With a second finger, what the first one began was no stroke.
-    if (this.#pointers.size > 1) this.#endStroke(false);
-    else if (event.button === 0 && this.tool !== "move") this.#beginStroke(this.#onPhoto(at));
+    if (this.#pointers.size > 1) {
+      this.#endStroke(false);
+      this.#pinch = this.#between();
+    } else if (event.button === 0 && this.tool !== "move") this.#beginStroke(this.#onPhoto(at));
   }
 
   #move(event) {
@@ -149,18 +150,20 @@ export class Board extends EventTarget {
       for (const one of events.length ? events : [event]) this.#paintTo(this.#onPhoto(this.#at(one)));
     } else if (this.#pointers.size === 1) this.#pan(at.x - was.x, at.y - was.y);
     else {
-      const [a, b] = this.#pointers.values();
-      const now = { x: (a.x + b.x) / 2, y: (a.y + b.y) / 2, apart: Math.hypot(a.x - b.x, a.y - b.y) || 1 };
-      const before = this.#pinch ?? now;
+      const before = this.#pinch, now = (this.#pinch = this.#between());
       this.#pan(now.x - before.x, now.y - before.y);
       this.zoom(now.apart / before.apart, now);
-      this.#pinch = now;
     }
+  }
+
+  #between() {
+    const [a, b] = this.#pointers.values();
+    return { x: (a.x + b.x) / 2, y: (a.y + b.y) / 2, apart: Math.hypot(a.x - b.x, a.y - b.y) || 1 };
   }
 
   #up(event, isWhole) {
     this.#pointers.delete(event.pointerId);
-    this.#pinch = null;
+    if (this.#pointers.size > 1) this.#pinch = this.#between();
     this.#endStroke(isWhole);
   }
 
@@ -193,11 +196,12 @@ export class Board extends EventTarget {
 
   #key(event) {
     const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    const zooms = { "+": () => this.zoom(1.25), "=": () => this.zoom(1.25), "-": () => this.zoom(0.8), 0: () => this.fit() };
+    const closer = () => this.zoom(1.25);
+    const zooms = { "+": closer, "=": closer, "-": () => this.zoom(0.8), 0: () => this.fit() };
     if (arrows[event.key]) {
       const by = event.shiftKey ? 1 : Math.max(1, Math.round(this.size / 2)), [right, down] = arrows[event.key];
-      const within = (at, most) => Math.min(most, Math.max(0, at));
-      this.#point({ x: within(this.cursor.x + right * by, this.mask.width), y: within(this.cursor.y + down * by, this.mask.height) });
+      const within = (at, most) => Math.min(most, Math.max(0, at)), { width, height } = this.mask;
+      this.#point({ x: within(this.cursor.x + right * by, width), y: within(this.cursor.y + down * by, height) });
       if (this.#stroke) this.#paintTo(this.cursor);
       this.dispatchEvent(new Event("cursor"));
     } else if (event.key === " ") {

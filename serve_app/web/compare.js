@@ -14,13 +14,13 @@ export class Compare {
     this.#set("scale", "fit");
   }
 
-  /** `{url, label}` each, and of the result `file`, as which it is downloaded. At first the last of the others is shown. */
+  /** `{url, label}` each. At first the last of the others is shown. */
   show(others, result) {
     Object.assign(this, { others, result });
     const choice = $(".against", this.element);
     choice.replaceChildren(...others.map(({ label }, value) => el("option", { value }, label)));
     choice.value = others.length - 1;
-    Object.assign($(".download", this.element), { href: result.url, download: result.file });
+    $(".download", this.element).href = result.url;
     this.#draw();
     this.element.hidden = false;
   }
@@ -36,8 +36,10 @@ export class Compare {
   }
 
   #set(name, value) {
-    const of = this.element.dataset[name] = value;
-    for (const button of this.element.querySelectorAll(`button[data-${name}]`)) button.ariaPressed = button.dataset[name] === of;
+    this.element.dataset[name] = value;
+    for (const button of this.element.querySelectorAll(`button[data-${name}]`)) {
+      button.ariaPressed = button.dataset[name] === value;
+    }
     $(".slider", this.element).hidden = this.element.dataset.view !== "slider";
     $(".pair", this.element).hidden = this.element.dataset.view !== "pair";
     this.#scale();

@@ -10,7 +10,7 @@ import { Watch } from "./watch.js";
 /** After the last stroke or word. */
 const PLAN_AFTER_MS = 400;
 const STATES = { ready: "ready", scaled_to_zero: "starts when asked", starting: "starting", failed: "failed" };
-const NUMBERS = ["steps", "guidance", "seed", "strength"];
+const NUMBERS = ["steps", "guidance", "seed", "strength", "mask_grow"];
 
 export function mount(element, context) {
   if (!globalThis.Konva) return () => {};
@@ -18,12 +18,14 @@ export function mount(element, context) {
   const find = (selector) => $(selector, element), form = find("form"), choice = form.elements.model_id;
   const board = new Board(find(".board")), compare = new Compare(find(".compare"));
   const watch = new Watch(find(".watch"), api, { say, done: (job) => finished(job).catch(say) });
-  let photo = null, mask = null, plan = null, planning = null, timer = 0, previous = null, shown = "";
+  let photo = null, mask = null, plan = null, planning = null, timer = 0, previous = null;
+  let shown = "", restoring = null;
 
   // The photo and its mask
 
   async function open(file, pixels = null) {
     say("Opening the photo…");
+    if (photo) URL.revokeObjectURL(photo.url);
     photo = await openPhoto(file, api);
     mask = new Mask(photo.width, photo.height, (box) => board.redraw(box));
     board.open(photo.bitmap, mask);
@@ -35,7 +37,10 @@ export function mount(element, context) {
     painted();
   }
 
-  const openMask = async (file) => mask ? mask.take(await decoded(file)) : say("Open a photo first, then its mask.");
+  async function openMask(file) {
+    if (mask) mask.take(await decoded(file));
+    else say("Open a photo first, then its mask.");
+  }
 
   /** A person chose another photo, of which the job that is shown is not. */
   function opened(file) {
@@ -71,7 +76,9 @@ export function mount(element, context) {
 
   function setTool(tool) {
     board.tool = board.place.dataset.tool = tool;
-    for (const button of element.querySelectorAll("button[data-tool]")) button.ariaPressed = button.dataset.tool === tool;
+    for (const button of element.querySelectorAll("button[data-tool]")) {
+      button.ariaPressed = button.dataset.tool === tool;
+    }
   }
 
   /** The slider's steps grow with the brush. */
@@ -119,8 +126,11 @@ export function mount(element, context) {
   // What it would take
 
   function asked() {
-    const given = [...new FormData(form)].filter(([, value]) => value !== "");
-    return { type: "inpaint", ...Object.fromEntries(given.map(([name, value]) => [name, NUMBERS.includes(name) ? Number(value) : value])) };
+    const values = { type: "inpaint" };
+    for (const [name, value] of new FormData(form)) {
+      if (value !== "") values[name] = NUMBERS.includes(name) ? Number(value) : value;
+    }
+    return values;
   }
 
   function replan() {
@@ -145,7 +155,8 @@ export function mount(element, context) {
     const sizes = new Set(plan.windows.map((window) => `${window.model_width} × ${window.model_height}`));
     const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
     const takes = [
-      `${many(plan.windows.length, "window")} of ${[...sizes].join(", ")}`, `${many(plan.steps_run, "step")} each`,
+      `${many(plan.windows.length, "window")} of ${[...sizes].join(", ")}`,
+      `${many(plan.steps_run, "step")}${plan.windows.length > 1 ? " each" : ""}`,
       plan.tflop === null ? "" : `${number(plan.tflop, 0)} TFLOP`,
       plan.seconds === null ? "time not known here" : `about ${seconds(plan.seconds)} on an ${plan.card}`,
       plan.cost === null ? "" : `price ${number(plan.cost, 4)}`,
@@ -176,11 +187,16 @@ export function mount(element, context) {
     else submit(asked()).catch(say);
   });
 
-  const inputs = async (id) => Object.fromEntries((await api.json(`v1/jobs/${id}/inputs`)).inputs.map(({ role, url }) => [role, url]));
+  /** Links to a job's `original` and `mask`. */
+  async function inputs(id) {
+    const { inputs } = await api.json(`v1/jobs/${id}/inputs`);
+    return Object.fromEntries(inputs.map(({ role, url }) => [role, url]));
+  }
 
   /** Of a job that this page has not asked for: photo, mask and words, so that it can be done again. */
   async function restore(job) {
     if (shown === job.id) return;
+    previous = null;
     fill(job);
     const { original, mask: painted } = await inputs(job.id);
     const files = [original, painted].map(async (url) => (await fetch(url, { credentials: "omit" })).blob());
@@ -192,22 +208,23 @@ export function mount(element, context) {
   }
 
   function fill({ parameters }) {
-    for (const [name, value] of Object.entries(parameters)) if (form.elements[name]) form.elements[name].value = value ?? "";
+    for (const { name } of form.elements) if (name in parameters) form.elements[name].value = parameters[name] ?? "";
   }
 
   async function edited({ id, parameters: { model_id: name, seed } }) {
     const { artifacts } = await api.json(`v1/jobs/${id}/artifacts`);
-    const { url, format } = artifacts.find(({ role }) => role === "edited");
-    return { url, label: `${name}, seed ${seed}`, file: `edited-${id}.${format}` };
+    return { url: artifacts.find(({ role }) => role === "edited").url, label: `${name}, seed ${seed}` };
   }
 
   async function finished(job) {
     if (job.type !== "inpaint" || job.status !== "succeeded") return;
+    await restoring?.catch(() => {});
     const other = new URLSearchParams(location.hash.slice(1)).get("with");
     const [result, { original }] = await Promise.all([edited(job), inputs(job.id)]);
     const before = other && await api.json(`v1/jobs/${other}`).then(edited).catch(() => null);
     const others = [{ url: shown === job.id ? photo.url : original, label: "the photo" }, ...(before ? [before] : [])];
     compare.show(others, result);
+    find(".compare").scrollIntoView({ block: "nearest" });
     const names = [...choice.options].map(({ value }) => value).filter((name) => name !== job.parameters.model_id);
     find(".other-variant").replaceChildren(...names.map((value) => el("option", { value }, value)));
     find(".other").hidden = names.length === 0;
@@ -229,13 +246,14 @@ export function mount(element, context) {
   });
 
   async function variants() {
-    const { variants, default_variant, defaults } = await api.json("ready"), chosen = choice.value || default_variant;
+    const { variants, default_variant, defaults } = await api.json("ready");
+    const chosen = choice.value || default_variant, canServe = ["ready", "scaled_to_zero"];
     choice.replaceChildren(...Object.entries(variants).map(([value, { state, error }]) =>
       el("option", { value, "data-state": state, title: error }, `${value} (${STATES[state]})`)));
     choice.value = chosen;
     form.elements.steps.placeholder = defaults.steps ?? "";
     form.elements.guidance.placeholder = defaults.guidance_scale ?? "";
-    find(".none-ready").hidden = Object.values(variants).some(({ state }) => ["ready", "scaled_to_zero"].includes(state));
+    find(".none-ready").hidden = Object.values(variants).some(({ state }) => canServe.includes(state));
   }
 
   setTool("brush");
@@ -249,6 +267,7 @@ export function mount(element, context) {
     if (!id) return;
     const job = await api.json(`v1/jobs/${id}`);
     if (job.type !== "inpaint") return context.go({ tab: "generate", job: id });
-    await Promise.all([restore(job), watch.start(id)]);
+    restoring = restore(job);
+    await Promise.all([restoring, watch.start(id)]);
   };
 }

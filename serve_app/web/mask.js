@@ -1,5 +1,5 @@
-/** The mask: one byte for each of the photo's pixels, 0 (kept) or 255 (painted). Nothing is smoothed, so what is shown
- * is what leaves. */
+/** The mask: a byte for each of the photo's pixels, 0 (kept) or 255 (painted). Nothing is smoothed: what is shown is
+ * what leaves. */
 
 /** Of patches that are kept for undo. */
 const KEPT_BYTES = 256e6;
@@ -76,7 +76,9 @@ export class Mask {
 
   #cut(data, { x0, y0, x1, y1 }) {
     const cut = new Uint8Array((x1 - x0) * (y1 - y0));
-    for (let y = y0; y < y1; y++) cut.set(data.subarray(y * this.width + x0, y * this.width + x1), (y - y0) * (x1 - x0));
+    for (let y = y0, at = 0; y < y1; y++, at += x1 - x0) {
+      cut.set(data.subarray(y * this.width + x0, y * this.width + x1), at);
+    }
     return cut;
   }
 
@@ -91,8 +93,8 @@ export class Mask {
   clear() { this.fill(() => 0); }
   invert() { this.fill((pixel) => 255 - pixel); }
 
-  /** White of a picture, as the app sees it: half the brightness or more, transparency on black. Raises Error for one of
-   * another shape. */
+  /** White of a picture, as the app sees it: half the brightness or more, transparency on black. Raises Error for one
+   * of another shape. */
   take(bitmap) {
     const { width, height } = this, ratio = (bitmap.width * height) / (bitmap.height * width);
     const sizes = `it has ${bitmap.width} × ${bitmap.height} pixels, and the photo ${width} × ${height}`;
@@ -114,8 +116,8 @@ export class Mask {
     head.setUint32(0, this.width);
     head.setUint32(4, this.height);
     head.setUint8(8, 8);
-    const packed = await new Response(new Blob([rows]).stream().pipeThrough(new CompressionStream("deflate"))).arrayBuffer();
-    const parts = [chunk("IHDR", head.buffer), chunk("IDAT", packed), chunk("IEND", new ArrayBuffer())];
+    const packed = new Response(new Blob([rows]).stream().pipeThrough(new CompressionStream("deflate")));
+    const parts = [chunk("IHDR", head.buffer), chunk("IDAT", await packed.arrayBuffer()), chunk("IEND", new ArrayBuffer())];
     return new Blob([Uint8Array.of(137, 80, 78, 71, 13, 10, 26, 10), ...parts], { type: "image/png" });
   }
 }

@@ -1,7 +1,7 @@
 /** A job while it is not over: where it waits, how far it is, and how to stop it. */
 
 import { isFinal } from "./api.js";
-import { $, seconds } from "./dom.js";
+import { $, number, seconds } from "./dom.js";
 
 /** Between two looks at the queue. */
 const LOOK_MS = 3000;
@@ -64,12 +64,14 @@ export class Watch {
 
   /** The job, its place in the queue, and the state of the model that it waits for, of which no event tells. */
   async #look(id, signal) {
-    const [job, ready] = await Promise.all([this.api.json(`v1/jobs/${id}`, { signal }), this.api.json("ready", { signal })]);
+    const paths = [`v1/jobs/${id}`, "ready"];
+    const [job, ready] = await Promise.all(paths.map((path) => this.api.json(path, { signal })));
     const name = job.parameters.model_id, { state } = ready.variants[name] ?? ready.generators?.[name] ?? {};
     this.#show(job);
     if (isFinal(job.status)) {
-      const { total_s } = job.timings;
-      this.#remark(job.error_message ?? [total_s ? `in ${seconds(total_s)}` : "", job.cost === null ? "" : `cost ${job.cost.toPrecision(2)}`].filter(Boolean).join(", "));
+      const { cost, timings: { total_s } } = job;
+      const facts = [total_s ? `in ${seconds(total_s)}` : "", cost === null ? "" : `cost ${number(cost, 4)}`];
+      this.#remark(job.error_message ?? facts.filter(Boolean).join(", "));
     } else this.#remark(REMARKS[state] && !job.progress ? `${name} ${REMARKS[state]}` : "");
     return job;
   }
