@@ -10,11 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.errors import BlankImage
 from serve_app.http.app import create_app
 from serve_app.http.problems import Bodies
 from serve_app.http.views import log_lines
 from serve_app.jobs.record import Cause, Event, State
-from serve_app.models import LoraUse
+from serve_app.models import GenerateRequest, LoraUse
 from serve_app.parameters import GenerateParameters
 from serve_app.telemetry import JsonFormatter
 
@@ -423,7 +424,35 @@ async def test_a_canceled_job_is_deleted_with_all_it_made(site: Site) -> None:
     assert await site.studio.paths() == []
 
 
+async def test_a_failed_job_is_replayed_with_all_its_attempts(site: Site) -> None:
+    async def blank(request: GenerateRequest) -> None:
+        raise BlankImage("every pixel is the same")
+
+    site.studio.painter.before = blank
+    job = await site.done(count=2)
+    assert (job["status"], job["error_code"], job["dead_lettered"]) == ("failed", "blank_image", True)
+    path = f"/v1/jobs/{job['id']}"
+    site.studio.painter.before = None
+    again = (await site.http.post(f"{path}/replay")).json()
+    assert (again["status"], again["attempt"], again["error_code"]) == ("queued", 0, None)
+    assert not again["dead_lettered"]
+    await site.studio.notifier.drained()
+    assert len(site.studio.topics.sessions) == 2, "its message is published again"
+    assert (await site.studio.work()).reason == "succeeded"
+    assert (await site.get(path))["summary"] == {"count": 2, "completed": 2}
+    assert refused(await site.http.post(f"{path}/replay")) == (409, "illegal_transition")
+    assert refused(await site.http.post("/v1/jobs/none/replay")) == (404, "unknown_job")
+
+
 # Keys
+
+
+async def test_only_an_admin_replays(site: Site) -> None:
+    site.process.guard(api_keys="both:submit+read+jobs,boss:admin")
+    job = (await site.http.post("/v1/jobs", json=BODY, headers={"X-API-Key": "both"})).json()["job"]
+    path = f"/v1/jobs/{job['id']}/replay"
+    assert refused(await site.http.post(path, headers={"X-API-Key": "both"})) == (403, "forbidden")
+    assert refused(await site.http.post(path, headers={"X-API-Key": "boss"})) == (409, "illegal_transition")
 
 
 async def test_each_scope_does_its_own_and_each_key_sees_its_own(site: Site) -> None:

@@ -17,7 +17,7 @@ from serve_app.jobs import claims
 from serve_app.jobs import record as records
 from serve_app.jobs.claims import Change, claim_of
 from serve_app.jobs.messages import EditMessage
-from serve_app.jobs.record import TRANSITIONS, Artifact, Cause, Job, JobError, State
+from serve_app.jobs.record import HEAD_START_S, TRANSITIONS, Artifact, Cause, Job, JobError, State
 from serve_app.models import Progress
 from serve_app.parameters import CropStrategy
 
@@ -206,6 +206,19 @@ def test_a_claim_is_disowned_by_its_claimer_only() -> None:
     assert (queued.status, queued.attempt, queued.lease_until) == (State.QUEUED, 0, None)
     assert claims.release("me")(queued, (), at(2)) == ()
     assert claims.release("me")(None, (), at(2)) == ()
+
+
+def test_a_job_that_is_replayed_by_its_record_owes_its_message() -> None:
+    failed = make_job(status=State.FAILED, attempt=5, fence=7, dead_lettered=True)
+    [again] = claims.resend(failed, (), at(3))
+    assert (again.status, again.attempt, again.fence, again.dead_lettered) == (State.QUEUED, 0, 8, False)
+    assert again.owed["dispatch"].due_at == at(3 + HEAD_START_S["dispatch"])
+
+
+@pytest.mark.parametrize("state", [state for state in State if state != State.FAILED])
+def test_what_has_not_failed_is_not_replayed_by_its_record(state: State) -> None:
+    with pytest.raises(IllegalTransition):
+        claims.resend(make_job(status=state), (), at(3))
 
 
 def test_a_job_that_nobody_knows_is_not_replayed() -> None:

@@ -52,6 +52,7 @@ JobId = Annotated[str, Path(alias="id", pattern=ID_PATTERN)]
 Cursor = Annotated[str | None, Query(pattern=_CURSOR)]
 Reader = Annotated[Caller, caller_with("read")]
 Submitter = Annotated[Caller, caller_with("submit")]
+Operator = Annotated[Caller, caller_with("admin")]
 
 
 async def _shown(job_id: JobId, caller: Reader, service: Served) -> Job:
@@ -151,6 +152,12 @@ async def delete_job(job_id: JobId, service: Served, caller: Submitter) -> None:
 async def cancel_job(job_id: JobId, service: Served, caller: Submitter) -> views.JobView:
     """Cancel a job: a waiting one never starts, a running one stops within a step. 409 if it has ended."""
     return views.job_view(await service.jobs.cancel(job_id, caller))
+
+
+@router.post("/{id}/replay", responses=problems(404, 409))
+async def replay_job(job_id: JobId, service: Served, caller: Operator) -> views.JobView:
+    """Run a failed job again, with all its attempts, as replaying its dead letter does. 409 if it has not failed."""
+    return views.job_view(await service.jobs.replay(job_id, caller))
 
 
 @router.get("/{id}/progress", responses=problems(404))

@@ -65,6 +65,8 @@ class JobView(BaseModel):
     attempt: int
     error_code: str | None
     error_message: str | None
+    #: Whether the message of a job that failed is in the dead-letter topic.
+    dead_lettered: bool
 
 
 class PostedJob(BaseModel):
@@ -135,7 +137,9 @@ def job_view(job: Job, ahead: int | None = None) -> JobView:
     moments = (job.events[-1].at if job.events else None, job.finished_at, job.started_at, job.created_at)
     pictures = _pictures(job)
     return JobView(
-        **job.model_dump(include={"id", "status", "created_at", "started_at", "finished_at", "attempt", "cost"}),
+        **job.model_dump(
+            include={"id", "status", "created_at", "started_at", "finished_at", "attempt", "cost", "dead_lettered"}
+        ),
         quality=job.quality,
         type=job.type,
         updated_at=max(moment for moment in moments if moment),

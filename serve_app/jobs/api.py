@@ -179,6 +179,14 @@ class JobApi:
         self._notifier.notify(canceled)
         return canceled
 
+    async def replay(self, job_id: str, caller: Caller) -> Job:
+        """Run a failed job again, with all its attempts: its message is published again. Raises as `get`;
+        IllegalTransition where it has not failed."""
+        job = await self.get(job_id, caller)
+        replayed = await self._jobs.update(job_id, job.lock_key, claims.resend)
+        self._notifier.dispatch(replayed)
+        return replayed
+
     async def cancel_session(self, user_id: str, session_id: str) -> Sequence[Job]:
         """See `cancel.cancel_session`."""
         canceled = await cancel_session(self._jobs, user_id, session_id)

@@ -235,10 +235,21 @@ def replay(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[J
     """
     if job is None:
         raise UnknownJob("there is no such job")
-    if job.status != State.FAILED:
-        return ()
+    return (_replayed(job, now),) if job.status == State.FAILED else ()
+
+
+def resend(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
+    """As `replay`, and the job owes its message, which nobody else sends. Raises IllegalTransition where the job has
+    not failed."""
+    if job is None:
+        raise UnknownJob("there is no such job")
+    owed: dict[Notification, Due] = {"dispatch": Due(due_at=now + timedelta(seconds=HEAD_START_S["dispatch"]))}
+    return (_replayed(job, now).evolve(owed=owed),)
+
+
+def _replayed(job: Job, now: datetime) -> Job:
     fresh = {"attempt": 0, "error": None, "dead_lettered": False, "waiting_since": None}
-    return (job.after(Cause.REPLAYED, now, **fresh, fence=job.fence + 1),)
+    return job.after(Cause.REPLAYED, now, **fresh, fence=job.fence + 1)
 
 
 def take_notifications(
