@@ -1,6 +1,7 @@
 """A studio whose pictures real pipelines make, with tiny weights and with LoRAs."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,4 +83,6 @@ def tiny_studio(tmp_path_factory: pytest.TempPathFactory) -> TinyStudios:
         weights = {name: await fetch.fetch(BUILT_IN[name], sources) for name in ("tiny-flux-dev", "tiny-sdxl")}
         return TinyStudios(cache, weights, await fetch.fetch_text_encoders(BUILT_IN["tiny-flux-dev"], sources))
 
-    return asyncio.run(fetched())
+    # In a thread, because Playwright's loop may run in this one.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(fetched())).result()
