@@ -17,16 +17,18 @@ export function figure({ url, seed, width, height }, prompt) {
   );
 }
 
-/** Does what a button is pressed for. What that raises, the page says; meanwhile the button is disabled. */
+/** Does what a button is pressed for, once at a time. What that raises, the page says. */
 export async function pressed(button, context, work) {
-  button.disabled = true;
+  if (button.ariaDisabled) return;
+  // A button that is really disabled loses the focus.
+  button.ariaDisabled = "true";
   try {
     context.say("");
     await work();
   } catch (error) {
     context.say(error);
   } finally {
-    button.disabled = false;
+    button.ariaDisabled = null;
   }
 }
 
