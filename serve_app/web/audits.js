@@ -22,10 +22,10 @@ export function mount(element, context) {
     { className: "panel" },
     el("h2", {}, "Start an audit"),
     el("p", { className: "soft" }, "Paints one photo by each variant at each guidance scale, and reports time, memory, cost and quality."),
-    el("div", { className: "fields" }, el("label", {}, "User", user), el("label", {}, "Session", session)),
+    el("div", { className: "fields" }, el("label", { className: "wide" }, "User", user), el("label", { className: "wide" }, "Session", session)),
     variants,
-    el("label", {}, "Guidance scales, with commas between", scales),
-    el("p", { className: "row" }, el("button", { className: "primary" }, "Start")),
+    el("p", {}, el("label", {}, "Guidance scales, with commas between", scales)),
+    el("button", { className: "primary" }, "Start"),
   );
   const list = el("ul", { className: "cards", "aria-label": "Audits" });
   const nothing = el("p", { className: "soft", hidden: true }, "No audits yet: choose a session and what to compare, and press Start.");
@@ -94,7 +94,7 @@ export function mount(element, context) {
     const names = models.filter((row) => row.capabilities.inpaint).map(({ id }) => id);
     const known = [...variants.querySelectorAll("input")];
     if (String(names) !== String(known.map(({ value }) => value))) {
-      const boxes = names.map((value) => el("label", { className: "check" }, el("input", { type: "checkbox", value, checked: true }), value));
+      const boxes = names.map((value) => el("label", { className: "check inline" }, el("input", { type: "checkbox", value, checked: true }), value));
       variants.replaceChildren(variants.firstChild, ...boxes);
     }
     await load();

@@ -1,11 +1,9 @@
 /** The tab Generate: a prompt, a model with what it takes, and the pictures as they land. */
 
-import { isFinal } from "./api.js";
-import { $, el, seconds } from "./dom.js";
-import { artifacts, button, figure, pressed } from "./pictures.js";
+import { $, el } from "./dom.js";
+import { artifacts, figure, pressed } from "./pictures.js";
+import { Watch } from "./watch.js";
 
-/** Between two looks at a job that waits, for its place in the queue. */
-const LOOK_MS = 3000;
 const COLD = {
   available: "Not loaded: the first picture waits until it is, which takes minutes for a large model.",
   loading: "Loading: pictures wait until it is ready.",
@@ -14,8 +12,8 @@ const COLD = {
 const number = (name, text, given) => el("label", {}, text, el("input", { type: "number", name, ...given }));
 
 export function mount(element, context) {
-  const { api, go } = context;
-  let models = [], loras = [], watching = new AbortController();
+  const { api, go, say } = context;
+  let models = [], loras = [];
 
   const form = el("form", { className: "panel" });
   const model = el("select", { name: "model_id", required: true });
@@ -38,7 +36,7 @@ export function mount(element, context) {
       number("width", "Width, px", sizes),
       number("height", "Height, px", sizes),
       number("count", "Pictures", { min: 1, value: 1, required: true }),
-      number("seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, placeholder: "made up, and told" }),
+      number("seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, placeholder: "any" }),
       number("steps", "Steps", { min: 1, max: 100 }),
       number("guidance", "Guidance", { min: 0, max: 100, step: "any" }),
       scheduler,
@@ -46,9 +44,17 @@ export function mount(element, context) {
     withLoras,
     el("button", { className: "primary" }, "Generate"),
   );
-  const results = el("section", { "aria-label": "Pictures" });
-  element.append(el("div", { className: "columns" }, results, form));
-  const nothing = () => el("p", { className: "soft" }, "Nothing here yet: say what to show, and press Generate.");
+  const title = el("h2", {}, "Nothing here yet: say what to show, and press Generate.");
+  const landed = el("div", { className: "landed" });
+  const watched = $("#edit .watch").cloneNode(true);
+  const watch = new Watch(watched, api, { say, done: land, told: (event) => event === "artifact" && land(watch.job).catch(say) });
+  element.append(el("div", { className: "columns" }, el("div", {}, title, watched, landed), form));
+
+  /** Shows the pictures that a job has made since. */
+  async function land(job) {
+    const found = await artifacts(api, job.id);
+    if (job.id === watch.job.id) landed.append(...found.slice(landed.children.length).map((one) => figure(one, job.parameters.prompt)));
+  }
 
   function choose() {
     const chosen = models.find((one) => one.id === model.value);
@@ -73,7 +79,7 @@ export function mount(element, context) {
 
   function loraRow({ id, name, lora }) {
     const weight = { type: "number", value: 1, min: -10, max: 10, step: 0.05, "aria-label": `Weight of ${name}` };
-    const label = el("label", { className: "check" }, el("input", { type: "checkbox", value: id }), `${name} ${lora.trigger_word && `(say “${lora.trigger_word}”)`}`);
+    const label = el("label", { className: "check inline" }, el("input", { type: "checkbox", value: id }), `${name} ${lora.trigger_word && `(say “${lora.trigger_word}”)`}`);
     return el("div", { className: "row lora" }, label, el("input", weight));
   }
 
@@ -99,51 +105,7 @@ export function mount(element, context) {
   });
   model.addEventListener("change", choose);
 
-  /** The job's pictures as they land, until it is over or another is watched. */
-  async function watch(id) {
-    watching.abort();
-    watching = new AbortController();
-    const { signal } = watching;
-    const status = el("p", { role: "status" }), bar = el("progress", { max: 1, "aria-label": "Progress" });
-    const cancel = button("Cancel", context, () => api.json(`v1/jobs/${id}/cancel`, { method: "POST" }));
-    const pictures = el("div", { className: "pictures" });
-    let job;
-    async function look() {
-      const now = await api.json(`v1/jobs/${id}`, { signal });
-      const landed = now.summary.completed > pictures.children.length ? await artifacts(api, id) : [];
-      if (signal.aborted) return;
-      job = now;
-      for (const one of landed.slice(pictures.children.length)) pictures.append(figure(one, job.parameters.prompt));
-      status.textContent = says(job);
-      bar.hidden = cancel.hidden = isFinal(job.status);
-      bar.value = job.progress;
-    }
-    await look();
-    results.replaceChildren(el("h2", {}, job.parameters.prompt), status, el("div", { className: "row" }, bar, cancel), pictures);
-    const looking = setInterval(() => job.status === "queued" && look().catch(() => {}), LOOK_MS);
-    try {
-      for await (const { event, data } of api.events(id, signal)) {
-        if (event === "progress") bar.value = data.progress;
-        else if (event !== "log") await look();
-      }
-    } finally {
-      clearInterval(looking);
-    }
-  }
-
-  function says({ status, queue_position, summary, parameters, error_code, error_message, timings }) {
-    const landed = `${summary.completed} of ${summary.count}`;
-    if (status === "queued") {
-      const cold = COLD[models.find((one) => one.id === parameters.model_id)?.state];
-      return `Waiting, number ${queue_position} in the queue. ${cold ? `The model is cold. ${cold}` : ""}`;
-    }
-    if (status === "running") return `Painting: ${landed} there.`;
-    if (status === "succeeded") return `Done: ${landed}, in ${seconds(timings.total_s ?? 0)}.`;
-    return `It ${status === "failed" ? "failed" : `is ${status}`}: ${error_message} (${error_code}). ${landed} there.`;
-  }
-
   return async (params) => {
-    if (!results.children.length) results.append(nothing());
     const rows = (await api.json("v1/models")).models;
     [models, loras] = [rows.filter((row) => row.capabilities.generate), rows.filter((row) => row.lora)];
     const chosen = model.value;
@@ -152,6 +114,11 @@ export function mount(element, context) {
     if (!models.length) about.textContent = "This app serves no model that makes pictures: name one under generators in its config.";
     choose();
     const id = params.get("job");
-    if (id) await watch(id);
+    if (!id) return;
+    if (id !== watch.job?.id) {
+      landed.replaceChildren();
+      title.textContent = (await api.json(`v1/jobs/${id}`)).parameters.prompt;
+    }
+    await watch.start(id);
   };
 }

@@ -14,6 +14,8 @@ const params = () => new URLSearchParams(location.hash.slice(1));
  * the address or the key has changed. */
 const context = {
   api: new Api(),
+  /** The job that the tab Edit showed last. */
+  job: null,
   /** Another address, such as `{tab: "edit", job: id}`. */
   go(given) {
     location.hash = new URLSearchParams(Object.entries(given).filter(([, value]) => value));
@@ -33,6 +35,7 @@ const shows = {};
 
 function show() {
   const chosen = TABS[params().get("tab")] ? params().get("tab") : "edit";
+  if (chosen === "edit") context.job = params().get("job") ?? context.job;
   for (const name of Object.keys(TABS)) {
     const tab = $(`#tab-${name}`);
     tab.setAttribute("aria-selected", String(name === chosen));

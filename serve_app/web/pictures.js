@@ -13,7 +13,7 @@ export function figure({ url, seed, width, height }, prompt) {
     "figure",
     {},
     el("img", { src: url, alt: prompt || "The edited photo", loading: "lazy", width: width ?? 0, height: height ?? 0 }),
-    el("figcaption", { className: "row" }, `Seed ${seed}`, el("a", download, "Download")),
+    el("figcaption", { className: "row spread" }, `Seed ${seed}`, el("a", download, "Download")),
   );
 }
 

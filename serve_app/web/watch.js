@@ -19,9 +19,9 @@ export class Watch {
   #stopping = null;
   #id = "";
 
-  /** `done(job)` is called when a job is over. */
-  constructor(element, api, { done, say }) {
-    Object.assign(this, { element, api, done });
+  /** `done(job)` is called when a job is over, `told(event)` at each event before. */
+  constructor(element, api, { done, say, told = () => {} }) {
+    Object.assign(this, { element, api, done, told });
     $(".cancel", element).addEventListener("click", () => this.#cancel().catch(say));
   }
 
@@ -56,6 +56,7 @@ export class Watch {
   }
 
   #told(event, data) {
+    this.told(event);
     if (event === "progress") this.#progress(data.progress);
     else if (event === "snapshot") this.#show(data);
     else if (event === "state") this.#show({ ...this.job, status: data.status });
