@@ -206,6 +206,7 @@ def test_what_the_model_takes_is_offered_and_sent(browser: Browser, server: Serv
         ask(page, "TOK", width="")
         expect(page.locator("#generate h2").first).to_have_text("TOK")
         expect(page.locator("#generate figure")).to_have_count(1)
+        expect(form.get_by_role("checkbox", name=EVIL)).to_be_checked()
         check(page)
     first, second = server.cards.requests
     assert (first.negative_prompt, first.scheduler, first.steps, first.seed) == ("dogs", "ddim", 2, 7)
@@ -331,8 +332,12 @@ def test_an_audit_of_an_edits_session_is_started_and_its_report_opened(
 
 
 def test_a_session_without_a_photo_is_refused_and_a_running_audit_is_canceled(browser: Browser, server: Server) -> None:
-    with opened(browser, server.url, "audits") as page:
+    edit = {"type": "inpaint", "image": jpeg(photo()), "mask": png(line_mask())}
+    job, _ = server.do(server.studio.api.post(edit, Caller()))
+    with opened(browser, server.url, "edit", job=job.id) as page:
         form, runs = page.locator("#audits form"), page.locator("#audits li")
+        page.get_by_role("tab", name="Audits").click()
+        expect(form.get_by_label("Session")).to_have_value(job.id)
         form.get_by_label("User").fill(USER)
         form.get_by_label("Session").fill(SESSION)
         form.get_by_role("button", name="Start").click()

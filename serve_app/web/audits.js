@@ -12,6 +12,7 @@ const isOver = ({ status }) => !["queued", "running"].includes(status);
 
 export function mount(element, context) {
   const { api } = context;
+  let offered = "";
   const ids = { required: true, pattern: "[A-Za-z0-9_\\-]{1,128}" };
   const user = el("input", { name: "user_id", value: API_USER, ...ids });
   const session = el("input", { name: "session_id", placeholder: "of an edit: its job's id", ...ids });
@@ -89,7 +90,10 @@ export function mount(element, context) {
 
   return async (params) => {
     const job = params.get("job") ?? context.job;
-    if (job && job !== session.value) [user.value, session.value] = await sessionOf(job);
+    if (job && job !== offered) {
+      [user.value, session.value] = await sessionOf(job);
+      offered = job;
+    }
     const { models } = await api.json("v1/models");
     const names = models.filter((row) => row.capabilities.inpaint).map(({ id }) => id);
     const known = [...variants.querySelectorAll("input")];

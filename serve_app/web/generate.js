@@ -13,6 +13,8 @@ const number = (name, text, given) => el("label", {}, text, el("input", { type: 
 
 export function mount(element, context) {
   const { api, go, say } = context;
+  /** By the LoRA's id: what was chosen stays. */
+  const loraRows = {};
   let models = [], loras = [];
 
   const form = el("form", { className: "panel" });
@@ -47,6 +49,7 @@ export function mount(element, context) {
   const title = el("h2", {}, "Nothing here yet: say what to show, and press Generate.");
   const landed = el("div", { className: "landed" });
   const watched = $("#edit .watch").cloneNode(true);
+  watched.hidden = true;
   const watch = new Watch(watched, api, { say, done: land, told: (event) => event === "artifact" && land(watch.job).catch(say) });
   element.append(el("div", { className: "columns" }, el("div", {}, title, watched, landed), form));
 
@@ -67,13 +70,15 @@ export function mount(element, context) {
     negative.hidden = !capabilities.negative_prompt;
     scheduler.hidden = !capabilities.schedulers?.length;
     const names = ["", ...(capabilities.schedulers ?? [])];
+    const before = scheduler.lastChild.value;
     scheduler.lastChild.replaceChildren(...names.map((name) => el("option", { value: name }, name || "the model's")));
+    scheduler.lastChild.value = names.includes(before) ? before : "";
     for (const name of ["width", "height", "steps", "guidance"]) form.elements[name].placeholder = defaults[name] ?? "";
     form.elements.width.step = form.elements.height.step = capabilities.multiple_px;
     form.elements.count.max = capabilities.max_count;
     const fit = loras.filter((one) => one.lora.family === chosen.kind.split("-")[0]);
     withLoras.hidden = chosen.kind === "fake";
-    withLoras.replaceChildren(withLoras.firstChild, ...fit.map(loraRow));
+    withLoras.replaceChildren(withLoras.firstChild, ...fit.map((one) => (loraRows[one.id] ??= loraRow(one))));
     if (!fit.length) withLoras.append(el("p", { className: "soft" }, "None for this model: register one with ", el("code", {}, "fluxfill loras add FILE"), "."));
   }
 

@@ -4,7 +4,7 @@ import { isFinal } from "./api.js";
 import { el, number, seconds } from "./dom.js";
 import { again, artifacts, button, fill, when } from "./pictures.js";
 
-const PAGE = 10;
+const PAGE = 10, MOST = 200;
 /** Between two looks while something goes on. */
 const LOOK_MS = 3000;
 /** Pictures shown of a job. */
@@ -19,24 +19,23 @@ export function mount(element, context) {
   const more = button("Older", context, () => load(more.cursor), { hidden: true });
   const refresh = button("Refresh", context, () => load());
   element.append(el("div", { className: "row bar" }, el("label", {}, "State", state), refresh), nothing, list, more);
-  state.addEventListener("change", () => load().catch(context.say));
-  let rows = [];
+  state.addEventListener("change", () => {
+    rows = [];
+    load().catch(context.say);
+  });
+  let rows = [], asked = "";
 
-  /** The newest, or those behind `cursor` too. */
+  /** As many as are shown, the newest, or those behind `cursor` too. */
   async function load(cursor = null) {
-    const query = new URLSearchParams({ limit: PAGE, ...(state.value && { status: state.value }), ...(cursor && { cursor }) });
+    const limit = cursor ? PAGE : Math.min(Math.max(PAGE, rows.length), MOST);
+    const query = String(new URLSearchParams({ limit, ...(state.value && { status: state.value }), ...(cursor && { cursor }) }));
+    asked = query;
     const { jobs, next_cursor } = await api.json(`v1/jobs?${query}`);
+    if (query !== asked) return;
     rows = cursor ? [...rows, ...jobs] : jobs;
     more.hidden = !next_cursor;
     more.cursor = next_cursor;
     show();
-  }
-
-  /** What goes on has changed, and there may be new ones; what was loaded behind them stays. */
-  async function look() {
-    const known = rows.length;
-    await load();
-    if (known > PAGE && !more.hidden) await load(more.cursor);
   }
 
   function show() {
@@ -44,7 +43,7 @@ export function mount(element, context) {
     nothing.hidden = rows.length > 0;
     const what = state.value ? `No job is ${state.value}` : "No jobs yet";
     nothing.textContent = `${what}. Those that are asked for on Edit and Generate, by message or over the API appear here.`;
-    if (rows.some((job) => !isFinal(job.status))) again(element, () => look().catch(context.say), LOOK_MS);
+    if (rows.some((job) => !isFinal(job.status))) again(element, () => load().catch(context.say), LOOK_MS);
   }
 
   function card(job) {
@@ -98,9 +97,5 @@ export function mount(element, context) {
     place.replaceChildren(...pictures);
   }
 
-  return async () => {
-    if (!rows.length) return load();
-    show();
-    await look();
-  };
+  return () => load();
 }
