@@ -6,7 +6,6 @@ from typing import NoReturn
 import pytest
 
 CHROMIUM = "Chromium drives the report's pages: apt-get install chromium"
-WORKBENCH = "npm's packages make the workbench and try it: make web"
 POSTGRESQL = "PostgreSQL keeps jobs in tests: apt-get install postgresql"
 PROMETHEUS = "Prometheus and promtool try the alerts: apt-get install prometheus"
 _GOOGLE = "of the Google Cloud CLI, and java: gcloud components install"

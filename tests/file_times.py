@@ -27,6 +27,7 @@ SLOW = {
     "tests/test_engine_cuda.py": "torch.compile, on a GPU",
     "tests/test_audit_page.py": "a real browser",
     "tests/test_workbench.py": "a real browser",
+    "tests/test_workbench_tabs.py": "a real browser, and a tiny pipeline",
     "tests/test_message_sources.py": "a broker's real leases and delays",
     "tests/test_engine_exact.py": "the real pipeline at each packing and number type",
     "tests/test_benchmark_engine.py": "the benchmark's comparisons, painted for real",
