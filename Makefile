@@ -30,8 +30,8 @@ demo: install  ## edit a photo with two engines through the whole app; pictures 
 audit: install  ## four tiny variants at five guidance scales, by a Ray job against the app; the report in out/audit
 	$(BIN)/fluxfill audit demo
 
-run: install  ## serve on this machine; then `fluxfill submit` from a second terminal
-	umask 077; $(RAY) $(BIN)/serve run serve_config.yaml
+run: install  ## serve on this machine, and open the workbench; `fluxfill submit` from a second terminal
+	$(BIN)/python scripts/open_page.py http://127.0.0.1:8000/ & umask 077; $(RAY) $(BIN)/serve run serve_config.yaml
 
 # Whatever needs Ray runs in one worker, with one Ray, and what compiles in one, too.
 test: install  ## every test

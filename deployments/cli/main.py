@@ -465,3 +465,4 @@ def _where(folder: Path, seconds: float) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg") and "store" not in p.parts):
         out.print(f"  {path}", highlight=False)
     out.print("telea is OpenCV's; the tiny-* models have random weights and paint noise: they show the real pipeline.")
+    out.print("To try your own photo: make run, and the page at http://127.0.0.1:8000/", highlight=False)
