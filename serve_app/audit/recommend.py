@@ -1,6 +1,7 @@
 """Which settings an audit would choose, by rules that it states with their figures.
 
-A picture that puts the object back is in no rule, unless all do; a variant of which more than half do is not chosen.
+Pictures that put the object back count in no rule, except where all do; a variant with more than half of them is not
+chosen.
 
 1. The variant: the smallest whose pictures are, in the mean over its cells, within the quality budget of the
    reference's. The reference is within it.

@@ -52,7 +52,9 @@ async def paint_checked(
             extra = {"action": "repainting_failed", "seed": again.seed}
             log.warning("An edit could not be painted again: %s", e, exc_info=e, extra=extra)
             break
-        found = _checked(inf if put_back is None else put_back, again.seed, tries, settings)
+        # What can be told of one painting can be told of the next: it hangs on the photo and the mask.
+        assert put_back is not None
+        found = _checked(put_back, again.seed, tries, settings)
         kept, best = (painted, found) if found.put_back < best.put_back else (kept, best)
         best = best.model_copy(update={"tries": tries})
     return kept, best
