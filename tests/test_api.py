@@ -397,6 +397,12 @@ async def test_an_odd_name_is_made_safe(client: TestClient, process: Process) ->
     assert response.headers["content-disposition"] == 'inline; filename="a__b___.svg"'
 
 
+async def test_an_edit_is_named_after_its_format(client: TestClient, process: Process) -> None:
+    await process.rig.blobs.put(LINKS["good.token"], b"png", content_type="image/png")
+    response = client.get("/blobs/good.token")
+    assert response.headers["content-disposition"] == 'inline; filename="original.png"'
+
+
 async def test_an_audits_page_runs_what_it_brings_and_fetches_nothing(client: TestClient, process: Process) -> None:
     await process.rig.blobs.put(LINKS["page.token"], b"<html>", content_type="text/html; charset=utf-8")
     response = client.get("/blobs/page.token")

@@ -45,8 +45,9 @@ class Site:
         answer = requests.get(f"{self.url}/v1/jobs/{job_of(page)}/inputs", headers={"X-API-Key": KEY})
         links = {one["role"]: one["url"] for one in answer.json()["inputs"]}
         image = Image.open(io.BytesIO(requests.get(links["mask"]).content))
-        assert (image.format, image.mode) == ("PNG", "L")
-        return np.asarray(image)
+        red, *others, alpha = np.moveaxis(np.asarray(image.convert("RGBA")), 2, 0)
+        assert image.format == "PNG" and (alpha == 255).all() and all(np.array_equal(red, one) for one in others)
+        return red
 
     @contextmanager
     def opened(
@@ -127,6 +128,30 @@ def open_photo(page: Page, file: FilePayload) -> Any:
     box = page.locator(".board").bounding_box()
     assert box is not None
     return box
+
+
+def transfer(page: Page, file: FilePayload) -> Any:
+    return page.evaluate_handle(
+        """({ name, type, bytes }) => {
+          const data = new DataTransfer();
+          data.items.add(new File([Uint8Array.from(bytes)], name, { type }));
+          return data;
+        }""",
+        {"name": file["name"], "type": file["mimeType"], "bytes": list(file["buffer"])},
+    )
+
+
+def drop(page: Page, place: str, file: FilePayload) -> None:
+    data = transfer(page, file)
+    page.dispatch_event(place, "dragover", {"dataTransfer": data})
+    expect(page.locator(".zones")).to_be_visible()
+    page.dispatch_event(place, "drop", {"dataTransfer": data})
+    expect(page.locator(".zones")).to_be_hidden()
+
+
+def paste(page: Page, file: FilePayload) -> None:
+    clipboard = "clipboardData => dispatchEvent(new ClipboardEvent('paste', { clipboardData }))"
+    page.evaluate(clipboard, transfer(page, file))
 
 
 def paint_anywhere(page: Page) -> None:
@@ -244,6 +269,29 @@ def test_painting_by_keys(browser: Browser, site: Site) -> None:
         expect(page.locator(".size-px")).to_have_text("16 px")
 
 
+def test_a_photo_is_dropped_or_pasted_and_its_mask_dropped(browser: Browser, site: Site) -> None:
+    mask = np.zeros((240, 320), np.uint8)
+    mask[60:120, 80:160] = 255
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
+    with site.opened(browser) as page:
+        drop(page, ".empty", picture(name="dropped.jpg"))
+        expect(page.locator(".name")).to_have_text("dropped.jpg, 320 \u00d7 240")
+        paste(page, picture((160, 120), name="pasted.jpg"))
+        expect(page.locator(".name")).to_have_text("pasted.jpg, 160 \u00d7 120")
+        drop(page, "header", picture(name="beside.jpg"))
+        expect(page.locator(".name")).to_have_text("beside.jpg, 320 \u00d7 240")
+        drop(page, ".as-mask", {"name": "mask.png", "mimeType": "image/png", "buffer": out.getvalue()})
+        expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+        assert np.array_equal(shown(page), mask)
+        page.get_by_label("Format").select_option("png")
+        ask(page)
+        assert np.array_equal(site.mask(page), mask)
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download").click()
+        assert download.value.suggested_filename == "edited.png"
+
+
 def test_a_mask_is_opened(browser: Browser, site: Site) -> None:
     drawn = np.zeros((120, 160, 4), np.uint8)
     drawn[30:60, 40:80] = 255
@@ -276,9 +324,9 @@ def test_an_edit_is_planned_asked_for_watched_and_compared(browser: Browser, sit
         paint_anywhere(page)
         expect(page.locator(".plan")).to_contain_text("1 window of")
         assert page.evaluate("Konva.stages[0].find('Rect').length") == 2
-        page.get_by_label("Prompt").fill("sand")
-        page.get_by_label("Steps").fill("4")
-        page.get_by_label("Seed").fill("7")
+        page.locator("#edit").get_by_label("Prompt").fill("sand")
+        page.locator("#edit").get_by_label("Steps").fill("4")
+        page.locator("#edit").get_by_label("Seed").fill("7")
         engine.on_paint = held
         page.get_by_role("button", name="Paint", exact=True).click()
         expect(page.locator(".state")).to_have_text("Painting")
@@ -292,7 +340,7 @@ def test_an_edit_is_planned_asked_for_watched_and_compared(browser: Browser, sit
         expect(page.locator(".compare")).to_be_visible(timeout=20_000)
         expect(page.locator(".state")).to_have_text("Done")
         # And what it was made of, so that it can be done again.
-        expect(page.get_by_label("Prompt")).to_have_value("sand")
+        expect(page.locator("#edit").get_by_label("Prompt")).to_have_value("sand")
         assert np.array_equal(shown(page), site.mask(page))
         job = requests.get(f"{site.url}/v1/jobs/{job_id}").json()
         assert job["parameters"].items() >= {"prompt": "sand", "steps": 4, "seed": 7, "model_id": "telea"}.items()
@@ -318,7 +366,7 @@ def test_an_edit_is_planned_asked_for_watched_and_compared(browser: Browser, sit
         page.get_by_role("button", name="Side by side").click()
         expect(page.locator("figcaption")).to_have_text(["telea, seed 7", "Q8_0, seed 7"])
         page.get_by_role("button", name="Again with this seed").click()
-        expect(page.get_by_label("Prompt")).to_be_focused()
+        expect(page.locator("#edit").get_by_label("Prompt")).to_be_focused()
         expect(page.get_by_role("spinbutton", name="Seed")).to_have_value("7")
 
 
@@ -404,10 +452,10 @@ def test_names_and_prompts_stay_text(browser: Browser, site: Site) -> None:
         open_photo(page, picture(name=f"{EVIL}.jpg"))
         expect(page.locator(".name")).to_have_text(f"{EVIL}.jpg, 320 \u00d7 240")
         paint_anywhere(page)
-        page.get_by_label("Prompt").fill(EVIL)
+        page.locator("#edit").get_by_label("Prompt").fill(EVIL)
         ask(page)
         page.reload()
-        expect(page.get_by_label("Prompt")).to_have_value(EVIL)
+        expect(page.locator("#edit").get_by_label("Prompt")).to_have_value(EVIL)
         expect(page.locator(".compare")).to_be_visible()
         assert page.title() == "flux-fill-serve workbench"
         assert page.evaluate("[...document.images].every((one) => one.closest('.compare'))")

@@ -27,6 +27,9 @@ PAGE_POLICY = (
     "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
 )
 
+#: An edit's path ends in .jpg whatever its format.
+_SUFFIXES = {"image/png": ".png", "image/webp": ".webp"}
+
 _Token = Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]
 _FILE: Any = {"required": True, "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
 
@@ -42,6 +45,7 @@ async def blob(token: _Token, service: Served) -> Response:
     """The blob of one of this app's signed links."""
     data, info = await service.blob(token)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", info.path.rpartition("/")[2])
+    name = re.sub(r"\.jpg$", _SUFFIXES.get(info.content_type, ".jpg"), name)
     headers = {**HEADERS, "Content-Disposition": f'inline; filename="{name}"'}
     if _PAGE_PATH.fullmatch(info.path) and info.content_type.partition(";")[0].strip() == "text/html":
         headers["Content-Security-Policy"] = PAGE_POLICY

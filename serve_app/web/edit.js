@@ -2,75 +2,86 @@
 
 import { Board } from "./board.js";
 import { Compare } from "./compare.js";
-import { $, el, number, seconds } from "./dom.js";
+import { $, number, offer, pressed, seconds, submitted, values } from "./dom.js";
 import { Mask } from "./mask.js";
-import { decoded, openPhoto } from "./photo.js";
 import { Watch } from "./watch.js";
 
 /** After the last stroke or word. */
 const PLAN_AFTER_MS = 400;
 const STATES = { ready: "ready", scaled_to_zero: "starts when asked", starting: "starting", failed: "failed" };
-const NUMBERS = ["steps", "guidance", "seed", "strength", "mask_grow"];
+
+/** Upright. */
+const decoded = (blob) => createImageBitmap(blob, { imageOrientation: "from-image" });
 
 export function mount(element, context) {
   if (!globalThis.Konva) return () => {};
   const { api, say } = context;
   const find = (selector) => $(selector, element), form = find("form"), choice = form.elements.model_id;
   const board = new Board(find(".board")), compare = new Compare(find(".compare"));
-  const watch = new Watch(find(".watch"), api, { say, done: (job) => finished(job).catch(say) });
-  let photo = null, mask = null, plan = null, planning = null, timer = 0, previous = null;
-  let shown = "", restoring = null;
+  const watch = new Watch(find(".watch"), context, (job) => finished(job).catch(say));
+  /** The plan that is shown; the job whose result is; the id of the one whose photo is, and its opening. */
+  let plan = null, previous = null, shown = "", restoring = null;
+  let photo = null, mask = null, states = {}, planning = null, timer = 0;
 
   // The photo and its mask
 
   async function open(file, pixels = null) {
     say("Opening the photo…");
+    let picture = file, bitmap = await decoded(file).catch(() => null);
+    if (!bitmap) {
+      // The app shows what the browser does not, such as a HEIC, and says why it does not.
+      const body = new FormData();
+      body.append("content", file, "photo");
+      picture = await (await api.ask("v1/photos", { method: "POST", body })).blob();
+      bitmap = await decoded(picture);
+    }
+    const { width, height } = bitmap;
     if (photo) URL.revokeObjectURL(photo.url);
-    photo = await openPhoto(file, api);
-    mask = new Mask(photo.width, photo.height, (box) => board.redraw(box));
-    board.open(photo.bitmap, mask);
-    setSize(Math.max(photo.width, photo.height) / 25);
+    photo = { file, url: URL.createObjectURL(picture) };
+    mask = new Mask(width, height, (first, end) => board.redraw(first, end));
+    board.open(bitmap, mask);
+    setSize(Math.max(width, height) / 25);
     if (pixels) mask.take(pixels);
     find(".empty").hidden = true;
-    find(".name").textContent = `${photo.name}, ${photo.width} × ${photo.height}`;
+    find(".name").textContent = `${file.name}, ${width} × ${height}`;
     say("");
     painted();
   }
 
   async function openMask(file) {
-    if (mask) mask.take(await decoded(file));
-    else say("Open a photo first, then its mask.");
+    if (!mask) throw new Error("Open a photo first, then its mask.");
+    mask.take(await decoded(file));
   }
 
   /** A person chose another photo, of which the job that is shown is not. */
-  function opened(file) {
-    if (!file) return;
+  async function openAnother(file) {
     previous = null;
+    shown = "";
     context.go({ tab: "edit" });
-    open(file).catch(say);
+    await open(file);
   }
 
-  for (const [selector, act] of [[".open-photo", opened], [".open-mask", (file) => openMask(file).catch(say)]]) {
+  for (const [selector, act] of [[".open-photo", openAnother], [".open-mask", openMask]]) {
     find(selector).addEventListener("change", ({ target }) => {
-      if (target.files[0]) act(target.files[0]);
+      if (target.files[0]) act(target.files[0]).catch(say);
       target.value = "";
     });
   }
-  addEventListener("paste", ({ clipboardData }) => {
-    if (!element.hidden) opened([...(clipboardData?.files ?? [])].find(({ type }) => type.startsWith("image/")));
+  addEventListener("paste", ({ clipboardData: { files } }) => {
+    const file = [...files].find(({ type }) => type.startsWith("image/"));
+    if (file && !element.hidden) openAnother(file).catch(say);
   });
-  const stage = find(".stage"), over = (event, isOver) => {
-    event.preventDefault();
-    stage.classList.toggle("over", isOver);
-  };
-  stage.addEventListener("dragover", (event) => over(event, true));
-  stage.addEventListener("dragleave", (event) => stage.contains(event.relatedTarget) || over(event, false));
-  stage.addEventListener("drop", (event) => {
-    over(event, false);
-    const [file] = event.dataTransfer.files;
-    if (file && mask && event.target.closest(".as-mask")) openMask(file).catch(say);
-    else opened(file);
-  });
+  // On all of the page, because a browser leaves it for a file that is dropped beside.
+  for (const name of ["dragover", "dragleave", "drop"]) {
+    addEventListener(name, (event) => {
+      if (!event.dataTransfer.types.includes("Files")) return;
+      event.preventDefault();
+      const isOver = name === "dragover" || (name === "dragleave" && event.relatedTarget !== null);
+      find(".stage").classList.toggle("over", isOver);
+      if (name !== "drop" || element.hidden) return;
+      (event.target.closest(".as-mask") ? openMask : openAnother)(event.dataTransfer.files[0]).catch(say);
+    });
+  }
 
   // The tools
 
@@ -94,18 +105,19 @@ export function mount(element, context) {
   };
   const keys = {
     b: () => setTool("brush"), e: () => setTool("erase"), h: () => setTool("move"), i: acts.invert,
+    "+": acts.in, "=": acts.in, "-": acts.out, 0: acts.fit,
     "[": () => setSize(Math.min(board.size - 1, board.size / 1.2)),
     "]": () => setSize(Math.max(board.size + 1, board.size * 1.2)),
   };
   const commands = { z: acts.undo, Z: acts.redo, y: acts.redo, Enter: () => form.requestSubmit() };
   element.addEventListener("click", ({ target: { dataset } }) => {
-    if (dataset.act) acts[dataset.act]();
-    else if (dataset.tool && dataset.tool !== board.tool) setTool(dataset.tool);
+    acts[dataset.act]?.();
+    if (dataset.tool) setTool(dataset.tool);
   });
   find(".size").addEventListener("input", ({ target }) => setSize(2 ** target.value));
-  find(".opacity").addEventListener("input", ({ target }) => board.setOpacity(Number(target.value)));
+  find(".opacity").addEventListener("input", ({ target }) => board.over.opacity(Number(target.value)));
   element.addEventListener("keydown", (event) => {
-    const isText = /^(input|textarea|select)$/i.test(event.target.tagName) && event.target.type !== "range";
+    const isText = event.target.matches("input:not([type=range]), textarea, select");
     const act = (event.ctrlKey || event.metaKey ? commands : keys)[event.key];
     if (!act || event.altKey || (isText && event.key !== "Enter")) return;
     event.preventDefault();
@@ -125,13 +137,7 @@ export function mount(element, context) {
 
   // What it would take
 
-  function asked() {
-    const values = { type: "inpaint" };
-    for (const [name, value] of new FormData(form)) {
-      if (value !== "") values[name] = NUMBERS.includes(name) ? Number(value) : value;
-    }
-    return values;
-  }
+  const asked = () => ({ type: "inpaint", ...values(form) });
 
   function replan() {
     plan = null;
@@ -157,35 +163,26 @@ export function mount(element, context) {
     const takes = [
       `${many(plan.windows.length, "window")} of ${[...sizes].join(", ")}`,
       `${many(plan.steps_run, "step")}${plan.windows.length > 1 ? " each" : ""}`,
-      plan.tflop === null ? "" : `${number(plan.tflop, 0)} TFLOP`,
+      plan.tflop !== null && `${number(plan.tflop, 0)} TFLOP`,
       plan.seconds === null ? "time not known here" : `about ${seconds(plan.seconds)} on an ${plan.card}`,
-      plan.cost === null ? "" : `price ${number(plan.cost, 4)}`,
-      choice.selectedOptions[0]?.dataset.state === "ready" ? "" : "and a cold start before: its weights are not loaded yet",
+      plan.cost !== null && `price ${number(plan.cost, 4)}`,
+      states[choice.value]?.state !== "ready" && "and a cold start before: its weights are not loaded yet",
     ];
     find(".plan").textContent = takes.filter(Boolean).join(" · ");
   }
 
   // Jobs
 
-  async function submit(job) {
-    find(".paint").disabled = true;
-    try {
-      const body = api.form(job, { image: photo.file, mask: await mask.png() });
-      const { job: { id } } = await api.json("v1/jobs", { method: "POST", body });
-      if (plan) watch.remember(id, plan);
-      shown = id;
-      say("");
-      context.go({ tab: "edit", job: id, with: previous?.id });
-    } finally {
-      find(".paint").disabled = mask.isEmpty;
-    }
+  async function submit() {
+    if (!mask || mask.isEmpty) throw new Error("Open a photo and paint over what is to go.");
+    const planned = plan, body = api.form(asked(), { image: photo.file, mask: await mask.png() });
+    const { job: { id } } = await api.json("v1/jobs", { method: "POST", body });
+    if (planned) watch.remember(id, planned);
+    shown = id;
+    context.go({ tab: "edit", job: id, with: previous?.id });
   }
 
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    if (!mask || mask.isEmpty) say("Open a photo and paint over what is to go.");
-    else submit(asked()).catch(say);
-  });
+  submitted(form, context, submit);
 
   /** Links to a job's `original` and `mask`. */
   async function inputs(id) {
@@ -209,11 +206,12 @@ export function mount(element, context) {
 
   function fill({ parameters }) {
     for (const { name } of form.elements) if (name in parameters) form.elements[name].value = parameters[name] ?? "";
+    replan();
   }
 
   async function edited({ id, parameters: { model_id: name, seed } }) {
-    const { artifacts } = await api.json(`v1/jobs/${id}/artifacts`);
-    return { url: artifacts.find(({ role }) => role === "edited").url, label: `${name}, seed ${seed}` };
+    const { url } = (await api.artifacts(id)).find(({ role }) => role === "edited");
+    return { url, label: `${name}, seed ${seed}` };
   }
 
   async function finished(job) {
@@ -222,38 +220,36 @@ export function mount(element, context) {
     const other = new URLSearchParams(location.hash.slice(1)).get("with");
     const [result, { original }] = await Promise.all([edited(job), inputs(job.id)]);
     const before = other && await api.json(`v1/jobs/${other}`).then(edited).catch(() => null);
-    const others = [{ url: shown === job.id ? photo.url : original, label: "the photo" }, ...(before ? [before] : [])];
-    compare.show(others, result);
+    const first = { url: shown === job.id ? photo.url : original, label: "the photo" };
+    compare.show([first, before].filter(Boolean), result);
     find(".compare").scrollIntoView({ block: "nearest" });
-    const names = [...choice.options].map(({ value }) => value).filter((name) => name !== job.parameters.model_id);
-    find(".other-variant").replaceChildren(...names.map((value) => el("option", { value }, value)));
-    find(".other").hidden = names.length === 0;
+    const others = Object.keys(states).filter((name) => name !== job.parameters.model_id);
+    offer(find(".other-variant"), others.map((name) => [name]));
+    find(".other").hidden = others.length === 0;
     previous = job;
   }
 
   find(".again-seed").addEventListener("click", () => {
     fill(previous);
-    replan();
     form.elements.prompt.focus();
     say("The form has this job's values and its seed: change the prompt, a value or the mask, then paint.");
   });
-  find(".again-other").addEventListener("click", () => {
-    if (!photo) return say("Open the photo again first.");
+  find(".again-other").addEventListener("click", ({ target }) => {
     fill(previous);
     choice.value = find(".other-variant").value;
     replan();
-    submit(asked()).catch(say);
+    pressed(target, context, submit);
   });
 
   async function variants() {
     const { variants, default_variant, defaults } = await api.json("ready");
-    const chosen = choice.value || default_variant, canServe = ["ready", "scaled_to_zero"];
-    choice.replaceChildren(...Object.entries(variants).map(([value, { state, error }]) =>
-      el("option", { value, "data-state": state, title: error }, `${value} (${STATES[state]})`)));
+    const chosen = choice.value || default_variant;
+    states = variants;
+    offer(choice, Object.entries(variants).map(([name, { state }]) => [name, `${name} (${STATES[state]})`]));
     choice.value = chosen;
     form.elements.steps.placeholder = defaults.steps ?? "";
     form.elements.guidance.placeholder = defaults.guidance_scale ?? "";
-    find(".none-ready").hidden = Object.values(variants).some(({ state }) => canServe.includes(state));
+    find(".none-ready").hidden = Object.values(variants).some(({ state }) => /^(ready|scaled_to_zero)$/.test(state));
   }
 
   setTool("brush");
@@ -263,7 +259,7 @@ export function mount(element, context) {
     await variants();
     const id = params.get("job");
     if (!id) watch.stop();
-    if (!id || watch.job?.id !== id) compare.hide();
+    if (!id || watch.job?.id !== id) find(".compare").hidden = true;
     if (!id) return;
     const job = await api.json(`v1/jobs/${id}`);
     if (job.type !== "inpaint") return context.go({ tab: "generate", job: id });

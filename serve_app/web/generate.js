@@ -1,7 +1,7 @@
 /** The tab Generate: a prompt, a model with what it takes, and the pictures as they land. */
 
-import { $, el } from "./dom.js";
-import { artifacts, figure, pressed } from "./pictures.js";
+import { $, el, offer, submitted, values } from "./dom.js";
+import { figure } from "./pictures.js";
 import { Watch } from "./watch.js";
 
 const COLD = {
@@ -9,118 +9,72 @@ const COLD = {
   loading: "Loading: pictures wait until it is ready.",
 };
 
-const number = (name, text, given) => el("label", {}, text, el("input", { type: "number", name, ...given }));
-
 export function mount(element, context) {
-  const { api, go, say } = context;
+  const { api, go, say } = context, title = $(".title", element), landed = $(".landed", element);
+  const form = $("form", element), { elements } = form, model = elements.model_id;
+  const about = $("#about-model"), loras = $(".loras", form), noLoras = $(".no-loras", form);
+  const watched = $("#edit .watch").cloneNode(true);
+  title.after(watched);
+  const watch = new Watch(watched, context, (job) => land(job).catch(say));
   /** By the LoRA's id: what was chosen stays. */
   const loraRows = {};
-  let models = [], loras = [];
-
-  const form = el("form", { className: "panel" });
-  const model = el("select", { name: "model_id", required: true });
-  const about = el("p", { className: "soft wide", id: "about-model" });
-  model.setAttribute("aria-describedby", about.id);
-  const negative = el("label", { className: "wide" }, "Negative prompt", el("input", { name: "negative_prompt", maxLength: 2000 }));
-  const scheduler = el("label", {}, "Scheduler", el("select", { name: "scheduler" }));
-  const withLoras = el("fieldset", {}, el("legend", {}, "LoRAs"));
-  const sizes = { min: 64, max: 2048 };
-  const prompt = el("textarea", { name: "prompt", required: true, maxLength: 2000, placeholder: "What the picture shows" });
-  form.append(
-    el("h2", {}, "Make pictures"),
-    el(
-      "div",
-      { className: "fields" },
-      el("label", { className: "wide" }, "Prompt", prompt),
-      el("label", { className: "wide" }, "Model", model),
-      about,
-      negative,
-      number("width", "Width, px", sizes),
-      number("height", "Height, px", sizes),
-      number("count", "Pictures", { min: 1, value: 1, required: true }),
-      number("seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, placeholder: "any" }),
-      number("steps", "Steps", { min: 1, max: 100 }),
-      number("guidance", "Guidance", { min: 0, max: 100, step: "any" }),
-      scheduler,
-    ),
-    withLoras,
-    el("button", { className: "primary" }, "Generate"),
-  );
-  const title = el("h2", {}, "Nothing here yet: say what to show, and press Generate.");
-  const landed = el("div", { className: "landed" });
-  const watched = $("#edit .watch").cloneNode(true);
-  watched.hidden = true;
-  const watch = new Watch(watched, api, { say, done: land, told: (event) => event === "artifact" && land(watch.job).catch(say) });
-  element.append(el("div", { className: "columns" }, el("div", {}, title, watched, landed), form));
+  let models = [];
 
   /** Shows the pictures that a job has made since. */
-  async function land(job) {
-    const found = await artifacts(api, job.id);
-    if (job.id === watch.job.id) landed.append(...found.slice(landed.children.length).map((one) => figure(one, job.parameters.prompt)));
+  async function land({ id, summary, parameters }) {
+    if (summary.completed <= landed.children.length) return;
+    const found = await api.artifacts(id);
+    if (id !== watch.job?.id) return;
+    landed.append(...found.slice(landed.children.length).map((one) => figure(one, parameters.prompt)));
   }
 
   function choose() {
-    const chosen = models.find((one) => one.id === model.value);
-    for (const button of form.querySelectorAll("button")) button.disabled = !chosen;
+    const chosen = models.find(({ id }) => id === model.value);
+    $(".primary", form).disabled = !chosen;
     if (!chosen) return;
-    const { capabilities, defaults } = chosen;
-    const cold = chosen.state === "failed" ? `It cannot work: ${chosen.error}` : COLD[chosen.state];
-    const takes = `Takes sizes in multiples of ${capabilities.multiple_px}, up to ${capabilities.max_count} pictures`;
-    about.textContent = `${takes}${capabilities.negative_prompt ? "" : ", no negative prompt"}. ${cold ?? ""}`;
-    negative.hidden = !capabilities.negative_prompt;
-    scheduler.hidden = !capabilities.schedulers?.length;
-    const names = ["", ...(capabilities.schedulers ?? [])];
-    const before = scheduler.lastChild.value;
-    scheduler.lastChild.replaceChildren(...names.map((name) => el("option", { value: name }, name || "the model's")));
-    scheduler.lastChild.value = names.includes(before) ? before : "";
-    for (const name of ["width", "height", "steps", "guidance"]) form.elements[name].placeholder = defaults[name] ?? "";
-    form.elements.width.step = form.elements.height.step = capabilities.multiple_px;
-    form.elements.count.max = capabilities.max_count;
-    const fit = loras.filter((one) => one.lora.family === chosen.kind.split("-")[0]);
-    withLoras.hidden = chosen.kind === "fake";
-    withLoras.replaceChildren(withLoras.firstChild, ...fit.map((one) => (loraRows[one.id] ??= loraRow(one))));
-    if (!fit.length) withLoras.append(el("p", { className: "soft" }, "None for this model: register one with ", el("code", {}, "fluxfill loras add FILE"), "."));
+    const { capabilities: { multiple_px, max_count, negative_prompt }, defaults, state, error, kind } = chosen;
+    const takes = `Takes sizes in multiples of ${multiple_px}, up to ${max_count} pictures`;
+    const cold = state === "failed" ? `It cannot work: ${error}` : COLD[state] ?? "";
+    about.textContent = `${takes}${negative_prompt ? "" : ", no negative prompt"}. ${cold}`;
+    elements.negative_prompt.disabled = !negative_prompt;
+    for (const name of ["width", "height", "steps", "guidance"]) elements[name].placeholder = defaults[name] ?? "";
+    elements.width.step = elements.height.step = multiple_px;
+    elements.count.max = max_count;
+    const fit = models.filter(({ lora }) => lora?.family === kind.split("-")[0]);
+    loras.disabled = loras.hidden = kind === "fake";
+    noLoras.hidden = fit.length > 0;
+    $("div", loras).replaceChildren(...fit.map((one) => (loraRows[one.id] ??= row(one))));
   }
 
-  function loraRow({ id, name, lora }) {
+  function row({ id, name, lora: { trigger_word: word } }) {
+    const box = el("input", { type: "checkbox", value: id });
+    const label = el("label", { className: "check inline" }, box, `${name} ${word && `(say “${word}”)`}`);
     const weight = { type: "number", value: 1, min: -10, max: 10, step: 0.05, "aria-label": `Weight of ${name}` };
-    const label = el("label", { className: "check inline" }, el("input", { type: "checkbox", value: id }), `${name} ${lora.trigger_word && `(say “${lora.trigger_word}”)`}`);
     return el("div", { className: "row lora" }, label, el("input", weight));
   }
 
   function asked() {
-    const given = { type: "generate" };
-    for (const { name, type, value, parentElement } of form.elements) {
-      if (name && value !== "" && !parentElement.hidden) given[name] = type === "number" ? Number(value) : value;
-    }
-    const rows = withLoras.hidden ? [] : [...withLoras.querySelectorAll(".lora")].filter((row) => $(":checked", row));
-    if (rows.length) given.loras = rows.map((row) => ({ id: $(":checked", row).value, scale: Number($("[type=number]", row).value) }));
-    return given;
+    const boxes = [...loras.querySelectorAll(".lora :checked:enabled")];
+    const chosen = boxes.map(({ value: id }) => ({ id, scale: Number($("[type=number]", loraRows[id]).value) }));
+    return { type: "generate", ...values(form), ...(chosen.length && { loras: chosen }) };
   }
 
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    pressed($("button.primary", form), context, async () => {
-      const { job } = await api.json("v1/jobs", { method: "POST", json: asked() });
-      go({ tab: "generate", job: job.id });
-    });
-  });
-  prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  submitted(form, context, async () => {
+    const { job } = await api.json("v1/jobs", { method: "POST", json: asked() });
+    go({ tab: "generate", job: job.id });
   });
   model.addEventListener("change", choose);
 
   return async (params) => {
-    const rows = (await api.json("v1/models")).models;
-    [models, loras] = [rows.filter((row) => row.capabilities.generate), rows.filter((row) => row.lora)];
-    const chosen = model.value;
-    model.replaceChildren(...models.map(({ id }) => el("option", { value: id }, id)));
-    if (models.some(({ id }) => id === chosen)) model.value = chosen;
-    if (!models.length) about.textContent = "This app serves no model that makes pictures: name one under generators in its config.";
+    ({ models } = await api.json("v1/models"));
+    const makers = models.filter(({ capabilities }) => capabilities.generate);
+    offer(model, makers.map(({ id }) => [id]));
+    if (!makers.length) about.textContent = "No model makes pictures here: name one under generators in the config.";
     choose();
     const id = params.get("job");
     if (!id) return;
     if (id !== watch.job?.id) {
+      watch.stop();
       landed.replaceChildren();
       title.textContent = (await api.json(`v1/jobs/${id}`)).parameters.prompt;
     }

@@ -8,7 +8,7 @@ import * as generate from "./generate.js";
 import * as jobs from "./jobs.js";
 
 const TABS = { edit, generate, jobs, audits };
-const params = () => new URLSearchParams(location.hash.slice(1));
+const names = Object.keys(TABS), shows = {};
 
 /** What a tab's `mount(element, context)` gets. It returns `show(params)`, called when the tab is shown, and again when
  * the address or the key has changed. */
@@ -22,31 +22,26 @@ const context = {
   },
   /** Says something at the top of the page; an Error is shown as one, and an empty text is taken away. */
   say(what) {
-    const place = $("#notice");
     const isError = what instanceof Error;
-    if (isError && what.name === "AbortError") return;
-    place.textContent = isError ? what.message : what;
-    place.classList.toggle("error", isError);
-    if (isError && what.status === 401) $("#key").focus();
+    $("#notice").textContent = isError ? what.message : what;
+    $("#notice").classList.toggle("error", isError);
+    if (what.status === 401) $("#key").focus();
   },
 };
 
-const shows = {};
-
 function show() {
-  const chosen = TABS[params().get("tab")] ? params().get("tab") : "edit";
-  if (chosen === "edit") context.job = params().get("job") ?? context.job;
-  for (const name of Object.keys(TABS)) {
-    const tab = $(`#tab-${name}`);
-    tab.setAttribute("aria-selected", String(name === chosen));
-    tab.tabIndex = name === chosen ? 0 : -1;
+  const params = new URLSearchParams(location.hash.slice(1));
+  const chosen = names.find((name) => name === params.get("tab")) ?? "edit";
+  if (chosen === "edit") context.job = params.get("job") ?? context.job;
+  for (const name of names) {
+    $(`#tab-${name}`).ariaSelected = name === chosen;
+    $(`#tab-${name}`).tabIndex = name === chosen ? 0 : -1;
     $(`#${name}`).hidden = name !== chosen;
   }
   shows[chosen] ??= TABS[chosen].mount($(`#${chosen}`), context);
-  Promise.resolve(shows[chosen]?.(params())).catch(context.say);
+  Promise.resolve(shows[chosen](params)).catch(context.say);
 }
 
-const names = Object.keys(TABS);
 for (const [at, name] of names.entries()) {
   const tab = $(`#tab-${name}`);
   tab.addEventListener("click", () => context.go({ tab: name }));
@@ -59,9 +54,9 @@ for (const [at, name] of names.entries()) {
     $(`#tab-${next}`).focus();
   });
 }
-$(".key").addEventListener("submit", (event) => event.preventDefault());
-$("#key").addEventListener("change", (event) => {
-  context.api.key = event.target.value.trim();
+$("header form").addEventListener("submit", (event) => event.preventDefault());
+$("#key").addEventListener("change", ({ target }) => {
+  context.api.key = target.value.trim();
   context.say("");
   show();
 });

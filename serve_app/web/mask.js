@@ -1,16 +1,18 @@
 /** The mask: a byte for each of the photo's pixels, 0 (kept) or 255 (painted). Nothing is smoothed: what is shown is
  * what leaves. */
 
-/** Of patches that are kept for undo. */
+/** Of rows that are kept for undo. */
 const KEPT_BYTES = 256e6;
+/** Opaque, as little-endian ABGR. */
+const WHITE = 0xffffffff, BLACK = 0xff000000;
 
 export class Mask {
   #undo = [];
   #redo = [];
   #before = null;
-  #dirty = null;
+  #rows = [];
 
-  /** `changed(box)` is told of each box, `{x0, y0, x1, y1}`, whose pixels may have changed. */
+  /** `changed(first, end)` is told of rows whose pixels may have changed, `end` not among them. */
   constructor(width, height, changed) {
     Object.assign(this, { width, height, changed, data: new Uint8Array(width * height) });
   }
@@ -19,7 +21,10 @@ export class Mask {
   get canUndo() { return this.#undo.length > 0; }
   get canRedo() { return this.#redo.length > 0; }
 
-  begin() { this.#before = this.data.slice(); }
+  begin() {
+    this.#before = this.data.slice();
+    this.#rows = [this.height, 0];
+  }
 
   /** All pixels whose centre is no further than `radius` from the line, of which any part may lie outside. */
   line(from, to, radius, value) {
@@ -34,64 +39,50 @@ export class Mask {
         if (first <= last) this.data.fill(value, row * width + first, row * width + last + 1);
       }
     }
-    const side = (a, b, most) => [Math.floor(Math.min(a, b) - radius), Math.ceil(Math.max(a, b) + radius)]
-      .map((at) => Math.min(most, Math.max(0, at)));
-    const [x0, x1] = side(from.x, to.x, width), [y0, y1] = side(from.y, to.y, height);
-    if (x0 < x1 && y0 < y1) this.#touch({ x0, y0, x1, y1 });
+    const within = (y) => Math.min(height, Math.max(0, Math.floor(y)));
+    this.#touch(within(Math.min(from.y, to.y) - radius), within(Math.max(from.y, to.y) + radius + 1));
   }
 
-  #touch(box) {
-    const { x0, y0, x1, y1 } = this.#dirty ?? box, { min, max } = Math;
-    this.#dirty = { x0: min(x0, box.x0), y0: min(y0, box.y0), x1: max(x1, box.x1), y1: max(y1, box.y1) };
-    this.changed(box);
+  #touch(first, end) {
+    this.#rows = [Math.min(this.#rows[0], first), Math.max(this.#rows[1], end)];
+    if (first < end) this.changed(first, end);
   }
 
   /** Ends what `begin` began, which can be undone from now on; or drops it. */
-  end(isWhole = true) {
-    const box = this.#dirty;
-    if (box && isWhole) {
-      this.#undo.push({ box, pixels: this.#cut(this.#before, box) });
-      this.#redo = [];
-      let bytes = 0;
-      const first = this.#undo.findLastIndex(({ pixels }) => (bytes += pixels.length) > KEPT_BYTES);
-      this.#undo.splice(0, first + 1);
-    } else if (box) this.data.set(this.#before);
-    this.#before = this.#dirty = null;
-    if (box) this.changed(box);
+  end(isWhole) {
+    const [first, end] = this.#rows;
+    if (first >= end) return;
+    this.#undo.push(this.#cut(this.#before, first, end));
+    if (!isWhole) return this.#swap(this.#undo, []);
+    let bytes = 0;
+    this.#undo.splice(0, this.#undo.findLastIndex(({ pixels }) => (bytes += pixels.length) > KEPT_BYTES) + 1);
+    this.#redo = [];
+    this.changed(first, end);
   }
 
   undo() { this.#swap(this.#undo, this.#redo); }
   redo() { this.#swap(this.#redo, this.#undo); }
 
   #swap(from, to) {
-    const { box, pixels } = from.pop() ?? {};
-    if (!box) return;
-    to.push({ box, pixels: this.#cut(this.data, box) });
-    const wide = box.x1 - box.x0;
-    for (let y = box.y0, at = 0; y < box.y1; y++, at += wide) {
-      this.data.set(pixels.subarray(at, at + wide), y * this.width + box.x0);
-    }
-    this.changed(box);
+    if (!from.length) return;
+    const { first, end, pixels } = from.pop();
+    to.push(this.#cut(this.data, first, end));
+    this.data.set(pixels, first * this.width);
+    this.changed(first, end);
   }
 
-  #cut(data, { x0, y0, x1, y1 }) {
-    const cut = new Uint8Array((x1 - x0) * (y1 - y0));
-    for (let y = y0, at = 0; y < y1; y++, at += x1 - x0) {
-      cut.set(data.subarray(y * this.width + x0, y * this.width + x1), at);
-    }
-    return cut;
-  }
+  #cut(data, first, end) { return { first, end, pixels: data.slice(first * this.width, end * this.width) }; }
 
   /** Every pixel becomes what `value(pixel, index)` says. */
-  fill(value) {
+  #fill(value) {
     this.begin();
     this.data.forEach((pixel, i) => { this.data[i] = value(pixel, i); });
-    this.#touch({ x0: 0, y0: 0, x1: this.width, y1: this.height });
-    this.end();
+    this.#touch(0, this.height);
+    this.end(true);
   }
 
-  clear() { this.fill(() => 0); }
-  invert() { this.fill((pixel) => 255 - pixel); }
+  clear() { this.#fill(() => 0); }
+  invert() { this.#fill((pixel) => 255 - pixel); }
 
   /** White of a picture, as the app sees it: half the brightness or more, transparency on black. Raises Error for one
    * of another shape. */
@@ -104,34 +95,20 @@ export class Mask {
     pen.fillRect(0, 0, width, height);
     pen.drawImage(bitmap, 0, 0, width, height);
     const { data } = pen.getImageData(0, 0, width, height);
-    this.fill((_, i) => (0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2] >= 127.5 ? 255 : 0));
+    this.#fill((_, i) => (0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2] >= 127.5 ? 255 : 0));
   }
 
-  /** A grey PNG, made here: browsers that guard against fingerprinting change the pixels that a canvas gives. */
-  async png() {
-    const rows = new Uint8Array((this.width + 1) * this.height), head = new DataView(new ArrayBuffer(13));
-    for (let y = 0; y < this.height; y++) {
-      rows.set(this.data.subarray(y * this.width, (y + 1) * this.width), y * (this.width + 1) + 1);
-    }
-    head.setUint32(0, this.width);
-    head.setUint32(4, this.height);
-    head.setUint8(8, 8);
-    const packed = new Response(new Blob([rows]).stream().pipeThrough(new CompressionStream("deflate")));
-    const parts = [chunk("IHDR", head.buffer), chunk("IDAT", await packed.arrayBuffer()), chunk("IEND", new ArrayBuffer())];
-    return new Blob([Uint8Array.of(137, 80, 78, 71, 13, 10, 26, 10), ...parts], { type: "image/png" });
+  /** Rows in two colours, each as little-endian ABGR. */
+  image(painted, kept, first = 0, end = this.height) {
+    const { data, width } = this, image = new ImageData(width, end - first);
+    const pixels = new Uint32Array(image.data.buffer);
+    for (let i = 0, at = first * width; i < pixels.length; i++, at++) pixels[i] = data[at] ? painted : kept;
+    return image;
   }
-}
 
-function chunk(type, data) {
-  const out = new Uint8Array(data.byteLength + 12), view = new DataView(out.buffer), end = data.byteLength + 8;
-  view.setUint32(0, data.byteLength);
-  out.set(new TextEncoder().encode(type), 4);
-  out.set(new Uint8Array(data), 8);
-  let crc = -1;
-  for (const byte of out.subarray(4, end)) {
-    crc ^= byte;
-    for (let k = 0; k < 8; k++) crc = (crc >>> 1) ^ (0xedb88320 & -(crc & 1));
+  png() {
+    const canvas = new OffscreenCanvas(this.width, this.height);
+    canvas.getContext("2d").putImageData(this.image(WHITE, BLACK), 0, 0);
+    return canvas.convertToBlob();
   }
-  view.setInt32(end, ~crc);
-  return out;
 }

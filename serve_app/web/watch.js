@@ -3,8 +3,8 @@
 import { isFinal } from "./api.js";
 import { $, number, seconds } from "./dom.js";
 
-/** Between two looks at the queue. */
-const LOOK_MS = 3000;
+/** Between two looks. */
+const LOOK_MS = 1000;
 const STATES = {
   queued: "Waiting for a place", running: "Painting", succeeded: "Done", failed: "Failed", canceled: "Canceled",
   expired: "Its deadline passed",
@@ -19,9 +19,10 @@ export class Watch {
   #stopping = null;
   #id = "";
 
-  /** `done(job)` is called when a job is over, `told(event)` at each event before. */
-  constructor(element, api, { done, say, told = () => {} }) {
-    Object.assign(this, { element, api, done, told });
+  /** `seen(job)` is called at each look, the last of which is at a job that is over. */
+  constructor(element, { api, say }, seen) {
+    Object.assign(this, { element, api, seen });
+    this.stop();
     $(".cancel", element).addEventListener("click", () => this.#cancel().catch(say));
   }
 
@@ -31,49 +32,45 @@ export class Watch {
     this.stop();
     const { signal } = (this.#stopping = new AbortController());
     this.#id = id;
-    try {
-      let job = await this.#look(id, signal);
-      if (!isFinal(job.status)) {
-        const looking = setInterval(() => this.job.progress > 0 || this.#look(id, signal).catch(() => {}), LOOK_MS);
-        signal.addEventListener("abort", () => clearInterval(looking));
-        for await (const { event, data } of this.api.events(id, signal)) this.#told(event, data);
-        clearInterval(looking);
-        job = await this.#look(id, signal);
+    for (;;) {
+      try {
+        const job = await this.#look(id, signal);
+        this.seen(job);
+        if (isFinal(job)) return;
+      } catch (error) {
+        if (signal.aborted) return;
+        // A key or a job that is refused stays so, until the key has changed; all else may pass.
+        if (error.status < 500 && error.status !== 429) {
+          this.stop();
+          throw error;
+        }
+        this.#remark(error.message);
       }
-      if (!signal.aborted) this.done(job);
-    } catch (error) {
+      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
       if (signal.aborted) return;
-      // It is asked for again when the key has changed.
-      this.stop();
-      throw error;
     }
   }
 
   stop() {
     this.#stopping?.abort();
     this.#id = "";
+    this.job = null;
     this.element.hidden = true;
   }
 
-  #told(event, data) {
-    this.told(event);
-    if (event === "progress") this.#progress(data.progress);
-    else if (event === "snapshot") this.#show(data);
-    else if (event === "state") this.#show({ ...this.job, status: data.status });
-    else if (event === "log" && data.level === "warning") this.#remark(data.message);
-  }
-
-  /** The job, its place in the queue, and the state of the model that it waits for, of which no event tells. */
+  /** The job; before its first step, the state of the model that it waits for, too. */
   async #look(id, signal) {
-    const paths = [`v1/jobs/${id}`, "ready"];
-    const [job, ready] = await Promise.all(paths.map((path) => this.api.json(path, { signal })));
-    const name = job.parameters.model_id, { state } = ready.variants[name] ?? ready.generators?.[name] ?? {};
+    const job = await this.api.json(`v1/jobs/${id}`, { signal }), name = job.parameters.model_id;
+    const { cost, timings: { total_s } } = job;
+    const facts = [total_s && `in ${seconds(total_s)}`, cost && `cost ${number(cost, 4)}`];
+    let remark = job.error_message ?? facts.filter(Boolean).join(", ");
+    if (!isFinal(job) && !job.progress) {
+      const { variants, generators } = await this.api.json("ready", { signal });
+      const { state } = variants[name] ?? generators?.[name] ?? {};
+      remark = REMARKS[state] ? `${name} ${REMARKS[state]}` : "";
+    }
     this.#show(job);
-    if (isFinal(job.status)) {
-      const { cost, timings: { total_s } } = job;
-      const facts = [total_s ? `in ${seconds(total_s)}` : "", cost === null ? "" : `cost ${number(cost, 4)}`];
-      this.#remark(job.error_message ?? facts.filter(Boolean).join(", "));
-    } else this.#remark(REMARKS[state] && !job.progress ? `${name} ${REMARKS[state]}` : "");
+    this.#remark(remark);
     return job;
   }
 
@@ -81,18 +78,14 @@ export class Watch {
 
   #show(job) {
     this.job = job;
-    const place = job.status === "queued" && job.queue_position;
+    const place = job.status === "queued" && job.queue_position, { progress: share } = job;
     $(".state", this.element).textContent = place ? `Waiting: number ${place} in the queue` : STATES[job.status];
-    $(".cancel", this.element).hidden = isFinal(job.status);
-    this.#progress(job.progress);
+    $(".cancel", this.element).hidden = isFinal(job);
     this.element.hidden = false;
-  }
-
-  #progress(share) {
-    this.job.progress = share;
-    const bar = $("progress", this.element), { steps = 0, windows = 0 } = this.#plan(this.job.id);
-    if (share > 0 || isFinal(this.job.status)) bar.value = share;
-    else bar.removeAttribute("value");
+    const bar = $("progress", this.element);
+    bar.value = share;
+    if (!share && !isFinal(job)) bar.removeAttribute("value");
+    const { steps = 0, windows = 0 } = JSON.parse(sessionStorage.getItem(`plan:${job.id}`)) ?? {};
     const at = Math.round(share * steps * windows), texts = [`${Math.floor(share * 100)}%`];
     if (at > 0 && windows > 1) texts.push(`window ${Math.ceil(at / steps)} of ${windows}`);
     if (at > 0) texts.push(`step ${((at - 1) % steps) + 1} of ${steps}`);
@@ -104,10 +97,5 @@ export class Watch {
     sessionStorage.setItem(`plan:${id}`, JSON.stringify({ steps, windows }));
   }
 
-  #plan(id) { return JSON.parse(sessionStorage.getItem(`plan:${id}`)) ?? {}; }
-
-  async #cancel() {
-    const { id } = this.job;
-    this.#show(await this.api.json(`v1/jobs/${id}/cancel`, { method: "POST" }));
-  }
+  async #cancel() { this.#show(await this.api.json(`v1/jobs/${this.job.id}/cancel`, { method: "POST" })); }
 }
