@@ -228,7 +228,8 @@ repository() {
 }
 
 # What the image is made of. A commit that changes nothing of it needs no new image, and starts no new cluster.
-SOURCES=(.dockerignore Dockerfile LICENSE README.md benchmarks container deployments pyproject.toml requirements serve_app)
+SOURCES=(.dockerignore Dockerfile LICENSE README.md benchmarks container deployments package-lock.json package.json
+  pyproject.toml requirements serve_app)
 
 tag() { echo "${TAG:-$(git -C "$root" log -1 --abbrev=12 --format=%h -- "${SOURCES[@]}")}"; }
 

@@ -599,7 +599,7 @@ async def test_the_newest_runs_are_listed_first(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/audits/{}"), ("POST", "/audits/{}/cancel")])
-@pytest.mark.parametrize("run_id", ["..", "%2e%2e", "a%2Fb", "a%5Cb", "run%0A", "%00", "a.b", "%C3%A9", "x" * 65])
+@pytest.mark.parametrize("run_id", ["%2e%2e", "a%2Fb", "a%5Cb", "run%0A", "%00", "a.b", "%C3%A9", "x" * 65])
 async def test_ids_that_could_escape_a_path_are_refused(site: Site, method: str, path: str, run_id: str) -> None:
     site.process.rig.jobs.is_down = True  # So that whatever reached the store would answer 503.
     response = await site.client.request(method, path.format(run_id))

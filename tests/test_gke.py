@@ -415,7 +415,7 @@ def test_an_image_is_built_of_what_its_commit_has(tools: Tools) -> None:
 
 def test_the_images_tag_changes_with_all_that_goes_into_it() -> None:
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", Path("Dockerfile").read_text(), re.M)
-    sources = re.search(r"^SOURCES=\((.*)\)$", SCRIPT.read_text(), re.M)
+    sources = re.search(r"^SOURCES=\((.*?)\)$", SCRIPT.read_text(), re.M | re.S)
     assert sources
     assert {".dockerignore", "Dockerfile", *" ".join(copied).split()} == set(sources[1].split())
 

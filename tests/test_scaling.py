@@ -136,13 +136,15 @@ def test_a_backlog_wakes_all_replicas_in_one_step_also_with_a_request_in_a_handl
 
 
 @pytest.mark.parametrize(
-    "late", [report(0, held=18, s_ago=120), report(None, held=18), report(0, held=18)], ids=["late", "absent", "wrong"]
+    "late",
+    [{"messages": 0, "s_ago": 120}, {"messages": None}, {"messages": 0}],
+    ids=["late", "absent", "wrong"],
 )
 def test_messages_in_flight_wake_all_replicas_whatever_the_reading_says(
-    controller: Controller, late: dict[str, float]
+    controller: Controller, late: dict[str, Any]
 ) -> None:
     controller.queued(PAINTER, 1)
-    controller.told(late)
+    controller.told(report(**late, held=18))
     assert controller.decides()[PAINTER] == 8
 
 
@@ -155,15 +157,15 @@ def test_one_replica_that_starts_does_not_hold_up_the_others(controller: Control
 
 
 @pytest.mark.parametrize(
-    ("numbers", "least"),
-    [(report(0), 0), (report(None, empty_s=60), 0), (report(900, empty_s=60), 0), (report(None), 1)],
+    ("messages", "empty_s", "least"),
+    [(0, 0, 0), (None, 60, 0), (900, 60, 0), (None, 0, 1)],
     ids=["empty", "pulls bring nothing", "the reading is late", "nothing is known"],
 )
 def test_the_last_replica_stops_where_no_message_waits(
-    controller: Controller, numbers: dict[str, float], least: int
+    controller: Controller, messages: float | None, empty_s: float, least: int
 ) -> None:
     controller.painters(1)
-    controller.told(numbers)
+    controller.told(report(messages, empty_s=empty_s))
     assert controller.decides()[PAINTER] == least
 
 

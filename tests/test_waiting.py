@@ -223,7 +223,7 @@ async def test_a_jobs_share_is_that_of_the_variant_it_was_claimed_with() -> None
         jobs=rig.settings.jobs,
         work=rig.settings.work,
     )
-    rig.worker._settings = rig.worker._admission._settings = settings
+    rig.editor._settings = rig.worker._settings = rig.worker._admission._settings = settings
     rig.inference = Inference(variant="b", steps=2)
     old, new = [f"old{n}" for n in range(settings.in_flight())], [f"new{n}" for n in range(4)]
     for session in (*old, *new):
