@@ -27,7 +27,7 @@ PAGE_POLICY = (
     "sandbox allow-scripts allow-popups allow-popups-to-escape-sandbox"
 )
 
-#: An edit's path ends in .jpg whatever its format.
+#: An edit's path ends in .jpg even if its format is another.
 _SUFFIXES = {"image/png": ".png", "image/webp": ".webp"}
 
 _Token = Annotated[str, Path(pattern=r"\A[A-Za-z0-9_.-]{1,4096}\z")]

@@ -191,7 +191,7 @@ def _for_jobs(replicas: Replicas, report: Report, now: float) -> int:
     age_s = _number(report.reading.oldest_age_s) if report.reading is not None and hidden else 0.0
     left_s = max(_number(report.target_drain_s) - age_s, job_s, 1.0)
     for_all = _ceil((max(_number(replicas.requests), held) + hidden) * job_s / left_s)
-    # Serve's own policy wants one where none runs, whatever there is to do, and then learns slowly that there is more.
+    # Where none runs, Serve's own policy wants one for any number of requests, and learns slowly that there are more.
     at_replicas = held - ON_THEIR_WAY if replicas.running else held
     return max(for_all, _ceil(at_replicas / (_number(replicas.target_ongoing) or 1.0)))
 

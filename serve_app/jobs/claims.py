@@ -239,7 +239,7 @@ def replay(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[J
 
 
 def resend(job: Job | None, _rivals: Sequence[Job], now: datetime) -> Sequence[Job]:
-    """As `replay`, and the job owes its message, which nobody else sends. Raises IllegalTransition where the job has
+    """As `replay`, and the job owes its message, which no one else sends. Raises IllegalTransition where the job has
     not failed."""
     if job is None:
         raise UnknownJob("there is no such job")
